@@ -1,0 +1,1 @@
+"""Run a periodic Prefect job on exactly one of several machines."""
