@@ -1,0 +1,1 @@
+"""What runs the project on a machine: manifests, and helpers in Python."""
