@@ -6,7 +6,8 @@ from __future__ import annotations
 class TaskError(Exception):
     """A task could not be declared, scheduled or run as asked.
 
-    The root of every error this package raises. Its message names the value, the rule and the remedy.
+    The root of every error this package raises. Its message names the value, the rule and the
+    remedy.
     """
 
 
