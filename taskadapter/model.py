@@ -206,7 +206,10 @@ class TriggerConfiguration(Declaration):
     @model_validator(mode="after")
     def _ends_after_start(self) -> Self:
         start, end = self.start_time, self.end_time
-        if start is not None and end is not None and end <= start:
+        if start is None or end is None:
+            return self
+        # In UTC: within one zone Python compares the wall clocks, which repeat an hour each year.
+        if end.in_timezone("UTC") <= start.in_timezone("UTC"):
             raise ValueError(
                 f"end_time={end.isoformat()} must be after start_time={start.isoformat()}; "
                 "choose a later end_time or leave it out"
@@ -315,7 +318,9 @@ class WarmBackupConfig(Declaration):
     """
 
     group_id: _Identifier
-    task_id: _Identifier = Field(default_factory=socket.gethostname, validate_default=True)
+    task_id: _Identifier = Field(
+        default_factory=lambda: socket.gethostname(), validate_default=True
+    )
     database_config: DatabaseConfig | None = None
     liveness_check_interval: PositiveSeconds = 30.0
     heartbeat_frequency: PositiveSeconds = 1.0
