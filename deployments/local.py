@@ -28,6 +28,8 @@ from deployments.program import HOST, Program, environment, free_port, running, 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from prefect.client.orchestration import SyncPrefectClient
+
 __all__ = [
     "Postgres",
     "PrefectServer",
@@ -130,6 +132,16 @@ class PrefectServer(Program):
             cwd=home,  # not the caller's, where a prefect.toml or .env may be
             env=environment(self.env, own, settings),
         )
+
+    @contextmanager
+    def client(self) -> Iterator[SyncPrefectClient]:
+        """Make this server the one this process uses, and yield a client of it."""
+        from prefect.client.orchestration import get_client
+        from prefect.settings import PREFECT_API_URL, temporary_settings
+
+        ours = temporary_settings({PREFECT_API_URL: self.api_url})
+        with ours, get_client(sync_client=True) as client:
+            yield client
 
     def _is_healthy(self) -> bool:
         connection = http.client.HTTPConnection(HOST, self.port, timeout=5)
