@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
+import socket
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
@@ -13,7 +16,8 @@ from prefect.settings import get_current_settings
 from pydantic import model_validator
 
 from taskadapter import flow as flows
-from taskadapter import schedules
+from taskadapter import prefect_private, schedules
+from taskadapter.background import BackgroundAgent
 from taskadapter.declaration import Declaration
 from taskadapter.errors import DeclarationError, TaskError
 from taskadapter.jobs import Service, dump_state
@@ -23,9 +27,13 @@ from taskadapter.model import (
     TriggerConfiguration,
     WarmBackupConfig,
 )
+from taskadapter.pools import DEFAULT_QUEUE, ensure_work_pool
 from taskadapter.settings import TaskadapterSettings
 
 Declarable = type[Service] | Callable[..., Any]
+
+listeners: weakref.WeakSet[Listener] = weakref.WeakSet()
+"""The listeners of this process, for `taskadapter render`."""
 
 
 class ListenerConfiguration(Declaration):
@@ -97,12 +105,16 @@ class Listener:
         self.configuration = ListenerConfiguration(**configuration)
         self.trigger = self.configuration.effective_trigger
         self.services: dict[str, Declared] = {}
+        self._agent: BackgroundAgent | None = None
         scheduler = get_current_settings().server.services.scheduler
         schedules.check_interval(
             self.trigger.interval,
             max_runs=scheduler.max_runs,
             loop_seconds=scheduler.loop_seconds,
         )
+        listeners.add(self)
+        if prefect_private.is_being_deployed():
+            ensure_work_pool(self.work_pool)
 
     @property
     def work_pool(self) -> str:
@@ -187,3 +199,51 @@ class Listener:
                 f"service {declared.name!r} is declared twice on one listener; give one another name."
             )
         self.services[declared.name] = declared
+
+    # --- running ----------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Deploy the services, and run this node's agent in the background of this program.
+
+        Raises:
+            TaskError: it is started already, nothing is declared, or the work pool is of another type.
+        """
+        from taskadapter.deploy import deploy  # noqa: PLC0415 - it needs this module
+
+        if self._agent is not None:
+            raise TaskError("the listener is started already; stop it before it is started again.")
+        if not self.services:
+            raise TaskError("the listener has no service to run; declare one with service().")
+        asyncio.run(deploy(self))
+        backup = self.configuration.warm_backup_config
+        queue = self.group_id or DEFAULT_QUEUE
+        name = socket.gethostname() if backup is None else backup.task_id
+        self._agent = BackgroundAgent(self.work_pool, queue, name)
+
+    def graceful_stop(self) -> None:
+        """Let the running jobs finish, then end the agent; no tick starts any more."""
+        self._stop(BackgroundAgent.drain)
+
+    def immediate_stop(self) -> None:
+        """End the agent and the jobs it is running, which show as Crashed."""
+        self._stop(BackgroundAgent.abort)
+
+    def _stop(self, how: Callable[[BackgroundAgent], None]) -> None:
+        agent, self._agent = self._agent, None
+        if agent is None:
+            raise TaskError("the listener is not started; call start() first.")
+        how(agent)
+
+    def __enter__(self) -> Self:
+        """Start the listener."""
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Stop it gracefully."""
+        self.graceful_stop()
