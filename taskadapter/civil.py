@@ -58,9 +58,7 @@ class ZoneOffset(Declaration):
         parts = (self.hours, self.minutes, self.seconds)
         given = f"hours={self.hours}, minutes={self.minutes}, seconds={self.seconds}"
         if min(parts) < 0 < max(parts):
-            raise ValueError(
-                f"{given} must share one sign; give all of them the sign of the offset"
-            )
+            raise ValueError(f"{given} must share one sign; give all of them the sign of the offset")
         if abs(self.to_timedelta()) > _LARGEST_OFFSET:
             raise ValueError(f"{given} must be within 18 hours of UTC; correct the offset")
         return self
@@ -192,9 +190,7 @@ def _zone(name: str) -> pendulum.Timezone | pendulum.FixedTimezone:
         ) from None
 
 
-def _in_zone(
-    moment: datetime, zone: pendulum.Timezone | pendulum.FixedTimezone
-) -> pendulum.DateTime:
+def _in_zone(moment: datetime, zone: pendulum.Timezone | pendulum.FixedTimezone) -> pendulum.DateTime:
     """Convert by way of UTC: pendulum shifts a wall clock that its zone skips."""
     try:
         return pendulum.instance(moment.astimezone(UTC)).in_timezone(zone)
@@ -226,9 +222,7 @@ def _parse(text: str) -> datetime:
     try:
         return datetime.fromisoformat(text)
     except ValueError:
-        raise ValueError(
-            'is not an ISO 8601 time; write it like "2021-04-13T04:50:50+05:30"'
-        ) from None
+        raise ValueError('is not an ISO 8601 time; write it like "2021-04-13T04:50:50+05:30"') from None
 
 
 def _form(value: object) -> str:

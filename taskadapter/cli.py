@@ -26,7 +26,7 @@ def render(
     ] = False,
 ) -> None:
     """Write the deployments that the flow modules declare into a prefect.yaml."""
-    from taskadapter import deploy  # noqa: PLC0415 - `--help` needs no Prefect
+    from taskadapter import deploy
 
     text = deploy.render(flows, output)
     if not check:

@@ -22,9 +22,7 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 # A value under such a name may hold a credential, perhaps inside a URL: it is never quoted.
-_SECRET_NAME = re.compile(
-    r"password|secret|token|credential|api_?key|database_?config", re.IGNORECASE
-)
+_SECRET_NAME = re.compile(r"password|secret|token|credential|api_?key|database_?config", re.IGNORECASE)
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = 100
 _SHOWN_TYPES = (str, int, float, Decimal, timedelta, date, type(None))

@@ -55,7 +55,6 @@ def render(flows: Path, file: Path) -> str:
     found.sort(key=lambda pair: pair[1].name)
     _refuse_duplicates(declared for _, declared in found)
     content = {
-        "name": Path.cwd().name,
         "pull": [],
         "deployments": [_entry(listener, declared) for listener, declared in found],
     }
@@ -84,20 +83,25 @@ def _entry(listener: Listener, declared: Declared) -> dict[str, Any]:
         "work_pool": {
             "name": listener.work_pool,
             "work_queue_name": listener.group_id or DEFAULT_QUEUE,
-            "job_variables": _job_variables(listener, declared),
+            "job_variables": _job_variables(declared),
         },
     }
     anchor: datetime | str | None = listener.trigger.start_time
     if anchor is None:
         anchor = "{{ first-tick.date }}"
-        step = {"flow": declared.name, "deployment": declared.name, "slug": slug, "id": "first-tick"}
+        step = {
+            "flow": declared.name,
+            "deployment": declared.name,
+            "slug": slug,
+            "id": "first-tick",
+        }
         entry["build"] = [{"taskadapter.deploy.first_tick": step}]
     entry["schedules"] = [schedules.schedule(listener.trigger, anchor)]
     return entry
 
 
-def _job_variables(listener: Listener, declared: Declared) -> dict[str, Any]:
-    trigger = listener.trigger.model_dump(mode="json", exclude_none=True)
+def _job_variables(declared: Declared) -> dict[str, Any]:
+    trigger = declared.trigger.model_dump(mode="json", exclude_none=True)
     if declared.initial_state is None:
         return {"trigger": trigger}
     return {"trigger": trigger, "initial_state": declared.initial_state}
@@ -171,25 +175,19 @@ async def _deploy(client: PrefectClient, listener: Listener, declared: Declared)
         "tags": [TAG],
         "work_pool_name": listener.work_pool,
         "work_queue_name": listener.group_id or DEFAULT_QUEUE,
-        "job_variables": _job_variables(listener, declared),
+        "job_variables": _job_variables(declared),
         "parameter_openapi_schema": parameter_schema(declared.flow).model_dump(exclude_unset=True),
     }
     try:
         deployed = await client.read_deployment_by_name(f"{name}/{name}")
     except ObjectNotFound:
         flow_id = await client.create_flow(declared.flow)
-        planned = DeploymentScheduleCreate(
-            schedule=await _interval_schedule(listener, name), slug=slug
-        )
+        planned = DeploymentScheduleCreate(schedule=await _interval_schedule(listener, name), slug=slug)
         return await client.create_deployment(flow_id, name, schedules=[planned], **wanted)
     same_schedule = [schedule.slug for schedule in deployed.schedules] == [slug]
     if not same_schedule or any(getattr(deployed, field) != value for field, value in wanted.items()):
-        changed = DeploymentScheduleUpdate(
-            schedule=await _interval_schedule(listener, name), slug=slug
-        )
-        await client.update_deployment(
-            deployed.id, DeploymentUpdate(schedules=[changed], **wanted)
-        )
+        changed = DeploymentScheduleUpdate(schedule=await _interval_schedule(listener, name), slug=slug)
+        await client.update_deployment(deployed.id, DeploymentUpdate(schedules=[changed], **wanted))
     return deployed.id
 
 

@@ -96,6 +96,12 @@ class DeployedJob:
         return None if self.trigger is None else schedules.slug(self.trigger)
 
     @property
+    def max_concurrent(self) -> int | None:
+        """How many of its runs may go on at once; None for no limit."""
+        policy = None if self.trigger is None else self.trigger.task_policy
+        return None if policy is None else policy.max_concurrent
+
+    @property
     def workspace(self) -> Workspace:
         """Where the deployment's code is."""
         return Workspace(
@@ -147,10 +153,12 @@ class Deployments:
             return known
         deployment = await self._client.read_deployment(flow_run.deployment_id)
         flow = await self._client.read_flow(flow_run.flow_id)
-        configuration = await WarmBackupJobConfiguration.from_template_and_values(
-            base_job_template=pool.base_job_template,
-            values={**(deployment.job_variables or {}), **(flow_run.job_variables or {})},
-            client=self._client,
+        configuration: WarmBackupJobConfiguration = (
+            await WarmBackupJobConfiguration.from_template_and_values(
+                base_job_template=pool.base_job_template,
+                values={**(deployment.job_variables or {}), **(flow_run.job_variables or {})},
+                client=self._client,
+            )
         )
         variables = configuration.trigger
         trigger = None if variables is None else TriggerConfiguration.model_validate(variables)
@@ -158,6 +166,10 @@ class Deployments:
         if not flow_run.job_variables:
             self._read[deployment.id] = job
         return job
+
+    def known(self, flow_run: FlowRun) -> DeployedJob | None:
+        """Return the deployment of a run as it was last read, if it was."""
+        return self._read.get(flow_run.deployment_id) if flow_run.deployment_id else None
 
     def is_ending(self, flow_run: FlowRun) -> bool:
         """Return whether the run's job is over and its planned runs are being put away."""
@@ -193,9 +205,7 @@ class Deployments:
         deployment = await self._client.read_deployment(job.deployment.id)
         for schedule in deployment.schedules:
             if schedule.slug == job.slug and schedule.active:
-                await self._client.update_deployment_schedule(
-                    deployment.id, schedule.id, active=False
-                )
+                await self._client.update_deployment_schedule(deployment.id, schedule.id, active=False)
         self._read.pop(deployment.id, None)
 
     async def _skip_planned(self, job: DeployedJob, reason: str) -> None:
@@ -211,7 +221,7 @@ class Deployments:
 
     async def skip(self, flow_run: FlowRun, reason: str) -> None:
         """Record that a tick was not run, and why."""
-        state = Cancelled(name="Skipped", message=f"Skipped: {reason}.")
+        state: State[Any] = Cancelled(name="Skipped", message=f"Skipped: {reason}.")
         await self._client.set_flow_run_state(flow_run.id, state, force=True)
 
     async def settle(self) -> None:

@@ -22,11 +22,12 @@ from typing import Any
 import httpx
 from prefect import Flow, flow
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import State
 from prefect.client.schemas.responses import SetStateStatus
 from prefect.context import FlowRunContext
 from prefect.exceptions import Abort
 from prefect.logging import get_run_logger
-from prefect.states import AwaitingRetry, Cancelled, Retrying, State
+from prefect.states import AwaitingRetry, Cancelled, Retrying
 
 from taskadapter import progress, retries, runs, schedules
 from taskadapter.errors import TaskError
@@ -75,9 +76,7 @@ def service_flow(
     return _class_flow(type(service), execute, body, name, trigger, service=service, **options)
 
 
-def job_flow(
-    cls: type[Job], name: str, trigger: TriggerConfiguration, **options: Any
-) -> Flow[..., Any]:
+def job_flow(cls: type[Job], name: str, trigger: TriggerConfiguration, **options: Any) -> Flow[..., Any]:
     """Return the flow ``name`` around a job class; its fields are the flow's parameters.
 
     The arguments are those of `function_flow`.
@@ -149,7 +148,7 @@ def _as_flow(
             except Exception as exc:
                 if (wait := turn.failed(exc)) is None:
                     raise
-                retry = AwaitingRetry(scheduled_time=_in(wait), message=_in_words(exc))
+                retry: State[Any] = AwaitingRetry(scheduled_time=_in(wait), message=_in_words(exc))
                 await asyncio.to_thread(turn.announce, retry)
                 await asyncio.sleep(wait)
                 await asyncio.to_thread(turn.announce, Retrying())
@@ -223,7 +222,9 @@ class Turn:
         self.current = replace(self.current, count=count)
         self.execution.on_begin()
         late = (self.started - assignment.due).total_seconds()
-        self.log.info("Run %d of %r on %s, %.3f s after its time", count, self.name, assignment.node, late)
+        self.log.info(
+            "Run %d of %r on %s, %.3f s after its time", count, self.name, assignment.node, late
+        )
         return None
 
     @contextmanager
@@ -239,7 +240,11 @@ class Turn:
     def _subject(self) -> Service | None:
         if self.service is None:
             return None
-        saved = progress.saved_service(self.execution.assignment, type(self.service)) if self.execution else None
+        saved = (
+            progress.saved_service(self.execution.assignment, type(self.service))
+            if self.execution
+            else None
+        )
         return saved if saved is not None else self.service.model_copy(deep=True)
 
     def failed(self, exc: Exception) -> float | None:
@@ -258,7 +263,9 @@ class Turn:
             elapsed=elapsed,
         )
         if wait is not None:
-            self.log.warning("Attempt %d failed, next in %g s: %s", self.current.attempt, wait, _in_words(exc))
+            self.log.warning(
+                "Attempt %d failed, next in %g s: %s", self.current.attempt, wait, _in_words(exc)
+            )
         else:
             self._apply_error_policy(exc)
         return wait
@@ -268,7 +275,12 @@ class Turn:
         terminates = policy in TERMINATING
         if policy in LOGGING:
             consequence = "the job ends on all nodes" if terminates else "the job goes on"
-            self.log.error("Failed after %d attempt(s), %s: %s", self.current.attempt, consequence, _in_words(exc))
+            self.log.error(
+                "Failed after %d attempt(s), %s: %s",
+                self.current.attempt,
+                consequence,
+                _in_words(exc),
+            )
         if terminates and self.execution is not None:
             self.execution.ended = f"run {self.execution.count} failed, and the error policy is {policy}"
 

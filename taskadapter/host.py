@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import importlib
 import json
 import os
 import queue
@@ -37,12 +38,17 @@ from taskadapter.workspace import Desk, StaleCode
 
 BUFFER = 65536
 
+PRELOADED = ("taskadapter.coordination.jobs", "sqlalchemy.dialects.sqlite")
+"""What a host needs soon and nothing above imports: imported once, by the nursery."""
+
 
 # --- nursery ------------------------------------------------------------------------------------
 
 
 def nursery(agent: socket.socket) -> None:
     """Fork a host for each socket that the agent sends, and report each that ended, until EOF."""
+    for module in PRELOADED:
+        importlib.import_module(module)
     # What is alive now stays shared with the hosts: their collectors need not touch it.
     gc.collect()
     gc.freeze()
@@ -194,7 +200,7 @@ def drive(flow: Flow[..., Any], assignment: runs.Assignment) -> State[Any] | Non
     included, from the API before the body starts.
     """
     flow_run = assignment.flow_run.model_copy(update={"deployment_id": None})
-    logger = flow_run_logger(assignment.flow_run)
+    logger: Any = flow_run_logger(assignment.flow_run)
     outcome: Any = run_flow(flow, flow_run=flow_run, error_logger=logger, return_type="state")
     if asyncio.iscoroutine(outcome):
         outcome = asyncio.run(outcome)

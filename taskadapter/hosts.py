@@ -53,9 +53,7 @@ class Outcome:
 class Host:
     """One warm host process, as the agent sees it."""
 
-    def __init__(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, pid: int
-    ) -> None:
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, pid: int) -> None:
         self.pid = pid
         self.workspace: str | None = None
         self.runs = 0
@@ -63,9 +61,7 @@ class Host:
         self._reader = reader
         self._writer = writer
 
-    async def carry_out(
-        self, assignment: Assignment, on_begin: Callable[[str | None], None]
-    ) -> Outcome:
+    async def carry_out(self, assignment: Assignment, on_begin: Callable[[str | None], None]) -> Outcome:
         """Have the host run the assignment; returns when it is through with it.
 
         Args:

@@ -192,9 +192,7 @@ def _require_execute(cls: type[Executable]) -> None:
 class _JsonCheck(GenerateJsonSchema):
     """Generates JSON schemas, and fails where Pydantic would leave out a member of a union."""
 
-    def handle_invalid_for_json_schema(
-        self, schema: CoreSchema, error_info: str
-    ) -> JsonSchemaValue:
+    def handle_invalid_for_json_schema(self, schema: CoreSchema, error_info: str) -> JsonSchemaValue:
         raise TypeError(f"{schema['type']}: {error_info}")
 
     def emit_warning(self, kind: Any, detail: str) -> None:

@@ -30,6 +30,9 @@ from taskadapter.model import (
 from taskadapter.pools import DEFAULT_QUEUE, ensure_work_pool
 from taskadapter.settings import TaskadapterSettings
 
+DEFAULTS: dict[str, Any] = {"log_prints": True}
+"""Options of every service's flow: what a job prints is in the UI."""
+
 Declarable = type[Service] | Callable[..., Any]
 
 listeners: weakref.WeakSet[Listener] = weakref.WeakSet()
@@ -80,6 +83,7 @@ class Declared:
     Attributes:
         name: its name, and its flow's.
         flow: what Prefect runs.
+        trigger: the listener's, with what this service adds to it.
         source: the function or class that was declared.
         initial_state: the fields of an attached instance; None where a decorator declared it.
     """
@@ -87,6 +91,7 @@ class Declared:
     name: str
     flow: Flow[..., Any]
     source: Declarable
+    trigger: TriggerConfiguration
     initial_state: dict[str, Any] | None = None
 
 
@@ -143,20 +148,18 @@ class Listener:
         """
 
         def declare(source: Declarable) -> Flow[..., Any]:
+            trigger = self.trigger
             if inspect.isclass(source) and issubclass(source, Service):
-                flow = flows.service_flow(
-                    source(), name, self.trigger, **{"log_prints": True} | options
-                )
+                trigger = _one_writer(source, trigger)
+                flow = flows.service_flow(source(), name, trigger, **DEFAULTS | options)
             elif inspect.isfunction(source):
-                flow = flows.function_flow(
-                    source, name, self.trigger, **{"log_prints": True} | options
-                )
+                flow = flows.function_flow(source, name, trigger, **DEFAULTS | options)
             else:
                 raise DeclarationError(
                     f"{source!r} cannot be service {name!r}: decorate a subclass of Service, or a "
                     "function."
                 )
-            self._add(Declared(name, flow, source))
+            self._add(Declared(name, flow, source, trigger))
             return flow
 
         return declare
@@ -180,8 +183,9 @@ class Listener:
                 f"{cls.__qualname__} cannot be attached as {name!r}: nodes import a service's class, "
                 "and cannot import one that is defined inside a function. Move it to module level."
             )
-        flow = flows.service_flow(service, name, self.trigger, log_prints=True)
-        self._add(Declared(name, flow, cls, dump_state(service)))
+        trigger = _one_writer(cls, self.trigger)
+        flow = flows.service_flow(service, name, trigger, **DEFAULTS)
+        self._add(Declared(name, flow, cls, trigger, dump_state(service)))
         return flow
 
     def detach(self, name: str) -> None:
@@ -208,7 +212,7 @@ class Listener:
         Raises:
             TaskError: it is started already, nothing is declared, or the work pool is of another type.
         """
-        from taskadapter.deploy import deploy  # noqa: PLC0415 - it needs this module
+        from taskadapter.deploy import deploy
 
         if self._agent is not None:
             raise TaskError("the listener is started already; stop it before it is started again.")
@@ -247,3 +251,15 @@ class Listener:
     ) -> None:
         """Stop it gracefully."""
         self.graceful_stop()
+
+
+def _one_writer(cls: type[Service], trigger: TriggerConfiguration) -> TriggerConfiguration:
+    """Return the trigger for a service: one that has state runs one tick at a time.
+
+    Each run starts from the state that the one before it has saved; two at once would lose one of two
+    changes.
+    """
+    if not cls.model_fields:
+        return trigger
+    policy = trigger.task_policy or TaskPolicy()
+    return trigger.model_copy(update={"task_policy": policy.model_copy(update={"max_concurrent": 1})})

@@ -67,9 +67,7 @@ def _positive(seconds: float) -> float:
 
 def _max_count(count: int) -> int:
     if count == 0:
-        raise ValueError(
-            "a job that runs 0 times never runs; choose at least 1, or -1 for no limit"
-        )
+        raise ValueError("a job that runs 0 times never runs; choose at least 1, or -1 for no limit")
     if count < -1:
         raise ValueError("must be at least 1, or -1 for no limit; choose one of these")
     return count
@@ -318,9 +316,7 @@ class WarmBackupConfig(Declaration):
     """
 
     group_id: _Identifier
-    task_id: _Identifier = Field(
-        default_factory=lambda: socket.gethostname(), validate_default=True
-    )
+    task_id: _Identifier = Field(default_factory=lambda: socket.gethostname(), validate_default=True)
     database_config: DatabaseConfig | None = None
     liveness_check_interval: PositiveSeconds = 30.0
     heartbeat_frequency: PositiveSeconds = 1.0

@@ -25,7 +25,6 @@ class Verdict(Enum):
 
     RUN = "run"
     EARLY = "early"
-    SKIP = "skip"
     END = "end"
 
 

@@ -20,9 +20,7 @@ DEFAULT_WORK_POOL = "taskadapter"
 class TaskadapterSettings(PrefectBaseSettings):
     """What a node or a deploying machine may set; every field has a default that works."""
 
-    model_config: ClassVar[SettingsConfigDict] = build_settings_config(
-        ("integrations", "taskadapter")
-    )
+    model_config: ClassVar[SettingsConfigDict] = build_settings_config(("integrations", "taskadapter"))
 
     work_pool: str = Field(
         default=DEFAULT_WORK_POOL,

@@ -30,7 +30,7 @@ from prefect.client.schemas.filters import (
     FlowRunFilterState,
     FlowRunFilterStateType,
 )
-from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_WORKER_QUERY_SECONDS, get_current_settings, temporary_settings
 from prefect.states import Cancelled, Crashed, Scheduled
@@ -73,12 +73,14 @@ class RunInHand:
         flow_run: as polled.
         host: the process that has it, once one does.
         began: when its body began, on the monotonic clock.
+        ended: why its job was over when its body began, if it was.
         cancelled: when it was cancelled, on the monotonic clock.
     """
 
     flow_run: FlowRun
     host: Host | None = None
     began: float | None = None
+    ended: str | None = None
     cancelled: float | None = None
 
     @property
@@ -87,9 +89,7 @@ class RunInHand:
         return _due(self.flow_run)
 
 
-class WarmBackupWorker(
-    BaseWorker[WarmBackupJobConfiguration, WarmBackupVariables, WarmBackupResult]
-):
+class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariables, WarmBackupResult]):
     """Runs a work pool's flows on warm hosts of this machine."""
 
     type = "warm-backup"
@@ -158,12 +158,16 @@ class WarmBackupWorker(
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._settings.drain_seconds):
                 await self._until_idle()
-        for run in self._in_hand.values():
-            if run.host is not None:
-                run.host.end(signal.SIGTERM)
+        self.end_runs()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(TERMINATE_GRACE_SECONDS):
                 await self._until_idle()
+
+    def end_runs(self) -> None:
+        """End what is running now: each run shows as Crashed."""
+        for run in self._in_hand.values():
+            if run.host is not None:
+                run.host.end(signal.SIGTERM)
 
     async def _until_idle(self) -> None:
         while self._upcoming or self._handling:
@@ -204,8 +208,8 @@ class WarmBackupWorker(
     async def _next_due(self) -> FlowRun:
         while True:
             wait = None
-            if self._upcoming:
-                first = min(self._upcoming.values(), key=_due)
+            if free := [run for run in self._upcoming.values() if self._may_start(run)]:
+                first = min(free, key=_due)
                 wait = (_due(first) - CLAIM_AHEAD - datetime.now(UTC)).total_seconds()
                 if wait <= 0:
                     return self._upcoming.pop(first.id)
@@ -213,6 +217,16 @@ class WarmBackupWorker(
                 async with asyncio.timeout(wait):
                     await self._news.wait()
             self._news.clear()
+
+    def _may_start(self, flow_run: FlowRun) -> bool:
+        """Return whether the run's job has not as many runs going on as it may have at once."""
+        job = self._deployments.known(flow_run)
+        limit = None if job is None else job.max_concurrent
+        return limit is None or self._going_on(flow_run) < limit
+
+    def _going_on(self, flow_run: FlowRun) -> int:
+        job_id = flow_run.deployment_id
+        return sum(run.flow_run.deployment_id == job_id for run in self._in_hand.values())
 
     async def _handle(self, run: RunInHand) -> None:
         try:
@@ -227,6 +241,7 @@ class WarmBackupWorker(
         finally:
             del self._in_hand[run.flow_run.id]
             self._room.release()
+            self._news.set()
 
     async def _decide(self, run: RunInHand) -> None:
         """Apply what Prefect's schedule cannot express, then claim and run."""
@@ -234,6 +249,10 @@ class WarmBackupWorker(
         if self._deployments.is_ending(flow_run):
             return
         job = await self._deployments.job_of(flow_run, self.work_pool, self._newest_run)
+        if job.max_concurrent is not None and self._going_on(flow_run) > job.max_concurrent:
+            # Only now is it known that its job allows no more: it waits its turn.
+            self._upcoming[flow_run.id] = flow_run
+            return
         if job.trigger is not None and flow_run.auto_scheduled:
             judgement = schedules.judge(job.trigger, run.due)
             if judgement.verdict is Verdict.EARLY:
@@ -250,7 +269,7 @@ class WarmBackupWorker(
     async def _run_job(self, run: RunInHand, job: DeployedJob) -> None:
         assignment = self._assignment(run, job)
         outcome = await self._on_a_host(run, assignment, job)
-        if outcome.ended is not None:
+        if outcome.ended is not None and run.ended is None:
             self._deployments.end(job, outcome.ended)
         if outcome.kind == "dropped":
             await self._put_back(run, job)
@@ -273,7 +292,7 @@ class WarmBackupWorker(
 
     async def _on_a_host(self, run: RunInHand, assignment: Assignment, job: DeployedJob) -> Outcome:
         def on_begin(ended: str | None) -> None:
-            run.began = time.monotonic()
+            run.began, run.ended = time.monotonic(), ended
             if ended is not None:
                 self._deployments.end(job, ended)
 
@@ -301,7 +320,7 @@ class WarmBackupWorker(
 
     async def _report_crash(self, run: RunInHand, assignment: Assignment, message: str) -> None:
         """Report the end of a run whose process could not, and run the hooks it owes."""
-        state = Crashed(message=f"On {self.name}: {message}.")
+        state: State[Any] = Crashed(message=f"On {self.name}: {message}.")
         if run.cancelled is not None:
             state = Cancelled(message=f"Cancelled; on {self.name} {message}.")
         self._logger.warning("Run %s: %s", run.flow_run.name, state.message)

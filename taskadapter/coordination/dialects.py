@@ -99,8 +99,7 @@ def url_of(database: Database) -> URL:
 def _driver(kind: str) -> str:
     if kind not in _DRIVERS:
         raise CoordinationError(
-            f"{kind}: not a database that nodes can coordinate through; use postgresql, mysql or "
-            "sqlite"
+            f"{kind}: not a database that nodes can coordinate through; use postgresql, mysql or sqlite"
         )
     return _DRIVERS[kind]
 
@@ -294,9 +293,7 @@ def insert_if_absent(connection: Connection, table: Table, values: Mapping[str, 
     return inserted.rowcount == 1
 
 
-def _insert_if_absent_mysql(
-    connection: Connection, table: Table, values: Mapping[str, Any]
-) -> bool:
+def _insert_if_absent_mysql(connection: Connection, table: Table, values: Mapping[str, Any]) -> bool:
     # INSERT IGNORE would also ignore a value that is too long, and cut it. An error undoes no more
     # than its statement.
     try:
@@ -405,11 +402,7 @@ def _classify_mysql(exc: DBAPIError) -> type[CoordinationError]:
         return _DENIED
     if code in {1040, 1053, 1158, 1159, 1160, 1161, 1203, 1205, 1213, 1290, 1317} or code >= 2000:
         return _GONE
-    return (
-        _GONE
-        if isinstance(exc, InterfaceError) or exc.connection_invalidated
-        else CoordinationError
-    )
+    return _GONE if isinstance(exc, InterfaceError) or exc.connection_invalidated else CoordinationError
 
 
 def _classify_sqlite(exc: DBAPIError) -> type[CoordinationError]:

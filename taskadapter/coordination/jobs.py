@@ -121,9 +121,7 @@ def begin_run(connection: Connection, job_id: str, trigger_slug: str, max_count:
 def _locked_job(connection: Connection, job_id: str, trigger_slug: str) -> Row[Any]:
     columns = job_progress.c
     query = (
-        select(columns.trigger_slug, columns.run_count)
-        .where(columns.job_id == job_id)
-        .with_for_update()
+        select(columns.trigger_slug, columns.run_count).where(columns.job_id == job_id).with_for_update()
     )
     row = connection.execute(query).one_or_none()
     if row is None:
@@ -181,9 +179,7 @@ def save_state(
         connection.execute(change)
 
 
-def save_state_fenced(
-    connection: Connection, job_id: str, state: dict[str, Any], token: Token
-) -> None:
+def save_state_fenced(connection: Connection, job_id: str, state: dict[str, Any], token: Token) -> None:
     """Replace the state of a job, if `token` is still held; see `require_token`, `save_state`.
 
     Raises:
@@ -249,6 +245,5 @@ def flights_before(connection: Connection, group_id: str, term: int) -> tuple[Ru
         .order_by(columns.started, columns.flow_run_id)
     )
     return tuple(
-        RunInFlight(row.flow_run_id, row.job_id, Token(group_id, row.task_id, row.term))
-        for row in rows
+        RunInFlight(row.flow_run_id, row.job_id, Token(group_id, row.task_id, row.term)) for row in rows
     )

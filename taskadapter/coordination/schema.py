@@ -162,7 +162,6 @@ def ddl(dialect: Dialect) -> str:
         # MySQL has no CREATE INDEX IF NOT EXISTS.
         exists = dialect.name != "mysql"
         statements += [
-            CreateIndex(index, if_not_exists=exists).compile(dialect=dialect)
-            for index in table.indexes
+            CreateIndex(index, if_not_exists=exists).compile(dialect=dialect) for index in table.indexes
         ]
     return "".join(f"{str(statement).strip()};\n\n" for statement in statements)

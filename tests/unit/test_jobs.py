@@ -58,9 +58,7 @@ def test_job_rejects_bad_inputs():
     """A wrong, missing or unknown input is named, and fields have no aliases."""
     assert "Greeting: msg=3: must be a valid string, not int" in message(Greeting, msg=3)
     assert "msg is required" in message(Greeting)
-    assert "mesg is not a field of Greeting; did you mean msg?" in message(
-        Greeting, msg="Hi", mesg="Hi"
-    )
+    assert "mesg is not a field of Greeting; did you mean msg?" in message(Greeting, msg="Hi", mesg="Hi")
 
 
 @pytest.mark.parametrize("base", [Job, Service])
@@ -203,9 +201,7 @@ def test_state_of_an_older_class():
 
 def test_state_that_no_longer_fits():
     """A saved value that is no longer valid, or missing without a default, names its field."""
-    assert "Counter: i='many': must be a valid integer" in message(
-        load_state, Counter, {"i": "many"}
-    )
+    assert "Counter: i='many': must be a valid integer" in message(load_state, Counter, {"i": "many"})
     required = declare(Service, int)
     assert "Declared: x is required" in message(load_state, required, {})
 

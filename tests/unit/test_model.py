@@ -90,9 +90,7 @@ def test_ballerina_spelling():
 
 def test_survives_json():
     """A declaration that was dumped as JSON loads as the same declaration."""
-    trigger = TriggerConfiguration(
-        interval=2.5, start_time="2021-03-31T04:50:50Z", retry_config=retry()
-    )
+    trigger = TriggerConfiguration(interval=2.5, start_time="2021-03-31T04:50:50Z", retry_config=retry())
     assert TriggerConfiguration.model_validate_json(trigger.model_dump_json()) == trigger
 
 
@@ -191,9 +189,7 @@ def test_max_interval():
     """A limit of the wait may equal the first wait, not be shorter; the message names both."""
     assert retry(retry_interval=5, max_interval=5).max_interval == 5
     text = message(retry, retry_interval=5, max_interval=4.999)
-    assert (
-        "max_interval=4.999 must not be shorter than retry_interval=5; raise max_interval" in text
-    )
+    assert "max_interval=4.999 must not be shorter than retry_interval=5; raise max_interval" in text
     assert "retry_interval=0" in message(retry, retry_interval=0)
     assert "max_interval=0" in message(retry, max_interval=0)
 
