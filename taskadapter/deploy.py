@@ -17,6 +17,7 @@ from prefect.client.schemas.actions import (
     DeploymentScheduleUpdate,
     DeploymentUpdate,
 )
+from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.exceptions import ObjectNotFound
 from prefect.utilities.callables import parameter_schema
@@ -78,7 +79,7 @@ def _entry(listener: Listener, declared: Declared) -> dict[str, Any]:
     entry: dict[str, Any] = {
         "name": declared.name,
         "entrypoint": entrypoint(declared.source),
-        "description": inspect.getdoc(declared.source) or "",
+        "description": description(declared),
         "tags": [TAG],
         "work_pool": {
             "name": listener.work_pool,
@@ -86,16 +87,12 @@ def _entry(listener: Listener, declared: Declared) -> dict[str, Any]:
             "job_variables": _job_variables(declared),
         },
     }
+    step = {"flow": declared.name, "deployment": declared.name, "slug": slug}
+    entry["build"] = [{"taskadapter.deploy.end_earlier_triggers": step}]
     anchor: datetime | str | None = listener.trigger.start_time
     if anchor is None:
         anchor = "{{ first-tick.date }}"
-        step = {
-            "flow": declared.name,
-            "deployment": declared.name,
-            "slug": slug,
-            "id": "first-tick",
-        }
-        entry["build"] = [{"taskadapter.deploy.first_tick": step}]
+        entry["build"] += [{"taskadapter.deploy.first_tick": step | {"id": "first-tick"}}]
     entry["schedules"] = [schedules.schedule(listener.trigger, anchor)]
     return entry
 
@@ -105,6 +102,14 @@ def _job_variables(declared: Declared) -> dict[str, Any]:
     if declared.initial_state is None:
         return {"trigger": trigger}
     return {"trigger": trigger, "initial_state": declared.initial_state}
+
+
+def description(declared: Declared) -> str:
+    """Return the docstring of what was declared; what it inherits from `Service` is not about it."""
+    if own := inspect.cleandoc(declared.source.__doc__ or ""):
+        return own
+    # Of an empty one `prefect deploy` would make "None".
+    return f"Job {declared.name} in {entrypoint(declared.source)}"
 
 
 def entrypoint(source: Any) -> str:
@@ -149,6 +154,31 @@ async def _first_tick(flow: str, deployment: str, slug: str) -> datetime:
     return datetime.now(UTC) + schedules.FIRST_TICK_LEAD
 
 
+async def end_earlier_triggers(flow: str, deployment: str, slug: str) -> None:
+    """A build step of ``prefect.yaml``: remove the schedules of triggers that were deployed before.
+
+    Prefect adds a schedule whose slug is new and leaves those it knows, so that the job would go on by
+    its former trigger too. Schedules that somebody else has added stay.
+
+    Args:
+        flow: the flow's name.
+        deployment: the deployment's name.
+        slug: the slug of the trigger's schedule, which stays as it is.
+    """
+    async with get_client() as client:
+        try:
+            deployed = await client.read_deployment_by_name(f"{flow}/{deployment}")
+        except ObjectNotFound:
+            return
+        await _end_earlier_triggers(client, deployed, slug)
+
+
+async def _end_earlier_triggers(client: PrefectClient, deployed: DeploymentResponse, slug: str) -> None:
+    for schedule in deployed.schedules:
+        if schedule.slug != slug and schedules.is_slug(schedule.slug or ""):
+            await client.delete_deployment_schedule(deployed.id, schedule.id)
+
+
 async def deploy(listener: Listener) -> dict[str, JobId]:
     """Deploy a listener's services to the server, as ``prefect deploy`` would.
 
@@ -171,7 +201,7 @@ async def _deploy(client: PrefectClient, listener: Listener, declared: Declared)
     name, slug = declared.name, schedules.slug(listener.trigger)
     wanted: dict[str, Any] = {
         "entrypoint": entrypoint(declared.source),
-        "description": inspect.getdoc(declared.source) or "",
+        "description": description(declared),
         "tags": [TAG],
         "work_pool_name": listener.work_pool,
         "work_queue_name": listener.group_id or DEFAULT_QUEUE,
@@ -184,7 +214,8 @@ async def _deploy(client: PrefectClient, listener: Listener, declared: Declared)
         flow_id = await client.create_flow(declared.flow)
         planned = DeploymentScheduleCreate(schedule=await _interval_schedule(listener, name), slug=slug)
         return await client.create_deployment(flow_id, name, schedules=[planned], **wanted)
-    same_schedule = [schedule.slug for schedule in deployed.schedules] == [slug]
+    await _end_earlier_triggers(client, deployed, slug)
+    same_schedule = slug in [schedule.slug for schedule in deployed.schedules]
     if not same_schedule or any(getattr(deployed, field) != value for field, value in wanted.items()):
         changed = DeploymentScheduleUpdate(schedule=await _interval_schedule(listener, name), slug=slug)
         await client.update_deployment(deployed.id, DeploymentUpdate(schedules=[changed], **wanted))

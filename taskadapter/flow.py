@@ -99,7 +99,7 @@ def _class_flow(
     trigger: TriggerConfiguration,
     **options: Any,
 ) -> Flow[..., Any]:
-    execute.__doc__ = inspect.getdoc(cls)
+    execute.__doc__ = cls.__doc__
     execute.__module__, execute.__qualname__ = cls.__module__, cls.__qualname__
     is_async = inspect.iscoroutinefunction(cls.execute)
     return _as_flow(body, execute, name, trigger, is_async=is_async, **options)
