@@ -57,9 +57,7 @@ class Postgres(Program):
 
     user = "postgres"
 
-    def __init__(
-        self, home: Path, binaries: Path, password: str, identity: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, home: Path, binaries: Path, password: str, identity: Mapping[str, Any]) -> None:
         self.port = free_port()
         self.password = password
         listen = (f"--port={self.port}", f"--listen_addresses={HOST}", "--unix_socket_directories=")

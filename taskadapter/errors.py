@@ -6,9 +6,41 @@ from __future__ import annotations
 class TaskError(Exception):
     """A task could not be declared, scheduled or run as asked.
 
-    The root of every error this package raises. Its message names the value, the rule and the remedy.
+    The root of every error this package raises. Its message names the value, the rule and the
+    remedy.
     """
 
 
 class DeclarationError(TaskError, ValueError):
     """A declaration holds a value that its rule forbids; raised when it is constructed."""
+
+
+class CoordinationError(TaskError):
+    """The coordination database could not be used as asked."""
+
+
+class DatabaseUnavailableError(CoordinationError):
+    """The database did not answer, or not in time; the same call may succeed later.
+
+    Whether what was asked has happened is unknown.
+    """
+
+
+class AccessDeniedError(CoordinationError):
+    """The database refused this user: a wrong password, or a right that was not granted."""
+
+
+class SchemaError(CoordinationError):
+    """The database lacks tables or columns that coordination needs, or they are too narrow."""
+
+
+class DuplicateNodeError(CoordinationError):
+    """Another live process uses this node's `task_id`."""
+
+
+class TokenLostError(TaskError):
+    """This run's node no longer holds the token of its group, in the term the run started in."""
+
+
+class AlreadyStartedError(TaskError):
+    """This flow run has been started before, and must not start twice."""

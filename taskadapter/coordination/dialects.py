@@ -1,0 +1,421 @@
+"""What differs between PostgreSQL, MySQL and SQLite, one function for each difference.
+
+Everything else in this package writes plain SQLAlchemy Core and runs on all of them.
+"""
+
+from __future__ import annotations
+
+import math
+import sqlite3
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from sqlalchemy import Float, create_engine, event, make_url
+from sqlalchemy.dialects import mysql, postgresql, sqlite
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, OperationalError
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import FunctionElement
+
+from taskadapter.errors import (
+    AccessDeniedError,
+    CoordinationError,
+    DatabaseUnavailableError,
+    SchemaError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from sqlalchemy import Connection, Engine, Table
+    from sqlalchemy.dialects.mysql import Insert as MysqlInsert
+    from sqlalchemy.engine.interfaces import DBAPIConnection
+    from sqlalchemy.sql.compiler import SQLCompiler
+    from sqlalchemy.sql.dml import Insert
+
+__all__ = [
+    "Database",
+    "Timeouts",
+    "database_now",
+    "insert_if_absent",
+    "open_engine",
+    "seconds_since",
+    "transaction",
+    "translated",
+    "upsert",
+    "url_of",
+]
+
+
+class DatabaseConfig(Protocol):
+    """What `PostgresqlConfig`, `MysqlConfig` and `SqliteConfig` have in common."""
+
+    @property
+    def kind(self) -> Literal["postgresql", "mysql", "sqlite"]:
+        """Which database it is."""
+
+
+Database = DatabaseConfig | URL | str
+"""How a caller may name a database."""
+
+_DRIVERS = {
+    "postgresql": "postgresql+psycopg",
+    "mysql": "mysql+pymysql",
+    "mariadb": "mysql+pymysql",
+    "sqlite": "sqlite+pysqlite",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timeouts:
+    """How long a call may take, in seconds.
+
+    `connect` is for a new connection (the PostgreSQL driver waits at least 2). `statement` is for
+    one statement, lock waits included. `idle`, if not None, is after how long the *server* drops a
+    session that went silent, in a transaction on PostgreSQL and anywhere on MySQL, so that a frozen
+    client does not keep its locks.
+    """
+
+    connect: float = 5.0
+    statement: float = 10.0
+    idle: float | None = None
+
+
+def url_of(database: Database) -> URL:
+    """Return the SQLAlchemy URL of a database, with the driver that this package uses.
+
+    Raises:
+        CoordinationError: it is of another kind.
+    """
+    if isinstance(database, str | URL):
+        url = make_url(database)
+        return url.set(drivername=_driver(url.get_backend_name()))
+    if database.kind == "sqlite":
+        return URL.create(_DRIVERS["sqlite"], database=str(database.path))  # type: ignore[attr-defined]
+    return _server_url(database)
+
+
+def _driver(kind: str) -> str:
+    if kind not in _DRIVERS:
+        raise CoordinationError(
+            f"{kind}: not a database that nodes can coordinate through; use postgresql, mysql or sqlite"
+        )
+    return _DRIVERS[kind]
+
+
+def _server_url(config: Any) -> URL:
+    return URL.create(
+        _DRIVERS[config.kind],
+        username=config.user,
+        password=config.password.get_secret_value() if config.password else None,
+        host=config.host,
+        port=config.port,
+        database=config.database,
+    )
+
+
+def open_engine(
+    database: Database, *, timeouts: Timeouts | None = None, pre_ping: bool = True
+) -> Engine:
+    """Return an engine whose sessions all behave alike, whatever the server's defaults.
+
+    They are in UTC and READ COMMITTED, give up in time, and on SQLite lock at `BEGIN`. Nothing is
+    connected yet. `pre_ping` replaces a pooled connection that died, at one round trip a checkout.
+    """
+    timeouts = timeouts or Timeouts()
+    url = url_of(database)
+    name = url.get_backend_name()
+    engine = create_engine(
+        url,
+        pool_pre_ping=pre_ping,
+        # Statements carry job state, which belongs in no log.
+        hide_parameters=True,
+        connect_args=_CONNECT_ARGS[name](timeouts),
+        **({} if name == "sqlite" else {"isolation_level": "READ COMMITTED"}),
+    )
+    _PREPARE[name](engine, timeouts)
+    return engine
+
+
+def _postgresql_connect_args(timeouts: Timeouts) -> dict[str, Any]:
+    return {
+        "connect_timeout": max(2, math.ceil(timeouts.connect)),
+        "tcp_user_timeout": math.ceil(timeouts.statement * 1000),
+        "keepalives_idle": 5,
+        "keepalives_interval": 2,
+        "keepalives_count": 3,
+        "application_name": "taskadapter",
+    }
+
+
+def _mysql_connect_args(timeouts: Timeouts) -> dict[str, Any]:
+    return {
+        "connect_timeout": max(1, math.ceil(timeouts.connect)),
+        "read_timeout": timeouts.statement,
+        "write_timeout": timeouts.statement,
+        "charset": "utf8mb4",
+    }
+
+
+def _sqlite_connect_args(timeouts: Timeouts) -> dict[str, Any]:
+    return {"timeout": timeouts.statement, "check_same_thread": False}
+
+
+_CONNECT_ARGS = {
+    "postgresql": _postgresql_connect_args,
+    "mysql": _mysql_connect_args,
+    "sqlite": _sqlite_connect_args,
+}
+
+
+def _prepare_postgresql(engine: Engine, timeouts: Timeouts) -> None:
+    # Not connection options: PgBouncer refuses those.
+    milliseconds = math.ceil(timeouts.statement * 1000)
+    settings = f"SET TIME ZONE 'UTC'; SET statement_timeout = {milliseconds}"
+    if timeouts.idle is not None:
+        idle = math.ceil(timeouts.idle * 1000)
+        settings += f"; SET idle_in_transaction_session_timeout = {idle}"
+    _on_connect(engine, settings)
+
+
+def _prepare_mysql(engine: Engine, timeouts: Timeouts) -> None:
+    # Without strict mode a name that is too long for its column would be cut.
+    settings = (
+        "SET time_zone = '+00:00', sql_mode = CONCAT(@@sql_mode, ',STRICT_TRANS_TABLES'), "
+        f"innodb_lock_wait_timeout = {max(1, math.floor(timeouts.statement))}"
+    )
+    if timeouts.idle is not None:
+        settings += f", wait_timeout = {max(2, math.ceil(timeouts.idle))}"
+    _on_connect(engine, settings)
+
+
+def _on_connect(engine: Engine, settings: str) -> None:
+    @event.listens_for(engine, "connect")
+    def apply(connection: DBAPIConnection, _record: object) -> None:
+        cursor = connection.cursor()
+        cursor.execute(settings)
+        cursor.close()
+        connection.commit()
+
+
+def _prepare_sqlite(engine: Engine, _timeouts: Timeouts) -> None:
+    @event.listens_for(engine, "connect")
+    def apply(connection: Any, _record: object) -> None:
+        # The driver would begin late and without a lock; `begin` below does it.
+        connection.isolation_level = None
+        # Refused while another process is about to do the same.
+        with suppress(sqlite3.OperationalError):
+            connection.execute("PRAGMA journal_mode = WAL")
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        # SQLite has no row locks: a transaction owns the file from its start.
+        if connection.get_execution_options().get("isolation_level") != "AUTOCOMMIT":
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+_PREPARE = {
+    "postgresql": _prepare_postgresql,
+    "mysql": _prepare_mysql,
+    "sqlite": _prepare_sqlite,
+}
+
+
+class database_now(FunctionElement[Any]):  # noqa: N801  reads as an SQL function
+    """The database's clock, as a value for a column of moments."""
+
+    inherit_cache = True
+
+
+@compiles(database_now, "postgresql")
+def _now_postgresql(*_: Any, **__: Any) -> str:
+    # Unlike CURRENT_TIMESTAMP it goes on while a transaction waits for a lock.
+    return "clock_timestamp()"
+
+
+@compiles(database_now, "mysql")
+def _now_mysql(*_: Any, **__: Any) -> str:
+    return "CURRENT_TIMESTAMP(6)"
+
+
+@compiles(database_now, "sqlite")
+def _now_sqlite(*_: Any, **__: Any) -> str:
+    return "strftime('%Y-%m-%d %H:%M:%f', 'now')"
+
+
+class seconds_since(FunctionElement[float]):  # noqa: N801  reads as an SQL function
+    """Seconds that have passed on the database's clock since a moment; NULL for NULL.
+
+    On MySQL a moment without a fraction counts as a second later than it says: it may have been cut
+    (by a `TIMESTAMP` column, or by `CURRENT_TIMESTAMP` without a precision), and must not look
+    older than it is.
+    """
+
+    inherit_cache = True
+    type = Float()
+
+
+@compiles(seconds_since, "postgresql")
+def _since_postgresql(element: Any, compiler: SQLCompiler, **kw: Any) -> str:
+    moment = compiler.process(element.clauses, **kw)
+    return f"CAST(EXTRACT(EPOCH FROM clock_timestamp() - {moment}) AS DOUBLE PRECISION)"
+
+
+@compiles(seconds_since, "mysql")
+def _since_mysql(element: Any, compiler: SQLCompiler, **kw: Any) -> str:
+    moment = compiler.process(element.clauses, **kw)
+    elapsed = f"TIMESTAMPDIFF(MICROSECOND, {moment}, CURRENT_TIMESTAMP(6)) * 1e-6"
+    return f"({elapsed} - (MICROSECOND({moment}) = 0))"
+
+
+@compiles(seconds_since, "sqlite")
+def _since_sqlite(element: Any, compiler: SQLCompiler, **kw: Any) -> str:
+    moment = compiler.process(element.clauses, **kw)
+    return f"((julianday('now') - julianday({moment})) * 86400.0)"
+
+
+def insert_if_absent(connection: Connection, table: Table, values: Mapping[str, Any]) -> bool:
+    """Insert a row unless its primary key exists, and return whether it was inserted.
+
+    Where another transaction has inserted the same key, this waits for its outcome.
+    """
+    statement: Insert
+    match connection.dialect.name:
+        case "postgresql":
+            statement = postgresql.insert(table).values(values).on_conflict_do_nothing()
+        case "sqlite":
+            statement = sqlite.insert(table).values(values).on_conflict_do_nothing()
+        case _:
+            return _insert_if_absent_mysql(connection, table, values)
+    # Without the option, SQLAlchemy forgets the row count of an INSERT.
+    inserted = connection.execute(statement, execution_options={"preserve_rowcount": True})
+    return inserted.rowcount == 1
+
+
+def _insert_if_absent_mysql(connection: Connection, table: Table, values: Mapping[str, Any]) -> bool:
+    # INSERT IGNORE would also ignore a value that is too long, and cut it. An error undoes no more
+    # than its statement.
+    try:
+        connection.execute(mysql.insert(table).values(values))
+    except IntegrityError as exc:
+        if exc.orig is None or exc.orig.args[0] != _MYSQL_DUPLICATE_KEY:
+            raise
+        return False
+    return True
+
+
+_MYSQL_DUPLICATE_KEY = 1062
+
+
+def upsert(connection: Connection, table: Table, values: Mapping[str, Any]) -> None:
+    """Insert a row, or give the one with its primary key these values."""
+    keys = [column.name for column in table.primary_key]
+    rest = [name for name in values if name not in keys]
+    statement: Insert
+    match connection.dialect.name:
+        case "mysql":
+            insert: MysqlInsert = mysql.insert(table).values(values)
+            statement = insert.on_duplicate_key_update({n: insert.inserted[n] for n in rest})
+        case name:
+            module = postgresql if name == "postgresql" else sqlite
+            new = module.insert(table).values(values)
+            statement = new.on_conflict_do_update(
+                index_elements=keys, set_={n: new.excluded[n] for n in rest}
+            )
+    connection.execute(statement)
+
+
+@contextmanager
+def transaction(engine: Engine) -> Iterator[Connection]:
+    """Give a connection in a transaction, committed at the end or rolled back on an error.
+
+    Raises:
+        CoordinationError: the database failed; see `translated`.
+    """
+    with translated(engine.url), engine.begin() as connection:
+        yield connection
+
+
+@contextmanager
+def translated(url: URL) -> Iterator[None]:
+    """Turn a driver's errors into ours: the one place where that happens.
+
+    Raises:
+        DatabaseUnavailableError: no route, no answer in time, a lock or a deadlock; try again.
+        AccessDeniedError: a wrong user or password, or a missing grant.
+        SchemaError: a missing table or column, or a value longer than its column.
+        CoordinationError: anything else the driver reports.
+    """
+    try:
+        yield
+    except DBAPIError as exc:
+        raise _explain(exc, url) from exc
+
+
+def _explain(exc: DBAPIError, url: URL) -> CoordinationError:
+    kind = _CLASSIFY[url.get_backend_name()](exc)
+    reason = " ".join(str(exc.orig).split())
+    return kind(f"{_where(url)}: {reason}; {_REMEDIES[kind]}")
+
+
+def _where(url: URL) -> str:
+    if url.get_backend_name() == "sqlite":
+        return f"database {url.database}"
+    user = f"{url.username}@" if url.username else ""
+    port = f":{url.port}" if url.port else ""
+    return f"database {user}{url.host}{port}/{url.database or ''}"
+
+
+_REMEDIES: dict[type[CoordinationError], str] = {
+    DatabaseUnavailableError: "it is tried again; check that it runs and is reached from this host",
+    AccessDeniedError: "correct the user, its password or its grants",
+    SchemaError: "run `taskadapter db upgrade`, or give a DBA the output of `taskadapter db sql`",
+    CoordinationError: "see `taskadapter doctor`",
+}
+
+_DENIED, _GONE, _SCHEMA = AccessDeniedError, DatabaseUnavailableError, SchemaError
+
+
+def _classify_postgresql(exc: DBAPIError) -> type[CoordinationError]:
+    # https://www.postgresql.org/docs/current/errcodes-appendix.html
+    state: str = getattr(exc.orig, "sqlstate", None) or ""
+    if state in {"42P01", "42703", "22001"}:
+        return _SCHEMA
+    if state.startswith("28") or state in {"42501", "3D000"}:
+        return _DENIED
+    if state[:2] in {"08", "40", "53", "55", "57"}:
+        return _GONE
+    if state:
+        return CoordinationError
+    # A refused connection has no state, only the server's words.
+    refusals = ("authentication failed", "no pg_hba.conf entry", '" does not exist', "no password")
+    return _DENIED if any(words in str(exc.orig) for words in refusals) else _GONE
+
+
+def _classify_mysql(exc: DBAPIError) -> type[CoordinationError]:
+    # https://dev.mysql.com/doc/mysql-errors/8.4/en/server-error-reference.html
+    code = exc.orig.args[0] if exc.orig and exc.orig.args else 0
+    if code in {1054, 1146, 1406}:
+        return _SCHEMA
+    if code in {1044, 1045, 1049, 1130, 1142, 1143, 1227, 1370, 1698}:
+        return _DENIED
+    if code in {1040, 1053, 1158, 1159, 1160, 1161, 1203, 1205, 1213, 1290, 1317} or code >= 2000:
+        return _GONE
+    return _GONE if isinstance(exc, InterfaceError) or exc.connection_invalidated else CoordinationError
+
+
+def _classify_sqlite(exc: DBAPIError) -> type[CoordinationError]:
+    words = str(exc.orig)
+    if "no such table" in words or "no such column" in words:
+        return _SCHEMA
+    if "readonly" in words or "unable to open" in words:
+        return _DENIED
+    return _GONE if isinstance(exc, OperationalError) else CoordinationError
+
+
+_CLASSIFY = {
+    "postgresql": _classify_postgresql,
+    "mysql": _classify_mysql,
+    "sqlite": _classify_sqlite,
+}

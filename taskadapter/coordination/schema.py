@@ -1,0 +1,167 @@
+"""The tables of the coordination database.
+
+`token_holder` and `health_check` have the names, columns and meaning of Ballerina's task module, so
+that its nodes and ours can share a group. All else is in tables of our own.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import (
+    CHAR,
+    BigInteger,
+    Column,
+    DateTime,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    inspect,
+)
+from sqlalchemy.dialects.mysql import LONGTEXT, TIMESTAMP
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.schema import CreateIndex, CreateTable
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection, Dialect
+    from sqlalchemy.types import TypeEngine
+
+__all__ = [
+    "create_missing",
+    "ddl",
+    "health_check",
+    "job_progress",
+    "metadata",
+    "missing_tables",
+    "node",
+    "run_in_flight",
+    "tenure",
+    "token_holder",
+]
+
+metadata = MetaData()
+
+# Compared and subtracted inside SQL only, never loaded as a datetime.
+_Moment: TypeEngine[Any] = (
+    DateTime(timezone=True).with_variant(TIMESTAMP(fsp=6), "mysql").with_variant(Text(), "sqlite")
+)
+_Json: TypeEngine[Any] = Text().with_variant(LONGTEXT(), "mysql")
+
+# MySQL's default collations take "node-1" and "NODE-1" for one name.
+_MYSQL: dict[str, Any] = {
+    "mysql_engine": "InnoDB",
+    "mysql_charset": "utf8mb4",
+    "mysql_collate": "utf8mb4_bin",
+}
+
+token_holder = Table(
+    "token_holder",
+    metadata,
+    Column("group_id", String(255), primary_key=True),
+    # Empty once released: nobody holds the token, and no node's name matches.
+    Column("task_id", String(255), nullable=False),
+    Column("term", Integer, nullable=False),
+    **_MYSQL,
+)
+
+health_check = Table(
+    "health_check",
+    metadata,
+    Column("task_id", String(255), primary_key=True),
+    Column("group_id", String(255), primary_key=True),
+    Column("last_heartbeat", _Moment),
+    **_MYSQL,
+)
+
+node = Table(
+    "taskadapter_node",
+    metadata,
+    Column("task_id", String(255), primary_key=True),
+    # Which process, of all that ever used the name.
+    Column("incarnation", CHAR(36), nullable=False),
+    Column("host", String(255), nullable=False),
+    Column("pid", Integer, nullable=False),
+    Column("group_ids", _Json, nullable=False),
+    Column("started", _Moment, nullable=False),
+    Column("last_seen", _Moment, nullable=False),
+    **_MYSQL,
+)
+
+tenure = Table(
+    "taskadapter_tenure",
+    metadata,
+    Column("group_id", String(255), primary_key=True),
+    Column("term", BigInteger, primary_key=True, autoincrement=False),
+    Column("task_id", String(255), nullable=False),
+    Column("incarnation", CHAR(36), nullable=False),
+    Column("reason", String(255), nullable=False),
+    Column("acquired", _Moment, nullable=False),
+    Column("resign_requested", _Moment),
+    Column("released", _Moment),
+    **_MYSQL,
+)
+
+job_progress = Table(
+    "taskadapter_job",
+    metadata,
+    Column("job_id", CHAR(36), primary_key=True),
+    Column("trigger_slug", String(255), nullable=False),
+    Column("run_count", BigInteger, nullable=False),
+    Column("state", _Json),
+    # The term in which the state was last written.
+    Column("term", BigInteger),
+    Column("updated", _Moment, nullable=False),
+    **_MYSQL,
+)
+
+run_in_flight = Table(
+    "taskadapter_run",
+    metadata,
+    Column("flow_run_id", CHAR(36), primary_key=True),
+    Column("job_id", CHAR(36)),
+    Column("group_id", String(255), nullable=False),
+    Column("task_id", String(255), nullable=False),
+    Column("term", BigInteger, nullable=False),
+    Column("started", _Moment, nullable=False),
+    Index("taskadapter_run_group", "group_id", "term"),
+    **_MYSQL,
+)
+
+
+def missing_tables(connection: Connection) -> tuple[str, ...]:
+    """Return the names of the tables that the database lacks, in the order of their creation."""
+    present = set(inspect(connection).get_table_names())
+    return tuple(table.name for table in metadata.sorted_tables if table.name not in present)
+
+
+def create_missing(connection: Connection) -> tuple[str, ...]:
+    """Create the tables that the database lacks, commit, and return their names.
+
+    Several nodes may do so at once.
+    """
+    missing = missing_tables(connection)
+    try:
+        metadata.create_all(connection, [metadata.tables[name] for name in missing])
+        connection.commit()
+    except DBAPIError:
+        # Another node was faster, if they are all there now.
+        connection.rollback()
+        if missing_tables(connection):
+            raise
+    return missing
+
+
+def ddl(dialect: Dialect) -> str:
+    """Return the script that creates every table where it is missing, for a DBA to run."""
+    statements = []
+    for table in metadata.sorted_tables:
+        statements.append(CreateTable(table, if_not_exists=True).compile(dialect=dialect))
+        # MySQL has no CREATE INDEX IF NOT EXISTS.
+        exists = dialect.name != "mysql"
+        statements += [
+            CreateIndex(index, if_not_exists=exists).compile(dialect=dialect) for index in table.indexes
+        ]
+    return "".join(f"{str(statement).strip()};\n\n" for statement in statements)

@@ -1,0 +1,189 @@
+"""The base of every declaration: validated once, at construction, with one clear error."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import reprlib
+from collections.abc import Mapping
+from datetime import date, timedelta
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any, Self, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.alias_generators import to_camel
+
+from taskadapter.errors import DeclarationError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pydantic.fields import FieldInfo
+    from pydantic_core import ErrorDetails
+
+# A value under such a name may hold a credential, perhaps inside a URL: it is never quoted.
+_SECRET_NAME = re.compile(r"password|secret|token|credential|api_?key|database_?config", re.IGNORECASE)
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = 100
+_SHOWN_TYPES = (str, int, float, Decimal, timedelta, date, type(None))
+
+
+class Validated(BaseModel):
+    """A model that answers invalid values with one `DeclarationError` instead of Pydantic's error.
+
+    Constructing, loading (`model_validate`, `model_validate_json`) and assigning raise it. Its
+    message has one line for each fault: field, value, rule, remedy. Neither the message nor the
+    chained traceback holds a password.
+    """
+
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True, populate_by_name=True)
+
+    def __init__(self, /, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise refusal(type(self), error) from None
+
+    # Tells Pydantic that this is its own constructor: a nested model is then validated in place,
+    # and its faults keep their full path.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    @classmethod
+    def model_validate(cls, obj: Any, **options: Any) -> Self:
+        """Load from a mapping or an instance; options are Pydantic's.
+
+        Raises:
+            DeclarationError: a value is invalid, a field is missing or unknown.
+        """
+        try:
+            return super().model_validate(obj, **options)
+        except ValidationError as error:
+            raise refusal(cls, error) from None
+
+    @classmethod
+    def model_validate_json(cls, json_data: str | bytes | bytearray, **options: Any) -> Self:
+        """Load from JSON text; options are Pydantic's.
+
+        Raises:
+            DeclarationError: the text is not JSON, a value is invalid, a field missing or unknown.
+        """
+        try:
+            return super().model_validate_json(json_data, **options)
+        except ValidationError as error:
+            raise refusal(cls, error) from None
+
+    if not TYPE_CHECKING:  # a visible __setattr__ would let type checkers accept any attribute
+
+        def __setattr__(self, name: str, value: object) -> None:
+            try:
+                super().__setattr__(name, value)
+            except ValidationError as error:
+                raise refusal(type(self), error) from None
+
+
+class Declaration(Validated):
+    """A frozen set of values that a user declares.
+
+    Keys may be in Python's spelling (`max_count`) or in Ballerina's (`maxCount`); an unknown key is
+    an error.
+    """
+
+    model_config = ConfigDict(frozen=True, alias_generator=to_camel)
+
+
+def refusal(model: type[BaseModel], error: ValidationError) -> DeclarationError:
+    """Translate Pydantic's error for `model` into ours, with a line for each fault."""
+    faults = [_describe(model, detail) for detail in error.errors(include_url=False)]
+    separator = " " if len(faults) == 1 else "\n  "
+    return DeclarationError(f"{model.__name__}:{separator}" + separator.join(faults))
+
+
+def _describe(model: type[BaseModel], detail: ErrorDetails) -> str:
+    owner, field, path = _locate(model, detail["loc"])
+    if detail["type"] == "missing":
+        # Pydantic names a missing field by its alias, which the user need not have used.
+        head, dot, _ = path.rpartition(".")
+        name = next(name for name, known in owner.model_fields.items() if known is field)
+        return f"{head}{dot}{name} is required; give it a value"
+    if detail["type"] == "extra_forbidden":
+        return f"{path} is not a field of {owner.__name__}; {_nearest(owner, path)}"
+    if detail["type"] == "frozen_instance":
+        return (
+            f"{path} cannot be assigned, {model.__name__} is frozen; construct a new one instead "
+            "(only the fields of a Service may change)"
+        )
+    rule = _rule(detail, field, path)
+    return f"{path}{_shown(path, detail['input'])}: {rule}" if path else rule
+
+
+def _rule(detail: ErrorDetails, field: FieldInfo | None, path: str) -> str:
+    """Our own rules carry their remedy; Pydantic's get the field's default as theirs."""
+    if detail["type"] == "value_error":
+        return str(detail["ctx"]["error"])
+    if "_tag_" in detail["type"]:  # an undecided union: the message is our own
+        return detail["msg"]
+    rule = re.sub(r"^Input should (have|be)", r"must \1", detail["msg"])
+    given = f"{rule}, not {_kind(detail['input'])}" if "_type" in detail["type"] else rule
+    if field is None or field.is_required() or field.default_factory is not None:
+        return f"{given}; pass such a value"
+    return f"{given}; leave {path} out for its default, {field.default!s}"
+
+
+def _kind(value: object) -> str:
+    return "None" if value is None else type(value).__name__
+
+
+def _shown(path: str, value: object) -> str:
+    """Quote a plain value; name only the type of others and of what may hold a credential."""
+    if isinstance(value, Mapping):
+        return ""
+    if _SECRET_NAME.search(path) or not isinstance(value, _SHOWN_TYPES):
+        return f"=<{_kind(value)}>"
+    if isinstance(value, date | timedelta | Decimal):
+        return f"={value}"
+    try:
+        return f"={_SHORT.repr(value)}"
+    except ValueError:  # Python refuses to print an int of thousands of digits
+        return f"=<{_kind(value)}>"
+
+
+def _nearest(owner: type[BaseModel], path: str) -> str:
+    name = path.rpartition(".")[2]
+    known = {key: field for field in owner.model_fields for key in (field, to_camel(field))}
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    fields = f"its fields are {', '.join(owner.model_fields)}"
+    return f"did you mean {close[0]}? {fields}" if close else fields
+
+
+def _locate(
+    model: type[BaseModel], location: tuple[int | str, ...]
+) -> tuple[type[BaseModel], FieldInfo | None, str]:
+    """Follow an error's location: the model it ends in, the field, the path as the user wrote it.
+
+    Pydantic's location also names the chosen member of a union. Ours are tagged with the name of
+    the model, or with nothing; those are not part of what the user wrote.
+    """
+    tags = {declared.__name__: declared for declared in Declaration.__subclasses__()}
+    owner = inside = model
+    field, path = None, list[str]()
+    for part in location:
+        if part in tags:
+            inside = tags[str(part)]
+        elif part != "":
+            path.append(str(part))
+            owner, field = inside, _field(inside, part)
+            inside = next(_models(field.annotation), inside) if field else inside
+    return owner, field, ".".join(path)
+
+
+def _field(model: type[BaseModel], part: int | str) -> FieldInfo | None:
+    fields = model.model_fields.items()
+    return next((field for name, field in fields if part in (name, field.alias)), None)
+
+
+def _models(annotation: object) -> Iterator[type[BaseModel]]:
+    """Yield the models that an annotation such as `RetryConfiguration | None` mentions."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _models(argument)

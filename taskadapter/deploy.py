@@ -1,0 +1,199 @@
+"""From listeners to deployments: as a ``prefect.yaml``, or straight to the server."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import yaml
+from prefect.client.orchestration import PrefectClient, get_client
+from prefect.client.schemas.actions import (
+    DeploymentScheduleCreate,
+    DeploymentScheduleUpdate,
+    DeploymentUpdate,
+)
+from prefect.client.schemas.schedules import IntervalSchedule
+from prefect.exceptions import ObjectNotFound
+from prefect.utilities.callables import parameter_schema
+from prefect.utilities.importtools import load_script_as_module
+
+from taskadapter import schedules
+from taskadapter.errors import DeclarationError
+from taskadapter.jobs import JobId
+from taskadapter.listener import Declared, Listener, listeners
+from taskadapter.pools import DEFAULT_QUEUE, ensure_work_pool
+
+TAG = "taskadapter"
+
+HEADER = """\
+# Made by `taskadapter render` from the declarations in {flows}/: change those, not this file.
+# Deploy with: prefect --no-prompt deploy --prefect-file {file} --all
+"""
+
+
+def render(flows: Path, file: Path) -> str:
+    """Return the ``prefect.yaml`` of every listener in a folder of flow modules.
+
+    The same declarations give the same text.
+
+    Args:
+        flows: the folder; its modules are imported.
+        file: where the text will be kept, for its first comment.
+
+    Raises:
+        DeclarationError: a declaration is invalid, or two jobs would be one deployment.
+        ScriptError: a module cannot be imported.
+    """
+    for module in sorted(flows.glob("*.py")):
+        load_script_as_module(str(module))
+    found = [(listener, declared) for listener in listeners for declared in listener.services.values()]
+    found.sort(key=lambda pair: pair[1].name)
+    _refuse_duplicates(declared for _, declared in found)
+    content = {
+        "pull": [],
+        "deployments": [_entry(listener, declared) for listener, declared in found],
+    }
+    return HEADER.format(flows=flows, file=file) + yaml.safe_dump(content, sort_keys=False, width=100)
+
+
+def _refuse_duplicates(found: Iterable[Declared]) -> None:
+    seen: dict[str, Declared] = {}
+    for declared in found:
+        if declared.name in seen:
+            places = f"{entrypoint(seen[declared.name].source)} and {entrypoint(declared.source)}"
+            raise DeclarationError(
+                f"service {declared.name!r} is declared twice, in {places}; its name is its "
+                "deployment's, so give one another name."
+            )
+        seen[declared.name] = declared
+
+
+def _entry(listener: Listener, declared: Declared) -> dict[str, Any]:
+    slug = schedules.slug(listener.trigger)
+    entry: dict[str, Any] = {
+        "name": declared.name,
+        "entrypoint": entrypoint(declared.source),
+        "description": inspect.getdoc(declared.source) or "",
+        "tags": [TAG],
+        "work_pool": {
+            "name": listener.work_pool,
+            "work_queue_name": listener.group_id or DEFAULT_QUEUE,
+            "job_variables": _job_variables(declared),
+        },
+    }
+    anchor: datetime | str | None = listener.trigger.start_time
+    if anchor is None:
+        anchor = "{{ first-tick.date }}"
+        step = {
+            "flow": declared.name,
+            "deployment": declared.name,
+            "slug": slug,
+            "id": "first-tick",
+        }
+        entry["build"] = [{"taskadapter.deploy.first_tick": step}]
+    entry["schedules"] = [schedules.schedule(listener.trigger, anchor)]
+    return entry
+
+
+def _job_variables(declared: Declared) -> dict[str, Any]:
+    trigger = declared.trigger.model_dump(mode="json", exclude_none=True)
+    if declared.initial_state is None:
+        return {"trigger": trigger}
+    return {"trigger": trigger, "initial_state": declared.initial_state}
+
+
+def entrypoint(source: Any) -> str:
+    """Return where Prefect finds a function or class: ``flows/counter.py:Counter``.
+
+    Relative to the working directory, so that nodes may have the project elsewhere; what lies outside
+    is named as an importable module.
+    """
+    file = Path(inspect.getfile(source)).resolve()
+    here = Path.cwd().resolve()
+    if file.is_relative_to(here) and not file.is_relative_to(Path(sys.prefix).resolve()):
+        return f"{file.relative_to(here).as_posix()}:{source.__qualname__}"
+    return f"{source.__module__}.{source.__qualname__}"
+
+
+async def first_tick(flow: str, deployment: str, slug: str) -> dict[str, str]:
+    """A build step of ``prefect.yaml``: when tick 0 of a trigger without start time is.
+
+    It is the moment of the first deploy (and a little more, see `schedules.FIRST_TICK_LEAD`); each
+    further deploy of the same trigger finds it on the server and leaves it as it is.
+
+    Args:
+        flow: the flow's name.
+        deployment: the deployment's name.
+        slug: the slug of the trigger's schedule.
+
+    Returns:
+        ``{"date": ...}``, in ISO 8601 with its offset.
+    """
+    return {"date": (await _first_tick(flow, deployment, slug)).isoformat()}
+
+
+async def _first_tick(flow: str, deployment: str, slug: str) -> datetime:
+    async with get_client() as client:
+        try:
+            deployed = await client.read_deployment_by_name(f"{flow}/{deployment}")
+        except ObjectNotFound:
+            return datetime.now(UTC) + schedules.FIRST_TICK_LEAD
+    for schedule in deployed.schedules:
+        if schedule.slug == slug and isinstance(schedule.schedule, IntervalSchedule):
+            return schedule.schedule.anchor_date.astimezone(UTC)
+    return datetime.now(UTC) + schedules.FIRST_TICK_LEAD
+
+
+async def deploy(listener: Listener) -> dict[str, JobId]:
+    """Deploy a listener's services to the server, as ``prefect deploy`` would.
+
+    Returns:
+        The job ids, by the services' names.
+
+    Raises:
+        TaskError: the work pool is of another type.
+    """
+    ensure_work_pool(listener.work_pool)
+    async with get_client() as client:
+        return {
+            name: JobId(await _deploy(client, listener, declared))
+            for name, declared in listener.services.items()
+        }
+
+
+async def _deploy(client: PrefectClient, listener: Listener, declared: Declared) -> UUID:
+    """Create the deployment, or change it if it differs; returns its id."""
+    name, slug = declared.name, schedules.slug(listener.trigger)
+    wanted: dict[str, Any] = {
+        "entrypoint": entrypoint(declared.source),
+        "description": inspect.getdoc(declared.source) or "",
+        "tags": [TAG],
+        "work_pool_name": listener.work_pool,
+        "work_queue_name": listener.group_id or DEFAULT_QUEUE,
+        "job_variables": _job_variables(declared),
+        "parameter_openapi_schema": parameter_schema(declared.flow).model_dump(exclude_unset=True),
+    }
+    try:
+        deployed = await client.read_deployment_by_name(f"{name}/{name}")
+    except ObjectNotFound:
+        flow_id = await client.create_flow(declared.flow)
+        planned = DeploymentScheduleCreate(schedule=await _interval_schedule(listener, name), slug=slug)
+        return await client.create_deployment(flow_id, name, schedules=[planned], **wanted)
+    same_schedule = [schedule.slug for schedule in deployed.schedules] == [slug]
+    if not same_schedule or any(getattr(deployed, field) != value for field, value in wanted.items()):
+        changed = DeploymentScheduleUpdate(schedule=await _interval_schedule(listener, name), slug=slug)
+        await client.update_deployment(deployed.id, DeploymentUpdate(schedules=[changed], **wanted))
+    return deployed.id
+
+
+async def _interval_schedule(listener: Listener, name: str) -> IntervalSchedule:
+    trigger = listener.trigger
+    anchor = trigger.start_time or await _first_tick(name, name, schedules.slug(trigger))
+    return IntervalSchedule(
+        interval=timedelta(seconds=trigger.interval), anchor_date=anchor, timezone="UTC"
+    )

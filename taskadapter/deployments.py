@@ -1,0 +1,238 @@
+"""The agent's view of the deployments it runs: read when needed, ended when a job is over."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+from datetime import datetime
+from logging import Logger, LoggerAdapter
+from typing import Any
+from uuid import UUID
+
+import httpx
+from prefect.client.orchestration import PrefectClient
+from prefect.client.schemas.filters import (
+    DeploymentFilter,
+    DeploymentFilterId,
+    FlowRunFilter,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import FlowRun, State, StateType, WorkPool
+from prefect.client.schemas.responses import DeploymentResponse
+from prefect.exceptions import ObjectNotFound
+from prefect.states import Cancelled
+from prefect.workers.base import BaseJobConfiguration, BaseVariables
+from pydantic import Field
+
+from taskadapter import schedules
+from taskadapter.model import TriggerConfiguration
+from taskadapter.runs import Workspace
+
+FRESH_SECONDS = 30.0
+"""A deployment that was read longer ago is read again."""
+
+RETRY_SECONDS = 2.0
+"""How long to wait before the API is told again what it could not be told."""
+
+
+class WarmBackupJobConfiguration(BaseJobConfiguration):
+    """How one run is run: the work pool's template, filled with the deployment's job variables."""
+
+    working_dir: str | None = Field(default=None)
+    trigger: dict[str, Any] | None = Field(default=None)
+    initial_state: dict[str, Any] | None = Field(default=None)
+
+
+class WarmBackupVariables(BaseVariables):
+    """What a work pool sets for all its deployments, and a deployment for itself."""
+
+    working_dir: str | None = Field(
+        default=None,
+        title="Working directory",
+        description="Where the code is; by default where the agent was started.",
+    )
+    trigger: dict[str, Any] | None = Field(
+        default=None,
+        title="Trigger",
+        description="When the job runs, how often and until when. Written by `taskadapter render`.",
+    )
+    initial_state: dict[str, Any] | None = Field(
+        default=None,
+        title="Initial state",
+        description="The fields of an attached service before its first run.",
+    )
+
+
+@dataclass(frozen=True)
+class DeployedJob:
+    """A deployment as it was read, and what a run of it needs.
+
+    Attributes:
+        deployment: as Prefect has it.
+        flow_name: its flow's name.
+        configuration: the pool's template, filled.
+        trigger: as declared; None for a deployment that is not of ours.
+        newest_run: when the newest run known at that time was made.
+        read_at: on the monotonic clock.
+    """
+
+    deployment: DeploymentResponse
+    flow_name: str
+    configuration: WarmBackupJobConfiguration
+    trigger: TriggerConfiguration | None
+    newest_run: datetime | None
+    read_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def name(self) -> str:
+        """``flow/deployment``, as the UI and the command line have it."""
+        return f"{self.flow_name}/{self.deployment.name}"
+
+    @property
+    def slug(self) -> str | None:
+        """The slug of the trigger's schedule."""
+        return None if self.trigger is None else schedules.slug(self.trigger)
+
+    @property
+    def max_concurrent(self) -> int | None:
+        """How many of its runs may go on at once; None for no limit."""
+        policy = None if self.trigger is None else self.trigger.task_policy
+        return None if policy is None else policy.max_concurrent
+
+    @property
+    def workspace(self) -> Workspace:
+        """Where the deployment's code is."""
+        return Workspace(
+            working_dir=self.configuration.working_dir or self.deployment.path,
+            pull_steps=self.deployment.pull_steps or [],
+            env=self.configuration.env,
+        )
+
+    def serves(self, flow_run: FlowRun) -> bool:
+        """Return whether this reading is recent enough for the run.
+
+        A deployment that changes has its planned runs made anew. So a run made after this reading may
+        be of a changed deployment, an older one is not.
+        """
+        if flow_run.job_variables or time.monotonic() - self.read_at > FRESH_SECONDS:
+            return False
+        return bool(self.newest_run and flow_run.created and flow_run.created <= self.newest_run)
+
+
+class Deployments:
+    """Reads deployments and ends their jobs.
+
+    Args:
+        client: connected to the API.
+        log: the agent's.
+    """
+
+    def __init__(self, client: PrefectClient, log: Logger | LoggerAdapter[Any]) -> None:
+        self._client = client
+        self._log = log
+        self._read: dict[UUID, DeployedJob] = {}
+        self._ending: dict[UUID, asyncio.Task[None]] = {}
+
+    async def job_of(self, flow_run: FlowRun, pool: WorkPool, newest: datetime | None) -> DeployedJob:
+        """Return the deployment of a run.
+
+        Args:
+            flow_run: the run.
+            pool: its work pool.
+            newest: when the newest run was made that the agent knows of.
+
+        Raises:
+            ObjectNotFound: the deployment is gone.
+            DeclarationError: its trigger was edited into something invalid.
+        """
+        assert flow_run.deployment_id is not None  # noqa: S101 - a pool's runs have one
+        known = self._read.get(flow_run.deployment_id)
+        if known is not None and known.serves(flow_run):
+            return known
+        deployment = await self._client.read_deployment(flow_run.deployment_id)
+        flow = await self._client.read_flow(flow_run.flow_id)
+        configuration: WarmBackupJobConfiguration = (
+            await WarmBackupJobConfiguration.from_template_and_values(
+                base_job_template=pool.base_job_template,
+                values={**(deployment.job_variables or {}), **(flow_run.job_variables or {})},
+                client=self._client,
+            )
+        )
+        variables = configuration.trigger
+        trigger = None if variables is None else TriggerConfiguration.model_validate(variables)
+        job = DeployedJob(deployment, flow.name, configuration, trigger, newest)
+        if not flow_run.job_variables:
+            self._read[deployment.id] = job
+        return job
+
+    def known(self, flow_run: FlowRun) -> DeployedJob | None:
+        """Return the deployment of a run as it was last read, if it was."""
+        return self._read.get(flow_run.deployment_id) if flow_run.deployment_id else None
+
+    def is_ending(self, flow_run: FlowRun) -> bool:
+        """Return whether the run's job is over and its planned runs are being put away."""
+        return flow_run.auto_scheduled and flow_run.deployment_id in self._ending
+
+    def end(self, job: DeployedJob, reason: str) -> None:
+        """End a job for all nodes: its schedule stops, what is late is skipped. Ends in background."""
+        if job.deployment.id not in self._ending:
+            self._log.info("Job %s has ended: %s.", job.name, reason)
+            self._ending[job.deployment.id] = asyncio.create_task(self._end(job, reason))
+
+    async def _end(self, job: DeployedJob, reason: str) -> None:
+        try:
+            await self._until_told(lambda: self._stop_schedule(job))
+            await self._until_told(lambda: self._skip_planned(job, reason))
+        finally:
+            del self._ending[job.deployment.id]
+
+    async def _until_told(self, tell: Any) -> None:
+        """Repeat a call while the API is out of reach: a job that is over must not come back."""
+        while True:
+            try:
+                await tell()
+            except ObjectNotFound:
+                return
+            except httpx.HTTPError as fault:
+                self._log.warning("Prefect's API does not answer (%s); trying again.", fault)
+                await asyncio.sleep(RETRY_SECONDS)
+            else:
+                return
+
+    async def _stop_schedule(self, job: DeployedJob) -> None:
+        deployment = await self._client.read_deployment(job.deployment.id)
+        for schedule in deployment.schedules:
+            if schedule.slug == job.slug and schedule.active:
+                await self._client.update_deployment_schedule(deployment.id, schedule.id, active=False)
+        self._read.pop(deployment.id, None)
+
+    async def _skip_planned(self, job: DeployedJob, reason: str) -> None:
+        planned = await self._client.read_flow_runs(
+            deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[job.deployment.id])),
+            flow_run_filter=FlowRunFilter(
+                state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED]))
+            ),
+        )
+        for flow_run in planned:
+            if flow_run.auto_scheduled:
+                await self.skip(flow_run, reason)
+
+    async def skip(self, flow_run: FlowRun, reason: str) -> None:
+        """Record that a tick was not run, and why."""
+        state: State[Any] = Cancelled(name="Skipped", message=f"Skipped: {reason}.")
+        await self._client.set_flow_run_state(flow_run.id, state, force=True)
+
+    async def settle(self) -> None:
+        """Wait until every job that is over has been put away."""
+        if self._ending:
+            await asyncio.wait(self._ending.values())
+
+    async def report(self, flow_run: FlowRun, state: State[Any], *, force: bool = False) -> None:
+        """Tell the API of a state that only the agent knows; a run that is final already stays so."""
+
+        async def tell() -> None:
+            await self._client.set_flow_run_state(flow_run.id, state, force=force)
+
+        await self._until_told(tell)

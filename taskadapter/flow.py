@@ -1,0 +1,327 @@
+"""The Prefect flow around a job: check, attempts, settle.
+
+A declared job is an ordinary `prefect.Flow`. Called directly, in a test or a shell, it runs its body
+with its retries and nothing else. Given to the agent, the same flow counts the execution, loads and
+saves the state of a `Service`, and applies the error policy. Deployed, but started by anything other
+than our agent, it refuses: nothing would stop another machine from running it too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from functools import wraps
+from logging import Logger, LoggerAdapter
+from typing import Any
+
+import httpx
+from prefect import Flow, flow
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import State
+from prefect.client.schemas.responses import SetStateStatus
+from prefect.context import FlowRunContext
+from prefect.exceptions import Abort
+from prefect.logging import get_run_logger
+from prefect.states import AwaitingRetry, Cancelled, Retrying
+
+from taskadapter import progress, retries, runs, schedules
+from taskadapter.errors import TaskError
+from taskadapter.jobs import Job, JobId, Service
+from taskadapter.model import ErrorPolicy, TaskPolicy, TriggerConfiguration
+
+TERMINATING = (ErrorPolicy.LOG_AND_TERMINATE, ErrorPolicy.TERMINATE)
+LOGGING = (ErrorPolicy.LOG_AND_TERMINATE, ErrorPolicy.LOG_AND_CONTINUE)
+
+Body = Callable[[Service | None, tuple[Any, ...], dict[str, Any]], Any]
+
+
+def function_flow(
+    fn: Callable[..., Any], name: str, trigger: TriggerConfiguration, **options: Any
+) -> Flow[..., Any]:
+    """Return the flow ``name`` around a plain function, sync or async; its parameters stay.
+
+    Args:
+        fn: the job's body.
+        name: the flow's name.
+        trigger: when it runs, how it is retried, and what an error means.
+        options: anything `prefect.flow` takes, such as ``timeout_seconds`` or hooks.
+    """
+
+    def body(_: Service | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return fn(*args, **kwargs)
+
+    return _as_flow(body, fn, name, trigger, is_async=inspect.iscoroutinefunction(fn), **options)
+
+
+def service_flow(
+    service: Service, name: str, trigger: TriggerConfiguration, **options: Any
+) -> Flow[..., Any]:
+    """Return the flow ``name`` around a service whose fields are its state.
+
+    Every attempt starts from the state that the last successful run saved, or from the given service
+    when there is none: a failed attempt leaves nothing behind. The arguments are those of
+    `function_flow`.
+    """
+
+    def body(service: Service | None, _: tuple[Any, ...], __: dict[str, Any]) -> Any:
+        return service.execute() if service is not None else None
+
+    def execute() -> None: ...
+
+    return _class_flow(type(service), execute, body, name, trigger, service=service, **options)
+
+
+def job_flow(cls: type[Job], name: str, trigger: TriggerConfiguration, **options: Any) -> Flow[..., Any]:
+    """Return the flow ``name`` around a job class; its fields are the flow's parameters.
+
+    The arguments are those of `function_flow`.
+    """
+
+    def body(_: Service | None, __: tuple[Any, ...], fields: dict[str, Any]) -> Any:
+        return cls(**fields).execute()
+
+    def execute(**fields: Any) -> None: ...
+
+    execute.__signature__ = inspect.signature(cls)  # type: ignore[attr-defined]
+    return _class_flow(cls, execute, body, name, trigger, **options)
+
+
+def _class_flow(
+    cls: type[Job] | type[Service],
+    execute: Callable[..., None],
+    body: Body,
+    name: str,
+    trigger: TriggerConfiguration,
+    **options: Any,
+) -> Flow[..., Any]:
+    execute.__doc__ = inspect.getdoc(cls)
+    execute.__module__, execute.__qualname__ = cls.__module__, cls.__qualname__
+    is_async = inspect.iscoroutinefunction(cls.execute)
+    return _as_flow(body, execute, name, trigger, is_async=is_async, **options)
+
+
+def _as_flow(
+    body: Body,
+    like: Callable[..., Any],
+    name: str,
+    trigger: TriggerConfiguration,
+    *,
+    is_async: bool,
+    service: Service | None = None,
+    **options: Any,
+) -> Flow[..., Any]:
+    """Wrap the body's attempts into a flow that shows the parameters and the docstring of ``like``."""
+
+    @wraps(like)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        turn = Turn(name, trigger, service)
+        if (refused := turn.begin()) is not None:
+            return refused
+        while True:
+            try:
+                with turn.attempt() as subject:
+                    result = body(subject, args, kwargs)
+            except Exception as exc:
+                if (wait := turn.failed(exc)) is None:
+                    raise
+                turn.announce(AwaitingRetry(scheduled_time=_in(wait), message=_in_words(exc)))
+                time.sleep(wait)
+                turn.announce(Retrying())
+            else:
+                turn.succeeded(subject)
+                return result
+
+    @wraps(like)
+    async def run_async(*args: Any, **kwargs: Any) -> Any:
+        turn = Turn(name, trigger, service)
+        if (refused := await asyncio.to_thread(turn.begin)) is not None:
+            return refused
+        while True:
+            try:
+                with turn.attempt() as subject:
+                    result = await body(subject, args, kwargs)
+            except Exception as exc:
+                if (wait := turn.failed(exc)) is None:
+                    raise
+                retry: State[Any] = AwaitingRetry(scheduled_time=_in(wait), message=_in_words(exc))
+                await asyncio.to_thread(turn.announce, retry)
+                await asyncio.sleep(wait)
+                await asyncio.to_thread(turn.announce, Retrying())
+            else:
+                await asyncio.to_thread(turn.succeeded, subject)
+                return result
+
+    return flow(name=name, **options)(run_async if is_async else run)
+
+
+class Turn:
+    """One run of a job on its way through its attempts.
+
+    Args:
+        name: the job's name.
+        trigger: the job's trigger, retries and policy.
+        service: the initial state of a service, None for other jobs.
+    """
+
+    def __init__(self, name: str, trigger: TriggerConfiguration, service: Service | None) -> None:
+        self.name = name
+        self.trigger = trigger
+        self.service = service
+        self.policy = trigger.task_policy or TaskPolicy()
+        self.flow_run = FlowRunContext.get().flow_run if FlowRunContext.get() else None  # type: ignore[union-attr]
+        self.execution = self._given_to_us()
+        self.log: Logger | LoggerAdapter[Any] = get_run_logger()
+        self.started = datetime.now(UTC)
+        self.current = self._current_run()
+
+    def _given_to_us(self) -> runs.Execution | None:
+        """Return the agent's execution if it is of this very flow run, and not of its parent."""
+        execution = runs.execution.get()
+        if execution is None or self.flow_run is None:
+            return None
+        return execution if execution.assignment.flow_run.id == self.flow_run.id else None
+
+    def _current_run(self) -> runs.CurrentRun:
+        if self.execution is None:
+            return runs.CurrentRun(job_id=None, scheduled_time=self.started, count=1, attempt=0)
+        assignment = self.execution.assignment
+        return runs.CurrentRun(
+            job_id=JobId(assignment.job_id) if assignment.job_id else None,
+            scheduled_time=assignment.due,
+            count=1,
+            attempt=0,
+            task_id=assignment.node,
+        )
+
+    def begin(self) -> State[Any] | None:
+        """Count this execution, immediately before the body.
+
+        Returns:
+            The final state of a run that must not happen, else None.
+
+        Raises:
+            TaskError: the flow was deployed, and something other than our agent started it.
+        """
+        if self.execution is None:
+            if self.flow_run is not None and self.flow_run.deployment_id is not None:
+                raise TaskError(_STARTED_ELSEWHERE.format(name=self.name))
+            return None
+        assignment = self.execution.assignment
+        count = progress.begin(assignment)
+        if count is None:
+            self.execution.ended = schedules.exhausted(assignment.max_count)
+            return Cancelled(name="Skipped", message=f"Skipped: {self.execution.ended}.")
+        self.execution.count = count
+        if count == assignment.max_count:
+            self.execution.ended = schedules.exhausted(assignment.max_count)
+        self.current = replace(self.current, count=count)
+        self.execution.on_begin()
+        late = (self.started - assignment.due).total_seconds()
+        self.log.info(
+            "Run %d of %r on %s, %.3f s after its time", count, self.name, assignment.node, late
+        )
+        return None
+
+    @contextmanager
+    def attempt(self) -> Iterator[Service | None]:
+        """Make one attempt: yields the service in its saved state, and makes `current_run` known."""
+        self.current = replace(self.current, attempt=self.current.attempt + 1)
+        token = runs.running.set(self.current)
+        try:
+            yield self._subject()
+        finally:
+            runs.running.reset(token)
+
+    def _subject(self) -> Service | None:
+        if self.service is None:
+            return None
+        saved = (
+            progress.saved_service(self.execution.assignment, type(self.service))
+            if self.execution
+            else None
+        )
+        return saved if saved is not None else self.service.model_copy(deep=True)
+
+    def failed(self, exc: Exception) -> float | None:
+        """Take note of a failed attempt.
+
+        Returns:
+            The seconds to wait before the next attempt; None when this was the last, and the error
+            policy has been applied.
+        """
+        origin = retries.window_start(self.current.scheduled_time, self.started, self.trigger.interval)
+        elapsed = (datetime.now(UTC) - origin).total_seconds()
+        wait = retries.wait_before_retry(
+            self.trigger.retry_config,
+            attempt=self.current.attempt,
+            interval=self.trigger.interval,
+            elapsed=elapsed,
+        )
+        if wait is not None:
+            self.log.warning(
+                "Attempt %d failed, next in %g s: %s", self.current.attempt, wait, _in_words(exc)
+            )
+        else:
+            self._apply_error_policy(exc)
+        return wait
+
+    def _apply_error_policy(self, exc: Exception) -> None:
+        policy = self.policy.error_policy
+        terminates = policy in TERMINATING
+        if policy in LOGGING:
+            consequence = "the job ends on all nodes" if terminates else "the job goes on"
+            self.log.error(
+                "Failed after %d attempt(s), %s: %s",
+                self.current.attempt,
+                consequence,
+                _in_words(exc),
+            )
+        if terminates and self.execution is not None:
+            self.execution.ended = f"run {self.execution.count} failed, and the error policy is {policy}"
+
+    def succeeded(self, subject: Service | None) -> None:
+        """Save the state of a service."""
+        if subject is not None and self.execution is not None:
+            progress.save_service(self.execution.assignment, subject)
+
+    def announce(self, state: State[Any]) -> None:
+        """Show a retry in the UI; the API's faults do not stop it, a cancelled run does.
+
+        Raises:
+            Abort: the run is no longer ours to run.
+        """
+        if self.flow_run is None:
+            return
+        try:
+            with get_client(sync_client=True) as client:
+                if state.is_scheduled():
+                    # Keeps every worker's poll from seeing a scheduled run in what waits here.
+                    policy = self.flow_run.empirical_policy
+                    policy = policy.model_copy(update={"retry_type": "in_process"})
+                    client.update_flow_run(self.flow_run.id, empirical_policy=policy)
+                answer = client.set_flow_run_state(self.flow_run.id, state)
+        except httpx.HTTPError as fault:
+            self.log.warning("Prefect's API could not be told of state %s: %s", state.name, fault)
+            return
+        if answer.status is not SetStateStatus.ACCEPT:
+            raise Abort(f"the run may not go on: {answer.details}")
+
+
+def _in(seconds: float) -> datetime:
+    return datetime.now(UTC) + timedelta(seconds=seconds)
+
+
+def _in_words(exc: Exception) -> str:
+    return f"{type(exc).__name__}: {exc}"
+
+
+_STARTED_ELSEWHERE = (
+    "job {name!r} was started by something other than the taskadapter agent, which alone can count it "
+    "and keep it to one machine. Start the agent with `prefect worker start --pool POOL --type "
+    "warm-backup`, and end other workers on that pool."
+)

@@ -1,0 +1,265 @@
+"""Listeners: jobs that share a trigger, its retries and a coordination group."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import socket
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+from prefect import Flow
+from prefect.settings import get_current_settings
+from pydantic import model_validator
+
+from taskadapter import flow as flows
+from taskadapter import prefect_private, schedules
+from taskadapter.background import BackgroundAgent
+from taskadapter.declaration import Declaration
+from taskadapter.errors import DeclarationError, TaskError
+from taskadapter.jobs import Service, dump_state
+from taskadapter.model import (
+    RetryConfiguration,
+    TaskPolicy,
+    TriggerConfiguration,
+    WarmBackupConfig,
+)
+from taskadapter.pools import DEFAULT_QUEUE, ensure_work_pool
+from taskadapter.settings import TaskadapterSettings
+
+DEFAULTS: dict[str, Any] = {"log_prints": True}
+"""Options of every service's flow: what a job prints is in the UI."""
+
+Declarable = type[Service] | Callable[..., Any]
+
+listeners: weakref.WeakSet[Listener] = weakref.WeakSet()
+"""The listeners of this process, for `taskadapter render`."""
+
+
+class ListenerConfiguration(Declaration):
+    """What a listener is made of.
+
+    Attributes:
+        trigger: when its services run.
+        retry_config: how they are retried; here or in the trigger, not in both.
+        task_policy: what an error means; here or in the trigger, not in both.
+        warm_backup_config: the group whose active node alone runs them; None for every node.
+        work_pool: the work pool, by default the one that the settings name.
+    """
+
+    trigger: TriggerConfiguration
+    retry_config: RetryConfiguration | None = None
+    task_policy: TaskPolicy | None = None
+    warm_backup_config: WarmBackupConfig | None = None
+    work_pool: str | None = None
+
+    @model_validator(mode="after")
+    def _say_it_once(self) -> Self:
+        for name in ("retry_config", "task_policy"):
+            if getattr(self, name) is not None and getattr(self.trigger, name) is not None:
+                raise ValueError(
+                    f"{name} stands in the listener and in its trigger; say it in one place only"
+                )
+        return self
+
+    @property
+    def effective_trigger(self) -> TriggerConfiguration:
+        """The trigger with the retries and the policy that apply, wherever they were declared."""
+        return self.trigger.model_copy(
+            update={
+                "retry_config": self.retry_config or self.trigger.retry_config,
+                "task_policy": self.task_policy or self.trigger.task_policy,
+            }
+        )
+
+
+@dataclass(frozen=True)
+class Declared:
+    """A service as a listener knows it.
+
+    Attributes:
+        name: its name, and its flow's.
+        flow: what Prefect runs.
+        trigger: the listener's, with what this service adds to it.
+        source: the function or class that was declared.
+        initial_state: the fields of an attached instance; None where a decorator declared it.
+    """
+
+    name: str
+    flow: Flow[..., Any]
+    source: Declarable
+    trigger: TriggerConfiguration
+    initial_state: dict[str, Any] | None = None
+
+
+class Listener:
+    """Runs the services that are declared on it by its trigger.
+
+    Args:
+        configuration: the fields of `ListenerConfiguration`, as keywords, in Python's or in
+            Ballerina's spelling.
+
+    Raises:
+        DeclarationError: a value breaks its rule; the message names both, and the remedy.
+    """
+
+    def __init__(self, **configuration: Any) -> None:
+        self.configuration = ListenerConfiguration(**configuration)
+        self.trigger = self.configuration.effective_trigger
+        self.services: dict[str, Declared] = {}
+        self._agent: BackgroundAgent | None = None
+        scheduler = get_current_settings().server.services.scheduler
+        schedules.check_interval(
+            self.trigger.interval,
+            max_runs=scheduler.max_runs,
+            loop_seconds=scheduler.loop_seconds,
+        )
+        listeners.add(self)
+        if prefect_private.is_being_deployed():
+            ensure_work_pool(self.work_pool)
+
+    @property
+    def work_pool(self) -> str:
+        """The name of the work pool."""
+        return self.configuration.work_pool or TaskadapterSettings().work_pool
+
+    @property
+    def group_id(self) -> str | None:
+        """The coordination group, which is the work queue; None for jobs that every node may run."""
+        backup = self.configuration.warm_backup_config
+        return None if backup is None else backup.group_id
+
+    def service(self, name: str, **options: Any) -> Callable[[Declarable], Flow[..., Any]]:
+        """Declare a service: decorates a `Service` class or a function, sync or async.
+
+        Args:
+            name: the service's name, unique on this listener; it becomes the flow's.
+            options: anything that `prefect.flow` takes, such as ``timeout_seconds``, ``log_prints``
+                (on by default, so that what a job prints is in the UI) or state hooks.
+
+        Returns:
+            A decorator that returns the `prefect.Flow`.
+
+        Raises:
+            DeclarationError: the name is taken, or what is decorated is neither of the two.
+        """
+
+        def declare(source: Declarable) -> Flow[..., Any]:
+            trigger = self.trigger
+            if inspect.isclass(source) and issubclass(source, Service):
+                trigger = _one_writer(source, trigger)
+                flow = flows.service_flow(source(), name, trigger, **DEFAULTS | options)
+            elif inspect.isfunction(source):
+                flow = flows.function_flow(source, name, trigger, **DEFAULTS | options)
+            else:
+                raise DeclarationError(
+                    f"{source!r} cannot be service {name!r}: decorate a subclass of Service, or a "
+                    "function."
+                )
+            self._add(Declared(name, flow, source, trigger))
+            return flow
+
+        return declare
+
+    def attach(self, service: Service, name: str) -> Flow[..., Any]:
+        """Declare an instance as a service; its field values are the initial state on every node.
+
+        Args:
+            service: of a class that the nodes can import.
+            name: the service's name, unique on this listener.
+
+        Returns:
+            The `prefect.Flow`.
+
+        Raises:
+            DeclarationError: the name is taken, or the class cannot be imported by its name.
+        """
+        cls = type(service)
+        if "<locals>" in cls.__qualname__:
+            raise DeclarationError(
+                f"{cls.__qualname__} cannot be attached as {name!r}: nodes import a service's class, "
+                "and cannot import one that is defined inside a function. Move it to module level."
+            )
+        trigger = _one_writer(cls, self.trigger)
+        flow = flows.service_flow(service, name, trigger, **DEFAULTS)
+        self._add(Declared(name, flow, cls, trigger, dump_state(service)))
+        return flow
+
+    def detach(self, name: str) -> None:
+        """Take a service off this listener; what is deployed already is left as it is.
+
+        Raises:
+            TaskError: there is no such service.
+        """
+        if self.services.pop(name, None) is None:
+            raise TaskError(f"no service {name!r} is attached; there are {sorted(self.services)}.")
+
+    def _add(self, declared: Declared) -> None:
+        if declared.name in self.services:
+            raise DeclarationError(
+                f"service {declared.name!r} is declared twice on one listener; give one another name."
+            )
+        self.services[declared.name] = declared
+
+    # --- running ----------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Deploy the services, and run this node's agent in the background of this program.
+
+        Raises:
+            TaskError: it is started already, nothing is declared, or the work pool is of another type.
+        """
+        from taskadapter.deploy import deploy
+
+        if self._agent is not None:
+            raise TaskError("the listener is started already; stop it before it is started again.")
+        if not self.services:
+            raise TaskError("the listener has no service to run; declare one with service().")
+        asyncio.run(deploy(self))
+        backup = self.configuration.warm_backup_config
+        queue = self.group_id or DEFAULT_QUEUE
+        name = socket.gethostname() if backup is None else backup.task_id
+        self._agent = BackgroundAgent(self.work_pool, queue, name)
+
+    def graceful_stop(self) -> None:
+        """Let the running jobs finish, then end the agent; no tick starts any more."""
+        self._stop(BackgroundAgent.drain)
+
+    def immediate_stop(self) -> None:
+        """End the agent and the jobs it is running, which show as Crashed."""
+        self._stop(BackgroundAgent.abort)
+
+    def _stop(self, how: Callable[[BackgroundAgent], None]) -> None:
+        agent, self._agent = self._agent, None
+        if agent is None:
+            raise TaskError("the listener is not started; call start() first.")
+        how(agent)
+
+    def __enter__(self) -> Self:
+        """Start the listener."""
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Stop it gracefully."""
+        self.graceful_stop()
+
+
+def _one_writer(cls: type[Service], trigger: TriggerConfiguration) -> TriggerConfiguration:
+    """Return the trigger for a service: one that has state runs one tick at a time.
+
+    Each run starts from the state that the one before it has saved; two at once would lose one of two
+    changes.
+    """
+    if not cls.model_fields:
+        return trigger
+    policy = trigger.task_policy or TaskPolicy()
+    return trigger.model_copy(update={"task_policy": policy.model_copy(update={"max_concurrent": 1})})

@@ -1,0 +1,122 @@
+"""The run that is going on: what the agent tells a host of it, and what a job may ask.
+
+An `Assignment` travels from the agent to a warm host. `current_run` is what a job sees of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from prefect.client.schemas.objects import FlowRun
+from pydantic import BaseModel, SecretStr, field_serializer
+
+from taskadapter.errors import TaskError
+from taskadapter.jobs import JobId
+from taskadapter.model import TriggerConfiguration
+
+
+class Workspace(BaseModel, frozen=True):
+    """Where a deployment's code runs: hosts are warm for one workspace."""
+
+    working_dir: str | None = None
+    pull_steps: list[dict[str, Any]] = []
+    env: dict[str, str | None] = {}
+
+    @property
+    def key(self) -> str:
+        """Equal for equal workspaces."""
+        return self.model_dump_json()
+
+
+class Assignment(BaseModel, frozen=True):
+    """One run, as the agent hands it to a host."""
+
+    flow_run: FlowRun
+    due: datetime
+    flow_name: str
+    entrypoint: str
+    workspace: Workspace
+    node: str
+    database_url: SecretStr
+    trigger_slug: str | None = None
+    trigger: TriggerConfiguration | None = None
+    initial_state: dict[str, Any] | None = None
+
+    @field_serializer("database_url", when_used="json")
+    def _reveal(self, value: SecretStr) -> str:
+        # The pipe to the host is the one place where the secret is written.
+        return value.get_secret_value()
+
+    @property
+    def job_id(self) -> UUID | None:
+        """The deployment's id; None for a run that belongs to none."""
+        return self.flow_run.deployment_id
+
+    @property
+    def max_count(self) -> int:
+        """The executions that the trigger allows; -1 for a run that somebody started by hand."""
+        if self.trigger is None or not self.flow_run.auto_scheduled:
+            return -1
+        return self.trigger.max_count
+
+
+@dataclass
+class Execution:
+    """An assignment on its way through a host; the flow leaves its findings here for the agent."""
+
+    assignment: Assignment
+    on_begin: Callable[[], None] = lambda: None
+    """Called once the execution is counted."""
+    count: int = 0
+    ended: str | None = None
+    """Why the job is over for all nodes, once it is."""
+
+
+@dataclass(frozen=True)
+class CurrentRun:
+    """What a running job may know of its run.
+
+    Attributes:
+        job_id: the job, None where the flow was called directly.
+        scheduled_time: when the tick was due, aware.
+        count: how many executions of the job there have been, this one included.
+        attempt: 1 for the first attempt of this run, 2 for its first retry.
+        group_id: the coordination group, None for an uncoordinated job.
+        task_id: the node that runs it, None where the flow was called directly.
+        fencing_token: the term of the node's token, None for an uncoordinated job.
+    """
+
+    job_id: JobId | None
+    scheduled_time: datetime
+    count: int
+    attempt: int = field(default=1)
+    group_id: str | None = None
+    task_id: str | None = None
+    fencing_token: int | None = None
+
+
+execution: ContextVar[Execution | None] = ContextVar("execution", default=None)
+"""The run that the agent gave to this process, while it lasts."""
+
+running: ContextVar[CurrentRun | None] = ContextVar("running", default=None)
+"""The attempt whose body is going on."""
+
+
+def current_run() -> CurrentRun:
+    """Return the run that is going on.
+
+    Raises:
+        TaskError: no job is running here.
+    """
+    run = running.get()
+    if run is None:
+        raise TaskError(
+            "current_run() was called outside a run; call it in execute(), or in a function that a "
+            "Listener declares."
+        )
+    return run

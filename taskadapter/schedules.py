@@ -1,0 +1,114 @@
+"""From a trigger to Prefect's terms, and back to a verdict on each tick: pure functions.
+
+Prefect knows a phase (``anchor_date``) and an interval. It does not know a start, an end or a count;
+the agent adds them, tick by tick, with `judge`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from enum import Enum
+from typing import Any
+
+from taskadapter.errors import DeclarationError
+from taskadapter.model import TriggerConfiguration
+
+# Prefect's scheduler visits a new deployment within 5 s (its loop for recent deployments) and plans no
+# tick that has passed by then: a first tick "at once" is put far enough ahead to be planned.
+FIRST_TICK_LEAD = timedelta(seconds=10)
+
+
+class Verdict(Enum):
+    """What becomes of a tick."""
+
+    RUN = "run"
+    EARLY = "early"
+    END = "end"
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A verdict and, unless the tick runs, its reason in words for the UI."""
+
+    verdict: Verdict
+    reason: str = ""
+
+
+def slug(trigger: TriggerConfiguration) -> str:
+    """Name the trigger's schedule, readable and unique to its content.
+
+    The same declaration has the same slug on every deploy, so Prefect leaves its schedule as it is,
+    paused or not, and its count goes on. Another interval, start, end or maximum is another slug: a new
+    schedule, counted from one.
+    """
+    content = (trigger.interval, trigger.max_count, trigger.start_time, trigger.end_time)
+    digest = hashlib.sha256(repr(tuple(map(_canonical, content))).encode()).hexdigest()[:8]
+    times = "" if trigger.max_count == -1 else f"-{trigger.max_count}-times"
+    return f"every-{trigger.interval:g}s{times}-{digest}".replace(".", "-").replace("+", "")
+
+
+def _canonical(value: object) -> object:
+    return value.timestamp() if isinstance(value, datetime) else value
+
+
+def schedule(trigger: TriggerConfiguration, anchor: datetime | str) -> dict[str, Any]:
+    """Return the schedule in the form of ``prefect.yaml``.
+
+    Args:
+        trigger: what was declared.
+        anchor: the moment of tick 0, or a template that a build step fills in.
+    """
+    return {
+        "interval": trigger.interval,
+        "anchor_date": anchor.isoformat() if isinstance(anchor, datetime) else anchor,
+        "timezone": "UTC",
+        "slug": slug(trigger),
+    }
+
+
+def check_interval(interval: float, *, max_runs: int, loop_seconds: float) -> None:
+    """Refuse an interval that Prefect's scheduler would leave holes in.
+
+    Args:
+        interval: seconds between two ticks.
+        max_runs: how many runs the scheduler plans at a time for one schedule.
+        loop_seconds: seconds between two of its visits.
+
+    Raises:
+        DeclarationError: the runs planned at one visit do not reach to the next.
+    """
+    least = loop_seconds / max_runs
+    if interval < least:
+        raise DeclarationError(
+            f"interval {interval:g} s is shorter than Prefect's scheduler can fill: it plans "
+            f"{max_runs} runs every {loop_seconds:g} s, so {least:g} s is the least. Use a longer "
+            "interval, or raise PREFECT_SERVER_SERVICES_SCHEDULER_MAX_RUNS on the server and here."
+        )
+
+
+def judge(trigger: TriggerConfiguration, due: datetime, *, run_count: int = 0) -> Judgement:
+    """Decide what becomes of the tick that is due at ``due``.
+
+    Args:
+        trigger: the job's trigger as deployed.
+        due: the tick's scheduled time, aware.
+        run_count: executions counted so far.
+
+    Returns:
+        EARLY for what Prefect planned before ``start_time`` (no tick of the job: it leaves no trace);
+        END, with the reason, after ``end_time`` or when the maximum is reached; else RUN.
+    """
+    if trigger.start_time is not None and due < trigger.start_time:
+        return Judgement(Verdict.EARLY, f"before the start, {trigger.start_time.isoformat()}")
+    if trigger.end_time is not None and due > trigger.end_time:
+        return Judgement(Verdict.END, f"the schedule ended at {trigger.end_time.isoformat()}")
+    if 0 <= trigger.max_count <= run_count:
+        return Judgement(Verdict.END, exhausted(trigger.max_count))
+    return Judgement(Verdict.RUN)
+
+
+def exhausted(max_count: int) -> str:
+    """Say that the job has had its runs."""
+    return f"the maximum of {max_count} run{'s' if max_count != 1 else ''} is reached"

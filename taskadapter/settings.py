@@ -1,0 +1,63 @@
+"""Settings of this integration, in Prefect's own way.
+
+Each is read from the environment as ``PREFECT_INTEGRATIONS_TASKADAPTER_<NAME>``, from
+``[integrations.taskadapter]`` in ``prefect.toml`` and from ``[tool.prefect.integrations.taskadapter]``
+in ``pyproject.toml``, in that order.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from prefect.settings import get_current_settings
+from prefect.settings.base import PrefectBaseSettings, build_settings_config
+from pydantic import Field, SecretStr
+from pydantic_settings import SettingsConfigDict
+
+DEFAULT_WORK_POOL = "taskadapter"
+
+
+class TaskadapterSettings(PrefectBaseSettings):
+    """What a node or a deploying machine may set; every field has a default that works."""
+
+    model_config: ClassVar[SettingsConfigDict] = build_settings_config(("integrations", "taskadapter"))
+
+    work_pool: str = Field(
+        default=DEFAULT_WORK_POOL,
+        description="The work pool of listeners and scheduling functions that name none.",
+    )
+    database_url: SecretStr | None = Field(
+        default=None,
+        description=(
+            "SQLAlchemy URL of the database that keeps counts and the state of services. "
+            "Default: a SQLite file in Prefect's home, good for one machine."
+        ),
+    )
+    worker_count: int = Field(
+        default=5,
+        ge=1,
+        description="How many runs a node executes at once, unless its --limit says otherwise.",
+    )
+    poll_seconds: float = Field(
+        default=1.0,
+        gt=0,
+        description=(
+            "Seconds between two looks for new runs. PREFECT_WORKER_QUERY_SECONDS, where set, wins."
+        ),
+    )
+    runs_per_host: int = Field(
+        default=500,
+        ge=1,
+        description="A warm host is replaced by a fresh one after this many runs.",
+    )
+    drain_seconds: float = Field(
+        default=30.0,
+        ge=0,
+        description="Seconds that a stopping agent waits for its runs before it ends them.",
+    )
+
+    def effective_database_url(self) -> str:
+        """Return the database's URL, with its secret: never log it."""
+        if self.database_url is not None:
+            return self.database_url.get_secret_value()
+        return f"sqlite:///{get_current_settings().home / 'taskadapter.db'}"

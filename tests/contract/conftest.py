@@ -1,0 +1,59 @@
+"""One suite, every database: SQLite always, the others where there is one."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+from sqlalchemy import Engine, QueuePool, delete
+
+from taskadapter.coordination import schema
+from taskadapter.coordination.dialects import open_engine
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture(scope="session")
+def postgres_url() -> str:
+    url = os.environ.get("TASKADAPTER_TEST_POSTGRES_URL")
+    return url or pytest.skip("TASKADAPTER_TEST_POSTGRES_URL names no PostgreSQL")
+
+
+@pytest.fixture(scope="session")
+def mysql_url() -> str:
+    url = os.environ.get("TASKADAPTER_TEST_MYSQL_URL")
+    return url or pytest.skip("TASKADAPTER_TEST_MYSQL_URL names no MySQL or MariaDB")
+
+
+@pytest.fixture(scope="session")
+def sqlite_url(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"sqlite:///{tmp_path_factory.mktemp('sqlite')}/tasks.db"
+
+
+@pytest.fixture(scope="session", params=["sqlite", "postgresql", "mysql"])
+def prepared_url(request: pytest.FixtureRequest) -> str:
+    """The URL of a database with our tables, made anew once a session."""
+    fixture = {"sqlite": "sqlite_url", "postgresql": "postgres_url", "mysql": "mysql_url"}
+    url: str = request.getfixturevalue(fixture[request.param])
+    engine = open_engine(url)
+    with engine.connect() as connection:
+        schema.metadata.drop_all(connection)
+        connection.commit()
+        schema.create_missing(connection)
+    engine.dispose()
+    return url
+
+
+@pytest.fixture
+def engine(prepared_url: str) -> Iterator[Engine]:
+    """An engine on empty tables; fails the test if it leaks a connection."""
+    engine = open_engine(prepared_url)
+    with engine.begin() as connection:
+        for table in schema.metadata.sorted_tables:
+            connection.execute(delete(table))
+    yield engine
+    assert isinstance(engine.pool, QueuePool)
+    assert engine.pool.checkedout() == 0
+    engine.dispose()
