@@ -15,40 +15,39 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from deployments.local import postgres, prefect_server
-from tests.benchmarks.bench import Bench, Figures, Runner
+from tests.benchmarks.bench import Bench, Figures
+from tests.benchmarks.runners import BASELINE, RUNNERS, Runner
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-BASELINE = Runner("process, limit 2", "process", ("--limit", "2"))
-RUNNERS = (Runner("process", "process"), BASELINE, Runner("taskadapter", "warm-backup"))
-
 
 class Row(NamedTuple):
-    """A figure in a table: its key, what it is called, its number of decimals."""
+    """A figure in a table: its key, what it is called, its decimals, what this project is to reach."""
 
     key: str
     label: str
     decimals: int
+    reach: str = ""
 
 
 STEADY = (
     Row("due", "ticks due", 0),
-    Row("run", "ticks run", 0),
+    Row("run", "ticks run", 0, "all"),
     Row("bodies", "runs begun", 0),
     Row("cpu", "CPU seconds", 2),
-    Row("cpu_per_run", "CPU seconds per run", 3),
-    Row("requests_per_run", "API requests per run", 1),
-    Row("earliest", "earliest start, s", 3),
-    Row("p50", "lateness p50, s", 3),
-    Row("p99", "lateness p99, s", 3),
+    Row("cpu_per_run", "CPU seconds per run", 3, "1/40"),
+    Row("requests_per_run", "API requests per run", 1, "8"),
+    Row("earliest", "earliest start, s", 3, "not < 0"),
+    Row("p50", "lateness p50, s", 3, "0.100"),
+    Row("p99", "lateness p99, s", 3, "0.500"),
     Row("max", "lateness max, s", 3),
-    Row("memory", "memory (PSS), MB", 0),
+    Row("memory", "memory (PSS), MB", 0, "350"),
 )
 BACKLOG = (
-    Row("started", "late ticks begun", 0),
-    Row("first", "poll to first start, s", 2),
-    Row("rate", "runs begun per second", 2),
+    Row("started", "late ticks begun", 0, "all"),
+    Row("first", "poll to first start, s", 2, "1.00"),
+    Row("rate", "runs begun per second", 2, "> 3"),
 )
 Results = dict[Runner, list[Figures]]
 
@@ -58,8 +57,7 @@ def main() -> None:
     options = _options()
     runners = [r for r in RUNNERS if r.name in options.runner]
     steady: Results = {runner: [] for runner in runners}
-    # No limit means a hundred processes at once: that says nothing but that it needs a limit.
-    backlog: Results = {r: [] for r in runners if r.options or r.kind != "process"}
+    backlog: Results = {runner: [] for runner in runners if runner.drains}
     with (
         tempfile.TemporaryDirectory() as directory,
         postgres() as database,
@@ -94,9 +92,9 @@ def _options() -> argparse.Namespace:
 
 
 def _table(title: str, rows: Sequence[Row], results: Mapping[Runner, Sequence[Figures]]) -> str:
-    """Return a table with one column a runner: median, spread of several, ratio to the baseline."""
-    header = [title, *(runner.name for runner in results)]
-    body = [[row.label, *(_cell(row, runner, results) for runner in results)] for row in rows]
+    """Return a table with a column a runner: median, spread if repeated, times the baseline."""
+    header = [title, *(runner.name for runner in results), "reach"]
+    body = [[r.label, *(_cell(r, runner, results) for runner in results), r.reach] for r in rows]
     widths = [max(len(line[i]) for line in [header, *body]) for i in range(len(header))]
     lines = [
         "  ".join(
@@ -116,9 +114,15 @@ def _cell(row: Row, runner: Runner, results: Mapping[Runner, Sequence[Figures]])
         text += f" [{min(values):.{row.decimals}f}..{max(values):.{row.decimals}f}]"
     if runner != BASELINE and BASELINE in results:
         base = statistics.median(figures[row.key] for figures in results[BASELINE])
-        times = median / base if base else math.nan
-        text += " (     -)" if math.isnan(times) else f" ({times:6.3g}x)"
+        text += f" {_times(median, base):>8}"
     return text
+
+
+def _times(value: float, base: float) -> str:
+    """Return how many times the base a value is: ``x2.5``, or ``/4`` for a quarter of it."""
+    if not value > 0 or not base > 0:
+        return "-"
+    return f"x{value / base:.3g}" if value >= base else f"/{base / value:.3g}"
 
 
 def _requests(bench: Bench, runs: float) -> str:

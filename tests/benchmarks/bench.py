@@ -8,56 +8,44 @@ import datetime as dt
 import math
 import re
 import time
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate
 from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.states import Scheduled
 
-from deployments.local import HOST, Program, agent, wait_until
-from tests.benchmarks.measure import (
-    cpu_seconds,
-    percentile,
-    proportional_memory,
-    ratio,
-    read_ledger,
-)
+from deployments.local import Program, agent, wait_until
+from tests.benchmarks import ledger
+from tests.benchmarks.measure import cpu_seconds, percentile, proportional_memory, ratio
 from tests.benchmarks.proxy import CountingProxy, Request
+from tests.benchmarks.runners import INTERVAL, PROJECT, Runner
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from pathlib import Path
     from uuid import UUID
 
     from prefect.client.orchestration import SyncPrefectClient
+    from prefect.client.schemas.objects import State
 
     from deployments.local import PrefectServer
-    from tests.benchmarks.measure import Line
+    from tests.benchmarks.ledger import Line
 
-HERE = Path(__file__).parent
-INTERVAL = 2.0  # seconds between two ticks of the job
 FIRST_RUN_WITHIN = 60.0
 DRAIN_WITHIN = 60.0
 Figures = dict[str, float]
 
 
-@dataclass(frozen=True)
-class Runner:
-    """A way to run the job: `prefect worker start --type KIND OPTIONS`."""
+class Job(NamedTuple):
+    """The deployed job: its id, a moment at which it is due, the file where its runs leave lines."""
 
-    name: str
-    kind: str
-    options: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Job:
-    """The deployed job: where it is run from, and where its runs leave their lines."""
-
-    pool: str
     deployment: UUID
+    anchor: float
     ledger: Path
+
+    def between_ticks(self, moment: float) -> float:
+        """Return the first moment from then on that is half-way between two ticks."""
+        middle = self.anchor + INTERVAL / 2
+        return middle + math.ceil((moment - middle) / INTERVAL) * INTERVAL
 
 
 class Bench:
@@ -76,17 +64,14 @@ class Bench:
         The window opens two ticks after the first run began, or `FIRST_RUN_WITHIN` after the start
         of a runner that begins none. It opens and closes half-way between two ticks.
         """
-        with (
-            self._job(runner.kind, scheduled=True) as job,
-            self._started(runner, job) as (node, proxy),
-        ):
+        with self._job(runner) as job, self._started(runner, job) as (node, proxy):
             with contextlib.suppress(TimeoutError):
-                wait_until(lambda: read_ledger(job.ledger), FIRST_RUN_WITHIN, "a first run")
-            start = _between_ticks(time.time() + 2 * INTERVAL)
-            end = _between_ticks(start + seconds)
+                wait_until(lambda: ledger.read(job.ledger), FIRST_RUN_WITHIN, "a first run")
+            start = job.between_ticks(time.time() + 2 * INTERVAL)
+            end = job.between_ticks(start + seconds)
             used = self._watch(node, start, end)
             time.sleep(INTERVAL)  # the last ticks may be as late as this
-            lines = read_ledger(job.ledger)
+            lines = ledger.read(job.ledger)
         began = sum(start <= line.began < end for line in lines)
         self.requests = collections.Counter(
             _kind(request) for request in proxy.requests if start <= request.at < end
@@ -103,17 +88,19 @@ class Bench:
 
         The first poll after its start sees them all; the clock starts with that request.
         """
-        with self._job(runner.kind, scheduled=False) as job:
-            self._miss(job, ticks)
+        with self._job(runner) as job:
+            late = self._miss(job, ticks)
+
+            def drained() -> list[float]:
+                return sorted(line.began for line in ledger.read(job.ledger) if line.due in late)
+
             with self._started(runner, job) as (_, proxy):
-                seen = wait_until(lambda: _first_poll(proxy), FIRST_RUN_WITHIN, "the first poll")
+                wait_until(lambda: _polls(proxy), FIRST_RUN_WITHIN, "the first poll")
                 with contextlib.suppress(TimeoutError):
-                    wait_until(
-                        lambda: len(read_ledger(job.ledger)) >= ticks, DRAIN_WITHIN, "all runs"
-                    )
-                began = sorted(line.began for line in read_ledger(job.ledger))
+                    wait_until(lambda: len(drained()) >= ticks, DRAIN_WITHIN, "all to be drained")
+                began = drained()
         return {
-            "first": began[0] - seen if began else math.nan,
+            "first": began[0] - _polls(proxy)[0] if began else math.nan,
             "rate": ratio(len(began) - 1, began[-1] - began[0]) if began else 0.0,
             "started": len(began),
         }
@@ -129,49 +116,37 @@ class Bench:
         return {"cpu": cpu_seconds(node.pid) - before, "memory": memory}
 
     @contextlib.contextmanager
-    def _job(self, kind: str, *, scheduled: bool) -> Iterator[Job]:
-        """Deploy the job to a work pool of its own, and remove both."""
+    def _job(self, runner: Runner) -> Iterator[Job]:
+        """Deploy the job as the runner likes it, and remove it with its work pool."""
         self._jobs += 1
-        pool = f"bench-{self._jobs}"
-        ledger = self._home / f"{pool}.ledger"
-        self._client.create_work_pool(WorkPoolCreate(name=pool, type=kind))
-        every = IntervalSchedule(
-            interval=dt.timedelta(seconds=INTERVAL),
-            anchor_date=dt.datetime.fromtimestamp(0, dt.UTC),
-        )
-        directory = {"prefect.deployments.steps.set_working_directory": {"directory": str(HERE)}}
-        deployment = self._client.create_deployment(
-            self._client.create_flow_from_name("tick"),
-            pool,
-            schedules=[DeploymentScheduleCreate(schedule=every, active=scheduled)],
-            parameters={"ledger": str(ledger)},
-            work_pool_name=pool,
-            entrypoint="flows.py:tick",
-            pull_steps=[directory],
-        )
+        deployment = runner.deploy(self._client)
+        every = self._client.read_deployment(deployment).schedules[0].schedule
+        assert isinstance(every, IntervalSchedule)
+        anchor = every.anchor_date.timestamp()
         try:
-            yield Job(pool, deployment, ledger)
+            yield Job(deployment, anchor, self._home / f"{self._jobs}.ledger")
         finally:
             self._client.delete_deployment(deployment)
-            self._client.delete_work_pool(pool)
+            self._client.delete_work_pool(runner.pool)
 
     @contextlib.contextmanager
     def _started(self, runner: Runner, job: Job) -> Iterator[tuple[Program, CountingProxy]]:
-        """Start a runner on the job's pool, with the counting proxy as its server."""
+        """Start a runner, with the counting proxy as its server."""
         with CountingProxy(self._server.port).running() as proxy:
-            env = {**self._server.env, "PREFECT_API_URL": f"http://{HOST}:{proxy.port}/api"}
-            name = f"{job.pool}-node"
-            with agent(name, job.pool, env, HERE, *runner.options, kind=runner.kind) as node:
+            ours = {"PREFECT_API_URL": proxy.api_url, ledger.VARIABLE: str(job.ledger)}
+            env = {**self._server.env, **ours}
+            name = f"node-{self._jobs}"
+            with agent(name, runner.pool, env, PROJECT, *runner.options, kind=runner.kind) as node:
                 yield node, proxy
 
-    def _miss(self, job: Job, ticks: int) -> None:
-        """Create runs that were due at the last `ticks` moments of the schedule."""
-        now = time.time()
-        for n in range(ticks, 0, -1):
-            due = dt.datetime.fromtimestamp(now - n * INTERVAL, dt.UTC)
-            self._client.create_flow_run_from_deployment(
-                job.deployment, state=Scheduled(scheduled_time=due)
-            )
+    def _miss(self, job: Job, ticks: int) -> set[float]:
+        """Create runs that were due before now, one interval apart; return when they were."""
+        now = round(time.time())
+        late = [now - n * INTERVAL for n in range(ticks, 0, -1)]
+        for due in late:
+            state: State[None] = Scheduled(scheduled_time=dt.datetime.fromtimestamp(due, dt.UTC))
+            self._client.create_flow_run_from_deployment(job.deployment, state=state)
+        return set(late)
 
 
 def punctuality(lines: Sequence[Line], start: float, end: float) -> Figures:
@@ -194,17 +169,12 @@ def punctuality(lines: Sequence[Line], start: float, end: float) -> Figures:
     }
 
 
-def _between_ticks(moment: float) -> float:
-    """Return the first moment from then on that is half-way between two ticks."""
-    return math.ceil(moment / INTERVAL - 0.5) * INTERVAL + INTERVAL / 2
-
-
-def _first_poll(proxy: CountingProxy) -> float | None:
-    polls = (r.at for r in proxy.requests if r.path.endswith("/get_scheduled_flow_runs"))
-    return next(polls, None)
+def _polls(proxy: CountingProxy) -> list[float]:
+    """Return when the runner asked for runs."""
+    return [r.at for r in proxy.requests if r.path.endswith("/get_scheduled_flow_runs")]
 
 
 def _kind(request: Request) -> str:
     """Return what a request was for, without the names and ids in its path."""
-    path = re.sub(r"[0-9a-f]{8}-[0-9a-f-]{27}|bench-\d+(-node)?", "*", request.path)
+    path = re.sub(r"[0-9a-f]{8}-[0-9a-f-]{27}|(?<=/)(bench|taskadapter|node-\d+)\b", "*", request.path)
     return f"{request.method} {path}"

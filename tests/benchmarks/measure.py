@@ -4,28 +4,12 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import psutil
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-
-class Line(NamedTuple):
-    """One run's line of the ledger."""
-
-    due: float  # seconds since the epoch
-    began: float
-    pid: int
-
-
-def read_ledger(ledger: Path) -> list[Line]:
-    """Return the lines of all bodies that have begun, in their order."""
-    if not ledger.exists():
-        return []
-    fields = (line.split() for line in ledger.read_text().splitlines())
-    return [Line(float(due), float(began), int(pid)) for due, began, pid in fields]
 
 
 def percentile(values: Sequence[float], share: float) -> float:

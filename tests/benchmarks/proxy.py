@@ -8,7 +8,8 @@ import threading
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from deployments.local import HOST, free_port
+from deployments.local import free_port
+from deployments.program import HOST
 
 if TYPE_CHECKING:
     from asyncio import StreamReader, StreamWriter
@@ -36,6 +37,7 @@ class CountingProxy:
 
     def __init__(self, upstream: int) -> None:
         self.port = free_port()
+        self.api_url = f"http://{HOST}:{self.port}/api"
         self.requests: list[Request] = []
         self._upstream = upstream
 
