@@ -78,7 +78,7 @@ def _entry(listener: Listener, declared: Declared) -> dict[str, Any]:
     entry: dict[str, Any] = {
         "name": declared.name,
         "entrypoint": entrypoint(declared.source),
-        "description": inspect.getdoc(declared.source) or "",
+        "description": _description(declared.source),
         "tags": [TAG],
         "work_pool": {
             "name": listener.work_pool,
@@ -98,6 +98,11 @@ def _entry(listener: Listener, declared: Declared) -> dict[str, Any]:
         entry["build"] = [{"taskadapter.deploy.first_tick": step}]
     entry["schedules"] = [schedules.schedule(listener.trigger, anchor)]
     return entry
+
+
+def _description(source: Any) -> str:
+    """Return the docstring; a class without one does not inherit that of `Service`."""
+    return inspect.cleandoc(source.__doc__ or "")
 
 
 def _job_variables(declared: Declared) -> dict[str, Any]:
@@ -171,7 +176,7 @@ async def _deploy(client: PrefectClient, listener: Listener, declared: Declared)
     name, slug = declared.name, schedules.slug(listener.trigger)
     wanted: dict[str, Any] = {
         "entrypoint": entrypoint(declared.source),
-        "description": inspect.getdoc(declared.source) or "",
+        "description": _description(declared.source),
         "tags": [TAG],
         "work_pool_name": listener.work_pool,
         "work_queue_name": listener.group_id or DEFAULT_QUEUE,
