@@ -72,6 +72,7 @@ class RunInHand:
     Attributes:
         flow_run: as polled.
         host: the process that has it, once one does.
+        decided: whether it takes one of the places of its job's `max_concurrent`.
         began: when its body began, on the monotonic clock.
         ended: why its job was over when its body began, if it was.
         cancelled: when it was cancelled, on the monotonic clock.
@@ -79,6 +80,7 @@ class RunInHand:
 
     flow_run: FlowRun
     host: Host | None = None
+    decided: bool = False
     began: float | None = None
     ended: str | None = None
     cancelled: float | None = None
@@ -228,6 +230,12 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         job_id = flow_run.deployment_id
         return sum(run.flow_run.deployment_id == job_id for run in self._in_hand.values())
 
+    def _ahead_of(self, run: RunInHand) -> int:
+        """Count the job's other runs in hand that go first: decided already, or due before this one."""
+        job_id = run.flow_run.deployment_id
+        others = (o for o in self._in_hand.values() if o is not run and o.flow_run.deployment_id == job_id)
+        return sum(other.decided or other.due < run.due for other in others)
+
     async def _handle(self, run: RunInHand) -> None:
         try:
             await self._decide(run)
@@ -249,10 +257,11 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         if self._deployments.is_ending(flow_run):
             return
         job = await self._deployments.job_of(flow_run, self.work_pool, self._newest_run)
-        if job.max_concurrent is not None and self._going_on(flow_run) > job.max_concurrent:
+        if job.max_concurrent is not None and self._ahead_of(run) >= job.max_concurrent:
             # Only now is it known that its job allows no more: it waits its turn.
             self._upcoming[flow_run.id] = flow_run
             return
+        run.decided = True
         if job.trigger is not None and flow_run.auto_scheduled:
             judgement = schedules.judge(job.trigger, run.due)
             if judgement.verdict is Verdict.EARLY:
