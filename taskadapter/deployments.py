@@ -30,7 +30,7 @@ from taskadapter import schedules
 from taskadapter.model import TriggerConfiguration
 from taskadapter.runs import Workspace
 
-FRESH_SECONDS = 30.0
+FRESH_SECONDS = 60.0
 """A deployment that was read longer ago is read again."""
 
 RETRY_SECONDS = 2.0
@@ -152,7 +152,7 @@ class Deployments:
         if known is not None and known.serves(flow_run):
             return known
         deployment = await self._client.read_deployment(flow_run.deployment_id)
-        flow = await self._client.read_flow(flow_run.flow_id)
+        flow_name = known.flow_name if known else (await self._client.read_flow(flow_run.flow_id)).name
         configuration: WarmBackupJobConfiguration = (
             await WarmBackupJobConfiguration.from_template_and_values(
                 base_job_template=pool.base_job_template,
@@ -162,7 +162,7 @@ class Deployments:
         )
         variables = configuration.trigger
         trigger = None if variables is None else TriggerConfiguration.model_validate(variables)
-        job = DeployedJob(deployment, flow.name, configuration, trigger, newest)
+        job = DeployedJob(deployment, flow_name, configuration, trigger, newest)
         if not flow_run.job_variables:
             self._read[deployment.id] = job
         return job

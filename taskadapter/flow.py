@@ -49,7 +49,8 @@ def function_flow(
         fn: the job's body.
         name: the flow's name.
         trigger: when it runs, how it is retried, and what an error means.
-        options: anything `prefect.flow` takes, such as ``timeout_seconds`` or hooks.
+        options: anything `prefect.flow` takes, such as ``timeout_seconds`` or hooks; ``log_prints``
+            is on unless they say otherwise, so that what a job prints is in the UI.
     """
 
     def body(_: Service | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -156,6 +157,7 @@ def _as_flow(
                 await asyncio.to_thread(turn.succeeded, subject)
                 return result
 
+    options = {"log_prints": True, **options}
     return flow(name=name, **options)(run_async if is_async else run)
 
 

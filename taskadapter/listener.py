@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import inspect
 import socket
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeGuard
 
 from prefect import Flow
 from prefect.settings import get_current_settings
+from prefect.types.names import BANNED_CHARACTERS
 from pydantic import model_validator
 
 from taskadapter import flow as flows
@@ -30,13 +30,10 @@ from taskadapter.model import (
 from taskadapter.pools import DEFAULT_QUEUE, ensure_work_pool
 from taskadapter.settings import TaskadapterSettings
 
-DEFAULTS: dict[str, Any] = {"log_prints": True}
-"""Options of every service's flow: what a job prints is in the UI."""
-
 Declarable = type[Service] | Callable[..., Any]
 
-listeners: weakref.WeakSet[Listener] = weakref.WeakSet()
-"""The listeners of this process, for `taskadapter render`."""
+listeners: set[Listener] = set()
+"""The listeners of this process, for `taskadapter render`; a module need not keep its own."""
 
 
 class ListenerConfiguration(Declaration):
@@ -144,16 +141,19 @@ class Listener:
             A decorator that returns the `prefect.Flow`.
 
         Raises:
-            DeclarationError: the name is taken, or what is decorated is neither of the two.
+            DeclarationError: the name is taken or none that Prefect accepts, or what is decorated is
+                neither of the two or cannot be called without arguments.
         """
+        _check_name(name)
 
         def declare(source: Declarable) -> Flow[..., Any]:
             trigger = self.trigger
-            if inspect.isclass(source) and issubclass(source, Service):
+            if _is_service(source):
                 trigger = _one_writer(source, trigger)
-                flow = flows.service_flow(source(), name, trigger, **DEFAULTS | options)
+                flow = flows.service_flow(source(), name, trigger, **options)
             elif inspect.isfunction(source):
-                flow = flows.function_flow(source, name, trigger, **DEFAULTS | options)
+                _check_function(source, name)
+                flow = flows.function_flow(source, name, trigger, **options)
             else:
                 raise DeclarationError(
                     f"{source!r} cannot be service {name!r}: decorate a subclass of Service, or a "
@@ -175,16 +175,22 @@ class Listener:
             The `prefect.Flow`.
 
         Raises:
-            DeclarationError: the name is taken, or the class cannot be imported by its name.
+            DeclarationError: the name is taken or none that Prefect accepts, or what is attached is no
+                service, or its class cannot be imported by its name.
         """
+        _check_name(name)
         cls = type(service)
+        if not issubclass(cls, Service):
+            raise DeclarationError(
+                f"{service!r} cannot be attached as {name!r}: pass an instance of a Service."
+            )
         if "<locals>" in cls.__qualname__:
             raise DeclarationError(
                 f"{cls.__qualname__} cannot be attached as {name!r}: nodes import a service's class, "
                 "and cannot import one that is defined inside a function. Move it to module level."
             )
         trigger = _one_writer(cls, self.trigger)
-        flow = flows.service_flow(service, name, trigger, **DEFAULTS)
+        flow = flows.service_flow(service, name, trigger)
         self._add(Declared(name, flow, cls, trigger, dump_state(service)))
         return flow
 
@@ -251,6 +257,40 @@ class Listener:
     ) -> None:
         """Stop it gracefully."""
         self.graceful_stop()
+
+
+def _check_name(name: object) -> None:
+    """Refuse what cannot be the name of a flow and a deployment."""
+    if not isinstance(name, str):
+        raise DeclarationError(
+            f'{name!r} is no name for a service; write service("a-name") above it, and '
+            'attach(instance, "a-name").'
+        )
+    if not name.strip() or any(character in name for character in BANNED_CHARACTERS):
+        raise DeclarationError(
+            f"{name!r} is no name for a service: it must not be blank, nor hold any of "
+            f"{' '.join(BANNED_CHARACTERS)}; choose another."
+        )
+
+
+def _is_service(source: object) -> TypeGuard[type[Service]]:
+    return inspect.isclass(source) and issubclass(source, Service) and not inspect.isabstract(source)
+
+
+def _check_function(fn: Callable[..., Any], name: str) -> None:
+    """Refuse a function that a tick cannot call."""
+    if inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn):
+        raise DeclarationError(
+            f"{fn.__qualname__} cannot be service {name!r}: it is a generator, so calling it does "
+            "nothing; remove its yield."
+        )
+    try:
+        inspect.signature(fn).bind()
+    except TypeError:
+        raise DeclarationError(
+            f"{fn.__qualname__}{inspect.signature(fn)} cannot be service {name!r}: it is called "
+            "without arguments; give its parameters defaults."
+        ) from None
 
 
 def _one_writer(cls: type[Service], trigger: TriggerConfiguration) -> TriggerConfiguration:

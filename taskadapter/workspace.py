@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import json
+import inspect
 import os
 import sys
 import tempfile
@@ -68,7 +68,7 @@ class Desk:
         self._pull(assignment)
         if any(_fingerprint(file) != seen for file, seen in self._seen.items()):
             raise StaleCode
-        key = json.dumps([assignment.entrypoint, assignment.initial_state, assignment.trigger_slug])
+        key = assignment.model_dump_json(include={"entrypoint", "flow_name", "initial_state", "trigger"})
         if key not in self._flows:
             self._flows[key] = self._with_result_storage(_load(assignment))
             self._seen |= {file: _fingerprint(file) for file in _sources()}
@@ -100,7 +100,7 @@ class Desk:
 
 
 def _load(assignment: Assignment) -> Flow[..., Any]:
-    """Import what the entrypoint names: a flow, a function, or the class of an attached job."""
+    """Import what the entrypoint names: a flow, or the function or class that a job is made of."""
     try:
         return load_flow_from_entrypoint(assignment.entrypoint, use_placeholder_flow=False)
     except MissingFlowError:
@@ -110,6 +110,8 @@ def _load(assignment: Assignment) -> Flow[..., Any]:
         return flows.service_flow(load_state(named, assignment.initial_state or {}), name, trigger)
     if trigger is not None and isinstance(named, type) and issubclass(named, Job):
         return flows.job_flow(named, name, trigger)
+    if trigger is not None and inspect.isfunction(named):
+        return flows.function_flow(named, name, trigger)
     return load_function_and_convert_to_flow(assignment.entrypoint)
 
 

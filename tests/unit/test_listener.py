@@ -1,0 +1,468 @@
+"""Listeners: what can be declared on one, and what is refused at once."""
+
+import functools
+import gc
+import inspect
+
+import pytest
+from prefect import Flow
+from prefect.settings import PREFECT_SERVER_SERVICES_SCHEDULER_MAX_RUNS, temporary_settings
+
+from taskadapter import (
+    ErrorPolicy,
+    Job,
+    Listener,
+    RetryConfiguration,
+    RetryStrategy,
+    Service,
+    TaskError,
+    TaskPolicy,
+    TriggerConfiguration,
+    WarmBackupConfig,
+)
+from taskadapter.errors import DeclarationError
+from taskadapter.listener import listeners
+
+RETRY = RetryConfiguration(max_attempts=1, retry_interval=1)
+POLICY = TaskPolicy(error_policy=ErrorPolicy.CONTINUE)
+
+
+class Counter(Service):
+    """Counts."""
+
+    i: int = 1
+
+    def execute(self):
+        self.i += 1
+
+
+class AsyncCounter(Counter):
+    async def execute(self):
+        self.i += 1
+
+
+class Stateless(Service):
+    _cache: int = 0
+
+    def execute(self): ...
+
+
+class Greeting(Job):
+    message: str = "hello"
+
+    def execute(self): ...
+
+
+def check_inbox():
+    """Look for new mail."""
+
+
+async def check_outbox(): ...
+
+
+def listener(**changes):
+    return Listener(**({"trigger": TriggerConfiguration(interval=2)} | changes))
+
+
+def refused(call, *args, **kwargs):
+    with pytest.raises(DeclarationError) as caught:
+        call(*args, **kwargs)
+    return str(caught.value)
+
+
+# --- what a listener is made of ------------------------------------------------------------------
+
+
+def test_defaults():
+    """A listener needs a trigger; by default it has no group and the pool of the settings."""
+    plain = listener()
+
+    assert plain.group_id is None
+    assert plain.work_pool == "taskadapter"
+    assert plain.services == {}
+
+
+def test_the_group_is_that_of_the_warm_backup():
+    """The coordination group of a listener is the one that its warm backup names."""
+    assert listener(warm_backup_config=WarmBackupConfig(group_id="g-1")).group_id == "g-1"
+
+
+def test_the_work_pool(monkeypatch):
+    """The keyword wins over the setting, which wins over the default."""
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_TASKADAPTER_WORK_POOL", "from-the-environment")
+
+    assert listener().work_pool == "from-the-environment"
+    assert listener(work_pool="its-own").work_pool == "its-own"
+
+
+@pytest.mark.parametrize("name", ["retry_config", "task_policy"])
+@pytest.mark.parametrize("place", ["trigger", "listener"])
+def test_retries_and_policy_stand_in_either_place(name, place):
+    """What stands in the trigger means the same as what stands beside it."""
+    value = {"retry_config": RETRY, "task_policy": POLICY}[name]
+    in_trigger, beside = ({name: value}, {}) if place == "trigger" else ({}, {name: value})
+
+    one = listener(trigger=TriggerConfiguration(interval=2, **in_trigger), **beside)
+
+    assert getattr(one.trigger, name) == value
+
+
+@pytest.mark.parametrize("name", ["retry_config", "task_policy"])
+def test_the_same_in_both_places_is_refused(name):
+    """Retries or a policy in both places are refused by name, even when they are equal."""
+    value = {"retry_config": RETRY, "task_policy": POLICY}[name]
+    trigger = TriggerConfiguration(interval=2, **{name: value})
+
+    message = refused(Listener, trigger=trigger, **{name: value})
+
+    assert f"{name} stands in the listener and in its trigger" in message
+
+
+def test_one_in_each_place_is_fine():
+    """Retries in the trigger and a policy beside it do not contradict each other."""
+    both = listener(trigger=TriggerConfiguration(interval=2, retry_config=RETRY), task_policy=POLICY)
+
+    assert (both.trigger.retry_config, both.trigger.task_policy) == (RETRY, POLICY)
+
+
+def test_camel_case_keywords():
+    """Keywords and nested tables in Ballerina's spelling mean the same."""
+    spelled = Listener(
+        trigger={"interval": 2, "maxCount": 5},
+        retryConfig={"maxAttempts": 3, "retryInterval": 1, "backoffStrategy": "EXPONENTIAL"},
+        taskPolicy={"errorPolicy": "CONTINUE"},
+        warmBackupConfig={"groupId": "g-1", "taskId": "node-1", "livenessCheckInterval": 6},
+        workPool="nightly",
+    )
+
+    retries = RetryConfiguration(
+        max_attempts=3, retry_interval=1, backoff_strategy=RetryStrategy.EXPONENTIAL
+    )
+    assert spelled.trigger == TriggerConfiguration(
+        interval=2, max_count=5, retry_config=retries, task_policy=POLICY
+    )
+    assert spelled.configuration.warm_backup_config == WarmBackupConfig(
+        group_id="g-1", task_id="node-1", liveness_check_interval=6
+    )
+    assert spelled.work_pool == "nightly"
+
+
+def test_an_unknown_keyword_is_refused():
+    """A misspelled keyword is refused, and the right one suggested."""
+    message = refused(listener, retry_configs=RETRY)
+
+    assert "retry_configs is not a field" in message
+    assert "did you mean retry_config?" in message
+
+
+def test_the_trigger_is_required():
+    """A listener without a trigger is refused."""
+    assert "trigger is required" in refused(Listener)
+
+
+def test_an_interval_that_the_scheduler_cannot_fill():
+    """Prefect's defaults fill 0.6 s; less is refused, naming the setting that allows it."""
+    assert listener(trigger=TriggerConfiguration(interval=0.6)).trigger.interval == 0.6
+
+    message = refused(Listener, trigger=TriggerConfiguration(interval=0.59))
+
+    assert "PREFECT_SERVER_SERVICES_SCHEDULER_MAX_RUNS" in message
+
+
+def test_the_named_setting_allows_it():
+    """With that setting raised, the same interval is accepted."""
+    with temporary_settings({PREFECT_SERVER_SERVICES_SCHEDULER_MAX_RUNS: 600}):
+        assert listener(trigger=TriggerConfiguration(interval=0.1)).trigger.interval == 0.1
+
+
+# --- service --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", [Counter, AsyncCounter, Stateless, check_inbox, check_outbox])
+def test_a_service_is_a_flow(source):
+    """A Service class, a function and a coroutine function become a flow of the service's name."""
+    on = listener()
+
+    flow = on.service("job-1")(source)
+
+    assert isinstance(flow, Flow)
+    assert flow.name == "job-1"
+    assert on.services["job-1"].flow is flow
+    assert on.services["job-1"].source is source
+
+
+@pytest.mark.parametrize(
+    ("source", "is_async"),
+    [(Counter, False), (AsyncCounter, True), (check_inbox, False), (check_outbox, True)],
+)
+def test_an_async_job_is_an_async_flow(source, is_async):
+    """The flow is async where the job is."""
+    assert listener().service("job-1")(source).isasync is is_async
+
+
+def test_the_flow_has_the_jobs_docstring():
+    """The flow's description is the docstring of what was declared."""
+    assert listener().service("job-1")(Counter).description == "Counts."
+    assert listener().service("job-1")(check_inbox).description == "Look for new mail."
+
+
+@pytest.mark.parametrize("source", [Stateless, check_outbox])
+def test_no_docstring_is_no_description(source):
+    """A job without a docstring does not borrow that of Service."""
+    assert not listener().service("job-1")(source).description
+
+
+def test_prints_are_logged_unless_told_otherwise():
+    """What a job prints is in the UI by default."""
+    assert listener().service("job-1")(Counter).log_prints is True
+    assert listener().attach(Counter(), "job-1").log_prints is True
+    assert listener().service("job-1", log_prints=False)(Counter).log_prints is False
+
+
+def test_options_are_those_of_a_flow():
+    """Anything else that a Prefect flow takes may stand beside the name."""
+    assert listener().service("job-1", timeout_seconds=5)(check_inbox).timeout_seconds == 5
+
+
+def test_a_functions_optional_parameters_stay():
+    """A function may have parameters with defaults; they are the flow's."""
+
+    def report(days: int = 7): ...
+
+    flow = listener().service("job-1")(report)
+
+    assert [*flow.parameters.properties] == ["days"]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        Counter(),
+        Greeting,
+        Greeting(),
+        Service,
+        Counter.execute.__get__(Counter()),
+        functools.partial(check_inbox),
+        print,
+        int,
+        None,
+        "check_inbox",
+    ],
+    ids=repr,
+)
+def test_other_things_are_refused(source):
+    """What is neither a Service class nor a function is refused, naming what can be declared."""
+    message = refused(listener().service("job-1"), source)
+
+    assert "'job-1'" in message
+    assert "subclass of Service" in message
+
+
+def test_a_flow_is_refused():
+    """A Prefect flow, another service's too, is not declared again."""
+    on = listener()
+    flow = on.service("job-1")(check_inbox)
+
+    assert "subclass of Service" in refused(on.service("job-2"), flow)
+
+
+@pytest.mark.parametrize("shape", ["def", "async def"])
+def test_a_generator_is_refused(shape):
+    """Calling a generator function does nothing, so it cannot be a job."""
+    namespace = {}
+    exec(f"{shape} numbers():\n    yield 1", namespace)
+
+    assert "remove its yield" in refused(listener().service("job-1"), namespace["numbers"])
+
+
+def test_a_function_that_needs_arguments_is_refused():
+    """A tick brings no arguments: parameters need defaults."""
+
+    def report(days, *, verbose=False): ...
+
+    message = refused(listener().service("job-1"), report)
+
+    assert "report(days, *, verbose=False)" in message
+    assert "default" in message
+
+
+def test_a_service_needs_defaults():
+    """A class whose field has no value cannot start; the message names the field."""
+
+    class Needy(Service):
+        amount: int
+
+        def execute(self): ...
+
+    assert "amount is required" in refused(listener().service("job-1"), Needy)
+
+
+@pytest.mark.parametrize("name", ["", " ", "a/b", "50%", "a&b", "<a>", None, 7, Counter])
+def test_names_that_prefect_has_no_place_for(name):
+    """A name must be one that a flow and a deployment can have; it is refused before anything is."""
+    assert "name" in refused(listener().service, name)
+    assert "name" in refused(listener().attach, Counter(), name)
+
+
+@pytest.mark.parametrize("name", ["x", "a b", "nächtlich", "job.1:2_3"])
+def test_names_that_prefect_accepts(name):
+    """Every other name is fine."""
+    assert listener().service(name)(check_inbox).name == name
+
+
+def test_the_decorator_without_parentheses_is_refused():
+    """`@listener.service` alone would lose the job without a word."""
+    message = refused(listener().service, check_inbox)
+
+    assert 'service("a-name")' in message
+
+
+@pytest.mark.parametrize("again", ["service", "attach"])
+def test_a_name_twice_is_refused(again):
+    """One listener has one service of a name, however it was declared."""
+    on = listener()
+    on.service("job-1")(Counter)
+
+    with pytest.raises(DeclarationError, match="'job-1' is declared twice"):
+        on.service("job-1")(check_inbox) if again == "service" else on.attach(Counter(), "job-1")
+
+    assert on.services["job-1"].source is Counter
+
+
+def test_two_listeners_may_declare_one_class():
+    """Another listener, or another name, makes another job of the same class."""
+    on = listener()
+
+    assert on.service("job-1")(Counter) is not on.service("job-2")(Counter)
+    assert listener().service("job-1")(Counter).name == "job-1"
+
+
+# --- one writer for a state -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("source", "max_concurrent"), [(Counter, 1), (Stateless, None), (check_inbox, None)]
+)
+def test_a_service_with_fields_runs_one_tick_at_a_time(source, max_concurrent):
+    """What has a state has one writer; what has none may overlap."""
+    on = listener()
+    on.service("job-1")(source)
+
+    policy = on.services["job-1"].trigger.task_policy
+    assert (policy.max_concurrent if policy else None) == max_concurrent
+
+
+def test_the_rest_of_the_policy_stays():
+    """One writer changes neither the error policy nor the listener's own trigger."""
+    on = listener(task_policy=POLICY)
+    on.service("job-1")(Counter)
+    on.attach(Counter(i=10), "job-2")
+
+    expected = TaskPolicy(error_policy=ErrorPolicy.CONTINUE, max_concurrent=1)
+    assert on.services["job-1"].trigger.task_policy == expected
+    assert on.services["job-2"].trigger.task_policy == expected
+    assert on.trigger.task_policy == POLICY
+
+
+# --- attach and detach ----------------------------------------------------------------------------
+
+
+def test_attach_keeps_the_values():
+    """An attached instance's field values are the initial state on every node."""
+    on = listener()
+
+    flow = on.attach(Counter(i=10), "job-1")
+
+    declared = on.services["job-1"]
+    assert (flow.name, declared.source, declared.initial_state) == ("job-1", Counter, {"i": 10})
+
+
+def test_a_decorated_class_has_no_initial_state():
+    """Where a decorator declared it, the class itself has the values."""
+    on = listener()
+    on.service("job-1")(Counter)
+
+    assert on.services["job-1"].initial_state is None
+
+
+def test_what_is_attached_is_a_copy():
+    """Changing the instance afterwards does not change what was declared."""
+    on, counter = listener(), Counter(i=10)
+    on.attach(counter, "job-1")
+
+    counter.i = 99
+
+    assert on.services["job-1"].initial_state == {"i": 10}
+
+
+def test_a_class_inside_a_function_cannot_be_attached():
+    """Nodes import the class of an attached service, so it must be importable."""
+
+    class Local(Service):
+        def execute(self): ...
+
+    message = refused(listener().attach, Local(), "job-1")
+
+    assert "Local" in message
+    assert "Move it to module level" in message
+
+
+@pytest.mark.parametrize("thing", [Counter, Greeting(), check_inbox, None], ids=repr)
+def test_only_a_service_can_be_attached(thing):
+    """A class, a job or a function is refused, naming what can be attached."""
+    assert "an instance of a Service" in refused(listener().attach, thing, "job-1")
+
+
+def test_detach():
+    """A detached service is gone from the listener, and its name is free again."""
+    on = listener()
+    on.service("job-1")(Counter)
+
+    on.detach("job-1")
+
+    assert on.services == {}
+    assert on.service("job-1")(check_inbox).name == "job-1"
+
+
+def test_detach_of_an_unknown_name():
+    """What is not attached cannot be detached; the message names what is."""
+    on = listener()
+    on.service("job-1")(Counter)
+
+    with pytest.raises(TaskError, match=r"no service 'job-2' is attached; there are \['job-1'\]"):
+        on.detach("job-2")
+
+
+# --- start and stop, as far as they need no server ------------------------------------------------
+
+
+def test_a_listener_without_a_service_does_not_start():
+    """There must be something to run."""
+    with pytest.raises(TaskError, match="no service to run"):
+        listener().start()
+
+
+@pytest.mark.parametrize("stop", ["graceful_stop", "immediate_stop"])
+def test_what_is_not_started_cannot_be_stopped(stop):
+    """Stopping a listener that is not started is an error that says so."""
+    with pytest.raises(TaskError, match="not started"):
+        getattr(listener(), stop)()
+
+
+# --- for `taskadapter render` ---------------------------------------------------------------------
+
+
+def test_a_listener_nobody_keeps_is_still_rendered():
+    """A flow module may declare a job without giving the listener a name."""
+    name = "kept-by-nobody"
+    listener().service(name)(check_inbox)
+    gc.collect()
+
+    assert [one for one in listeners if name in one.services] != []
+
+
+def test_the_signature_that_users_see():
+    """The public methods are those of the design, by name."""
+    public = {name for name, _ in inspect.getmembers(Listener, inspect.isfunction) if name[0] != "_"}
+
+    assert public == {"attach", "detach", "graceful_stop", "immediate_stop", "service", "start"}

@@ -1,0 +1,80 @@
+"""Prefect's private names: each is where we look for it and does what we rely on."""
+
+import inspect
+import subprocess
+import sys
+from importlib.util import find_spec
+from types import ModuleType
+
+import pytest
+from prefect import flow_engine
+from prefect._internal import control_listener
+from prefect.cli.deploy import _commands
+from prefect.utilities import engine
+
+from taskadapter import prefect_private
+
+
+@pytest.fixture
+def no_intent():
+    """No intent before the test, and none left after it."""
+    control_listener.clear_intent()
+    yield
+    control_listener.clear_intent()
+
+
+def test_without_an_intent_there_is_none(no_intent):
+    """A process that nobody cancels has no intent, so a SIGTERM is a crash."""
+    assert control_listener.get_intent() is None
+
+
+def test_intend_cancellation(no_intent):
+    """The engine reads back the intent as the cancellation it acts on."""
+    prefect_private.intend_cancellation()
+
+    assert control_listener.get_intent() == "cancel"
+
+
+def test_an_intent_is_cleared(no_intent):
+    """The intent of one run does not outlive it, when cleared by Prefect's own function."""
+    prefect_private.intend_cancellation()
+    control_listener.clear_intent()
+
+    assert control_listener.get_intent() is None
+
+
+def test_the_engine_asks_the_module_that_we_tell():
+    """Prefect's flow engine and its bridge from SIGTERM consult this very intent."""
+    assert flow_engine.get_intent is control_listener.get_intent
+    assert "control_listener.get_intent()" in inspect.getsource(engine.capture_sigterm)
+
+
+def test_this_process_does_not_deploy():
+    """Where `prefect deploy` does not run, nothing is being deployed."""
+    assert prefect_private.is_being_deployed() is False
+
+
+def test_prefect_deploy_is_recognized(monkeypatch):
+    """The module by which we know `prefect deploy` is the one that its command imports."""
+    assert "from prefect.cli.deploy._core import" in inspect.getsource(_commands.deploy)
+    assert find_spec("prefect.cli.deploy._core") is not None
+
+    monkeypatch.setitem(sys.modules, "prefect.cli.deploy._core", ModuleType("_core"))
+    assert prefect_private.is_being_deployed() is True
+
+
+@pytest.mark.parametrize("command", ["worker start --help", "deploy --help"])
+def test_other_commands_do_not_deploy(command):
+    """Prefect's other commands, an agent's above all, do not look like a deploy."""
+    script = (
+        "import sys, contextlib, io\n"
+        f"sys.argv = ['prefect', *{command.split()}]\n"
+        "from prefect.cli import app\n"
+        "with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit): app()\n"
+        "from taskadapter import prefect_private\n"
+        "print(prefect_private.is_being_deployed())\n"
+    )
+
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+
+    assert run.stdout == "False\n"

@@ -1,0 +1,215 @@
+"""A trigger in Prefect's terms: slugs, schedules, the shortest interval, and the verdict on a tick."""
+
+from datetime import UTC, datetime, timedelta, timezone
+
+import pytest
+from prefect.client.schemas.actions import DeploymentScheduleCreate
+from prefect.client.schemas.schedules import IntervalSchedule
+from prefect.settings import get_current_settings
+
+from taskadapter.errors import DeclarationError
+from taskadapter.model import RetryConfiguration, TaskPolicy, TriggerConfiguration
+from taskadapter.schedules import Judgement, Verdict, check_interval, exhausted, judge, schedule, slug
+
+NOON = datetime(2030, 1, 1, 12, 0, tzinfo=UTC)
+MICROSECOND = timedelta(microseconds=1)
+SECOND = timedelta(seconds=1)
+
+
+def trigger(**changes):
+    return TriggerConfiguration(**({"interval": 2} | changes))
+
+
+# --- slug -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "readable"),
+    [
+        ({}, "every-2s"),
+        ({"interval": 2.5}, "every-2-5s"),
+        ({"interval": 0.6}, "every-0-6s"),
+        ({"interval": timedelta(hours=1)}, "every-3600s"),
+        ({"max_count": 5}, "every-2s-5-times"),
+    ],
+)
+def test_a_slug_reads_as_what_it_says(changes, readable):
+    """A slug begins with the interval and the count in words, and ends with eight hex digits."""
+    words, _, digest = slug(trigger(**changes)).rpartition("-")
+
+    assert words == readable
+    assert len(digest) == 8
+    assert set(digest) <= set("0123456789abcdef")
+
+
+@pytest.mark.parametrize("interval", [0.7, 2, 86400 * 365, 1e6 + 0.5, 1e12, 1 / 3])
+def test_prefect_accepts_the_slug(interval):
+    """Every slug is one that Prefect's API accepts for a schedule."""
+    every = IntervalSchedule(interval=timedelta(seconds=interval))
+
+    accepted = DeploymentScheduleCreate(schedule=every, slug=slug(trigger(interval=interval)))
+
+    assert accepted.slug == slug(trigger(interval=interval))
+
+
+def test_equal_declarations_have_one_slug():
+    """However a declaration spells its values, its slug is the same: moments count, not zones."""
+    one = trigger(interval=timedelta(seconds=2), start_time=NOON, end_time="2030-01-01T14:00:00Z")
+    same = trigger(
+        interval=2.0,
+        start_time=NOON.astimezone(timezone(timedelta(hours=2))),
+        end_time="2030-01-01T16:00:00+02:00",
+    )
+
+    assert slug(one) == slug(same)
+
+
+def test_retries_and_policy_are_no_part_of_a_slug():
+    """Other retries or another policy leave the schedule, and with it the count, as it is."""
+    changed = trigger(
+        retry_config=RetryConfiguration(max_attempts=1, retry_interval=1),
+        task_policy=TaskPolicy(max_concurrent=1),
+    )
+
+    assert slug(trigger()) == slug(changed)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"interval": 2.000001},
+        {"max_count": 5},
+        {"start_time": NOON},
+        {"end_time": NOON},
+    ],
+)
+def test_a_changed_trigger_has_another_slug(changes):
+    """Another interval, count, start or end is another schedule, however small the change."""
+    assert slug(trigger()) != slug(trigger(**changes))
+
+
+def test_start_and_end_are_told_apart():
+    """A time as the start and the same time as the end are two different triggers."""
+    assert slug(trigger(start_time=NOON)) != slug(trigger(end_time=NOON))
+
+
+# --- schedule -------------------------------------------------------------------------------------
+
+
+def test_a_schedule_in_the_form_of_prefect_yaml():
+    """The schedule has the interval in seconds, an aware anchor, UTC, and its slug."""
+    assert schedule(trigger(interval=2.5), NOON) == {
+        "interval": 2.5,
+        "anchor_date": "2030-01-01T12:00:00+00:00",
+        "timezone": "UTC",
+        "slug": slug(trigger(interval=2.5)),
+    }
+
+
+def test_a_template_stays_a_template():
+    """An anchor that a build step fills in is passed on as it is."""
+    assert schedule(trigger(), "{{ first-tick.date }}")["anchor_date"] == "{{ first-tick.date }}"
+
+
+def test_prefect_loads_the_schedule():
+    """Prefect reads from it the same interval and the same moment."""
+    given = schedule(trigger(interval=0.75), NOON)
+    del given["slug"]
+
+    loaded = IntervalSchedule.model_validate(given)
+
+    assert loaded.interval == timedelta(seconds=0.75)
+    assert loaded.anchor_date == NOON
+
+
+# --- the shortest interval ------------------------------------------------------------------------
+
+
+def test_the_least_interval_is_accepted():
+    """With Prefect's defaults, 100 runs in 60 s, an interval of 0.6 s is filled without a hole."""
+    check_interval(0.6, max_runs=100, loop_seconds=60)
+
+
+def test_less_than_the_least_interval_is_refused():
+    """A little less than 0.6 s is refused; the message names value, limit and setting."""
+    with pytest.raises(DeclarationError) as refused:
+        check_interval(0.59, max_runs=100, loop_seconds=60)
+
+    message = str(refused.value)
+    assert "interval 0.59 s" in message
+    assert "0.6 s is the least" in message
+    assert "PREFECT_SERVER_SERVICES_SCHEDULER_MAX_RUNS" in message
+
+
+def test_raised_settings_allow_a_shorter_interval():
+    """The limit follows the settings: 600 runs in 60 s allow 0.1 s."""
+    check_interval(0.1, max_runs=600, loop_seconds=60)
+
+
+def test_the_defaults_are_prefects():
+    """The numbers that the tests above work with are those of the installed Prefect."""
+    scheduler = get_current_settings().server.services.scheduler
+
+    assert (scheduler.max_runs, scheduler.loop_seconds) == (100, 60)
+
+
+# --- the verdict on a tick ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("due", "verdict"),
+    [(NOON - MICROSECOND, Verdict.EARLY), (NOON, Verdict.RUN), (NOON + MICROSECOND, Verdict.RUN)],
+)
+def test_start(due, verdict):
+    """Nothing runs before the start; the tick at the start does."""
+    assert judge(trigger(start_time=NOON), due).verdict is verdict
+
+
+@pytest.mark.parametrize(
+    ("due", "verdict"),
+    [(NOON - MICROSECOND, Verdict.RUN), (NOON, Verdict.RUN), (NOON + MICROSECOND, Verdict.END)],
+)
+def test_end(due, verdict):
+    """The tick at the end runs; there is none after it."""
+    assert judge(trigger(end_time=NOON), due).verdict is verdict
+
+
+@pytest.mark.parametrize(
+    ("run_count", "verdict"),
+    [(0, Verdict.RUN), (4, Verdict.RUN), (5, Verdict.END), (6, Verdict.END)],
+)
+def test_max_count(run_count, verdict):
+    """After four of five executions there is another, after five there is none."""
+    assert judge(trigger(max_count=5), NOON, run_count=run_count).verdict is verdict
+
+
+@pytest.mark.parametrize("run_count", [0, 1, 10**9])
+def test_no_max_count_is_for_ever(run_count):
+    """A count of -1 ends nothing, and neither does a missing end."""
+    assert judge(trigger(), NOON, run_count=run_count) == Judgement(Verdict.RUN)
+
+
+def test_zones_do_not_matter_to_a_verdict():
+    """A tick is compared with start and end as a moment."""
+    bounded = trigger(start_time="2030-01-01T14:00:00+02:00", end_time="2030-01-01T10:00:01-02:00")
+
+    assert judge(bounded, NOON - SECOND).verdict is Verdict.EARLY
+    assert judge(bounded, NOON).verdict is Verdict.RUN
+    assert judge(bounded, NOON + SECOND).verdict is Verdict.RUN
+    assert judge(bounded, NOON + 2 * SECOND).verdict is Verdict.END
+
+
+def test_a_reason_is_given_for_what_does_not_run():
+    """The reason names the bound that was reached; a tick that runs needs none."""
+    bounded = trigger(start_time=NOON, end_time=NOON + SECOND, max_count=1)
+
+    assert judge(bounded, NOON - SECOND).reason == "before the start, 2030-01-01T12:00:00+00:00"
+    assert judge(bounded, NOON).reason == ""
+    assert judge(bounded, NOON + 2 * SECOND).reason == "the schedule ended at 2030-01-01T12:00:01+00:00"
+    assert judge(bounded, NOON, run_count=1).reason == "the maximum of 1 run is reached"
+
+
+def test_one_run_and_several():
+    """The reason counts in English."""
+    assert exhausted(1) == "the maximum of 1 run is reached"
+    assert exhausted(2) == "the maximum of 2 runs is reached"
