@@ -75,6 +75,7 @@ class RunInHand:
         decided: whether it takes one of the places of its job's `max_concurrent`.
         began: when its body began, on the monotonic clock.
         ended: why its job was over when its body began, if it was.
+        over: why it is not to begin: its job has ended since it was claimed.
         cancelled: when it was cancelled, on the monotonic clock.
     """
 
@@ -83,6 +84,7 @@ class RunInHand:
     decided: bool = False
     began: float | None = None
     ended: str | None = None
+    over: str | None = None
     cancelled: float | None = None
 
     @property
@@ -279,9 +281,9 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         assignment = self._assignment(run, job)
         outcome = await self._on_a_host(run, assignment, job)
         if outcome.ended is not None and run.ended is None:
-            self._deployments.end(job, outcome.ended)
+            self._end_job(job, outcome.ended)
         if outcome.kind == "dropped":
-            await self._put_back(run, job)
+            await self._put_back(run)
         elif outcome.kind == "crashed":
             await self._report_crash(run, assignment, outcome.message)
 
@@ -303,10 +305,13 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         def on_begin(ended: str | None) -> None:
             run.began, run.ended = time.monotonic(), ended
             if ended is not None:
-                self._deployments.end(job, ended)
+                self._end_job(job, ended)
 
         while True:
             host = run.host = await self._hosts.take(assignment.workspace.key)
+            if run.over is not None:
+                self._hosts.give_back(host)
+                return Outcome("dropped")
             try:
                 outcome = await host.carry_out(assignment, on_begin)
             except EOFError:
@@ -320,10 +325,20 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
             if outcome.kind != "stale":
                 return outcome
 
-    async def _put_back(self, run: RunInHand, job: DeployedJob) -> None:
+    def _end_job(self, job: DeployedJob, reason: str) -> None:
+        """End a job for all nodes; its ticks that are claimed, but have not begun, do not begin."""
+        self._deployments.end(job, reason)
+        for run in self._in_hand.values():
+            is_of_job = run.flow_run.deployment_id == job.deployment.id
+            if is_of_job and run.flow_run.auto_scheduled and run.began is None:
+                run.over = reason
+                if run.host is not None:
+                    run.host.drop()
+
+    async def _put_back(self, run: RunInHand) -> None:
         """Give a claimed run that has not begun to the next agent, or skip it if its job is over."""
-        if self._deployments.is_ending(run.flow_run):
-            await self._deployments.skip(run.flow_run, f"job {job.name} has ended")
+        if run.over is not None:
+            await self._deployments.skip(run.flow_run, run.over)
         else:
             await self._deployments.report(run.flow_run, Scheduled(scheduled_time=run.due), force=True)
 
