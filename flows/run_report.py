@@ -22,7 +22,7 @@ from taskadapter import Listener, TriggerConfiguration
 PAGE = 200  # what the API returns at most
 ENDED = [StateType.COMPLETED, StateType.FAILED, StateType.CRASHED]
 
-report_listener = Listener(trigger=TriggerConfiguration(interval=15))
+report_listener = Listener(trigger=TriggerConfiguration(interval=10))
 
 
 @report_listener.service("run-report")

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import App, Parameter
-from prefect.exceptions import ScriptError
 
 from taskadapter.errors import TaskError
 
@@ -30,7 +29,10 @@ def render(
 
     text = deploy.render(flows, output)
     if not check:
-        output.write_text(text, encoding="utf-8")
+        try:
+            output.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise TaskError(f"{output} cannot be written: {error.strerror}.") from error
         print(f"Wrote {output}. To deploy it:")
         print(f"  prefect --no-prompt deploy --prefect-file {output} --all")
     elif not output.exists() or output.read_text(encoding="utf-8") != text:
@@ -41,8 +43,7 @@ def main() -> None:
     """Run the command; an error is one line on standard error, and exit status 1."""
     sys.path.insert(0, str(Path.cwd()))
     try:
-        app()
-    except (TaskError, ScriptError) as error:
-        cause = getattr(error, "user_exc", None) or error
-        print(f"taskadapter: {cause}", file=sys.stderr)
+        app(sys.argv[1:])
+    except TaskError as error:
+        print(f"taskadapter: {error}", file=sys.stderr)
         sys.exit(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import traceback
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -19,12 +20,12 @@ from prefect.client.schemas.actions import (
 )
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.schedules import IntervalSchedule
-from prefect.exceptions import ObjectNotFound
+from prefect.exceptions import ObjectNotFound, ScriptError
 from prefect.utilities.callables import parameter_schema
 from prefect.utilities.importtools import load_script_as_module
 
 from taskadapter import schedules
-from taskadapter.errors import DeclarationError
+from taskadapter.errors import DeclarationError, TaskError
 from taskadapter.jobs import JobId
 from taskadapter.listener import Declared, Listener, listeners
 from taskadapter.pools import DEFAULT_QUEUE, ensure_work_pool
@@ -47,12 +48,16 @@ def render(flows: Path, file: Path) -> str:
         file: where the text will be kept, for its first comment.
 
     Raises:
-        DeclarationError: a declaration is invalid, or two jobs would be one deployment.
-        ScriptError: a module cannot be imported.
+        DeclarationError: there is no such folder or no job in it, a module cannot be imported or holds
+            an invalid declaration, or two jobs would be one deployment.
     """
+    if not flows.is_dir():
+        raise DeclarationError(f"{flows}/ is no folder; name the one with the flow modules.")
     for module in sorted(flows.glob("*.py")):
-        load_script_as_module(str(module))
+        _import(module)
     found = [(listener, declared) for listener in listeners for declared in listener.services.values()]
+    if not found:
+        raise DeclarationError(f"{flows}/ declares no job; decorate one with a listener's service().")
     found.sort(key=lambda pair: pair[1].name)
     _refuse_duplicates(declared for _, declared in found)
     content = {
@@ -60,6 +65,24 @@ def render(flows: Path, file: Path) -> str:
         "deployments": [_entry(listener, declared) for listener, declared in found],
     }
     return HEADER.format(flows=flows, file=file) + yaml.safe_dump(content, sort_keys=False, width=100)
+
+
+def _import(module: Path) -> None:
+    try:
+        load_script_as_module(str(module))
+    except ScriptError as error:
+        raise DeclarationError(f"{module}{_what_broke(module, error.user_exc)}") from error
+
+
+def _what_broke(module: Path, exc: Exception) -> str:
+    """Say where in a module an error came from, and what it is; ours need no class to be clear."""
+    if isinstance(exc, SyntaxError):
+        place = "" if exc.lineno is None else f", line {exc.lineno}"
+        return f"{place}: {type(exc).__name__}: {exc.msg}"
+    frames = traceback.extract_tb(exc.__traceback__)
+    lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == module.resolve()]
+    place = f", line {lines[-1]}" if lines else ""
+    return f"{place}: {exc}" if isinstance(exc, TaskError) else f"{place}: {type(exc).__name__}: {exc}"
 
 
 def _refuse_duplicates(found: Iterable[Declared]) -> None:
@@ -117,7 +140,16 @@ def entrypoint(source: Any) -> str:
 
     Relative to the working directory, so that nodes may have the project elsewhere; what lies outside
     is named as an importable module.
+
+    Raises:
+        DeclarationError: it has no name in its module by which a node could import it.
     """
+    if "<" in source.__qualname__:
+        raise DeclarationError(
+            f"{source.__qualname__} in {inspect.getfile(source)} cannot be deployed: nodes import what "
+            "they run, and cannot import a lambda, nor what is defined inside a function. Define it at "
+            "module level."
+        )
     file = Path(inspect.getfile(source)).resolve()
     here = Path.cwd().resolve()
     if file.is_relative_to(here) and not file.is_relative_to(Path(sys.prefix).resolve()):

@@ -31,9 +31,10 @@ from prefect.client.schemas.filters import (
     FlowRunFilterStateType,
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.client.schemas.responses import OrchestrationResult, SetStateStatus
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_WORKER_QUERY_SECONDS, get_current_settings, temporary_settings
-from prefect.states import Cancelled, Crashed, Scheduled
+from prefect.states import Cancelled, Crashed, Pending, Scheduled
 from prefect.workers.base import BaseWorker, BaseWorkerResult
 
 from taskadapter import schedules
@@ -223,7 +224,9 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
             self._news.clear()
 
     def _may_start(self, flow_run: FlowRun) -> bool:
-        """Return whether the run's job has not as many runs going on as it may have at once."""
+        """Return whether the run's job goes on, and has fewer runs in hand than it may have at once."""
+        if self._deployments.is_ending(flow_run):
+            return False
         job = self._deployments.known(flow_run)
         limit = None if job is None else job.max_concurrent
         return limit is None or self._going_on(flow_run) < limit
@@ -235,14 +238,16 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
     def _ahead_of(self, run: RunInHand) -> int:
         """Count the job's other runs in hand that go first: decided already, or due before this one."""
         job_id = run.flow_run.deployment_id
-        others = (o for o in self._in_hand.values() if o is not run and o.flow_run.deployment_id == job_id)
+        others = (
+            o for o in self._in_hand.values() if o is not run and o.flow_run.deployment_id == job_id
+        )
         return sum(other.decided or other.due < run.due for other in others)
 
     async def _handle(self, run: RunInHand) -> None:
         try:
             await self._decide(run)
         except ObjectNotFound:
-            self._logger.info("Run %s is gone, or its deployment is.", run.flow_run.name)
+            self._logger.info("Run %s or its deployment was deleted.", run.flow_run.name)
         except httpx.HTTPError as fault:
             self._logger.warning("Run %s is left for later: %s", run.flow_run.name, fault)
         except Exception as exc:
@@ -272,8 +277,11 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
             if judgement.verdict is Verdict.END:
                 self._deployments.end(job, judgement.reason)
                 return
-        if await self._propose_pending_state(flow_run):
+        claim: OrchestrationResult[Any] = await self.client.set_flow_run_state(flow_run.id, Pending())
+        if claim.status is SetStateStatus.ACCEPT:
             await self._run_job(run, job)
+        else:
+            self._logger.info("Run %s is not to be had: %s", flow_run.name, claim.details)
 
     # --- running --------------------------------------------------------------------------------
 

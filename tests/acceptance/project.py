@@ -108,7 +108,9 @@ class Project:
         new.write_text(textwrap.dedent(source), encoding="utf-8")
         new.replace(file)
 
-    def run(self, *command: str | Path, env: Mapping[str, str] | None = None, within: float = 120) -> str:
+    def run(
+        self, *command: str | Path, env: Mapping[str, str] | None = None, within: float = 120
+    ) -> str:
         """Run a command in the folder and return its output; any other exit status than 0 fails."""
         done = subprocess.run(
             command,
@@ -146,8 +148,10 @@ class Project:
         if not self._ledger.exists():
             return []
         lines = map(json.loads, self._ledger.read_text(encoding="utf-8").splitlines())
-        entries = [Entry(**{key: line.pop(key) for key in ("job", "what", "at", "pid")}, details=line)
-                   for line in lines]
+        entries = [
+            Entry(**{key: line.pop(key) for key in ("job", "what", "at", "pid")}, details=line)
+            for line in lines
+        ]
         return [entry for entry in entries if entry.job == job and what in {None, entry.what}]
 
     def wait_for(self, job: str, what: str, count: int = 1, within: float = PATIENCE) -> list[Entry]:
@@ -219,7 +223,9 @@ class Prefect:
         assert ended_run is not None
         return ended_run
 
-    def wait_for_runs(self, job: str, *names: str, count: int, within: float = PATIENCE) -> list[FlowRun]:
+    def wait_for_runs(
+        self, job: str, *names: str, count: int, within: float = PATIENCE
+    ) -> list[FlowRun]:
         """Wait until so many runs of a job are in one of the named states, and return them."""
 
         def enough() -> list[FlowRun]:

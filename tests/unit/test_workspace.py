@@ -1,7 +1,6 @@
 """A host's desk: flows imported once, fresh when their code changes, in the workspace's environment."""
 
 import os
-import sys
 from datetime import UTC, datetime
 from uuid import uuid4
 
@@ -66,21 +65,15 @@ def settings_are_restored():
 
 
 @pytest.fixture
-def project(tmp_path, monkeypatch):
-    """A project in a directory of its own; what a test imports from it is forgotten again."""
-    (tmp_path / "jobs.py").write_text(FLOWS)
-    (tmp_path / "helper.py").write_text("VALUE = 1\n")
-    (tmp_path / "aside.py").write_text("")
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.chdir(tmp_path)
-    yield tmp_path
-    for name, module in [*sys.modules.items()]:
-        if str(tmp_path) in str(getattr(module, "__file__", "")):
-            del sys.modules[name]
+def jobs(project):
+    """A module of jobs, one that it imports, and one that nobody does."""
+    (project / "jobs.py").write_text(FLOWS)
+    (project / "helper.py").write_text("VALUE = 1\n")
+    (project / "aside.py").write_text("")
 
 
 @pytest.fixture
-def desk(project):
+def desk(project, jobs):
     return Desk(Workspace(working_dir=str(project)))
 
 
@@ -281,7 +274,7 @@ def test_the_environment_is_that_of_the_workspace(project, monkeypatch):
     assert "TASKADAPTER_TEST_GONE" not in os.environ
 
 
-def test_prefects_settings_in_the_environment_take_effect(project, monkeypatch):
+def test_prefects_settings_in_the_environment_take_effect(project, jobs, monkeypatch):
     """A setting of Prefect's in a deployment's job variables is what the flow sees."""
     monkeypatch.setenv("PREFECT_RESULTS_PERSIST_BY_DEFAULT", "false")
     desk = Desk(Workspace(working_dir=str(project), env={"PREFECT_RESULTS_PERSIST_BY_DEFAULT": "true"}))
