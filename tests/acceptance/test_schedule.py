@@ -208,15 +208,17 @@ def test_no_tick_is_early_and_most_are_on_time(project: Project, prefect: Prefec
 
 def test_deploying_again_changes_nothing(project: Project, prefect: Prefect) -> None:
     """The same declarations keep their schedules: ended, paused by hand, or active as they are."""
-    prefect.wait_for_put_away("counter")
+    for job in JOBS[:-1]:
+        prefect.wait_for_put_away(job)
     deployment = prefect.deployment("idle")
     (schedule,) = deployment.schedules
     prefect.client.update_deployment_schedule(deployment.id, schedule.id, active=False)
 
     def deployed() -> dict[str, Any]:
-        found = {job: prefect.deployment(job) for job in JOBS}
-        ignored = {"updated", "last_polled", "status"}
-        return {job: one.model_dump(exclude=ignored) for job, one in found.items()}
+        # Prefect notes each deploy in `updated`; nothing depends on it.
+        ignored: Any = {"updated": True, "last_polled": True, "status": True}
+        ignored["schedules"] = {"__all__": {"updated"}}
+        return {job: prefect.deployment(job).model_dump(exclude=ignored) for job in JOBS}
 
     before = deployed()
     deploy(project)
@@ -225,7 +227,7 @@ def test_deploying_again_changes_nothing(project: Project, prefect: Prefect) -> 
     assert not prefect.is_active("counter")
     assert not prefect.is_active("idle")
     assert len(project.entries("counter", "ran")) == 5
-    assert project.entries("idle") == []
+    assert prefect.waiting("idle") == []
 
 
 def test_a_changed_trigger_counts_from_one_again(project: Project, prefect: Prefect) -> None:
@@ -235,7 +237,6 @@ def test_a_changed_trigger_counts_from_one_again(project: Project, prefect: Pref
     project.write("flows/counter.py", COUNTER.format(max_count=2))
     project.write("flows/beat.py", BEAT.format(interval=1.5))
     deploy(project)
-    assert prefect.is_active("counter")
     project.wait_for("counter", "ran", 7)
     project.wait_for("beat", "ran", 4)
     prefect.wait_for_put_away("counter")
