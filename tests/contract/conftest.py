@@ -16,9 +16,12 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(scope="session")
-def postgres_url() -> str:
+def postgres_url() -> Iterator[str]:
     url = os.environ.get("TASKADAPTER_TEST_POSTGRES_URL")
-    return url or pytest.skip("TASKADAPTER_TEST_POSTGRES_URL names no PostgreSQL")
+    with pytest.MonkeyPatch.context() as environment:
+        # Thousands of commits need not survive a crash of this machine.
+        environment.setenv("PGOPTIONS", "-c synchronous_commit=off")
+        yield url or pytest.skip("TASKADAPTER_TEST_POSTGRES_URL names no PostgreSQL")
 
 
 @pytest.fixture(scope="session")
