@@ -61,6 +61,9 @@ CANCEL_GRACE_SECONDS = 30.0
 TERMINATE_GRACE_SECONDS = 5.0
 """How long a run may take to end when its agent has to, before its process is killed."""
 
+PAUSE_SECONDS = 5.0
+"""How long to wait before a run is tried again that no process could be started for."""
+
 
 class WarmBackupResult(BaseWorkerResult):
     """What became of a run's process."""
@@ -74,7 +77,6 @@ class RunInHand:
         flow_run: as polled.
         host: the process that has it, once one does.
         decided: whether it takes one of the places of its job's `max_concurrent`.
-        began: when its body began, on the monotonic clock.
         ended: why its job was over when its body began, if it was.
         cancelled: when it was cancelled, on the monotonic clock.
     """
@@ -82,7 +84,6 @@ class RunInHand:
     flow_run: FlowRun
     host: Host | None = None
     decided: bool = False
-    began: float | None = None
     ended: str | None = None
     cancelled: float | None = None
 
@@ -154,7 +155,7 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         self._loops[0].cancel()
         self._upcoming.clear()
         for run in self._in_hand.values():
-            if run.began is None and run.host is not None:
+            if run.host is not None:
                 run.host.drop()
         if self._in_hand:
             self._logger.info("Stopping; %d run(s) may still end.", len(self._in_hand))
@@ -309,12 +310,17 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
 
     async def _on_a_host(self, run: RunInHand, assignment: Assignment, job: DeployedJob) -> Outcome:
         def on_begin(ended: str | None) -> None:
-            run.began, run.ended = time.monotonic(), ended
+            run.ended = ended
             if ended is not None:
                 self._deployments.end(job, ended)
 
         while True:
-            host = run.host = await self._hosts.take(assignment.workspace.key)
+            try:
+                host = run.host = await self._hosts.take(assignment.workspace.key)
+            except (OSError, EOFError) as fault:
+                self._logger.error("No process can be started for runs: %s", fault or "it ended at once")
+                await asyncio.sleep(PAUSE_SECONDS)
+                return Outcome("dropped")
             try:
                 outcome = await host.carry_out(assignment, on_begin)
             except EOFError:
@@ -342,10 +348,13 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
             state = Cancelled(message=f"Cancelled; on {self.name} {message}.")
         self._logger.warning("Run %s: %s", run.flow_run.name, state.message)
         await self._deployments.report(run.flow_run, state, force=run.cancelled is not None)
-        host = await self._hosts.take(assignment.workspace.key)
-        with contextlib.suppress(EOFError):
+        try:
+            host = await self._hosts.take(assignment.workspace.key)
             await host.run_hooks(assignment, state)
-        self._hosts.discard(host)
+        except (OSError, EOFError) as fault:
+            self._logger.error("The hooks of run %s could not be run: %s", run.flow_run.name, fault)
+        else:
+            self._hosts.discard(host)
 
     async def run(
         self,
@@ -372,10 +381,11 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         while True:
             await asyncio.sleep(WATCH_SECONDS)
             now = time.monotonic()
+            since = datetime.now(UTC) - timedelta(seconds=WATCH_SECONDS)
             going_on = {
                 run_id: run
                 for run_id, run in self._in_hand.items()
-                if run.began is not None and now - run.began > WATCH_SECONDS
+                if run.host is not None and run.due < since
             }
             if going_on:
                 try:
