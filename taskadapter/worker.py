@@ -16,8 +16,8 @@ import asyncio
 import contextlib
 import signal
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -32,6 +32,7 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.responses import OrchestrationResult, SetStateStatus
+from prefect.events import emit_event
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_WORKER_QUERY_SECONDS, get_current_settings, temporary_settings
 from prefect.states import Cancelled, Crashed, Pending, Scheduled
@@ -79,6 +80,7 @@ class RunInHand:
         decided: whether it takes one of the places of its job's `max_concurrent`.
         ended: why its job was over when its body began, if it was.
         cancelled: when it was cancelled, on the monotonic clock.
+        heartbeat: when its last heartbeat was, on the monotonic clock.
     """
 
     flow_run: FlowRun
@@ -86,6 +88,7 @@ class RunInHand:
     decided: bool = False
     ended: str | None = None
     cancelled: float | None = None
+    heartbeat: float = field(default_factory=time.monotonic)
 
     @property
     def due(self) -> datetime:
@@ -318,7 +321,7 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
             try:
                 host = run.host = await self._hosts.take(assignment.workspace.key)
             except (OSError, EOFError) as fault:
-                self._logger.error("No process can be started for runs: %s", fault or "it ended at once")
+                self._logger.warning("No process can be started for runs: %s", fault or "it ended at once")
                 await asyncio.sleep(PAUSE_SECONDS)
                 return Outcome("dropped")
             try:
@@ -352,7 +355,7 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
             host = await self._hosts.take(assignment.workspace.key)
             await host.run_hooks(assignment, state)
         except (OSError, EOFError) as fault:
-            self._logger.error("The hooks of run %s could not be run: %s", run.flow_run.name, fault)
+            self._logger.warning("The hooks of run %s could not be run: %s", run.flow_run.name, fault)
         else:
             self._hosts.discard(host)
 
@@ -377,25 +380,49 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
     # --- watching -------------------------------------------------------------------------------
 
     async def _watch(self) -> None:
-        """Look after the runs that are going on: cancel what is to be cancelled."""
+        """Look after the runs that are going on, as long as the agent lives."""
         while True:
             await asyncio.sleep(WATCH_SECONDS)
-            now = time.monotonic()
             since = datetime.now(UTC) - timedelta(seconds=WATCH_SECONDS)
             going_on = {
                 run_id: run
                 for run_id, run in self._in_hand.items()
                 if run.host is not None and run.due < since
             }
-            if going_on:
-                try:
+            try:
+                self._kill_overdue(going_on.values())
+                self._send_heartbeats(going_on.values())
+                if going_on:
                     await self._cancel_what_is_to_be(going_on)
-                except httpx.HTTPError as fault:
-                    self._logger.debug("Could not look for cancelled runs: %s", fault)
-            for run in going_on.values():
-                overdue = run.cancelled is not None and now - run.cancelled > CANCEL_GRACE_SECONDS
-                if overdue and run.host is not None:
-                    run.host.end(signal.SIGKILL)
+            except httpx.HTTPError as fault:
+                self._logger.debug("Could not look for cancelled runs: %s", fault)
+            except Exception:
+                self._logger.exception("Looking after the runs failed; trying again.")
+
+    def _kill_overdue(self, going_on: Iterable[RunInHand]) -> None:
+        cutoff = time.monotonic() - CANCEL_GRACE_SECONDS
+        for run in going_on:
+            if run.cancelled is not None and run.cancelled < cutoff and run.host is not None:
+                run.host.end(signal.SIGKILL)
+
+    def _send_heartbeats(self, going_on: Iterable[RunInHand]) -> None:
+        """Emit Prefect's heartbeat events: automations of its users detect dead runs by them."""
+        seconds = get_current_settings().flows.heartbeat_frequency
+        if seconds is None:
+            return
+        for run in going_on:
+            if time.monotonic() - run.heartbeat >= seconds:
+                run.heartbeat = time.monotonic()
+                emit_event(
+                    "prefect.flow-run.heartbeat",
+                    resource=_resource("flow-run", run.flow_run.id)
+                    | {"prefect.resource.name": run.flow_run.name},
+                    related=[
+                        _resource("flow", run.flow_run.flow_id) | {"prefect.resource.role": "flow"},
+                        _resource("deployment", run.flow_run.deployment_id)
+                        | {"prefect.resource.role": "deployment"},
+                    ],
+                )
 
     async def _cancel_what_is_to_be(self, going_on: dict[UUID, RunInHand]) -> None:
         cancelling = await self.client.read_flow_runs(
@@ -415,3 +442,7 @@ def _due(flow_run: FlowRun) -> datetime:
     """Return when a run is to start: its scheduled time, or when it was made."""
     due = flow_run.next_scheduled_start_time or flow_run.expected_start_time or flow_run.created
     return due if due is not None else datetime.now(UTC)
+
+
+def _resource(kind: str, object_id: UUID | None) -> dict[str, str]:
+    return {"prefect.resource.id": f"prefect.{kind}.{object_id}"}
