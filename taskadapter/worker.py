@@ -79,6 +79,7 @@ class RunInHand:
         host: the process that has it, once one does.
         decided: whether it takes one of the places of its job's `max_concurrent`.
         ended: why its job was over when its body began, if it was.
+        over: why it is not to begin: its job has ended since it was claimed.
         cancelled: when it was cancelled, on the monotonic clock.
         heartbeat: when its last heartbeat was, on the monotonic clock.
     """
@@ -87,6 +88,7 @@ class RunInHand:
     host: Host | None = None
     decided: bool = False
     ended: str | None = None
+    over: str | None = None
     cancelled: float | None = None
     heartbeat: float = field(default_factory=time.monotonic)
 
@@ -240,9 +242,7 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
     def _ahead_of(self, run: RunInHand) -> int:
         """Count the job's other runs in hand that go first: decided already, or due before this one."""
         job_id = run.flow_run.deployment_id
-        others = (
-            o for o in self._in_hand.values() if o is not run and o.flow_run.deployment_id == job_id
-        )
+        others = (o for o in self._in_hand.values() if o is not run and o.flow_run.deployment_id == job_id)
         return sum(other.decided or other.due < run.due for other in others)
 
     async def _handle(self, run: RunInHand) -> None:
@@ -291,9 +291,9 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         assignment = self._assignment(run, job)
         outcome = await self._on_a_host(run, assignment, job)
         if outcome.ended is not None and run.ended is None:
-            self._deployments.end(job, outcome.ended)
+            self._end_job(job, outcome.ended)
         if outcome.kind == "dropped":
-            await self._put_back(run, job)
+            await self._put_back(run)
         elif outcome.kind == "crashed":
             await self._report_crash(run, assignment, outcome.message)
 
@@ -315,7 +315,7 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         def on_begin(ended: str | None) -> None:
             run.ended = ended
             if ended is not None:
-                self._deployments.end(job, ended)
+                self._end_job(job, ended)
 
         while True:
             try:
@@ -323,6 +323,9 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
             except (OSError, EOFError) as fault:
                 self._logger.warning("No process can be started for runs: %s", fault or "it ended at once")
                 await asyncio.sleep(PAUSE_SECONDS)
+                return Outcome("dropped")
+            if run.over is not None:
+                self._hosts.give_back(host)
                 return Outcome("dropped")
             try:
                 outcome = await host.carry_out(assignment, on_begin)
@@ -337,10 +340,20 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
             if outcome.kind != "stale":
                 return outcome
 
-    async def _put_back(self, run: RunInHand, job: DeployedJob) -> None:
+    def _end_job(self, job: DeployedJob, reason: str) -> None:
+        """End a job for all nodes; its ticks that are claimed, but have not begun, do not begin."""
+        self._deployments.end(job, reason)
+        for run in self._in_hand.values():
+            is_of_job = run.flow_run.deployment_id == job.deployment.id
+            if is_of_job and run.flow_run.auto_scheduled and run.began is None:
+                run.over = reason
+                if run.host is not None:
+                    run.host.drop()
+
+    async def _put_back(self, run: RunInHand) -> None:
         """Give a claimed run that has not begun to the next agent, or skip it if its job is over."""
-        if self._deployments.is_ending(run.flow_run):
-            await self._deployments.skip(run.flow_run, f"job {job.name} has ended")
+        if run.over is not None:
+            await self._deployments.skip(run.flow_run, run.over)
         else:
             await self._deployments.report(run.flow_run, Scheduled(scheduled_time=run.due), force=True)
 

@@ -117,9 +117,7 @@ def _server_url(config: Any) -> URL:
     )
 
 
-def open_engine(
-    database: Database, *, timeouts: Timeouts | None = None, pre_ping: bool = True
-) -> Engine:
+def open_engine(database: Database, *, timeouts: Timeouts | None = None, pre_ping: bool = True) -> Engine:
     """Return an engine whose sessions all behave alike, whatever the server's defaults.
 
     They are in UTC and READ COMMITTED, give up in time, and on SQLite lock at `BEGIN`. Nothing is

@@ -68,8 +68,7 @@ def begin_run(connection: Connection, job_id: str, trigger_slug: str, max_count:
     )
     if written.rowcount != 1:
         raise DatabaseUnavailableError(
-            f"job {job_id} was counted by another process at the same moment; try again, in a "
-            "transaction"
+            f"job {job_id} was counted by another process at the same moment; try again, in a transaction"
         )
     return counted + 1
 
@@ -171,9 +170,7 @@ def start_flight(connection: Connection, run: RunInFlight, *, rerun: bool = Fals
         _start_again(connection, run, values, rerun=rerun)
 
 
-def _start_again(
-    connection: Connection, run: RunInFlight, values: dict[str, Any], *, rerun: bool
-) -> None:
+def _start_again(connection: Connection, run: RunInFlight, values: dict[str, Any], *, rerun: bool) -> None:
     columns = run_in_flight.c
     previous = connection.execute(
         select(columns.task_id, columns.term)
@@ -185,9 +182,7 @@ def _start_again(
             f"flow run {run.flow_run_id} was started by node {previous.task_id!r} in term "
             f"{previous.term}; it must not start twice"
         )
-    connection.execute(
-        update(run_in_flight).where(columns.flow_run_id == run.flow_run_id).values(values)
-    )
+    connection.execute(update(run_in_flight).where(columns.flow_run_id == run.flow_run_id).values(values))
 
 
 def end_flight(connection: Connection, flow_run_id: str) -> None:

@@ -267,9 +267,7 @@ def _touch(me: Node) -> Update:
     return update(node).where(mine).values(last_seen=database_now())
 
 
-def _touch_if_calm(
-    connection: Connection, me: Node, group_ids: Collection[str], interval: float
-) -> bool:
+def _touch_if_calm(connection: Connection, me: Node, group_ids: Collection[str], interval: float) -> bool:
     """Show that the node lives, unless a group's token is free or the node is not registered."""
     taken = (
         select(func.count())
@@ -283,9 +281,7 @@ def _touch_if_calm(
 
 def _tokens_with_heartbeats() -> Any:
     beats, terms = health_check.c, tenure.c
-    same_holder = and_(
-        beats.group_id == token_holder.c.group_id, beats.task_id == token_holder.c.task_id
-    )
+    same_holder = and_(beats.group_id == token_holder.c.group_id, beats.task_id == token_holder.c.task_id)
     same_term = and_(terms.group_id == token_holder.c.group_id, terms.term == token_holder.c.term)
     return token_holder.outerjoin(health_check, same_holder).outerjoin(tenure, same_term)
 
@@ -453,9 +449,7 @@ def request_resign(connection: Connection, group_id: str) -> Token:
         select(columns.task_id, columns.term).where(columns.group_id == group_id)
     ).one_or_none()
     if row is None or row.task_id == NOBODY:
-        raise CoordinationError(
-            f"nobody holds the token of group {group_id!r}; see `taskadapter status`"
-        )
+        raise CoordinationError(f"nobody holds the token of group {group_id!r}; see `taskadapter status`")
     asked = connection.execute(
         update(tenure)
         .where(terms.group_id == group_id, terms.term == row.term, terms.task_id == row.task_id)
