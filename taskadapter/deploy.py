@@ -6,6 +6,7 @@ import inspect
 import sys
 import traceback
 from collections.abc import Iterable
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from prefect.client.schemas.actions import (
     DeploymentScheduleUpdate,
     DeploymentUpdate,
 )
+from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.exceptions import ObjectNotFound, ScriptError
 from prefect.utilities.callables import parameter_schema
@@ -109,16 +111,12 @@ def _entry(listener: Listener, declared: Declared) -> dict[str, Any]:
             "job_variables": _job_variables(declared),
         },
     }
+    step = {"flow": declared.name, "deployment": declared.name, "slug": slug}
+    entry["build"] = [{"taskadapter.deploy.retire_schedules": step.copy()}]
     anchor: datetime | str | None = listener.trigger.start_time
     if anchor is None:
         anchor = "{{ first-tick.date }}"
-        step = {
-            "flow": declared.name,
-            "deployment": declared.name,
-            "slug": slug,
-            "id": "first-tick",
-        }
-        entry["build"] = [{"taskadapter.deploy.first_tick": step}]
+        entry["build"].append({"taskadapter.deploy.first_tick": step | {"id": "first-tick"}})
     entry["schedules"] = [schedules.schedule(listener.trigger, anchor)]
     return entry
 
@@ -155,6 +153,28 @@ def entrypoint(source: Any) -> str:
     if file.is_relative_to(here) and not file.is_relative_to(Path(sys.prefix).resolve()):
         return f"{file.relative_to(here).as_posix()}:{source.__qualname__}"
     return f"{source.__module__}.{source.__qualname__}"
+
+
+async def retire_schedules(flow: str, deployment: str, slug: str) -> dict[str, str]:
+    """A build step of ``prefect.yaml``: removes the schedules of a trigger that was declared before.
+
+    Prefect would leave them active beside the new one.
+
+    Args:
+        flow: the flow's name.
+        deployment: the deployment's name.
+        slug: the slug of the trigger's schedule, which stays.
+    """
+    async with get_client() as client:
+        with suppress(ObjectNotFound):
+            await _retire(client, await client.read_deployment_by_name(f"{flow}/{deployment}"), slug)
+    return {}
+
+
+async def _retire(client: PrefectClient, deployed: DeploymentResponse, slug: str) -> None:
+    for schedule in deployed.schedules:
+        if schedules.is_slug(schedule.slug) and schedule.slug != slug:
+            await client.delete_deployment_schedule(deployed.id, schedule.id)
 
 
 async def first_tick(flow: str, deployment: str, slug: str) -> dict[str, str]:
@@ -219,12 +239,14 @@ async def _deploy(client: PrefectClient, listener: Listener, declared: Declared)
         deployed = await client.read_deployment_by_name(f"{name}/{name}")
     except ObjectNotFound:
         flow_id = await client.create_flow(declared.flow)
-        planned = DeploymentScheduleCreate(schedule=await _interval_schedule(listener, name), slug=slug)
-        return await client.create_deployment(flow_id, name, schedules=[planned], **wanted)
-    same_schedule = [schedule.slug for schedule in deployed.schedules] == [slug]
-    if not same_schedule or any(getattr(deployed, field) != value for field, value in wanted.items()):
-        changed = DeploymentScheduleUpdate(schedule=await _interval_schedule(listener, name), slug=slug)
-        await client.update_deployment(deployed.id, DeploymentUpdate(schedules=[changed], **wanted))
+        first = DeploymentScheduleCreate(schedule=await _interval_schedule(listener, name), slug=slug)
+        return await client.create_deployment(flow_id, name, schedules=[first], **wanted)
+    await _retire(client, deployed, slug)
+    if slug not in [schedule.slug for schedule in deployed.schedules]:
+        planned = DeploymentScheduleUpdate(schedule=await _interval_schedule(listener, name), slug=slug)
+        await client.update_deployment(deployed.id, DeploymentUpdate(schedules=[planned], **wanted))
+    elif any(getattr(deployed, field) != value for field, value in wanted.items()):
+        await client.update_deployment(deployed.id, DeploymentUpdate(**wanted))
     return deployed.id
 
 

@@ -7,6 +7,7 @@ the agent adds them, tick by tick, with `judge`.
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import Enum
@@ -47,6 +48,11 @@ def slug(trigger: TriggerConfiguration) -> str:
     digest = hashlib.sha256(repr(tuple(map(_canonical, content))).encode()).hexdigest()[:8]
     times = "" if trigger.max_count == -1 else f"-{trigger.max_count}-times"
     return f"every-{trigger.interval:g}s{times}-{digest}".replace(".", "-").replace("+", "")
+
+
+def is_slug(text: str | None) -> bool:
+    """Return whether a schedule's slug is one that `slug` has given."""
+    return text is not None and re.fullmatch(r"every-[-0-9a-z]+-[0-9a-f]{8}", text) is not None
 
 
 def _canonical(value: object) -> object:

@@ -95,6 +95,10 @@ def test_the_whole_file(project):
                   waiting_policy: WAIT
                   max_concurrent: 1
           build:
+          - taskadapter.deploy.retire_schedules:
+              flow: counter
+              deployment: counter
+              slug: {every}
           - taskadapter.deploy.first_tick:
               flow: counter
               deployment: counter
@@ -191,13 +195,13 @@ def test_what_nodes_cannot_import_is_refused(project, body):
 
 
 def test_slugs(project):
-    """The schedule has the trigger's slug, and so has the step that finds its first tick."""
+    """The schedule has the trigger's slug, and so have the steps that look for it."""
     module(project, "counter.py", COUNTER, interval=2.5, max_count=5)
 
     every = slug(TriggerConfiguration(interval=2.5, max_count=5))
     entry = deployment("counter")
     assert [schedule["slug"] for schedule in entry["schedules"]] == [every]
-    assert entry["build"][0]["taskadapter.deploy.first_tick"]["slug"] == every
+    assert [step["slug"] for build in entry["build"] for step in build.values()] == [every, every]
 
 
 @pytest.mark.parametrize(
@@ -267,12 +271,14 @@ def test_the_group_is_the_work_queue(project):
 
 
 def test_a_start_time_is_the_anchor(project):
-    """With a start time the first tick is known: no build step has to find it."""
+    """With a start time the first tick is known: no step has to find it."""
     module(project, "inbox.py", INBOX, start_time="2030-01-01T14:00:00+02:00")
 
     entry = deployment("inbox")
     assert [schedule["anchor_date"] for schedule in entry["schedules"]] == ["2030-01-01T14:00:00+02:00"]
-    assert "build" not in entry
+    assert [step for build in entry["build"] for step in build] == [
+        "taskadapter.deploy.retire_schedules"
+    ]
 
 
 def test_a_listener_without_a_name_is_rendered(project):
