@@ -187,7 +187,7 @@ async def _deployed(client: PrefectClient, job: str) -> DeploymentResponse | Non
 
 async def _end_earlier_triggers(client: PrefectClient, deployed: DeploymentResponse, slug: str) -> None:
     for schedule in deployed.schedules:
-        if schedule.slug != slug and schedules.is_slug(schedule.slug or ""):
+        if schedule.slug != slug and schedules.is_slug(schedule.slug):
             await client.delete_deployment_schedule(deployed.id, schedule.id)
 
 

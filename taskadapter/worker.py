@@ -345,7 +345,7 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         self._deployments.end(job, reason)
         for run in self._in_hand.values():
             is_of_job = run.flow_run.deployment_id == job.deployment.id
-            if is_of_job and run.flow_run.auto_scheduled and run.began is None:
+            if is_of_job and run.flow_run.auto_scheduled:
                 run.over = reason
                 if run.host is not None:
                     run.host.drop()

@@ -198,9 +198,7 @@ class Process:
 class World:
     """Time, and everything that happens in it."""
 
-    def __init__(
-        self, timing: Timing, *, offset: float = 0.0, mutation: Mutation = Mutation.NONE
-    ) -> None:
+    def __init__(self, timing: Timing, *, offset: float = 0.0, mutation: Mutation = Mutation.NONE) -> None:
         self.timing, self.mutation = timing, mutation
         self.now = 0.0
         self.database = Database(timing, offset)
