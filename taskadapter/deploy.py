@@ -238,8 +238,9 @@ async def _deploy(client: PrefectClient, listener: Listener, declared: Declared)
         planned = DeploymentScheduleCreate(schedule=schedule, slug=slug)
         return await client.create_deployment(flow_id, name, schedules=[planned], **wanted)
     await _end_earlier_triggers(client, deployed, slug)
-    is_scheduled = slug in [known.slug for known in deployed.schedules]
-    if not is_scheduled or any(getattr(deployed, field) != value for field, value in wanted.items()):
-        changed = DeploymentScheduleUpdate(schedule=schedule, slug=slug)
-        await client.update_deployment(deployed.id, DeploymentUpdate(schedules=[changed], **wanted))
+    # A schedule that is there stays as it is, anchor and pause included.
+    if slug not in [known.slug for known in deployed.schedules]:
+        wanted["schedules"] = [DeploymentScheduleUpdate(schedule=schedule, slug=slug)]
+    if any(getattr(deployed, field) != value for field, value in wanted.items()):
+        await client.update_deployment(deployed.id, DeploymentUpdate(**wanted))
     return deployed.id

@@ -7,7 +7,6 @@ through Prefect's API. Neither is taken from what the agent says of itself.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import textwrap

@@ -297,7 +297,7 @@ def test_the_first_tick_of_what_is_deployed(prefect_client: SyncPrefectClient, n
     """Later deploys of the same trigger find the first tick where it was, paused or not."""
     deploy_function(name)
     anchor = schedule_of(prefect_client, name).schedule.anchor_date
-    step = {"date": anchor.astimezone(UTC).isoformat()}
+    step = {"first_tick": anchor.astimezone(UTC).isoformat()}
 
     assert asyncio.run(prepare(name, slug(TRIGGER))) == step
     pause(prefect_client, name)
