@@ -110,12 +110,9 @@ def _entry(listener: Listener, declared: Declared) -> dict[str, Any]:
             "job_variables": _job_variables(declared),
         },
     }
-    step = {"flow": declared.name, "deployment": declared.name, "slug": slug}
-    entry["build"] = [{"taskadapter.deploy.end_earlier_triggers": step}]
-    anchor: datetime | str | None = listener.trigger.start_time
-    if anchor is None:
-        anchor = "{{ first-tick.date }}"
-        entry["build"] += [{"taskadapter.deploy.first_tick": step | {"id": "first-tick"}}]
+    step = {"job": declared.name, "slug": slug, "id": "prepared"}
+    entry["build"] = [{"taskadapter.deploy.prepare": step}]
+    anchor = listener.trigger.start_time or "{{ prepared.first_tick }}"
     entry["schedules"] = [schedules.schedule(listener.trigger, anchor)]
     return entry
 
@@ -157,58 +154,48 @@ def entrypoint(source: Any) -> str:
     return f"{source.__module__}.{source.__qualname__}"
 
 
-async def first_tick(flow: str, deployment: str, slug: str) -> dict[str, str]:
-    """A build step of ``prefect.yaml``: when tick 0 of a trigger without start time is.
+async def prepare(job: str, slug: str) -> dict[str, str]:
+    """A build step of ``prefect.yaml``, before a deployment is made or changed.
 
-    It is the moment of the first deploy (and a little more, see `schedules.FIRST_TICK_LEAD`); each
-    further deploy of the same trigger finds it on the server and leaves it as it is.
+    It ends the triggers that the job had before: Prefect adds a schedule whose slug is new, and leaves
+    those it knows, so that the job would go on by both. Schedules that somebody else has added stay.
+
+    It also finds the moment of tick 0 of a trigger without start time. That is when it is first
+    deployed (and a little more, see `schedules.FIRST_TICK_LEAD`); each further deploy finds it on the
+    server and leaves it as it is.
 
     Args:
-        flow: the flow's name.
-        deployment: the deployment's name.
+        job: the name of the flow and of its deployment.
         slug: the slug of the trigger's schedule.
 
     Returns:
-        ``{"date": ...}``, in ISO 8601 with its offset.
-    """
-    return {"date": (await _first_tick(flow, deployment, slug)).isoformat()}
-
-
-async def _first_tick(flow: str, deployment: str, slug: str) -> datetime:
-    async with get_client() as client:
-        try:
-            deployed = await client.read_deployment_by_name(f"{flow}/{deployment}")
-        except ObjectNotFound:
-            return datetime.now(UTC) + schedules.FIRST_TICK_LEAD
-    for schedule in deployed.schedules:
-        if schedule.slug == slug and isinstance(schedule.schedule, IntervalSchedule):
-            return schedule.schedule.anchor_date.astimezone(UTC)
-    return datetime.now(UTC) + schedules.FIRST_TICK_LEAD
-
-
-async def end_earlier_triggers(flow: str, deployment: str, slug: str) -> None:
-    """A build step of ``prefect.yaml``: remove the schedules of triggers that were deployed before.
-
-    Prefect adds a schedule whose slug is new and leaves those it knows, so that the job would go on by
-    its former trigger too. Schedules that somebody else has added stay.
-
-    Args:
-        flow: the flow's name.
-        deployment: the deployment's name.
-        slug: the slug of the trigger's schedule, which stays as it is.
+        ``{"first_tick": ...}``, in ISO 8601 with its offset.
     """
     async with get_client() as client:
-        try:
-            deployed = await client.read_deployment_by_name(f"{flow}/{deployment}")
-        except ObjectNotFound:
-            return
-        await _end_earlier_triggers(client, deployed, slug)
+        deployed = await _deployed(client, job)
+        if deployed is not None:
+            await _end_earlier_triggers(client, deployed, slug)
+    return {"first_tick": _first_tick(deployed, slug).isoformat()}
+
+
+async def _deployed(client: PrefectClient, job: str) -> DeploymentResponse | None:
+    try:
+        return await client.read_deployment_by_name(f"{job}/{job}")
+    except ObjectNotFound:
+        return None
 
 
 async def _end_earlier_triggers(client: PrefectClient, deployed: DeploymentResponse, slug: str) -> None:
     for schedule in deployed.schedules:
-        if schedule.slug != slug and schedules.is_slug(schedule.slug or ""):
+        if schedule.slug != slug and schedules.is_slug(schedule.slug):
             await client.delete_deployment_schedule(deployed.id, schedule.id)
+
+
+def _first_tick(deployed: DeploymentResponse | None, slug: str) -> datetime:
+    for schedule in [] if deployed is None else deployed.schedules:
+        if schedule.slug == slug and isinstance(schedule.schedule, IntervalSchedule):
+            return schedule.schedule.anchor_date.astimezone(UTC)
+    return datetime.now(UTC) + schedules.FIRST_TICK_LEAD
 
 
 async def deploy(listener: Listener) -> dict[str, JobId]:
@@ -240,23 +227,20 @@ async def _deploy(client: PrefectClient, listener: Listener, declared: Declared)
         "job_variables": _job_variables(declared),
         "parameter_openapi_schema": parameter_schema(declared.flow).model_dump(exclude_unset=True),
     }
-    try:
-        deployed = await client.read_deployment_by_name(f"{name}/{name}")
-    except ObjectNotFound:
+    deployed = await _deployed(client, name)
+    schedule = IntervalSchedule(
+        interval=timedelta(seconds=listener.trigger.interval),
+        anchor_date=listener.trigger.start_time or _first_tick(deployed, slug),
+        timezone="UTC",
+    )
+    if deployed is None:
         flow_id = await client.create_flow(declared.flow)
-        planned = DeploymentScheduleCreate(schedule=await _interval_schedule(listener, name), slug=slug)
+        planned = DeploymentScheduleCreate(schedule=schedule, slug=slug)
         return await client.create_deployment(flow_id, name, schedules=[planned], **wanted)
     await _end_earlier_triggers(client, deployed, slug)
-    same_schedule = slug in [schedule.slug for schedule in deployed.schedules]
-    if not same_schedule or any(getattr(deployed, field) != value for field, value in wanted.items()):
-        changed = DeploymentScheduleUpdate(schedule=await _interval_schedule(listener, name), slug=slug)
-        await client.update_deployment(deployed.id, DeploymentUpdate(schedules=[changed], **wanted))
+    # A schedule that is there stays as it is, anchor and pause included.
+    if slug not in [known.slug for known in deployed.schedules]:
+        wanted["schedules"] = [DeploymentScheduleUpdate(schedule=schedule, slug=slug)]
+    if any(getattr(deployed, field) != value for field, value in wanted.items()):
+        await client.update_deployment(deployed.id, DeploymentUpdate(**wanted))
     return deployed.id
-
-
-async def _interval_schedule(listener: Listener, name: str) -> IntervalSchedule:
-    trigger = listener.trigger
-    anchor = trigger.start_time or await _first_tick(name, name, schedules.slug(trigger))
-    return IntervalSchedule(
-        interval=timedelta(seconds=trigger.interval), anchor_date=anchor, timezone="UTC"
-    )

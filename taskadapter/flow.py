@@ -226,9 +226,7 @@ class Turn:
         self.current = replace(self.current, count=count)
         self.execution.on_begin()
         late = (self.started - assignment.due).total_seconds()
-        self.log.info(
-            "Run %d of %r on %s, %.3f s after its time", count, self.name, assignment.node, late
-        )
+        self.log.info("Run %d of %r on %s, %.3f s after its time", count, self.name, assignment.node, late)
         return None
 
     @contextmanager

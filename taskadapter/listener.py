@@ -156,8 +156,7 @@ class Listener:
                 flow = flows.function_flow(source, name, trigger, **options)
             else:
                 raise DeclarationError(
-                    f"{source!r} cannot be service {name!r}: decorate a subclass of Service, or a "
-                    "function."
+                    f"{source!r} cannot be service {name!r}: decorate a subclass of Service, or a function."
                 )
             self._add(Declared(name, flow, source, trigger))
             return flow

@@ -50,9 +50,9 @@ def slug(trigger: TriggerConfiguration) -> str:
     return f"every-{trigger.interval:g}s{times}-{digest}".replace(".", "-").replace("+", "")
 
 
-def is_slug(text: str) -> bool:
+def is_slug(text: str | None) -> bool:
     """Return whether a schedule's slug is one that `slug` makes, and not one that a user gave."""
-    return re.fullmatch(r"every-.+s(-\d+-times)?-[0-9a-f]{8}", text) is not None
+    return text is not None and re.fullmatch(r"every-.+s(-\d+-times)?-[0-9a-f]{8}", text) is not None
 
 
 def _canonical(value: object) -> object:

@@ -16,8 +16,8 @@ import asyncio
 import contextlib
 import signal
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -32,6 +32,7 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.responses import OrchestrationResult, SetStateStatus
+from prefect.events import emit_event
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_WORKER_QUERY_SECONDS, get_current_settings, temporary_settings
 from prefect.states import Cancelled, Crashed, Pending, Scheduled
@@ -61,6 +62,9 @@ CANCEL_GRACE_SECONDS = 30.0
 TERMINATE_GRACE_SECONDS = 5.0
 """How long a run may take to end when its agent has to, before its process is killed."""
 
+PAUSE_SECONDS = 5.0
+"""How long to wait before a run is tried again that no process could be started for."""
+
 
 class WarmBackupResult(BaseWorkerResult):
     """What became of a run's process."""
@@ -74,19 +78,19 @@ class RunInHand:
         flow_run: as polled.
         host: the process that has it, once one does.
         decided: whether it takes one of the places of its job's `max_concurrent`.
-        began: when its body began, on the monotonic clock.
         ended: why its job was over when its body began, if it was.
         over: why it is not to begin: its job has ended since it was claimed.
         cancelled: when it was cancelled, on the monotonic clock.
+        heartbeat: when its last heartbeat was, on the monotonic clock.
     """
 
     flow_run: FlowRun
     host: Host | None = None
     decided: bool = False
-    began: float | None = None
     ended: str | None = None
     over: str | None = None
     cancelled: float | None = None
+    heartbeat: float = field(default_factory=time.monotonic)
 
     @property
     def due(self) -> datetime:
@@ -156,7 +160,7 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         self._loops[0].cancel()
         self._upcoming.clear()
         for run in self._in_hand.values():
-            if run.began is None and run.host is not None:
+            if run.host is not None:
                 run.host.drop()
         if self._in_hand:
             self._logger.info("Stopping; %d run(s) may still end.", len(self._in_hand))
@@ -238,9 +242,7 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
     def _ahead_of(self, run: RunInHand) -> int:
         """Count the job's other runs in hand that go first: decided already, or due before this one."""
         job_id = run.flow_run.deployment_id
-        others = (
-            o for o in self._in_hand.values() if o is not run and o.flow_run.deployment_id == job_id
-        )
+        others = (o for o in self._in_hand.values() if o is not run and o.flow_run.deployment_id == job_id)
         return sum(other.decided or other.due < run.due for other in others)
 
     async def _handle(self, run: RunInHand) -> None:
@@ -311,12 +313,17 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
 
     async def _on_a_host(self, run: RunInHand, assignment: Assignment, job: DeployedJob) -> Outcome:
         def on_begin(ended: str | None) -> None:
-            run.began, run.ended = time.monotonic(), ended
+            run.ended = ended
             if ended is not None:
                 self._end_job(job, ended)
 
         while True:
-            host = run.host = await self._hosts.take(assignment.workspace.key)
+            try:
+                host = run.host = await self._hosts.take(assignment.workspace.key)
+            except (OSError, EOFError) as fault:
+                self._logger.warning("No process can be started for runs: %s", fault or "it ended at once")
+                await asyncio.sleep(PAUSE_SECONDS)
+                return Outcome("dropped")
             if run.over is not None:
                 self._hosts.give_back(host)
                 return Outcome("dropped")
@@ -338,7 +345,7 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         self._deployments.end(job, reason)
         for run in self._in_hand.values():
             is_of_job = run.flow_run.deployment_id == job.deployment.id
-            if is_of_job and run.flow_run.auto_scheduled and run.began is None:
+            if is_of_job and run.flow_run.auto_scheduled:
                 run.over = reason
                 if run.host is not None:
                     run.host.drop()
@@ -357,10 +364,13 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
             state = Cancelled(message=f"Cancelled; on {self.name} {message}.")
         self._logger.warning("Run %s: %s", run.flow_run.name, state.message)
         await self._deployments.report(run.flow_run, state, force=run.cancelled is not None)
-        host = await self._hosts.take(assignment.workspace.key)
-        with contextlib.suppress(EOFError):
+        try:
+            host = await self._hosts.take(assignment.workspace.key)
             await host.run_hooks(assignment, state)
-        self._hosts.discard(host)
+        except (OSError, EOFError) as fault:
+            self._logger.warning("The hooks of run %s could not be run: %s", run.flow_run.name, fault)
+        else:
+            self._hosts.discard(host)
 
     async def run(
         self,
@@ -383,24 +393,49 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
     # --- watching -------------------------------------------------------------------------------
 
     async def _watch(self) -> None:
-        """Look after the runs that are going on: cancel what is to be cancelled."""
+        """Look after the runs that are going on, as long as the agent lives."""
         while True:
             await asyncio.sleep(WATCH_SECONDS)
-            now = time.monotonic()
+            since = datetime.now(UTC) - timedelta(seconds=WATCH_SECONDS)
             going_on = {
                 run_id: run
                 for run_id, run in self._in_hand.items()
-                if run.began is not None and now - run.began > WATCH_SECONDS
+                if run.host is not None and run.due < since
             }
-            if going_on:
-                try:
+            try:
+                self._kill_overdue(going_on.values())
+                self._send_heartbeats(going_on.values())
+                if going_on:
                     await self._cancel_what_is_to_be(going_on)
-                except httpx.HTTPError as fault:
-                    self._logger.debug("Could not look for cancelled runs: %s", fault)
-            for run in going_on.values():
-                overdue = run.cancelled is not None and now - run.cancelled > CANCEL_GRACE_SECONDS
-                if overdue and run.host is not None:
-                    run.host.end(signal.SIGKILL)
+            except httpx.HTTPError as fault:
+                self._logger.debug("Could not look for cancelled runs: %s", fault)
+            except Exception:
+                self._logger.exception("Looking after the runs failed; trying again.")
+
+    def _kill_overdue(self, going_on: Iterable[RunInHand]) -> None:
+        cutoff = time.monotonic() - CANCEL_GRACE_SECONDS
+        for run in going_on:
+            if run.cancelled is not None and run.cancelled < cutoff and run.host is not None:
+                run.host.end(signal.SIGKILL)
+
+    def _send_heartbeats(self, going_on: Iterable[RunInHand]) -> None:
+        """Emit Prefect's heartbeat events: automations of its users detect dead runs by them."""
+        seconds = get_current_settings().flows.heartbeat_frequency
+        if seconds is None:
+            return
+        for run in going_on:
+            if time.monotonic() - run.heartbeat >= seconds:
+                run.heartbeat = time.monotonic()
+                emit_event(
+                    "prefect.flow-run.heartbeat",
+                    resource=_resource("flow-run", run.flow_run.id)
+                    | {"prefect.resource.name": run.flow_run.name},
+                    related=[
+                        _resource("flow", run.flow_run.flow_id) | {"prefect.resource.role": "flow"},
+                        _resource("deployment", run.flow_run.deployment_id)
+                        | {"prefect.resource.role": "deployment"},
+                    ],
+                )
 
     async def _cancel_what_is_to_be(self, going_on: dict[UUID, RunInHand]) -> None:
         cancelling = await self.client.read_flow_runs(
@@ -420,3 +455,7 @@ def _due(flow_run: FlowRun) -> datetime:
     """Return when a run is to start: its scheduled time, or when it was made."""
     due = flow_run.next_scheduled_start_time or flow_run.expected_start_time or flow_run.created
     return due if due is not None else datetime.now(UTC)
+
+
+def _resource(kind: str, object_id: UUID | None) -> dict[str, str]:
+    return {"prefect.resource.id": f"prefect.{kind}.{object_id}"}

@@ -7,7 +7,6 @@ through Prefect's API. Neither is taken from what the agent says of itself.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import textwrap
@@ -108,9 +107,7 @@ class Project:
         new.write_text(textwrap.dedent(source), encoding="utf-8")
         new.replace(file)
 
-    def run(
-        self, *command: str | Path, env: Mapping[str, str] | None = None, within: float = 120
-    ) -> str:
+    def run(self, *command: str | Path, env: Mapping[str, str] | None = None, within: float = 120) -> str:
         """Run a command in the folder and return its output; any other exit status than 0 fails."""
         done = subprocess.run(
             command,
@@ -240,9 +237,7 @@ class Prefect:
         assert ended_run is not None
         return ended_run
 
-    def wait_for_runs(
-        self, job: str, *names: str, count: int, within: float = PATIENCE
-    ) -> list[FlowRun]:
+    def wait_for_runs(self, job: str, *names: str, count: int, within: float = PATIENCE) -> list[FlowRun]:
         """Wait until so many runs of a job are in one of the named states, and return them."""
 
         def enough() -> list[FlowRun]:
@@ -276,4 +271,4 @@ def is_alive(pid: int) -> bool:
         status = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return False
-    return status.rpartition(")")[2].split()[0] != "Z" and os.path.exists(f"/proc/{pid}")
+    return status.rpartition(")")[2].split()[0] != "Z" and Path(f"/proc/{pid}").exists()

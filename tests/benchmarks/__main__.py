@@ -128,8 +128,7 @@ def _times(value: float, base: float) -> str:
 def _requests(bench: Bench, runs: float) -> str:
     """Return how many requests of each kind there were, and how many that is a run."""
     return "\n".join(
-        f"  {count:6d}  {count / max(runs, 1):6.2f}  {kind}"
-        for kind, count in bench.requests.most_common()
+        f"  {count:6d}  {count / max(runs, 1):6.2f}  {kind}" for kind, count in bench.requests.most_common()
     )
 
 

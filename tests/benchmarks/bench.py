@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from tests.benchmarks.ledger import Line
 
 FIRST_RUN_WITHIN = 60.0
-DRAIN_WITHIN = 60.0
+DRAIN_WITHIN = 40.0
 Figures = dict[str, float]
 
 

@@ -44,16 +44,22 @@ class CountingProxy:
     @contextlib.contextmanager
     def running(self) -> Iterator[CountingProxy]:
         """Serve in a thread for the duration of the block."""
-        loop = asyncio.new_event_loop()
-        listening = loop.run_until_complete(asyncio.start_server(self._serve, HOST, self.port))
-        thread = threading.Thread(target=loop.run_forever, daemon=True)
+        listening = threading.Event()
+        thread = threading.Thread(target=lambda: asyncio.run(self._listen(listening)))
         thread.start()
+        listening.wait()
         try:
             yield self
         finally:
-            loop.call_soon_threadsafe(listening.close)
-            loop.call_soon_threadsafe(loop.stop)
+            self._loop.call_soon_threadsafe(self._stop.set)
             thread.join()
+
+    async def _listen(self, listening: threading.Event) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._stop = asyncio.Event()
+        await asyncio.start_server(self._serve, HOST, self.port)
+        listening.set()
+        await self._stop.wait()  # connections that are still open end with the loop
 
     async def _serve(self, client: StreamReader, answer: StreamWriter) -> None:
         """Handle one connection until either side ends it."""

@@ -9,7 +9,16 @@ from prefect.settings import get_current_settings
 
 from taskadapter.errors import DeclarationError
 from taskadapter.model import RetryConfiguration, TaskPolicy, TriggerConfiguration
-from taskadapter.schedules import Judgement, Verdict, check_interval, exhausted, judge, schedule, slug
+from taskadapter.schedules import (
+    Judgement,
+    Verdict,
+    check_interval,
+    exhausted,
+    is_slug,
+    judge,
+    schedule,
+    slug,
+)
 
 NOON = datetime(2030, 1, 1, 12, 0, tzinfo=UTC)
 MICROSECOND = timedelta(microseconds=1)
@@ -91,6 +100,19 @@ def test_a_changed_trigger_has_another_slug(changes):
 def test_start_and_end_are_told_apart():
     """A time as the start and the same time as the end are two different triggers."""
     assert slug(trigger(start_time=NOON)) != slug(trigger(end_time=NOON))
+
+
+@pytest.mark.parametrize("interval", [0.7, 2, 86400 * 365, 1e6 + 0.5, 1e12, 1 / 3])
+@pytest.mark.parametrize("max_count", [-1, 1, 10**6])
+def test_a_slug_is_recognized_as_ours(interval, max_count):
+    """Whatever its numbers, a slug that we gave is told from those of others."""
+    assert is_slug(slug(trigger(interval=interval, max_count=max_count)))
+
+
+@pytest.mark.parametrize("text", [None, "", "every-2s", "every-day", "by-hand", "x-every-2s-2f196da6"])
+def test_other_slugs_are_not_ours(text):
+    """A schedule without a slug, or with one that somebody made up, is not ours."""
+    assert not is_slug(text)
 
 
 # --- schedule -------------------------------------------------------------------------------------

@@ -1,0 +1,448 @@
+"""From declarations to deployments on a real server: the same again changes nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import uuid
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate
+from prefect.client.schemas.schedules import IntervalSchedule
+from prefect.exceptions import ObjectNotFound
+
+from deployments.local import PrefectServer, environment, prefect_command
+from taskadapter import (
+    Job,
+    JobId,
+    Listener,
+    RetryConfiguration,
+    Service,
+    TaskError,
+    TriggerConfiguration,
+    WarmBackupConfig,
+)
+from taskadapter.deploy import deploy, prepare
+from taskadapter.pools import ensure_work_pool
+from taskadapter.schedules import FIRST_TICK_LEAD, slug
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from prefect.client.orchestration import SyncPrefectClient
+    from prefect.client.schemas.objects import DeploymentSchedule
+    from prefect.client.schemas.responses import DeploymentResponse
+
+PROJECT = Path(__file__).parents[2]
+POOL = "test-deploy"
+TRIGGER = TriggerConfiguration(interval=3600)
+NOON = datetime(2030, 1, 1, 12, 0, tzinfo=UTC)
+
+
+class Counter(Service):
+    """Counts."""
+
+    i: int = 1
+
+    def execute(self) -> None:
+        self.i += 1
+
+
+class Greeting(Job):
+    message: str = "hello"
+
+    def execute(self) -> None: ...
+
+
+def check_inbox(days: int = 7) -> None:
+    """Look for new mail."""
+
+
+@pytest.fixture
+def name() -> str:
+    """A job's name that no other test has."""
+    return f"job-{uuid.uuid4().hex[:8]}"
+
+
+def listener(trigger: TriggerConfiguration = TRIGGER, **more: Any) -> Listener:
+    return Listener(trigger=trigger, work_pool=POOL, **more)
+
+
+def deployed(client: SyncPrefectClient, name: str) -> DeploymentResponse:
+    return client.read_deployment_by_name(f"{name}/{name}")
+
+
+def schedule_of(client: SyncPrefectClient, name: str) -> DeploymentSchedule:
+    (only,) = deployed(client, name).schedules
+    return only
+
+
+def pause(client: SyncPrefectClient, name: str) -> None:
+    """Pause a job's schedule, as the switch in the UI does."""
+    client.update_deployment_schedule(deployed(client, name).id, schedule_of(client, name).id, active=False)
+
+
+def deploy_function(name: str, **changes: Any) -> JobId:
+    on = listener(**changes)
+    on.service(name)(check_inbox)
+    return asyncio.run(deploy(on))[name]
+
+
+# --- from Python ----------------------------------------------------------------------------------
+
+
+def test_a_deployment_is_what_was_declared(prefect_client: SyncPrefectClient, name: str) -> None:
+    """Entrypoint, description, tag, pool, queue, job variables, parameters and schedule are there."""
+    on = listener(warm_backup_config=WarmBackupConfig(group_id=f"group-of-{name}"))
+    on.service(name)(check_inbox)
+
+    job_id = asyncio.run(deploy(on))[name]
+
+    found = prefect_client.read_deployment(job_id.id)
+    assert (found.name, found.entrypoint) == (name, "tests/integration/test_deploy.py:check_inbox")
+    assert (found.description, found.tags) == ("Look for new mail.", ["taskadapter"])
+    assert (found.work_pool_name, found.work_queue_name) == (POOL, f"group-of-{name}")
+    assert found.job_variables == {"trigger": {"interval": 3600.0, "max_count": -1}}
+    assert [*found.parameter_openapi_schema["properties"]] == ["days"]
+    assert [one.slug for one in found.schedules] == [slug(TRIGGER)]
+
+
+def test_an_attached_services_state_travels(prefect_client: SyncPrefectClient, name: str) -> None:
+    """The field values of an attached instance are in the deployment."""
+    on = listener()
+    on.attach(Counter(i=10), name)
+
+    asyncio.run(deploy(on))
+
+    assert deployed(prefect_client, name).job_variables["initial_state"] == {"i": 10}
+
+
+def test_the_first_tick_is_in_the_near_future(prefect_client: SyncPrefectClient, name: str) -> None:
+    """Without a start time, tick 0 is far enough ahead for Prefect's scheduler to plan it."""
+    before = datetime.now(UTC)
+
+    deploy_function(name)
+
+    assert before < schedule_of(prefect_client, name).schedule.anchor_date
+    assert schedule_of(prefect_client, name).schedule.anchor_date < datetime.now(UTC) + FIRST_TICK_LEAD
+
+
+def test_a_start_time_is_the_anchor(prefect_client: SyncPrefectClient, name: str) -> None:
+    """With a start time, tick 0 is at the start."""
+    deploy_function(name, trigger=TriggerConfiguration(interval=3600, start_time=NOON))
+
+    assert schedule_of(prefect_client, name).schedule.anchor_date == NOON
+
+
+@pytest.mark.parametrize("start_time", [None, NOON])
+@pytest.mark.parametrize("shape", ["class", "instance", "function"])
+def test_deploying_twice_changes_nothing(
+    prefect_client: SyncPrefectClient, name: str, shape: str, start_time: datetime | None
+) -> None:
+    """The second deploy of a declaration leaves the deployment untouched, to its time of update."""
+
+    def once() -> DeploymentResponse:
+        on = listener(
+            TriggerConfiguration(
+                interval=3600,
+                max_count=5,
+                start_time=start_time,
+                end_time="2031-01-01T12:00:00+02:00",
+                retry_config=RetryConfiguration(max_attempts=2, retry_interval=0.5),
+            )
+        )
+        if shape == "instance":
+            on.attach(Counter(i=10), name)
+        else:
+            on.service(name)(Counter if shape == "class" else check_inbox)
+        asyncio.run(deploy(on))
+        return deployed(prefect_client, name)
+
+    assert once() == once()
+
+
+def test_a_paused_schedule_stays_paused(prefect_client: SyncPrefectClient, name: str) -> None:
+    """The second deploy does not resume what somebody has paused."""
+    deploy_function(name)
+    pause(prefect_client, name)
+    before = deployed(prefect_client, name)
+
+    deploy_function(name)
+
+    assert deployed(prefect_client, name) == before
+    assert schedule_of(prefect_client, name).active is False
+
+
+def test_a_paused_schedule_stays_paused_when_something_else_changes(
+    prefect_client: SyncPrefectClient, name: str
+) -> None:
+    """Other retries are deployed; the schedule keeps its pause and its first tick."""
+    deploy_function(name)
+    pause(prefect_client, name)
+    before = schedule_of(prefect_client, name)
+
+    retry = RetryConfiguration(max_attempts=1, retry_interval=1)
+    deploy_function(name, retry_config=retry)
+
+    after = schedule_of(prefect_client, name)
+    assert (after.active, after.slug) == (False, before.slug)
+    assert after.schedule.anchor_date == before.schedule.anchor_date
+    assert deployed(prefect_client, name).job_variables["trigger"]["retry_config"]["max_attempts"] == 1
+
+
+@pytest.mark.parametrize("paused", [False, True])
+def test_a_changed_trigger_is_another_schedule(
+    prefect_client: SyncPrefectClient, name: str, paused: bool
+) -> None:
+    """Another interval takes the old schedule's place, active and counted anew, paused or not before."""
+    job_id = deploy_function(name)
+    if paused:
+        pause(prefect_client, name)
+    changed = TriggerConfiguration(interval=7200)
+
+    assert deploy_function(name, trigger=changed) == job_id
+
+    after = schedule_of(prefect_client, name)
+    assert (after.slug, after.active) == (slug(changed), True)
+    assert after.schedule.interval == timedelta(hours=2)
+    assert datetime.now(UTC) < after.schedule.anchor_date
+
+
+def test_a_schedule_that_somebody_added_stays(prefect_client: SyncPrefectClient, name: str) -> None:
+    """Neither the same trigger nor another removes a schedule that is not of ours."""
+    job_id = deploy_function(name).id
+    prefect_client.create_deployment_schedules(
+        job_id,
+        [DeploymentScheduleCreate(schedule=IntervalSchedule(interval=timedelta(days=1)), slug="by-hand")],
+    )
+    changed = TriggerConfiguration(interval=7200)
+
+    deploy_function(name)
+    assert slugs(prefect_client, name) == {slug(TRIGGER), "by-hand"}
+
+    deploy_function(name, trigger=changed)
+    assert slugs(prefect_client, name) == {slug(changed), "by-hand"}
+
+
+def slugs(client: SyncPrefectClient, name: str) -> set[str | None]:
+    return {schedule.slug for schedule in deployed(client, name).schedules}
+
+
+def test_a_job_leaves_others_alone(prefect_client: SyncPrefectClient, name: str) -> None:
+    """Deploying one listener does not touch the job of another."""
+    deploy_function(name)
+    before = deployed(prefect_client, name)
+
+    deploy_function(f"{name}-other")
+
+    assert deployed(prefect_client, name) == before
+
+
+def test_the_work_pool_is_made(prefect_client: SyncPrefectClient, name: str) -> None:
+    """The first deploy makes the work pool, of our type, and its runs are scheduled on it."""
+    on = Listener(trigger=TRIGGER, work_pool=f"pool-of-{name}")
+    on.service(name)(check_inbox)
+
+    asyncio.run(deploy(on))
+
+    assert prefect_client.read_work_pool(f"pool-of-{name}").type == "warm-backup"
+
+
+def test_a_pool_of_another_type_is_refused(prefect_client: SyncPrefectClient, name: str) -> None:
+    """A process pool's workers would run jobs uncoordinated: refused, with both types and the remedy."""
+    prefect_client.create_work_pool(WorkPoolCreate(name=f"process-of-{name}", type="process"))
+    on = Listener(trigger=TRIGGER, work_pool=f"process-of-{name}")
+    on.service(name)(check_inbox)
+
+    with pytest.raises(TaskError) as refused:
+        asyncio.run(deploy(on))
+
+    message = str(refused.value)
+    assert "'process'" in message
+    assert "'warm-backup'" in message
+    assert "work_pool=" in message
+    with pytest.raises(ObjectNotFound):
+        deployed(prefect_client, name)
+
+
+def test_a_pool_that_is_there_is_left_alone(prefect_client: SyncPrefectClient, name: str) -> None:
+    """What somebody has set on the pool stays."""
+    ensure_work_pool(f"pool-of-{name}")
+    before = prefect_client.read_work_pool(f"pool-of-{name}")
+
+    ensure_work_pool(f"pool-of-{name}")
+
+    assert prefect_client.read_work_pool(f"pool-of-{name}") == before
+
+
+# --- the build step -------------------------------------------------------------------------------
+
+
+def test_the_first_tick_of_what_is_not_deployed(prefect_client: SyncPrefectClient, name: str) -> None:
+    """The step of the first deploy gives a moment in the near future, with its offset."""
+    before = datetime.now(UTC)
+
+    date = datetime.fromisoformat(asyncio.run(prepare(name, slug(TRIGGER)))["first_tick"])
+
+    assert before < date <= datetime.now(UTC) + FIRST_TICK_LEAD
+    assert date.utcoffset() == timedelta(0)
+
+
+def test_the_first_tick_of_what_is_deployed(prefect_client: SyncPrefectClient, name: str) -> None:
+    """Later deploys of the same trigger find the first tick where it was, paused or not."""
+    deploy_function(name)
+    anchor = schedule_of(prefect_client, name).schedule.anchor_date
+    step = {"first_tick": anchor.astimezone(UTC).isoformat()}
+
+    assert asyncio.run(prepare(name, slug(TRIGGER))) == step
+    pause(prefect_client, name)
+    assert asyncio.run(prepare(name, slug(TRIGGER))) == step
+
+
+def test_the_first_tick_of_a_changed_trigger(prefect_client: SyncPrefectClient, name: str) -> None:
+    """A trigger that is deployed for the first time has its first tick in the near future."""
+    deploy_function(name)
+    anchor = schedule_of(prefect_client, name).schedule.anchor_date
+
+    changed = slug(TriggerConfiguration(interval=7200))
+    date = datetime.fromisoformat(asyncio.run(prepare(name, changed))["first_tick"])
+
+    assert anchor < date
+
+
+# --- from the shell -------------------------------------------------------------------------------
+
+
+def prefect(server: PrefectServer, cwd: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of Prefect's, as a person at a terminal of that width would."""
+    return subprocess.run(
+        [prefect_command(), "--no-prompt", *args],
+        cwd=cwd,
+        env=environment(server.env, {"COLUMNS": "400", "PYTHONPATH": str(PROJECT)}),
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture
+def clean(prefect_client: SyncPrefectClient) -> Iterator[None]:
+    """A server without the project's own pool and jobs, before the test and after it."""
+
+    def remove() -> None:
+        for job in ("counter", "flaky"):
+            with suppress(ObjectNotFound):
+                prefect_client.delete_deployment(deployed(prefect_client, job).id)
+        with suppress(ObjectNotFound):
+            prefect_client.delete_work_pool("taskadapter")
+
+    remove()
+    yield
+    remove()
+
+
+@pytest.mark.usefixtures("clean")
+@pytest.mark.parametrize(
+    "options",
+    [["--prefect-file", "deployments/prefect.yaml"], []],
+    ids=["the rendered file", "the project's root"],
+)
+def test_prefect_deploy(
+    prefect_api: PrefectServer, prefect_client: SyncPrefectClient, options: list[str]
+) -> None:
+    """On a server that has nothing yet, `prefect deploy` makes the pool and the jobs; twice is once."""
+    run = prefect(prefect_api, PROJECT, "deploy", *options, "--all")
+
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert prefect_client.read_work_pool("taskadapter").type == "warm-backup"
+    first = schedule_of(prefect_client, "counter")
+    assert first.active is True
+    assert abs(datetime.now(UTC) - first.schedule.anchor_date) < timedelta(minutes=1)
+    assert deployed(prefect_client, "counter").pull_steps in (None, [])
+
+    pause(prefect_client, "counter")
+    again = prefect(prefect_api, PROJECT, "deploy", *options, "--all")
+
+    assert again.returncode == 0, again.stdout + again.stderr
+    second = schedule_of(prefect_client, "counter")
+    assert second.active is False
+    assert (second.slug, second.schedule) == (first.slug, first.schedule)
+
+
+@pytest.mark.usefixtures("clean")
+def test_prefect_deploy_and_python_agree(
+    prefect_api: PrefectServer, prefect_client: SyncPrefectClient
+) -> None:
+    """What `prefect deploy` has deployed, `deploy()` finds unchanged."""
+    run = prefect(prefect_api, PROJECT, "deploy", "--all")
+    assert run.returncode == 0, run.stdout + run.stderr
+    before = [deployed(prefect_client, name) for name in ("counter", "flaky")]
+
+    script = (
+        "import asyncio, flows.counter, flows.flaky\n"
+        "from taskadapter.deploy import deploy\n"
+        "asyncio.run(deploy(flows.counter.task_listener))\n"
+        "asyncio.run(deploy(flows.flaky.flaky_listener))\n"
+    )
+    env = environment(prefect_api.env)
+    subprocess.run([sys.executable, "-c", script], cwd=PROJECT, env=env, check=True)
+
+    assert [deployed(prefect_client, name) for name in ("counter", "flaky")] == before
+
+
+def project(server: PrefectServer, folder: Path, name: str, pool: str, **trigger: Any) -> None:
+    """Write a project of one job, and render it."""
+    arguments = ", ".join(f"{key}={value!r}" for key, value in trigger.items())
+    (folder / "flows").mkdir(exist_ok=True)
+    (folder / "flows" / "job.py").write_text(
+        "from taskadapter import Listener, TriggerConfiguration\n"
+        f"on = Listener(trigger=TriggerConfiguration({arguments}), work_pool={pool!r})\n\n\n"
+        f"@on.service({name!r})\ndef job(): ...\n"
+    )
+    script = "from taskadapter.cli import main; main()"
+    subprocess.run(
+        [sys.executable, "-c", script, "render", "--output", "prefect.yaml"],
+        cwd=folder,
+        env=environment(server.env, {"PYTHONPATH": str(PROJECT)}),
+        check=True,
+        capture_output=True,
+    )
+
+
+@pytest.mark.parametrize("start_time", [None, NOON.isoformat()])
+def test_prefect_deploy_of_a_changed_trigger(
+    prefect_api: PrefectServer,
+    prefect_client: SyncPrefectClient,
+    name: str,
+    tmp_path: Path,
+    start_time: str | None,
+) -> None:
+    """`prefect deploy` puts a changed trigger's schedule in the place of the one before."""
+    for interval in (3600, 7200):
+        project(prefect_api, tmp_path, name, POOL, interval=interval, start_time=start_time)
+        run = prefect(prefect_api, tmp_path, "deploy", "--all")
+        assert run.returncode == 0, run.stdout + run.stderr
+
+    after = schedule_of(prefect_client, name)
+    assert after.slug == slug(TriggerConfiguration(interval=7200, start_time=start_time))
+    assert (after.active, after.schedule.interval) == (True, timedelta(hours=2))
+
+
+def test_prefect_deploy_to_a_pool_of_another_type(
+    prefect_api: PrefectServer, prefect_client: SyncPrefectClient, name: str, tmp_path: Path
+) -> None:
+    """`prefect deploy` fails on a process pool, and says what to do."""
+    pool = f"process-of-{name}"
+    prefect_client.create_work_pool(WorkPoolCreate(name=pool, type="process"))
+    project(prefect_api, tmp_path, name, pool, interval=3600)
+
+    run = prefect(prefect_api, tmp_path, "deploy", "--all")
+
+    assert run.returncode != 0
+    assert "'warm-backup' is needed" in run.stdout + run.stderr
+    with pytest.raises(ObjectNotFound):
+        deployed(prefect_client, name)

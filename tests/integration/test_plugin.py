@@ -1,0 +1,73 @@
+"""Prefect finds the agent as a plugin, and does not pay for it until it runs."""
+
+import json
+import subprocess
+import sys
+from importlib.metadata import entry_points
+
+from prefect.workers.base import BaseWorker
+
+from taskadapter.worker import WarmBackupWorker
+
+
+def in_a_fresh_interpreter(script):
+    """Return what a script prints as JSON in an interpreter that has imported nothing yet."""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return json.loads(run.stdout)
+
+
+def test_the_entry_point():
+    """The installed package offers the worker's module to Prefect."""
+    ours = [point for point in entry_points(group="prefect.collections") if point.name == "taskadapter"]
+
+    assert [point.value for point in ours] == ["taskadapter.worker"]
+
+
+def test_prefect_finds_the_type():
+    """`prefect worker start --type warm-backup` finds our class without our package being imported."""
+    found = in_a_fresh_interpreter(
+        "import json\n"
+        "from prefect.cli._worker_utils import _load_worker_class\n"
+        "found = _load_worker_class('warm-backup')\n"
+        "print(json.dumps([found.__module__, found.__name__]))\n"
+    )
+
+    assert found == ["taskadapter.worker", "WarmBackupWorker"]
+
+
+def test_the_type_is_registered():
+    """Importing the module registers the type with Prefect."""
+    assert BaseWorker.get_worker_class_from_type("warm-backup") is WarmBackupWorker
+
+
+def test_the_template_has_our_variables():
+    """A work pool of the type offers what a deployment may set."""
+    template = WarmBackupWorker.get_default_base_job_template()
+
+    ours = {"working_dir", "trigger", "initial_state"}
+    assert ours <= {*template["variables"]["properties"]}
+    assert ours <= {*template["job_configuration"]}
+
+
+def test_importing_the_worker_is_cheap():
+    """Prefect imports it for each of its commands: no database driver, no server, no CLI comes along."""
+    imported = in_a_fresh_interpreter(
+        "import sys, json\n"
+        "import taskadapter.worker\n"
+        "heavy = ('sqlalchemy', 'psycopg', 'pymysql', 'fastapi', 'prefect.server.api', 'cyclopts')\n"
+        "print(json.dumps([name for name in heavy if name in sys.modules]))\n"
+    )
+
+    assert imported == []
+
+
+def test_importing_the_package_is_cheap():
+    """The same holds for the module that users import to declare."""
+    imported = in_a_fresh_interpreter(
+        "import sys, json\n"
+        "import taskadapter\n"
+        "heavy = ('sqlalchemy', 'psycopg', 'pymysql', 'fastapi', 'prefect.server.api', 'cyclopts')\n"
+        "print(json.dumps([name for name in heavy if name in sys.modules]))\n"
+    )
+
+    assert imported == []
