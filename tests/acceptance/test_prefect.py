@@ -208,9 +208,7 @@ def test_a_job_knows_its_run(project: Project, prefect: Prefect) -> None:
     assert (entry["attempt"], entry["node"]) == (1, NODE)
 
 
-def test_changed_code_is_picked_up_without_a_restart(
-    project: Project, prefect: Prefect, node: int
-) -> None:
+def test_changed_code_is_picked_up_without_a_restart(project: Project, prefect: Prefect, node: int) -> None:
     """The next run has the new flow module and the new helper module; the agent is the same."""
 
     def versions() -> tuple[int, int]:
