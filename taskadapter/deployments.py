@@ -225,7 +225,8 @@ class Deployments:
             ),
         )
         for flow_run in planned:
-            if flow_run.auto_scheduled:
+            # One that waits for its next attempt is Scheduled too.
+            if flow_run.auto_scheduled and flow_run.run_count == 0:
                 await self.skip(flow_run, reason)
 
     async def has_run_since(self, flow_run: FlowRun) -> bool:
