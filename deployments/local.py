@@ -192,8 +192,10 @@ def prefect_server(
 
 
 @contextmanager
-def agent(name: str, pool: str, env: Mapping[str, str], cwd: Path, *args: str) -> Iterator[Program]:
-    """Run `prefect worker start --type warm-backup`, without waiting for its first poll.
+def agent(
+    name: str, pool: str, env: Mapping[str, str], cwd: Path, *args: str, kind: str = "warm-backup"
+) -> Iterator[Program]:
+    """Run `prefect worker start`, without waiting for its first poll.
 
     Args:
         name: The node's name.
@@ -201,8 +203,9 @@ def agent(name: str, pool: str, env: Mapping[str, str], cwd: Path, *args: str) -
         env: At least `PrefectServer.env`; its PREFECT_HOME receives the log, `NAME.log`.
         cwd: The directory with the flows.
         args: Further options of the command.
+        kind: The worker's type.
     """
-    command = [prefect_command(), "worker", "start", "--pool", pool, "--type", "warm-backup"]
+    command = [prefect_command(), "worker", "start", "--pool", pool, "--type", kind]
     program = Program(
         f"agent {name}",
         [*command, "--name", name, *args],

@@ -96,10 +96,10 @@ class Program:
         """The process id of the command itself.
 
         Raises:
-            RuntimeError: It is not running.
+            RuntimeError: It is not running; the message has the end of its log.
         """
         if self.process is None or self.process.poll() is not None:
-            raise RuntimeError(f"{self.name} is not running")
+            raise RuntimeError(f"{self.name} is not running:\n{self.output()[-3000:]}")
         return self.process.pid
 
     def start(self) -> None:

@@ -195,9 +195,7 @@ def _in_zone(moment: datetime, zone: pendulum.Timezone | pendulum.FixedTimezone)
     try:
         return pendulum.instance(moment.astimezone(UTC)).in_timezone(zone)
     except OverflowError:
-        raise ValueError(
-            f"{moment} is outside the years 1 to 9999 in UTC; choose a nearer time"
-        ) from None
+        raise ValueError(f"{moment} is outside the years 1 to 9999 in UTC; choose a nearer time") from None
 
 
 def _aware(value: object) -> pendulum.DateTime:

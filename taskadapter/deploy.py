@@ -6,7 +6,6 @@ import inspect
 import sys
 import traceback
 from collections.abc import Iterable
-from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -103,7 +102,7 @@ def _entry(listener: Listener, declared: Declared) -> dict[str, Any]:
     entry: dict[str, Any] = {
         "name": declared.name,
         "entrypoint": entrypoint(declared.source),
-        "description": _description(declared.source),
+        "description": description(declared),
         "tags": [TAG],
         "work_pool": {
             "name": listener.work_pool,
@@ -111,19 +110,11 @@ def _entry(listener: Listener, declared: Declared) -> dict[str, Any]:
             "job_variables": _job_variables(declared),
         },
     }
-    step = {"flow": declared.name, "deployment": declared.name, "slug": slug}
-    entry["build"] = [{"taskadapter.deploy.retire_schedules": step.copy()}]
-    anchor: datetime | str | None = listener.trigger.start_time
-    if anchor is None:
-        anchor = "{{ first-tick.date }}"
-        entry["build"].append({"taskadapter.deploy.first_tick": step | {"id": "first-tick"}})
+    step = {"job": declared.name, "slug": slug, "id": "prepared"}
+    entry["build"] = [{"taskadapter.deploy.prepare": step}]
+    anchor = listener.trigger.start_time or "{{ prepared.first_tick }}"
     entry["schedules"] = [schedules.schedule(listener.trigger, anchor)]
     return entry
-
-
-def _description(source: Any) -> str:
-    """Return the docstring; a class without one does not inherit that of `Service`."""
-    return inspect.cleandoc(source.__doc__ or "")
 
 
 def _job_variables(declared: Declared) -> dict[str, Any]:
@@ -131,6 +122,14 @@ def _job_variables(declared: Declared) -> dict[str, Any]:
     if declared.initial_state is None:
         return {"trigger": trigger}
     return {"trigger": trigger, "initial_state": declared.initial_state}
+
+
+def description(declared: Declared) -> str:
+    """Return the docstring of what was declared; what it inherits from `Service` is not about it."""
+    if own := inspect.cleandoc(declared.source.__doc__ or ""):
+        return own
+    # Of an empty one `prefect deploy` would make "None".
+    return f"Job {declared.name} in {entrypoint(declared.source)}"
 
 
 def entrypoint(source: Any) -> str:
@@ -155,52 +154,45 @@ def entrypoint(source: Any) -> str:
     return f"{source.__module__}.{source.__qualname__}"
 
 
-async def retire_schedules(flow: str, deployment: str, slug: str) -> dict[str, str]:
-    """A build step of ``prefect.yaml``: removes the schedules of a trigger that was declared before.
+async def prepare(job: str, slug: str) -> dict[str, str]:
+    """A build step of ``prefect.yaml``, before a deployment is made or changed.
 
-    Prefect would leave them active beside the new one.
+    It ends the triggers that the job had before: Prefect adds a schedule whose slug is new, and leaves
+    those it knows, so that the job would go on by both. Schedules that somebody else has added stay.
 
-    Args:
-        flow: the flow's name.
-        deployment: the deployment's name.
-        slug: the slug of the trigger's schedule, which stays.
-    """
-    async with get_client() as client:
-        with suppress(ObjectNotFound):
-            await _retire(client, await client.read_deployment_by_name(f"{flow}/{deployment}"), slug)
-    return {}
-
-
-async def _retire(client: PrefectClient, deployed: DeploymentResponse, slug: str) -> None:
-    for schedule in deployed.schedules:
-        if schedules.is_slug(schedule.slug) and schedule.slug != slug:
-            await client.delete_deployment_schedule(deployed.id, schedule.id)
-
-
-async def first_tick(flow: str, deployment: str, slug: str) -> dict[str, str]:
-    """A build step of ``prefect.yaml``: when tick 0 of a trigger without start time is.
-
-    It is the moment of the first deploy (and a little more, see `schedules.FIRST_TICK_LEAD`); each
-    further deploy of the same trigger finds it on the server and leaves it as it is.
+    It also finds the moment of tick 0 of a trigger without start time. That is when it is first
+    deployed (and a little more, see `schedules.FIRST_TICK_LEAD`); each further deploy finds it on the
+    server and leaves it as it is.
 
     Args:
-        flow: the flow's name.
-        deployment: the deployment's name.
+        job: the name of the flow and of its deployment.
         slug: the slug of the trigger's schedule.
 
     Returns:
-        ``{"date": ...}``, in ISO 8601 with its offset.
+        ``{"first_tick": ...}``, in ISO 8601 with its offset.
     """
-    return {"date": (await _first_tick(flow, deployment, slug)).isoformat()}
-
-
-async def _first_tick(flow: str, deployment: str, slug: str) -> datetime:
     async with get_client() as client:
-        try:
-            deployed = await client.read_deployment_by_name(f"{flow}/{deployment}")
-        except ObjectNotFound:
-            return datetime.now(UTC) + schedules.FIRST_TICK_LEAD
+        deployed = await _deployed(client, job)
+        if deployed is not None:
+            await _end_earlier_triggers(client, deployed, slug)
+    return {"first_tick": _first_tick(deployed, slug).isoformat()}
+
+
+async def _deployed(client: PrefectClient, job: str) -> DeploymentResponse | None:
+    try:
+        return await client.read_deployment_by_name(f"{job}/{job}")
+    except ObjectNotFound:
+        return None
+
+
+async def _end_earlier_triggers(client: PrefectClient, deployed: DeploymentResponse, slug: str) -> None:
     for schedule in deployed.schedules:
+        if schedule.slug != slug and schedules.is_slug(schedule.slug):
+            await client.delete_deployment_schedule(deployed.id, schedule.id)
+
+
+def _first_tick(deployed: DeploymentResponse | None, slug: str) -> datetime:
+    for schedule in [] if deployed is None else deployed.schedules:
         if schedule.slug == slug and isinstance(schedule.schedule, IntervalSchedule):
             return schedule.schedule.anchor_date.astimezone(UTC)
     return datetime.now(UTC) + schedules.FIRST_TICK_LEAD
@@ -228,31 +220,27 @@ async def _deploy(client: PrefectClient, listener: Listener, declared: Declared)
     name, slug = declared.name, schedules.slug(listener.trigger)
     wanted: dict[str, Any] = {
         "entrypoint": entrypoint(declared.source),
-        "description": _description(declared.source),
+        "description": description(declared),
         "tags": [TAG],
         "work_pool_name": listener.work_pool,
         "work_queue_name": listener.group_id or DEFAULT_QUEUE,
         "job_variables": _job_variables(declared),
         "parameter_openapi_schema": parameter_schema(declared.flow).model_dump(exclude_unset=True),
     }
-    try:
-        deployed = await client.read_deployment_by_name(f"{name}/{name}")
-    except ObjectNotFound:
+    deployed = await _deployed(client, name)
+    schedule = IntervalSchedule(
+        interval=timedelta(seconds=listener.trigger.interval),
+        anchor_date=listener.trigger.start_time or _first_tick(deployed, slug),
+        timezone="UTC",
+    )
+    if deployed is None:
         flow_id = await client.create_flow(declared.flow)
-        first = DeploymentScheduleCreate(schedule=await _interval_schedule(listener, name), slug=slug)
-        return await client.create_deployment(flow_id, name, schedules=[first], **wanted)
-    await _retire(client, deployed, slug)
-    if slug not in [schedule.slug for schedule in deployed.schedules]:
-        planned = DeploymentScheduleUpdate(schedule=await _interval_schedule(listener, name), slug=slug)
-        await client.update_deployment(deployed.id, DeploymentUpdate(schedules=[planned], **wanted))
-    elif any(getattr(deployed, field) != value for field, value in wanted.items()):
+        planned = DeploymentScheduleCreate(schedule=schedule, slug=slug)
+        return await client.create_deployment(flow_id, name, schedules=[planned], **wanted)
+    await _end_earlier_triggers(client, deployed, slug)
+    # A schedule that is there stays as it is, anchor and pause included.
+    if slug not in [known.slug for known in deployed.schedules]:
+        wanted["schedules"] = [DeploymentScheduleUpdate(schedule=schedule, slug=slug)]
+    if any(getattr(deployed, field) != value for field, value in wanted.items()):
         await client.update_deployment(deployed.id, DeploymentUpdate(**wanted))
     return deployed.id
-
-
-async def _interval_schedule(listener: Listener, name: str) -> IntervalSchedule:
-    trigger = listener.trigger
-    anchor = trigger.start_time or await _first_tick(name, name, schedules.slug(trigger))
-    return IntervalSchedule(
-        interval=timedelta(seconds=trigger.interval), anchor_date=anchor, timezone="UTC"
-    )

@@ -30,7 +30,7 @@ from taskadapter import schedules
 from taskadapter.model import TriggerConfiguration
 from taskadapter.runs import Workspace
 
-FRESH_SECONDS = 30.0
+FRESH_SECONDS = 60.0
 """A deployment that was read longer ago is read again."""
 
 RETRY_SECONDS = 2.0
@@ -133,6 +133,7 @@ class Deployments:
         self._client = client
         self._log = log
         self._read: dict[UUID, DeployedJob] = {}
+        self._reading = asyncio.Lock()
         self._ending: dict[UUID, asyncio.Task[None]] = {}
 
     async def job_of(self, flow_run: FlowRun, pool: WorkPool, newest: datetime | None) -> DeployedJob:
@@ -148,11 +149,21 @@ class Deployments:
             DeclarationError: its trigger was edited into something invalid.
         """
         assert flow_run.deployment_id is not None  # noqa: S101 - a pool's runs have one
-        known = self._read.get(flow_run.deployment_id)
-        if known is not None and known.serves(flow_run):
-            return known
+        async with self._reading:
+            known = self._read.get(flow_run.deployment_id)
+            if known is not None and known.serves(flow_run):
+                return known
+            job = await self._read_job(flow_run, pool, newest, known)
+            if not flow_run.job_variables:
+                self._read[job.deployment.id] = job
+        return job
+
+    async def _read_job(
+        self, flow_run: FlowRun, pool: WorkPool, newest: datetime | None, known: DeployedJob | None
+    ) -> DeployedJob:
+        assert flow_run.deployment_id is not None  # noqa: S101 - see job_of
         deployment = await self._client.read_deployment(flow_run.deployment_id)
-        flow = await self._client.read_flow(flow_run.flow_id)
+        flow_name = known.flow_name if known else (await self._client.read_flow(flow_run.flow_id)).name
         configuration: WarmBackupJobConfiguration = (
             await WarmBackupJobConfiguration.from_template_and_values(
                 base_job_template=pool.base_job_template,
@@ -162,10 +173,7 @@ class Deployments:
         )
         variables = configuration.trigger
         trigger = None if variables is None else TriggerConfiguration.model_validate(variables)
-        job = DeployedJob(deployment, flow.name, configuration, trigger, newest)
-        if not flow_run.job_variables:
-            self._read[deployment.id] = job
-        return job
+        return DeployedJob(deployment, flow_name, configuration, trigger, newest)
 
     def known(self, flow_run: FlowRun) -> DeployedJob | None:
         """Return the deployment of a run as it was last read, if it was."""

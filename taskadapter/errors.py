@@ -35,7 +35,11 @@ class SchemaError(CoordinationError):
 
 
 class DuplicateNodeError(CoordinationError):
-    """Another live process uses this node's `task_id`."""
+    """Another live process uses this node's `task_id`; it was last seen `age` seconds ago."""
+
+    def __init__(self, message: str, *, age: float) -> None:
+        super().__init__(message)
+        self.age = age
 
 
 class TokenLostError(TaskError):

@@ -130,8 +130,9 @@ def _as_flow(
             except Exception as exc:
                 if (wait := turn.failed(exc)) is None:
                     raise
+                again = time.monotonic() + wait  # what the API takes is part of the wait
                 turn.announce(AwaitingRetry(scheduled_time=_in(wait), message=_in_words(exc)))
-                time.sleep(wait)
+                time.sleep(max(0.0, again - time.monotonic()))
                 turn.announce(Retrying())
             else:
                 turn.succeeded(subject)
@@ -149,9 +150,10 @@ def _as_flow(
             except Exception as exc:
                 if (wait := turn.failed(exc)) is None:
                     raise
+                again = time.monotonic() + wait
                 retry: State[Any] = AwaitingRetry(scheduled_time=_in(wait), message=_in_words(exc))
                 await asyncio.to_thread(turn.announce, retry)
-                await asyncio.sleep(wait)
+                await asyncio.sleep(max(0.0, again - time.monotonic()))
                 await asyncio.to_thread(turn.announce, Retrying())
             else:
                 await asyncio.to_thread(turn.succeeded, subject)
@@ -224,9 +226,7 @@ class Turn:
         self.current = replace(self.current, count=count)
         self.execution.on_begin()
         late = (self.started - assignment.due).total_seconds()
-        self.log.info(
-            "Run %d of %r on %s, %.3f s after its time", count, self.name, assignment.node, late
-        )
+        self.log.info("Run %d of %r on %s, %.3f s after its time", count, self.name, assignment.node, late)
         return None
 
     @contextmanager

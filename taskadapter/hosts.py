@@ -28,6 +28,9 @@ IDLE_SECONDS = 60.0
 EXIT_NOTICE_SECONDS = 5.0
 """How long the nursery may take to report the exit status of a host whose socket has closed."""
 
+RESTART_SECONDS = 1.0
+"""How long to wait before a nursery that has ended is started again."""
+
 BUFFER = 65536
 
 
@@ -55,6 +58,7 @@ class Host:
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, pid: int) -> None:
         self.pid = pid
+        self.exit_code: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self.workspace: str | None = None
         self.runs = 0
         self.idle_since = time.monotonic()
@@ -135,9 +139,8 @@ class HostPool:
     def __init__(self, limit: int, runs_per_host: int) -> None:
         self.limit = limit
         self._runs_per_host = runs_per_host
-        self._hosts: set[Host] = set()
+        self._hosts: dict[int, Host] = {}
         self._idle: list[Host] = []
-        self._exit_codes: dict[int, asyncio.Future[int]] = {}
         self._nursery: socket.socket | None = None
         self._watcher: asyncio.Task[None] | None = None
         self._process: asyncio.subprocess.Process | None = None
@@ -162,7 +165,7 @@ class HostPool:
 
     async def close(self) -> None:
         """End every host, busy or not, and the nursery."""
-        for host in self._hosts:
+        for host in self._hosts.values():
             host.stop() if host in self._idle else host.end(signal.SIGKILL)
         if self._watcher is not None:
             self._watcher.cancel()
@@ -178,15 +181,12 @@ class HostPool:
         while data := await loop.sock_recv(nursery, BUFFER):
             *lines, pending = (pending + data).split(b"\n")
             for notice in map(json.loads, lines):
-                self._exit_code(notice["pid"]).set_result(notice["exit_code"])
+                if host := self._hosts.pop(notice["pid"], None):
+                    host.exit_code.set_result(notice["exit_code"])
         self._log.error("The process that forks hosts has ended; starting another.")
         nursery.close()
+        await asyncio.sleep(RESTART_SECONDS)
         await self.start()
-
-    def _exit_code(self, pid: int) -> asyncio.Future[int]:
-        if pid not in self._exit_codes:
-            self._exit_codes[pid] = asyncio.get_running_loop().create_future()
-        return self._exit_codes[pid]
 
     async def take(self, workspace: str) -> Host:
         """Return a host for the workspace, idle until now; the caller keeps to the limit.
@@ -195,6 +195,7 @@ class HostPool:
             OSError: no process can be started.
             EOFError: a new process ended at once.
         """
+        self._idle = [host for host in self._idle if not host.exit_code.done()]
         warm = [host for host in self._idle if host.workspace == workspace]
         if warm:
             self._idle.remove(warm[-1])
@@ -214,7 +215,7 @@ class HostPool:
         if not line:
             raise EOFError("a new host ended at once")
         host = Host(reader, writer, json.loads(line)["pid"])
-        self._hosts.add(host)
+        self._hosts[host.pid] = host
         return host
 
     def give_back(self, host: Host) -> None:
@@ -228,8 +229,6 @@ class HostPool:
     def discard(self, host: Host) -> None:
         """End a host that is not to be used again."""
         host.stop()
-        self._hosts.discard(host)
-        self._exit_codes.pop(host.pid, None)
 
     def retire_idle(self) -> None:
         """End the hosts that the load no longer asks for; one stays warm."""
@@ -242,7 +241,7 @@ class HostPool:
         """Say with what status a host ended whose socket has closed."""
         try:
             async with asyncio.timeout(EXIT_NOTICE_SECONDS):
-                code = await asyncio.shield(self._exit_code(host.pid))
+                code = await asyncio.shield(host.exit_code)
         except TimeoutError:
             return f"process {host.pid} is gone"
         if code < 0:

@@ -156,8 +156,7 @@ class Listener:
                 flow = flows.function_flow(source, name, trigger, **options)
             else:
                 raise DeclarationError(
-                    f"{source!r} cannot be service {name!r}: decorate a subclass of Service, or a "
-                    "function."
+                    f"{source!r} cannot be service {name!r}: decorate a subclass of Service, or a function."
                 )
             self._add(Declared(name, flow, source, trigger))
             return flow
@@ -209,6 +208,8 @@ class Listener:
                 f"service {declared.name!r} is declared twice on one listener; give one another name."
             )
         self.services[declared.name] = declared
+        # A module may keep the flow only: `render` is to find its listener all the same.
+        declared.flow.listener = self  # type: ignore[attr-defined]
 
     # --- running ----------------------------------------------------------------------------------
 

@@ -51,8 +51,8 @@ def slug(trigger: TriggerConfiguration) -> str:
 
 
 def is_slug(text: str | None) -> bool:
-    """Return whether a schedule's slug is one that `slug` has given."""
-    return text is not None and re.fullmatch(r"every-[-0-9a-z]+-[0-9a-f]{8}", text) is not None
+    """Return whether a schedule's slug is one that `slug` makes, and not one that a user gave."""
+    return text is not None and re.fullmatch(r"every-.+s(-\d+-times)?-[0-9a-f]{8}", text) is not None
 
 
 def _canonical(value: object) -> object:

@@ -16,8 +16,8 @@ import asyncio
 import contextlib
 import signal
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -31,9 +31,11 @@ from prefect.client.schemas.filters import (
     FlowRunFilterStateType,
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.client.schemas.responses import OrchestrationResult, SetStateStatus
+from prefect.events import emit_event
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_WORKER_QUERY_SECONDS, get_current_settings, temporary_settings
-from prefect.states import Cancelled, Crashed, Scheduled
+from prefect.states import Cancelled, Crashed, Pending, Scheduled
 from prefect.workers.base import BaseWorker, BaseWorkerResult
 
 from taskadapter import schedules
@@ -60,6 +62,9 @@ CANCEL_GRACE_SECONDS = 30.0
 TERMINATE_GRACE_SECONDS = 5.0
 """How long a run may take to end when its agent has to, before its process is killed."""
 
+PAUSE_SECONDS = 5.0
+"""How long to wait before a run is tried again that no process could be started for."""
+
 
 class WarmBackupResult(BaseWorkerResult):
     """What became of a run's process."""
@@ -72,16 +77,20 @@ class RunInHand:
     Attributes:
         flow_run: as polled.
         host: the process that has it, once one does.
-        began: when its body began, on the monotonic clock.
+        decided: whether it takes one of the places of its job's `max_concurrent`.
         ended: why its job was over when its body began, if it was.
+        over: why it is not to begin: its job has ended since it was claimed.
         cancelled: when it was cancelled, on the monotonic clock.
+        heartbeat: when its last heartbeat was, on the monotonic clock.
     """
 
     flow_run: FlowRun
     host: Host | None = None
-    began: float | None = None
+    decided: bool = False
     ended: str | None = None
+    over: str | None = None
     cancelled: float | None = None
+    heartbeat: float = field(default_factory=time.monotonic)
 
     @property
     def due(self) -> datetime:
@@ -151,7 +160,7 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         self._loops[0].cancel()
         self._upcoming.clear()
         for run in self._in_hand.values():
-            if run.began is None and run.host is not None:
+            if run.host is not None:
                 run.host.drop()
         if self._in_hand:
             self._logger.info("Stopping; %d run(s) may still end.", len(self._in_hand))
@@ -219,7 +228,9 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
             self._news.clear()
 
     def _may_start(self, flow_run: FlowRun) -> bool:
-        """Return whether the run's job has not as many runs going on as it may have at once."""
+        """Return whether the run's job goes on, and has fewer runs in hand than it may have at once."""
+        if self._deployments.is_ending(flow_run):
+            return False
         job = self._deployments.known(flow_run)
         limit = None if job is None else job.max_concurrent
         return limit is None or self._going_on(flow_run) < limit
@@ -228,11 +239,17 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         job_id = flow_run.deployment_id
         return sum(run.flow_run.deployment_id == job_id for run in self._in_hand.values())
 
+    def _ahead_of(self, run: RunInHand) -> int:
+        """Count the job's other runs in hand that go first: decided already, or due before this one."""
+        job_id = run.flow_run.deployment_id
+        others = (o for o in self._in_hand.values() if o is not run and o.flow_run.deployment_id == job_id)
+        return sum(other.decided or other.due < run.due for other in others)
+
     async def _handle(self, run: RunInHand) -> None:
         try:
             await self._decide(run)
         except ObjectNotFound:
-            self._logger.info("Run %s is gone, or its deployment is.", run.flow_run.name)
+            self._logger.info("Run %s or its deployment was deleted.", run.flow_run.name)
         except httpx.HTTPError as fault:
             self._logger.warning("Run %s is left for later: %s", run.flow_run.name, fault)
         except Exception as exc:
@@ -249,10 +266,11 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         if self._deployments.is_ending(flow_run):
             return
         job = await self._deployments.job_of(flow_run, self.work_pool, self._newest_run)
-        if job.max_concurrent is not None and self._going_on(flow_run) > job.max_concurrent:
+        if job.max_concurrent is not None and self._ahead_of(run) >= job.max_concurrent:
             # Only now is it known that its job allows no more: it waits its turn.
             self._upcoming[flow_run.id] = flow_run
             return
+        run.decided = True
         if job.trigger is not None and flow_run.auto_scheduled:
             judgement = schedules.judge(job.trigger, run.due)
             if judgement.verdict is Verdict.EARLY:
@@ -261,8 +279,11 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
             if judgement.verdict is Verdict.END:
                 self._deployments.end(job, judgement.reason)
                 return
-        if await self._propose_pending_state(flow_run):
+        claim: OrchestrationResult[Any] = await self.client.set_flow_run_state(flow_run.id, Pending())
+        if claim.status is SetStateStatus.ACCEPT:
             await self._run_job(run, job)
+        else:
+            self._logger.info("Run %s is not to be had: %s", flow_run.name, claim.details)
 
     # --- running --------------------------------------------------------------------------------
 
@@ -270,9 +291,9 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         assignment = self._assignment(run, job)
         outcome = await self._on_a_host(run, assignment, job)
         if outcome.ended is not None and run.ended is None:
-            self._deployments.end(job, outcome.ended)
+            self._end_job(job, outcome.ended)
         if outcome.kind == "dropped":
-            await self._put_back(run, job)
+            await self._put_back(run)
         elif outcome.kind == "crashed":
             await self._report_crash(run, assignment, outcome.message)
 
@@ -292,12 +313,20 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
 
     async def _on_a_host(self, run: RunInHand, assignment: Assignment, job: DeployedJob) -> Outcome:
         def on_begin(ended: str | None) -> None:
-            run.began, run.ended = time.monotonic(), ended
+            run.ended = ended
             if ended is not None:
-                self._deployments.end(job, ended)
+                self._end_job(job, ended)
 
         while True:
-            host = run.host = await self._hosts.take(assignment.workspace.key)
+            try:
+                host = run.host = await self._hosts.take(assignment.workspace.key)
+            except (OSError, EOFError) as fault:
+                self._logger.warning("No process can be started for runs: %s", fault or "it ended at once")
+                await asyncio.sleep(PAUSE_SECONDS)
+                return Outcome("dropped")
+            if run.over is not None:
+                self._hosts.give_back(host)
+                return Outcome("dropped")
             try:
                 outcome = await host.carry_out(assignment, on_begin)
             except EOFError:
@@ -311,10 +340,20 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
             if outcome.kind != "stale":
                 return outcome
 
-    async def _put_back(self, run: RunInHand, job: DeployedJob) -> None:
+    def _end_job(self, job: DeployedJob, reason: str) -> None:
+        """End a job for all nodes; its ticks that are claimed, but have not begun, do not begin."""
+        self._deployments.end(job, reason)
+        for run in self._in_hand.values():
+            is_of_job = run.flow_run.deployment_id == job.deployment.id
+            if is_of_job and run.flow_run.auto_scheduled:
+                run.over = reason
+                if run.host is not None:
+                    run.host.drop()
+
+    async def _put_back(self, run: RunInHand) -> None:
         """Give a claimed run that has not begun to the next agent, or skip it if its job is over."""
-        if self._deployments.is_ending(run.flow_run):
-            await self._deployments.skip(run.flow_run, f"job {job.name} has ended")
+        if run.over is not None:
+            await self._deployments.skip(run.flow_run, run.over)
         else:
             await self._deployments.report(run.flow_run, Scheduled(scheduled_time=run.due), force=True)
 
@@ -325,10 +364,13 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
             state = Cancelled(message=f"Cancelled; on {self.name} {message}.")
         self._logger.warning("Run %s: %s", run.flow_run.name, state.message)
         await self._deployments.report(run.flow_run, state, force=run.cancelled is not None)
-        host = await self._hosts.take(assignment.workspace.key)
-        with contextlib.suppress(EOFError):
+        try:
+            host = await self._hosts.take(assignment.workspace.key)
             await host.run_hooks(assignment, state)
-        self._hosts.discard(host)
+        except (OSError, EOFError) as fault:
+            self._logger.warning("The hooks of run %s could not be run: %s", run.flow_run.name, fault)
+        else:
+            self._hosts.discard(host)
 
     async def run(
         self,
@@ -351,24 +393,49 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
     # --- watching -------------------------------------------------------------------------------
 
     async def _watch(self) -> None:
-        """Look after the runs that are going on: cancel what is to be cancelled."""
+        """Look after the runs that are going on, as long as the agent lives."""
         while True:
             await asyncio.sleep(WATCH_SECONDS)
-            now = time.monotonic()
+            since = datetime.now(UTC) - timedelta(seconds=WATCH_SECONDS)
             going_on = {
                 run_id: run
                 for run_id, run in self._in_hand.items()
-                if run.began is not None and now - run.began > WATCH_SECONDS
+                if run.host is not None and run.due < since
             }
-            if going_on:
-                try:
+            try:
+                self._kill_overdue(going_on.values())
+                self._send_heartbeats(going_on.values())
+                if going_on:
                     await self._cancel_what_is_to_be(going_on)
-                except httpx.HTTPError as fault:
-                    self._logger.debug("Could not look for cancelled runs: %s", fault)
-            for run in going_on.values():
-                overdue = run.cancelled is not None and now - run.cancelled > CANCEL_GRACE_SECONDS
-                if overdue and run.host is not None:
-                    run.host.end(signal.SIGKILL)
+            except httpx.HTTPError as fault:
+                self._logger.debug("Could not look for cancelled runs: %s", fault)
+            except Exception:
+                self._logger.exception("Looking after the runs failed; trying again.")
+
+    def _kill_overdue(self, going_on: Iterable[RunInHand]) -> None:
+        cutoff = time.monotonic() - CANCEL_GRACE_SECONDS
+        for run in going_on:
+            if run.cancelled is not None and run.cancelled < cutoff and run.host is not None:
+                run.host.end(signal.SIGKILL)
+
+    def _send_heartbeats(self, going_on: Iterable[RunInHand]) -> None:
+        """Emit Prefect's heartbeat events: automations of its users detect dead runs by them."""
+        seconds = get_current_settings().flows.heartbeat_frequency
+        if seconds is None:
+            return
+        for run in going_on:
+            if time.monotonic() - run.heartbeat >= seconds:
+                run.heartbeat = time.monotonic()
+                emit_event(
+                    "prefect.flow-run.heartbeat",
+                    resource=_resource("flow-run", run.flow_run.id)
+                    | {"prefect.resource.name": run.flow_run.name},
+                    related=[
+                        _resource("flow", run.flow_run.flow_id) | {"prefect.resource.role": "flow"},
+                        _resource("deployment", run.flow_run.deployment_id)
+                        | {"prefect.resource.role": "deployment"},
+                    ],
+                )
 
     async def _cancel_what_is_to_be(self, going_on: dict[UUID, RunInHand]) -> None:
         cancelling = await self.client.read_flow_runs(
@@ -388,3 +455,7 @@ def _due(flow_run: FlowRun) -> datetime:
     """Return when a run is to start: its scheduled time, or when it was made."""
     due = flow_run.next_scheduled_start_time or flow_run.expected_start_time or flow_run.created
     return due if due is not None else datetime.now(UTC)
+
+
+def _resource(kind: str, object_id: UUID | None) -> dict[str, str]:
+    return {"prefect.resource.id": f"prefect.{kind}.{object_id}"}

@@ -11,10 +11,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from sqlalchemy import Float, create_engine, event, make_url
+from sqlalchemy import Float, create_engine, event, func, make_url, select
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, OperationalError
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
@@ -28,8 +28,7 @@ from taskadapter.errors import (
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from sqlalchemy import Connection, Engine, Table
-    from sqlalchemy.dialects.mysql import Insert as MysqlInsert
+    from sqlalchemy import Connection, Dialect, Engine, Table
     from sqlalchemy.engine.interfaces import DBAPIConnection
     from sqlalchemy.sql.compiler import SQLCompiler
     from sqlalchemy.sql.dml import Insert
@@ -38,7 +37,10 @@ __all__ = [
     "Database",
     "Timeouts",
     "database_now",
-    "insert_if_absent",
+    "ensure_row",
+    "has_writable_ctes",
+    "limit_idle",
+    "notify",
     "open_engine",
     "seconds_since",
     "transaction",
@@ -115,9 +117,7 @@ def _server_url(config: Any) -> URL:
     )
 
 
-def open_engine(
-    database: Database, *, timeouts: Timeouts | None = None, pre_ping: bool = True
-) -> Engine:
+def open_engine(database: Database, *, timeouts: Timeouts | None = None, pre_ping: bool = True) -> Engine:
     """Return an engine whose sessions all behave alike, whatever the server's defaults.
 
     They are in UTC and READ COMMITTED, give up in time, and on SQLite lock at `BEGIN`. Nothing is
@@ -132,10 +132,14 @@ def open_engine(
         # Statements carry job state, which belongs in no log.
         hide_parameters=True,
         connect_args=_CONNECT_ARGS[name](timeouts),
-        **({} if name == "sqlite" else {"isolation_level": "READ COMMITTED"}),
+        **({} if name == "sqlite" else {"isolation_level": _ISOLATION}),
     )
     _PREPARE[name](engine, timeouts)
     return engine
+
+
+# A second statement must see what was committed while the first one waited for a lock.
+_ISOLATION = "READ COMMITTED"
 
 
 def _postgresql_connect_args(timeouts: Timeouts) -> dict[str, Any]:
@@ -173,6 +177,7 @@ def _prepare_postgresql(engine: Engine, timeouts: Timeouts) -> None:
     # Not connection options: PgBouncer refuses those.
     milliseconds = math.ceil(timeouts.statement * 1000)
     settings = f"SET TIME ZONE 'UTC'; SET statement_timeout = {milliseconds}"
+    settings += f"; SET SESSION CHARACTERISTICS AS TRANSACTION ISOLATION LEVEL {_ISOLATION}"
     if timeouts.idle is not None:
         idle = math.ceil(timeouts.idle * 1000)
         settings += f"; SET idle_in_transaction_session_timeout = {idle}"
@@ -275,55 +280,68 @@ def _since_sqlite(element: Any, compiler: SQLCompiler, **kw: Any) -> str:
     return f"((julianday('now') - julianday({moment})) * 86400.0)"
 
 
-def insert_if_absent(connection: Connection, table: Table, values: Mapping[str, Any]) -> bool:
-    """Insert a row unless its primary key exists, and return whether it was inserted.
+def ensure_row(connection: Connection, table: Table, values: Mapping[str, Any]) -> None:
+    """Insert a row unless its primary key exists; lock it next, to see which.
 
     Where another transaction has inserted the same key, this waits for its outcome.
     """
+    keys = list(table.primary_key.columns)
+    match connection.dialect.name:
+        case "postgresql":
+            connection.execute(
+                postgresql.insert(table).values(values).on_conflict_do_nothing(index_elements=keys)
+            )
+        case "sqlite":
+            connection.execute(
+                sqlite.insert(table).values(values).on_conflict_do_nothing(index_elements=keys)
+            )
+        case _:
+            # IGNORE would also cut values that are too long. And after an error of a plain INSERT
+            # several transactions would share a lock, and deadlock as each wants its own.
+            unchanged = {column.name: column for column in keys}
+            connection.execute(mysql.insert(table).values(values).on_duplicate_key_update(unchanged))
+
+
+def upsert(
+    connection: Connection, table: Table, values: Mapping[str, Any], changes: Mapping[str, Any]
+) -> None:
+    """Insert a row, or make `changes` to the one whose primary key exists."""
+    keys, changed = list(table.primary_key.columns), dict(changes)
     statement: Insert
     match connection.dialect.name:
         case "postgresql":
-            statement = postgresql.insert(table).values(values).on_conflict_do_nothing()
+            postgres_insert = postgresql.insert(table).values(values)
+            statement = postgres_insert.on_conflict_do_update(index_elements=keys, set_=changed)
         case "sqlite":
-            statement = sqlite.insert(table).values(values).on_conflict_do_nothing()
+            sqlite_insert = sqlite.insert(table).values(values)
+            statement = sqlite_insert.on_conflict_do_update(index_elements=keys, set_=changed)
         case _:
-            return _insert_if_absent_mysql(connection, table, values)
-    # Without the option, SQLAlchemy forgets the row count of an INSERT.
-    inserted = connection.execute(statement, execution_options={"preserve_rowcount": True})
-    return inserted.rowcount == 1
-
-
-def _insert_if_absent_mysql(connection: Connection, table: Table, values: Mapping[str, Any]) -> bool:
-    # INSERT IGNORE would also ignore a value that is too long, and cut it. An error undoes no more
-    # than its statement.
-    try:
-        connection.execute(mysql.insert(table).values(values))
-    except IntegrityError as exc:
-        if exc.orig is None or exc.orig.args[0] != _MYSQL_DUPLICATE_KEY:
-            raise
-        return False
-    return True
-
-
-_MYSQL_DUPLICATE_KEY = 1062
-
-
-def upsert(connection: Connection, table: Table, values: Mapping[str, Any]) -> None:
-    """Insert a row, or give the one with its primary key these values."""
-    keys = [column.name for column in table.primary_key]
-    rest = [name for name in values if name not in keys]
-    statement: Insert
-    match connection.dialect.name:
-        case "mysql":
-            insert: MysqlInsert = mysql.insert(table).values(values)
-            statement = insert.on_duplicate_key_update({n: insert.inserted[n] for n in rest})
-        case name:
-            module = postgresql if name == "postgresql" else sqlite
-            new = module.insert(table).values(values)
-            statement = new.on_conflict_do_update(
-                index_elements=keys, set_={n: new.excluded[n] for n in rest}
-            )
+            statement = mysql.insert(table).values(values).on_duplicate_key_update(changed)
     connection.execute(statement)
+
+
+def has_writable_ctes(dialect: Dialect) -> bool:
+    """Say whether one statement can both write to tables and read others (`WITH ... INSERT`)."""
+    return dialect.name == "postgresql"
+
+
+def limit_idle(connection: Connection, seconds: float) -> None:
+    """Let the server end this transaction if its client does nothing for so long.
+
+    Only PostgreSQL can do that for a single transaction; elsewhere nothing happens.
+    """
+    if connection.dialect.name == "postgresql":
+        milliseconds = max(1, math.ceil(seconds * 1000))
+        connection.exec_driver_sql(f"SET LOCAL idle_in_transaction_session_timeout = {milliseconds}")
+
+
+CHANNEL = "taskadapter"
+
+
+def notify(connection: Connection, payload: str) -> None:
+    """Wake those who `listen`, once the transaction commits. Only PostgreSQL can."""
+    if connection.dialect.name == "postgresql":
+        connection.execute(select(func.pg_notify(CHANNEL, payload)))
 
 
 @contextmanager

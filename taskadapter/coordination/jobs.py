@@ -13,16 +13,14 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import delete, select, update
+from sqlalchemy import delete, insert, select, update
+from sqlalchemy.exc import IntegrityError
 
-from taskadapter.coordination.dialects import database_now, insert_if_absent, upsert
-from taskadapter.coordination.schema import job_progress, run_in_flight, token_holder
-from taskadapter.errors import (
-    AlreadyStartedError,
-    CoordinationError,
-    DatabaseUnavailableError,
-    TokenLostError,
-)
+from taskadapter.coordination.dialects import database_now, ensure_row, upsert
+from taskadapter.coordination.lease import Token
+from taskadapter.coordination.schema import job_progress, run_in_flight
+from taskadapter.coordination.tokens import require_token
+from taskadapter.errors import AlreadyStartedError, CoordinationError, DatabaseUnavailableError
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Row
@@ -43,54 +41,12 @@ __all__ = [
 
 
 @dataclass(frozen=True, slots=True)
-class Token:
-    """A group's token as one node holds it; `term` is the fencing token, which only ever rises."""
-
-    group_id: str
-    task_id: str
-    term: int
-
-
-@dataclass(frozen=True, slots=True)
 class RunInFlight:
     """A flow run that a node executes, or executed when it died, and the token it started under."""
 
     flow_run_id: str
     job_id: str | None
     token: Token
-
-
-def require_token(connection: Connection, token: Token) -> None:
-    """Lock the token until the transaction ends, so that nobody takes it over meanwhile.
-
-    Transactions of the same holder do not wait for each other, except on SQLite.
-
-    Raises:
-        TokenLostError: the token has another holder or term by now, or none.
-    """
-    held = _holds(token)
-    if connection.dialect.name == "sqlite":
-        # It has no row locks, and a caller's own engine may not have locked at BEGIN.
-        locked = connection.execute(
-            update(token_holder).where(*held).values(term=token_holder.c.term)
-        ).rowcount
-    else:
-        rows = select(token_holder.c.term).where(*held).with_for_update(read=True)
-        locked = len(connection.execute(rows).all())
-    if locked != 1:
-        raise TokenLostError(
-            f"node {token.task_id!r} no longer holds the token of group {token.group_id!r} in term "
-            f"{token.term}; another node runs its jobs now, so nothing was written"
-        )
-
-
-def _holds(token: Token) -> tuple[Any, ...]:
-    columns = token_holder.c
-    return (
-        columns.group_id == token.group_id,
-        columns.task_id == token.task_id,
-        columns.term == token.term,
-    )
 
 
 def begin_run(connection: Connection, job_id: str, trigger_slug: str, max_count: int) -> int | None:
@@ -112,8 +68,7 @@ def begin_run(connection: Connection, job_id: str, trigger_slug: str, max_count:
     )
     if written.rowcount != 1:
         raise DatabaseUnavailableError(
-            f"job {job_id} was counted by another process at the same moment; try again, in a "
-            "transaction"
+            f"job {job_id} was counted by another process at the same moment; try again, in a transaction"
         )
     return counted + 1
 
@@ -131,7 +86,7 @@ def _locked_job(connection: Connection, job_id: str, trigger_slug: str) -> Row[A
             "run_count": 0,
             "updated": database_now(),
         }
-        insert_if_absent(connection, job_progress, first)
+        ensure_row(connection, job_progress, first)
         row = connection.execute(query).one()
     return row
 
@@ -171,12 +126,8 @@ def save_state(
         "term": term,
         "updated": database_now(),
     }
-    change = update(job_progress).where(job_progress.c.job_id == job_id).values(values)
-    if connection.execute(change).rowcount == 1:
-        return
     new = {"job_id": job_id, "trigger_slug": "", "run_count": 0, **values}
-    if not insert_if_absent(connection, job_progress, new):
-        connection.execute(change)
+    upsert(connection, job_progress, new, values)
 
 
 def save_state_fenced(connection: Connection, job_id: str, state: dict[str, Any], token: Token) -> None:
@@ -212,8 +163,14 @@ def start_flight(connection: Connection, run: RunInFlight, *, rerun: bool = Fals
         "term": run.token.term,
         "started": database_now(),
     }
-    if insert_if_absent(connection, run_in_flight, values):
-        return
+    try:
+        with connection.begin_nested():
+            connection.execute(insert(run_in_flight).values(values))
+    except IntegrityError:
+        _start_again(connection, run, values, rerun=rerun)
+
+
+def _start_again(connection: Connection, run: RunInFlight, values: dict[str, Any], *, rerun: bool) -> None:
     columns = run_in_flight.c
     previous = connection.execute(
         select(columns.task_id, columns.term)
@@ -225,7 +182,7 @@ def start_flight(connection: Connection, run: RunInFlight, *, rerun: bool = Fals
             f"flow run {run.flow_run_id} was started by node {previous.task_id!r} in term "
             f"{previous.term}; it must not start twice"
         )
-    upsert(connection, run_in_flight, values)
+    connection.execute(update(run_in_flight).where(columns.flow_run_id == run.flow_run_id).values(values))
 
 
 def end_flight(connection: Connection, flow_run_id: str) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import (
-    CHAR,
     BigInteger,
     Column,
     DateTime,
@@ -81,7 +80,7 @@ node = Table(
     metadata,
     Column("task_id", String(255), primary_key=True),
     # Which process, of all that ever used the name.
-    Column("incarnation", CHAR(36), nullable=False),
+    Column("incarnation", String(36), nullable=False),
     Column("host", String(255), nullable=False),
     Column("pid", Integer, nullable=False),
     Column("group_ids", _Json, nullable=False),
@@ -96,7 +95,7 @@ tenure = Table(
     Column("group_id", String(255), primary_key=True),
     Column("term", BigInteger, primary_key=True, autoincrement=False),
     Column("task_id", String(255), nullable=False),
-    Column("incarnation", CHAR(36), nullable=False),
+    Column("incarnation", String(36), nullable=False),
     Column("reason", String(255), nullable=False),
     Column("acquired", _Moment, nullable=False),
     Column("resign_requested", _Moment),
@@ -107,7 +106,7 @@ tenure = Table(
 job_progress = Table(
     "taskadapter_job",
     metadata,
-    Column("job_id", CHAR(36), primary_key=True),
+    Column("job_id", String(36), primary_key=True),
     Column("trigger_slug", String(255), nullable=False),
     Column("run_count", BigInteger, nullable=False),
     Column("state", _Json),
@@ -120,8 +119,8 @@ job_progress = Table(
 run_in_flight = Table(
     "taskadapter_run",
     metadata,
-    Column("flow_run_id", CHAR(36), primary_key=True),
-    Column("job_id", CHAR(36)),
+    Column("flow_run_id", String(36), primary_key=True),
+    Column("job_id", String(36)),
     Column("group_id", String(255), nullable=False),
     Column("task_id", String(255), nullable=False),
     Column("term", BigInteger, nullable=False),
@@ -132,9 +131,9 @@ run_in_flight = Table(
 
 
 def missing_tables(connection: Connection) -> tuple[str, ...]:
-    """Return the names of the tables that the database lacks, in the order of their creation."""
+    """Return the names of the tables that the database lacks, sorted."""
     present = set(inspect(connection).get_table_names())
-    return tuple(table.name for table in metadata.sorted_tables if table.name not in present)
+    return tuple(sorted(metadata.tables.keys() - present))
 
 
 def create_missing(connection: Connection) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ from taskadapter import (
     TriggerConfiguration,
     WarmBackupConfig,
 )
-from taskadapter.deploy import deploy, first_tick
+from taskadapter.deploy import deploy, prepare
 from taskadapter.pools import ensure_work_pool
 from taskadapter.schedules import FIRST_TICK_LEAD, slug
 
@@ -84,9 +84,7 @@ def schedule_of(client: SyncPrefectClient, name: str) -> DeploymentSchedule:
 
 def pause(client: SyncPrefectClient, name: str) -> None:
     """Pause a job's schedule, as the switch in the UI does."""
-    client.update_deployment_schedule(
-        deployed(client, name).id, schedule_of(client, name).id, active=False
-    )
+    client.update_deployment_schedule(deployed(client, name).id, schedule_of(client, name).id, active=False)
 
 
 def deploy_function(name: str, **changes: Any) -> JobId:
@@ -220,11 +218,7 @@ def test_a_schedule_that_somebody_added_stays(prefect_client: SyncPrefectClient,
     job_id = deploy_function(name).id
     prefect_client.create_deployment_schedules(
         job_id,
-        [
-            DeploymentScheduleCreate(
-                schedule=IntervalSchedule(interval=timedelta(days=1)), slug="by-hand"
-            )
-        ],
+        [DeploymentScheduleCreate(schedule=IntervalSchedule(interval=timedelta(days=1)), slug="by-hand")],
     )
     changed = TriggerConfiguration(interval=7200)
 
@@ -293,7 +287,7 @@ def test_the_first_tick_of_what_is_not_deployed(prefect_client: SyncPrefectClien
     """The step of the first deploy gives a moment in the near future, with its offset."""
     before = datetime.now(UTC)
 
-    date = datetime.fromisoformat(asyncio.run(first_tick(name, name, slug(TRIGGER)))["date"])
+    date = datetime.fromisoformat(asyncio.run(prepare(name, slug(TRIGGER)))["first_tick"])
 
     assert before < date <= datetime.now(UTC) + FIRST_TICK_LEAD
     assert date.utcoffset() == timedelta(0)
@@ -303,11 +297,11 @@ def test_the_first_tick_of_what_is_deployed(prefect_client: SyncPrefectClient, n
     """Later deploys of the same trigger find the first tick where it was, paused or not."""
     deploy_function(name)
     anchor = schedule_of(prefect_client, name).schedule.anchor_date
-    step = {"date": anchor.astimezone(UTC).isoformat()}
+    step = {"first_tick": anchor.astimezone(UTC).isoformat()}
 
-    assert asyncio.run(first_tick(name, name, slug(TRIGGER))) == step
+    assert asyncio.run(prepare(name, slug(TRIGGER))) == step
     pause(prefect_client, name)
-    assert asyncio.run(first_tick(name, name, slug(TRIGGER))) == step
+    assert asyncio.run(prepare(name, slug(TRIGGER))) == step
 
 
 def test_the_first_tick_of_a_changed_trigger(prefect_client: SyncPrefectClient, name: str) -> None:
@@ -316,7 +310,7 @@ def test_the_first_tick_of_a_changed_trigger(prefect_client: SyncPrefectClient, 
     anchor = schedule_of(prefect_client, name).schedule.anchor_date
 
     changed = slug(TriggerConfiguration(interval=7200))
-    date = datetime.fromisoformat(asyncio.run(first_tick(name, name, changed))["date"])
+    date = datetime.fromisoformat(asyncio.run(prepare(name, changed))["first_tick"])
 
     assert anchor < date
 

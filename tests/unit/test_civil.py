@@ -94,9 +94,7 @@ def test_disagreement_is_judged_at_that_moment():
     assert "disagree" in message(berlin, 7, 15, 12, utc_offset=offset)
 
 
-@pytest.mark.parametrize(
-    ("year", "month", "day"), [(2021, 2, 29), (2021, 4, 31), (1900, 2, 29)], ids=str
-)
+@pytest.mark.parametrize(("year", "month", "day"), [(2021, 2, 29), (2021, 4, 31), (1900, 2, 29)], ids=str)
 def test_date_that_does_not_exist(year, month, day):
     """A day that its month does not have is refused, naming the date."""
     text = message(civil, year=year, month=month, day=day, time_abbrev="Z")

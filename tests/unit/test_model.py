@@ -151,9 +151,7 @@ def test_end_is_after_start():
     start = "2021-01-01T00:00:00Z"
     for end in ("2021-01-01T00:00:00.000001Z", "2021-01-01T00:00:00-00:01"):
         TriggerConfiguration(interval=2, start_time=start, end_time=end)
-    text = message(
-        TriggerConfiguration, interval=2, start_time=start, end_time="2021-01-01T05:30:00+05:30"
-    )
+    text = message(TriggerConfiguration, interval=2, start_time=start, end_time="2021-01-01T05:30:00+05:30")
     assert "end_time=2021-01-01T05:30:00+05:30 must be after" in text
     assert "start_time=2021-01-01T00:00:00+00:00; choose a later end_time" in text
 
@@ -165,16 +163,12 @@ def test_end_in_the_repeated_hour():
     first = clock | zone | {"minute": 45, "utc_offset": {"hours": 2}}
     second = clock | zone | {"minute": 15, "utc_offset": {"hours": 1}}
     TriggerConfiguration(interval=2, start_time=first, end_time=second)
-    assert "must be after" in message(
-        TriggerConfiguration, interval=2, start_time=second, end_time=first
-    )
+    assert "must be after" in message(TriggerConfiguration, interval=2, start_time=second, end_time=first)
 
 
 def test_naive_start():
     """A time without a zone is refused where it stands, in the user's spelling."""
-    text = message(
-        TriggerConfiguration.model_validate, {"interval": 2, "startTime": "2021-01-01T00:00:00"}
-    )
+    text = message(TriggerConfiguration.model_validate, {"interval": 2, "startTime": "2021-01-01T00:00:00"})
     assert "startTime='2021-01-01T00:00:00': has no zone" in text
 
 
@@ -218,9 +212,7 @@ def test_unknown_field():
     text = message(TriggerConfiguration, interval=2, maxcount=12345)
     assert "maxcount is not a field of TriggerConfiguration; did you mean max_count?" in text
     assert "12345" not in text
-    nested = message(
-        TriggerConfiguration.model_validate, {"interval": 2, "startTime": {"timeAbrev": "Z"}}
-    )
+    nested = message(TriggerConfiguration.model_validate, {"interval": 2, "startTime": {"timeAbrev": "Z"}})
     assert "startTime.timeAbrev is not a field of Civil; did you mean timeAbbrev?" in nested
 
 

@@ -95,18 +95,13 @@ def test_the_whole_file(project):
                   waiting_policy: WAIT
                   max_concurrent: 1
           build:
-          - taskadapter.deploy.retire_schedules:
-              flow: counter
-              deployment: counter
+          - taskadapter.deploy.prepare:
+              job: counter
               slug: {every}
-          - taskadapter.deploy.first_tick:
-              flow: counter
-              deployment: counter
-              slug: {every}
-              id: first-tick
+              id: prepared
           schedules:
           - interval: 2.0
-            anchor_date: '{{{{ first-tick.date }}}}'
+            anchor_date: '{{{{ prepared.first_tick }}}}'
             timezone: UTC
             slug: {every}
         """
@@ -195,13 +190,13 @@ def test_what_nodes_cannot_import_is_refused(project, body):
 
 
 def test_slugs(project):
-    """The schedule has the trigger's slug, and so have the steps that look for it."""
+    """The schedule has the trigger's slug, and so has the step that prepares it."""
     module(project, "counter.py", COUNTER, interval=2.5, max_count=5)
 
     every = slug(TriggerConfiguration(interval=2.5, max_count=5))
     entry = deployment("counter")
     assert [schedule["slug"] for schedule in entry["schedules"]] == [every]
-    assert [step["slug"] for build in entry["build"] for step in build.values()] == [every, every]
+    assert entry["build"][0]["taskadapter.deploy.prepare"]["slug"] == every
 
 
 @pytest.mark.parametrize(
@@ -210,7 +205,7 @@ def test_slugs(project):
         ("'''Counts.'''", "Counts."),
         ("'''Counts.\n\n        Further.\n        '''", "Counts.\n\nFurther."),
         ("'''Zählt: \"eins\", zwei #3'''", 'Zählt: "eins", zwei #3'),
-        ("", ""),
+        ("", "Job counter in flows/counter.py:Counter"),
     ],
 )
 def test_the_description_is_the_docstring(project, docstring, description):
@@ -271,14 +266,11 @@ def test_the_group_is_the_work_queue(project):
 
 
 def test_a_start_time_is_the_anchor(project):
-    """With a start time the first tick is known: no step has to find it."""
+    """With a start time the first tick is known, and no template stands in its place."""
     module(project, "inbox.py", INBOX, start_time="2030-01-01T14:00:00+02:00")
 
     entry = deployment("inbox")
     assert [schedule["anchor_date"] for schedule in entry["schedules"]] == ["2030-01-01T14:00:00+02:00"]
-    assert [step for build in entry["build"] for step in build] == [
-        "taskadapter.deploy.retire_schedules"
-    ]
 
 
 def test_a_listener_without_a_name_is_rendered(project):

@@ -139,9 +139,7 @@ def test_no_policy_makes_one_attempt(elapsed):
 # --- the window of a late tick --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "late", [timedelta(0), timedelta(seconds=3), timedelta(seconds=6) - MICROSECOND]
-)
+@pytest.mark.parametrize("late", [timedelta(0), timedelta(seconds=3), timedelta(seconds=6) - MICROSECOND])
 def test_a_tick_in_time_counts_from_its_due_time(late):
     """A tick that starts before the next one is due may be retried until that is due."""
     assert window_start(DUE, DUE + late, 6) == DUE

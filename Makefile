@@ -1,0 +1,47 @@
+# Everything here needs Python (3.11 or newer) and make, and nothing else.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help demo up test test-slow check bench render deploy clean
+help: ## Show the targets.
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(READY): pyproject.toml deployments/constraints.txt
+	@echo "Installing into $(VENV) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--constraint deployments/constraints.txt --group dev --editable '.[mysql,embedded]'
+	@touch $(READY)
+
+demo: $(READY) ## Set everything up and run the main job.
+	@$(BIN)/python -m deployments.demo
+
+up: $(READY) ## The demo, and on until Ctrl-C.
+	@$(BIN)/python -m deployments.demo --stay
+
+test: $(READY) ## Set everything up and run the tests.
+	@$(BIN)/python -m pytest
+
+check: $(READY) ## Lint, types, the rendered file, and the tests.
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/taskadapter render --check
+	@$(BIN)/python -m pytest
+
+bench: $(READY) ## Compare with Prefect's process worker, side by side.
+	@$(BIN)/python -m tests.benchmarks
+
+render: $(READY) ## Write deployments/prefect.yaml from flows/.
+	@$(BIN)/taskadapter render
+
+deploy: render ## Deploy to the server that PREFECT_API_URL names.
+	@$(BIN)/prefect --no-prompt deploy --prefect-file deployments/prefect.yaml --all
+
+clean: ## Remove what these targets made.
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

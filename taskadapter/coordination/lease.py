@@ -1,0 +1,671 @@
+"""Who may believe what, and until when: the decisions of a node, without any I/O.
+
+`step` takes what a node knows, one event and the time, and returns what the node knows then, what
+it must do, and a sentence for the log. It reads no clock: every `now` is the node's monotonic clock
+in seconds, and is compared with nothing but other such times.
+
+The rule that everything rests on: a node trusts that it holds a token until
+
+    deadline = clock before sending + liveness_check_interval - margin
+
+where the answer to what was sent says that the token is its own. The heartbeat that the database
+recorded is not older than the sending, so nobody takes the token over before the deadline. An
+answer that says anything else ends the trust at once, a missing answer at the deadline. Trust that
+ended is not regained: the node takes the token over from itself, in a new term.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = [
+    "Abandon",
+    "Acquire",
+    "Acquired",
+    "Action",
+    "Answered",
+    "Call",
+    "Event",
+    "Extended",
+    "Failed",
+    "Gained",
+    "Hint",
+    "Joined",
+    "Lease",
+    "Lost",
+    "Pulse",
+    "PulseAnswer",
+    "Refused",
+    "Register",
+    "Registered",
+    "Release",
+    "ReleaseAsked",
+    "ResignAsked",
+    "Send",
+    "Sighting",
+    "Step",
+    "StopAsked",
+    "Stopped",
+    "Tick",
+    "Timing",
+    "Token",
+    "Unregister",
+    "step",
+]
+
+_GRACE = 0.01
+"""Seconds that a poll comes after the moment it is meant for, so that it is never early."""
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A group's token as one node holds it; `term` is the fencing token, which only ever rises."""
+
+    group_id: str
+    task_id: str
+    term: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """How the nodes of one coordination domain keep time; all in seconds, the same on every node.
+
+    `heartbeat_frequency` is the time between two heartbeats, or two looks of a standby.
+    `liveness_check_interval` is the age at which a heartbeat is stale, and its token free.
+
+    `one_round_trip` says that the database does in one statement what a heartbeat has to do.
+    """
+
+    liveness_check_interval: float
+    heartbeat_frequency: float
+    one_round_trip: bool = True
+
+    def __post_init__(self) -> None:
+        # Rounding must not refuse 0.3 for 0.1.
+        least = 3 * self.heartbeat_frequency * (1 - 1e-9)
+        if not 0 < least <= self.liveness_check_interval:
+            raise ValueError(
+                f"liveness_check_interval={self.liveness_check_interval:g} must be at least three "
+                f"times heartbeat_frequency={self.heartbeat_frequency:g}, which must be positive"
+            )
+
+    @property
+    def margin(self) -> float:
+        """How long before others may take over a node stops trusting.
+
+        That is the time to stop its runs, and covers clocks that run unequally fast: a tenth of the
+        interval, but up to half a second where the interval is short (30 → 3, 6 → 0.6, 3 → 0.5).
+        """
+        interval = self.liveness_check_interval
+        return max(interval / 10, min(0.5, interval / 6))
+
+    @property
+    def trust(self) -> float:
+        """How long a confirmation holds, from before it was asked for."""
+        return self.liveness_check_interval - self.margin
+
+    @property
+    def call_timeout(self) -> float:
+        """How long a call may take: short enough for another try within the trust."""
+        return self.trust / 3
+
+    @property
+    def hold_off(self) -> float:
+        """For how long a node that resigned leaves the token to others."""
+        return 3 * self.heartbeat_frequency
+
+    def backoff(self, faults: int) -> float:
+        """Return the wait after so many failed calls in a row: h/4, h/2, h, 2h, ... to a limit.
+
+        The limit is 5 s, or a third of the interval if that is shorter.
+        """
+        limit = max(self.heartbeat_frequency, min(5.0, self.liveness_check_interval / 3))
+        return min(limit, self.heartbeat_frequency / 4 * 2.0 ** min(faults - 1, 30))
+
+
+# What a node asks of the database. `sent_at` is its clock before sending.
+
+
+@dataclass(frozen=True, slots=True)
+class Register:
+    """Enter the node, unless another live process uses its name."""
+
+    sent_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Pulse:
+    """Renew `tokens`, show that the node lives, and look at all its groups.
+
+    A `brief` one only looks if something is free.
+    """
+
+    sent_at: float
+    tokens: tuple[Token, ...] = ()
+    brief: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Acquire:
+    """Take a group's token, if it is free."""
+
+    sent_at: float
+    group_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """Give tokens back."""
+
+    sent_at: float
+    tokens: tuple[Token, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Unregister:
+    """Remove the node."""
+
+    sent_at: float
+
+
+Call: TypeAlias = Register | Pulse | Acquire | Release | Unregister
+
+
+# What it gets to know.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sighting:
+    """What the database said of one group's token.
+
+    `holder` is empty and `free` true if nobody holds it; `age` is that of the holder's last
+    heartbeat, on the database's clock. `renewed` says that this very pulse has renewed it.
+    """
+
+    group_id: str
+    holder: str
+    term: int
+    age: float | None
+    free: bool
+    renewed: bool = False
+    resign_requested: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Registered:
+    """The node is entered, removed, or has released, as was asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class PulseAnswer:
+    """The sightings of all groups that have a token; None in a brief pulse where nothing is free.
+
+    `registered` is false if another process has taken the node's name.
+    """
+
+    registered: bool
+    sightings: tuple[Sighting, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Acquired:
+    """The new term and why the token was free; `term` is None if it was not."""
+
+    term: int | None
+    reason: str = ""
+
+
+Answer: TypeAlias = Registered | PulseAnswer | Acquired
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time has passed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """The database has answered a call."""
+
+    call: Call
+    answer: Answer
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A call had no answer; whether it took effect is unknown.
+
+    `duplicate_age` is set if the node's name is used by another process, that many seconds after
+    that one's last sign of life.
+    """
+
+    call: Call
+    reason: str
+    duplicate_age: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Hint:
+    """Something may have changed about a group: look now instead of later."""
+
+    group_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """The node stands by for exactly these groups from now on."""
+
+    group_ids: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseAsked:
+    """The node's runs of a group have ended; leave the token to another node."""
+
+    group_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class StopAsked:
+    """The node's runs have ended; release everything and stop."""
+
+
+Event: TypeAlias = Tick | Answered | Failed | Hint | Joined | ReleaseAsked | StopAsked
+
+
+# What it must do.
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Make a call; no other is under way."""
+
+    call: Call
+
+
+@dataclass(frozen=True, slots=True)
+class Abandon:
+    """Break off a call that takes too long; it ends by `Failed` or, still, `Answered`."""
+
+    call: Call
+
+
+@dataclass(frozen=True, slots=True)
+class Gained:
+    """The node is active; trust the token until the deadline."""
+
+    token: Token
+    deadline: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Extended:
+    """Trust the token until a later deadline."""
+
+    token: Token
+    deadline: float
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """The node is not active any more: stop its runs now. `asked` if it gave the token up."""
+
+    token: Token
+    reason: str
+    asked: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ResignAsked:
+    """Somebody asks the node to hand over: drain, then answer with `ReleaseAsked`."""
+
+    token: Token
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Another live process uses the node's name: this one can never be active."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """Everything is released, or has been given up: the node is done."""
+
+
+Action: TypeAlias = Send | Abandon | Gained | Extended | Lost | ResignAsked | Refused | Stopped
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    token: Token
+    deadline: float
+    resigning: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lease:
+    """All that a node knows at one time. Make one with its first four fields, then `step` it."""
+
+    task_id: str
+    timing: Timing
+    group_ids: frozenset[str]
+    next_beat: float
+    held: Mapping[str, _Held] = field(default_factory=dict)
+    releasing: tuple[Token, ...] = ()
+    free: frozenset[str] = frozenset()
+    stale_at: Mapping[str, float] = field(default_factory=dict)
+    not_before: Mapping[str, float] = field(default_factory=dict)
+    registered: bool = False
+    other_stale_at: float | None = None
+    call: Call | None = None
+    abandoned: bool = False
+    hinted: bool = False
+    brief_last: bool = True
+    faults: int = 0
+    fault: str = ""
+    failing_since: float | None = None
+    stopping: bool = False
+    stopped: bool = False
+
+    def trusts(self, group_id: str, now: float) -> bool:
+        """Say whether the node may act as the holder of a group's token."""
+        held = self.held.get(group_id)
+        return held is not None and now < held.deadline
+
+    def wake_at(self) -> float:
+        """Return when the next `Tick` is due, if nothing else happens before."""
+        times = [held.deadline for held in self.held.values()]
+        if self.call is None:
+            times.append(self.next_call_at())
+        elif not self.abandoned:
+            times.append(self.call.sent_at + self.timing.call_timeout)
+        return min(times, default=float("inf"))
+
+    def next_call_at(self) -> float:
+        """Return when the next call is due: a beat, or the moment when a token becomes free."""
+        if self.stopped:
+            return float("inf")
+        if self.faults or not self.registered or self.stopping:
+            return self.next_beat
+        stale = [self.stale_at[g] + _GRACE for g in self.standby() if g in self.stale_at]
+        return min([self.next_beat, *stale])
+
+    def standby(self) -> frozenset[str]:
+        """Return the groups whose token the node does not hold."""
+        return self.group_ids - self.held.keys()
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What came of an event. `sentence` is empty if there is nothing worth telling."""
+
+    lease: Lease
+    actions: tuple[Action, ...] = ()
+    sentence: str = ""
+
+    def then(self, lease: Lease, *actions: Action, sentence: str = "") -> Step:
+        """Return this step, continued."""
+        sentences = [text for text in (self.sentence, sentence) if text]
+        return Step(lease, self.actions + actions, "; ".join(sentences))
+
+
+def step(lease: Lease, event: Event, now: float) -> Step:
+    """Take one event into account, and decide what to do.
+
+    Deadlines come first: an answer that arrives after one does not move it. `now` must not be
+    earlier than in the step before.
+    """
+    done = _expire(Step(lease), now)
+    match event:
+        case Answered(call, answer) if call == lease.call:
+            done = _answered(done, call, answer, now)
+        case Failed(call) if call == lease.call:
+            done = _failed(done, event, now)
+        case Hint(group_id) if group_id in lease.group_ids:
+            done = done.then(replace(done.lease, hinted=True))
+        case Joined(group_ids):
+            done = _joined(done, group_ids, now)
+        case ReleaseAsked(group_id):
+            done = _release(done, [group_id], now, "handed over")
+        case StopAsked():
+            done = _release(done, sorted(lease.group_ids), now, "stopping")
+            done = done.then(replace(done.lease, stopping=True, next_beat=now, faults=0))
+        case _:
+            pass
+    return _call(done, now)
+
+
+def _expire(done: Step, now: float) -> Step:
+    late = [held for held in done.lease.held.values() if held.deadline <= now]
+    for held in late:
+        cause = done.lease.fault or "the database has not answered"
+        reason = f"not confirmed in time: {cause}"
+        done = _lose(done, held.token, reason)
+    return done
+
+
+def _lose(done: Step, token: Token, reason: str, *, asked: bool = False) -> Step:
+    held = {g: h for g, h in done.lease.held.items() if g != token.group_id}
+    lease = replace(done.lease, held=held)
+    sentence = f"standby for {token.group_id} after term {token.term}: {reason}"
+    return done.then(lease, Lost(token, reason, asked), sentence=sentence)
+
+
+def _lose_all(done: Step, reason: str) -> Step:
+    for held in done.lease.held.values():
+        done = _lose(done, held.token, reason)
+    return done
+
+
+def _joined(done: Step, group_ids: frozenset[str], now: float) -> Step:
+    done = _release(done, sorted(done.lease.group_ids - group_ids), now, "not asked for any more")
+    # The node's entry names its groups.
+    return done.then(replace(done.lease, group_ids=group_ids, registered=False, next_beat=now))
+
+
+def _release(done: Step, group_ids: list[str], now: float, reason: str) -> Step:
+    """Give tokens back. Trust ends first, then the database hears of it."""
+    for group_id in group_ids:
+        held = done.lease.held.get(group_id)
+        if held is None:
+            continue
+        done = _lose(done, held.token, reason, asked=True)
+        lease = done.lease
+        not_before = {**lease.not_before, group_id: now + lease.timing.hold_off}
+        releasing = (*lease.releasing, held.token)
+        done = done.then(replace(lease, releasing=releasing, not_before=not_before))
+    return done
+
+
+def _answered(done: Step, call: Call, answer: Answer, now: float) -> Step:
+    done = _recovered(done, now)
+    lease = replace(done.lease, call=None, abandoned=False)
+    done = done.then(lease)
+    match call, answer:
+        case Register(), _:
+            return done.then(replace(lease, registered=True, other_stale_at=None, next_beat=now))
+        case Pulse(), PulseAnswer():
+            return _looked(done, call, answer, now)
+        case Acquire(), Acquired():
+            return _acquired(done, call, answer, now)
+        case Release(), _:
+            left = tuple(token for token in lease.releasing if token not in call.tokens)
+            return done.then(replace(lease, releasing=left))
+        case Unregister(), _:
+            return done.then(replace(lease, stopped=True), Stopped())
+        case _:
+            raise TypeError(f"{answer} does not answer {call}")
+
+
+def _recovered(done: Step, now: float) -> Step:
+    lease = done.lease
+    if lease.failing_since is None:
+        return done
+    sentence = f"the database answers again, after {now - lease.failing_since:.1f} s"
+    healthy = replace(lease, faults=0, fault="", failing_since=None)
+    return done.then(healthy, sentence=sentence)
+
+
+def _failed(done: Step, event: Failed, now: float) -> Step:
+    if event.duplicate_age is not None:
+        return _duplicate(_recovered(done, now), event.reason, event.duplicate_age, now)
+    lease = done.lease
+    faults = lease.faults + 1
+    failing = replace(
+        lease,
+        call=None,
+        abandoned=False,
+        faults=faults,
+        fault=event.reason,
+        failing_since=now if lease.failing_since is None else lease.failing_since,
+        next_beat=now + lease.timing.backoff(faults),
+    )
+    if lease.stopping and isinstance(event.call, Release | Unregister):
+        # Tokens that could not be released become free by themselves.
+        return done.then(replace(failing, stopped=True), Stopped(), sentence=event.reason)
+    return done.then(failing, sentence="" if event.reason == lease.fault else event.reason)
+
+
+def _duplicate(done: Step, reason: str, age: float, now: float) -> Step:
+    """Wait for a dead predecessor to become stale, but give way to one that shows signs of life."""
+    lease, timing = done.lease, done.lease.timing
+    stale_at = now - age + timing.liveness_check_interval
+    first = lease.other_stale_at
+    waiting = replace(
+        lease, call=None, abandoned=False, other_stale_at=stale_at if first is None else first
+    )
+    # What the clocks of two looks differ by is less than what a heartbeat adds.
+    if first is not None and stale_at - first > timing.heartbeat_frequency / 2:
+        done = _lose_all(done.then(replace(waiting, stopped=True)), reason)
+        return done.then(done.lease, Refused(reason), sentence=reason)
+    next_beat = min(now + timing.heartbeat_frequency, max(now, stale_at) + _GRACE)
+    waiting = replace(waiting, next_beat=next_beat)
+    return done.then(waiting, sentence=reason if first is None else "")
+
+
+def _looked(done: Step, call: Pulse, answer: PulseAnswer, now: float) -> Step:
+    if not answer.registered:
+        return _superseded(done, now)
+    if answer.sightings is None:
+        return done
+    seen = {sighting.group_id: sighting for sighting in answer.sightings}
+    for token in call.tokens:
+        done = _confirmed(done, call, token, seen.get(token.group_id))
+    return _watched(done, seen, now)
+
+
+def _superseded(done: Step, now: float) -> Step:
+    reason = f"another process runs as node {done.lease.task_id!r}"
+    done = _lose_all(done, reason)
+    return done.then(replace(done.lease, registered=False, next_beat=now))
+
+
+def _confirmed(done: Step, call: Pulse, token: Token, sighting: Sighting | None) -> Step:
+    lease = done.lease
+    held = lease.held.get(token.group_id)
+    if held is None or held.token != token:
+        return done
+    if sighting is None or not sighting.renewed:
+        return _lose(done, token, _taker(sighting))
+    asked = sighting.resign_requested and not held.resigning
+    deadline = max(held.deadline, call.sent_at + lease.timing.trust)
+    kept = _Held(token, deadline, held.resigning or asked)
+    actions = [ResignAsked(token)] if asked else []
+    lease = replace(lease, held={**lease.held, token.group_id: kept})
+    sentence = f"asked to hand over {token.group_id}" if asked else ""
+    return done.then(lease, Extended(token, deadline), *actions, sentence=sentence)
+
+
+def _taker(sighting: Sighting | None) -> str:
+    if sighting is None:
+        return "its row in token_holder is gone"
+    if not sighting.holder:
+        return f"it was released in term {sighting.term}"
+    return f"node {sighting.holder!r} has it in term {sighting.term}"
+
+
+def _watched(done: Step, seen: Mapping[str, Sighting], now: float) -> Step:
+    """Remember which tokens are free, and when the others would be."""
+    lease = done.lease
+    free, stale_at = set(), {}
+    for group_id in lease.standby():
+        sighting = seen.get(group_id)
+        if sighting is None or sighting.free:
+            free.add(group_id)
+        elif sighting.age is not None:
+            stale_at[group_id] = now + lease.timing.liveness_check_interval - sighting.age
+    return done.then(replace(lease, free=frozenset(free), stale_at=stale_at))
+
+
+def _acquired(done: Step, call: Acquire, answer: Acquired, now: float) -> Step:
+    lease = replace(done.lease, free=done.lease.free - {call.group_id})
+    done = done.then(lease)
+    deadline = call.sent_at + lease.timing.trust
+    if answer.term is None:
+        return done
+    token = Token(call.group_id, lease.task_id, answer.term)
+    if lease.stopping or call.group_id not in lease.group_ids:
+        return done.then(replace(lease, releasing=(*lease.releasing, token)))
+    if deadline <= now:
+        return done.then(lease, sentence=f"took {call.group_id} too late to trust it")
+    held = {**lease.held, call.group_id: _Held(token, deadline)}
+    sentence = f"active for {call.group_id} in term {answer.term}: {answer.reason}"
+    gained = Gained(token, deadline, answer.reason)
+    return done.then(replace(lease, held=held), gained, sentence=sentence)
+
+
+def _call(done: Step, now: float) -> Step:
+    """Make the call that is due, or break off the one that takes too long."""
+    lease = done.lease
+    if lease.stopped:
+        return done
+    if lease.call is not None:
+        overdue = now >= lease.call.sent_at + lease.timing.call_timeout
+        if overdue and not lease.abandoned:
+            return done.then(replace(lease, abandoned=True), Abandon(lease.call))
+        return done
+    call = _due(lease, now)
+    if call is None:
+        return done
+    match call:
+        case Pulse(brief=brief):
+            next_beat = now + lease.timing.heartbeat_frequency
+            lease = replace(lease, next_beat=next_beat, hinted=False, brief_last=brief)
+        case _:
+            pass
+    return done.then(replace(lease, call=call), Send(call))
+
+
+def _due(lease: Lease, now: float) -> Call | None:
+    if lease.stopping:
+        return Release(now, lease.releasing) if lease.releasing else Unregister(now)
+    waiting = now < lease.next_beat
+    if lease.faults and waiting:
+        return None
+    if not lease.registered:
+        return None if waiting else Register(now)
+    if lease.releasing:
+        return Release(now, lease.releasing)
+    if now >= lease.next_call_at() or lease.hinted:
+        return _pulse(lease, now)
+    wanted = [g for g in sorted(lease.free & lease.standby()) if now >= _earliest(lease, g)]
+    return Acquire(now, wanted[0]) if wanted else None
+
+
+def _earliest(lease: Lease, group_id: str) -> float:
+    return lease.not_before.get(group_id, float("-inf"))
+
+
+def _pulse(lease: Lease, now: float) -> Pulse:
+    tokens = tuple(lease.held[group_id].token for group_id in sorted(lease.held))
+    stale = any(at <= now for at in lease.stale_at.values())
+    calm = not (tokens or lease.free or lease.hinted or stale)
+    brief = calm and not lease.timing.one_round_trip and not lease.brief_last
+    return Pulse(now, tokens, brief)

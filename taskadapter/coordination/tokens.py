@@ -1,0 +1,522 @@
+"""Who holds a group's token, as the database has it: the rules of taking, keeping and giving back.
+
+Every function works inside the caller's transaction, and takes effect when that commits. `pulse`
+alone also does well without one, on a connection that commits each statement.
+
+Three rules make at most one node the holder:
+
+- Only the database's clock is compared with another time, and only in SQL.
+- Taking over locks the token's row first, and then looks, in a statement of its own, how old the
+  holder's heartbeat is: one statement would wait for the lock and go on with what it saw before.
+- Renewing locks the same row, so that it waits for a takeover and then finds another term.
+
+A node writes heartbeats for the tokens it holds and no others. A standby's heartbeat would keep a
+token alive that its own dead predecessor holds under the same name.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import (
+    and_,
+    delete,
+    exists,
+    false,
+    func,
+    insert,
+    or_,
+    select,
+    true,
+    tuple_,
+    update,
+)
+
+from taskadapter.coordination.dialects import (
+    database_now,
+    ensure_row,
+    has_writable_ctes,
+    limit_idle,
+    notify,
+    seconds_since,
+    upsert,
+)
+from taskadapter.coordination.lease import Acquired, PulseAnswer, Sighting, Token
+from taskadapter.coordination.schema import health_check, node, tenure, token_holder
+from taskadapter.errors import CoordinationError, DuplicateNodeError, TokenLostError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Sequence
+
+    from sqlalchemy import ColumnElement, Connection, Row, Select, Update
+
+__all__ = [
+    "GroupStatus",
+    "Node",
+    "NodeStatus",
+    "Status",
+    "acquire",
+    "fence",
+    "pulse",
+    "read_status",
+    "register",
+    "release",
+    "request_resign",
+    "require_token",
+    "unregister",
+]
+
+NOBODY = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A process that takes part. `incarnation` is a UUID of its own; `task_id` outlives it."""
+
+    task_id: str
+    incarnation: str
+    host: str
+    pid: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupStatus:
+    """Where a group's token is. Ages are in seconds; None where the database knows nothing.
+
+    `holder` is None if nobody holds it, `held_for` and `reason` are None if a Ballerina node does.
+    """
+
+    group_id: str
+    holder: str | None
+    term: int
+    heartbeat_age: float | None
+    held_for: float | None
+    reason: str | None
+    resign_requested: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeStatus:
+    """A node that has registered and not left. Ages are in seconds."""
+
+    task_id: str
+    host: str
+    pid: int
+    group_ids: tuple[str, ...]
+    last_seen_age: float
+    up_for: float
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """All groups and nodes of a database, by name."""
+
+    groups: tuple[GroupStatus, ...]
+    nodes: tuple[NodeStatus, ...]
+
+
+def require_token(connection: Connection, token: Token) -> None:
+    """Lock the token until the transaction ends, so that nobody takes it over meanwhile.
+
+    Transactions of the same holder do not wait for each other, except on SQLite.
+
+    Raises:
+        TokenLostError: the token has another holder or term by now, or none.
+    """
+    if connection.dialect.name == "sqlite":
+        # It has no row locks, and a caller's own engine may not have locked at BEGIN.
+        change = update(token_holder).where(_held([token])).values(term=token_holder.c.term)
+        locked = connection.execute(change).rowcount
+    else:
+        rows = select(token_holder.c.term).where(_held([token])).with_for_update(read=True)
+        locked = len(connection.execute(rows).all())
+    if locked != 1:
+        raise TokenLostError(
+            f"node {token.task_id!r} no longer holds the token of group {token.group_id!r} in term "
+            f"{token.term}: another node may run its jobs now, so this one must not write"
+        )
+
+
+def fence(connection: Connection, token: Token, seconds: float) -> None:
+    """Do as `require_token`, for a transaction of somebody else's that may freeze.
+
+    PostgreSQL ends the transaction if it does nothing for so many seconds, normally what is left of
+    the lease, so that a frozen process cannot keep its successor from taking over. On MySQL it can,
+    until the server drops its connection (`wait_timeout`).
+    """
+    require_token(connection, token)
+    limit_idle(connection, seconds)
+
+
+def register(connection: Connection, me: Node, group_ids: Collection[str], interval: float) -> None:
+    """Enter a node and its groups, or bring its entry up to date.
+
+    Raises:
+        DuplicateNodeError: another process with this `task_id` was seen within `interval` seconds.
+    """
+    entry = {
+        "incarnation": me.incarnation,
+        "host": me.host,
+        "pid": me.pid,
+        "group_ids": json.dumps(sorted(group_ids)),
+        "last_seen": database_now(),
+    }
+    columns = node.c
+    new = {"task_id": me.task_id, "started": database_now(), **entry}
+    ensure_row(connection, node, new)
+    locked = select(columns.incarnation).where(columns.task_id == me.task_id).with_for_update()
+    if connection.execute(locked).scalar_one() != me.incarnation:
+        _require_gone(connection, me, interval)
+        entry["started"] = database_now()
+    connection.execute(update(node).where(columns.task_id == me.task_id).values(entry))
+
+
+def _require_gone(connection: Connection, me: Node, interval: float) -> None:
+    columns = node.c
+    age = seconds_since(columns.last_seen)
+    other = connection.execute(
+        select(columns.host, columns.pid, age.label("age"), (age <= interval).label("lives")).where(
+            columns.task_id == me.task_id
+        )
+    ).one()
+    if other.lives:
+        raise DuplicateNodeError(
+            f"task_id {me.task_id!r} is in use by process {other.pid} on host {other.host!r}, seen "
+            f"{other.age:.1f} s ago; give each node a name of its own",
+            age=float(other.age),
+        )
+
+
+def unregister(connection: Connection, me: Node) -> None:
+    """Remove a node; nothing happens if another process has taken its name since."""
+    columns = node.c
+    mine = and_(columns.task_id == me.task_id, columns.incarnation == me.incarnation)
+    connection.execute(delete(node).where(mine))
+
+
+def pulse(
+    connection: Connection,
+    me: Node,
+    tokens: Sequence[Token],
+    group_ids: Collection[str],
+    interval: float,
+    *,
+    brief: bool = False,
+) -> PulseAnswer:
+    """Renew tokens, show that the node lives, and look at its groups.
+
+    PostgreSQL does it all in one statement. Elsewhere it takes three with tokens, and one without:
+    then it only looks, or, if `brief`, shows that the node lives and only looks if something is
+    free.
+    """
+    if has_writable_ctes(connection.dialect):
+        return _pulse_at_once(connection, me, tokens, group_ids, interval)
+    if brief and _touch_if_calm(connection, me, group_ids, interval):
+        return PulseAnswer(registered=True)
+    if tokens:
+        connection.execute(_renewal(me, tokens))
+        connection.execute(_touch(me))
+    # Terms never come back: a token that is ours now was ours when it was renewed. Without its row
+    # in health_check, though, there was nothing to renew.
+    renewed = and_(_held(tokens), health_check.c.last_heartbeat.is_not(None))
+    return _answer(connection.execute(_look(me, group_ids, interval, renewed)).all())
+
+
+def _pulse_at_once(
+    connection: Connection,
+    me: Node,
+    tokens: Sequence[Token],
+    group_ids: Collection[str],
+    interval: float,
+) -> PulseAnswer:
+    touched = _touch(me).cte("touched")
+    if not tokens:
+        look = _look(me, group_ids, interval, false())
+        return _answer(connection.execute(look.add_cte(touched)).all())
+    # The look sees what was there before the renewal; only what the renewal returns is certain.
+    beaten = _renewal(me, tokens).returning(health_check.c.group_id).cte("beaten")
+    renewed = exists().where(beaten.c.group_id == token_holder.c.group_id)
+    look = _look(me, group_ids, interval, renewed)
+    return _answer(connection.execute(look.add_cte(touched, beaten)).all())
+
+
+def _held(tokens: Iterable[Token]) -> ColumnElement[bool]:
+    columns = token_holder.c
+    rows = [(token.group_id, token.task_id, token.term) for token in tokens]
+    if not rows:
+        return false()
+    return tuple_(columns.group_id, columns.task_id, columns.term).in_(rows)
+
+
+def _renewal(me: Node, tokens: Sequence[Token]) -> Update:
+    """Write a heartbeat for each token that is held, waiting for whoever is taking it over."""
+    kept = select(token_holder.c.group_id).where(_held(tokens)).with_for_update(read=True)
+    beats = health_check.c
+    return (
+        update(health_check)
+        .where(beats.task_id == me.task_id, beats.group_id.in_(kept))
+        .values(last_heartbeat=database_now())
+    )
+
+
+def _touch(me: Node) -> Update:
+    columns = node.c
+    mine = and_(columns.task_id == me.task_id, columns.incarnation == me.incarnation)
+    return update(node).where(mine).values(last_seen=database_now())
+
+
+def _touch_if_calm(connection: Connection, me: Node, group_ids: Collection[str], interval: float) -> bool:
+    """Show that the node lives, unless a group's token is free or the node is not registered."""
+    taken = (
+        select(func.count())
+        .select_from(_tokens_with_heartbeats())
+        .where(token_holder.c.group_id.in_(group_ids), ~_free(me, interval))
+        .scalar_subquery()
+    )
+    calm = _touch(me).where(taken == len(group_ids))
+    return connection.execute(calm).rowcount == 1
+
+
+def _tokens_with_heartbeats() -> Any:
+    beats, terms = health_check.c, tenure.c
+    same_holder = and_(beats.group_id == token_holder.c.group_id, beats.task_id == token_holder.c.task_id)
+    same_term = and_(terms.group_id == token_holder.c.group_id, terms.term == token_holder.c.term)
+    return token_holder.outerjoin(health_check, same_holder).outerjoin(tenure, same_term)
+
+
+def _free(me: Node, interval: float) -> ColumnElement[bool]:
+    """Say in SQL that a token may be taken.
+
+    Nobody holds it, its holder has no heartbeat (as Ballerina has it too) or a stale one, or this
+    very process took it and does not trust it any more. Only ask of tokens that it does not trust.
+    """
+    return or_(
+        token_holder.c.task_id == NOBODY,
+        health_check.c.last_heartbeat.is_(None),
+        seconds_since(health_check.c.last_heartbeat) > interval,
+        func.coalesce(tenure.c.incarnation, "") == me.incarnation,
+    )
+
+
+def _look(
+    me: Node, group_ids: Collection[str], interval: float, renewed: ColumnElement[bool]
+) -> Select[Any]:
+    """Read the tokens of the groups.
+
+    That is one row of NULLs if there are none, and no row at all if the node is not registered.
+    """
+    wanted = token_holder.c.group_id.in_(group_ids)
+    tokens = (
+        select(
+            token_holder.c.group_id,
+            token_holder.c.task_id,
+            token_holder.c.term,
+            seconds_since(health_check.c.last_heartbeat).label("age"),
+            _free(me, interval).label("free"),
+            renewed.label("renewed"),
+            tenure.c.resign_requested.is_not(None).label("resign_requested"),
+        )
+        .select_from(_tokens_with_heartbeats())
+        .where(wanted)
+        .subquery("tokens")
+    )
+    mine = and_(node.c.task_id == me.task_id, node.c.incarnation == me.incarnation)
+    return select(tokens).select_from(node.outerjoin(tokens, true())).where(mine)
+
+
+def _answer(rows: Sequence[Row[Any]]) -> PulseAnswer:
+    sightings = tuple(_sighting(row) for row in rows if row.group_id is not None)
+    return PulseAnswer(registered=bool(rows), sightings=sightings)
+
+
+def _sighting(row: Row[Any]) -> Sighting:
+    return Sighting(
+        group_id=row.group_id,
+        holder=row.task_id,
+        term=row.term,
+        age=None if row.age is None else float(row.age),
+        free=bool(row.free),
+        renewed=bool(row.renewed),
+        resign_requested=bool(row.resign_requested),
+    )
+
+
+def acquire(connection: Connection, me: Node, group_id: str, interval: float) -> Acquired:
+    """Take a group's token if it is free, in a higher term than any before.
+
+    Only call it where this process does not trust that it holds the token.
+    """
+    last = select(func.coalesce(func.max(tenure.c.term), 0)).where(tenure.c.group_id == group_id)
+    recorded: int = connection.execute(last).scalar_one()
+    row = _locked_row(connection, group_id, recorded)
+    reason = _why_free(connection, me, group_id, interval)
+    if reason is None:
+        return Acquired(None)
+    term = max(row.term, recorded) + 1
+    taken = connection.execute(
+        update(token_holder)
+        .where(_held([Token(group_id, row.task_id, row.term)]))
+        .values(task_id=me.task_id, term=term)
+    )
+    if taken.rowcount != 1:
+        return Acquired(None)
+    return _settle(connection, me, Token(group_id, me.task_id, term), reason)
+
+
+def _locked_row(connection: Connection, group_id: str, recorded: int) -> Row[Any]:
+    """Lock a group's token; if it has none, insert one that nobody holds.
+
+    Of several nodes that insert it at once, the primary key lets one succeed; the others wait.
+    """
+    columns = token_holder.c
+    query = select(columns.task_id, columns.term).where(columns.group_id == group_id)
+    row = connection.execute(query.with_for_update()).one_or_none()
+    if row is None:
+        released = {"group_id": group_id, "task_id": NOBODY, "term": recorded}
+        ensure_row(connection, token_holder, released)
+        row = connection.execute(query.with_for_update()).one()
+    return row
+
+
+def _why_free(connection: Connection, me: Node, group_id: str, interval: float) -> str | None:
+    row = connection.execute(
+        select(
+            token_holder.c.task_id,
+            token_holder.c.term,
+            seconds_since(health_check.c.last_heartbeat).label("age"),
+            _free(me, interval).label("free"),
+        )
+        .select_from(_tokens_with_heartbeats())
+        .where(token_holder.c.group_id == group_id)
+    ).one()
+    if not row.free:
+        return None
+    if row.task_id == NOBODY:
+        return "it was released" if row.term else "the first to take it"
+    if row.age is None:
+        return f"node {row.task_id!r} has no heartbeat"
+    return f"node {row.task_id!r} was silent for {row.age:.1f} s"
+
+
+def _settle(connection: Connection, me: Node, token: Token, reason: str) -> Acquired:
+    """Write the new holder's first heartbeat, without which the token would count as free."""
+    beat = {"task_id": me.task_id, "group_id": token.group_id, "last_heartbeat": database_now()}
+    now = {"last_heartbeat": database_now()}
+    upsert(connection, health_check, beat, now)
+    term = {
+        "group_id": token.group_id,
+        "term": token.term,
+        "task_id": me.task_id,
+        "incarnation": me.incarnation,
+        "reason": reason[:255],
+        "acquired": database_now(),
+    }
+    connection.execute(insert(tenure).values(term))
+    return Acquired(token.term, reason)
+
+
+def release(connection: Connection, tokens: Iterable[Token]) -> tuple[Token, ...]:
+    """Give tokens back, wake the standbys, and return those that were still held.
+
+    The row keeps the term and loses its holder. So a renewal that is still under way comes to
+    nothing, and the next holder's term is higher.
+    """
+    released = []
+    for token in tokens:
+        freed = update(token_holder).where(_held([token])).values(task_id=NOBODY)
+        if connection.execute(freed).rowcount != 1:
+            continue
+        beats, terms = health_check.c, tenure.c
+        beat = and_(beats.task_id == token.task_id, beats.group_id == token.group_id)
+        connection.execute(delete(health_check).where(beat))
+        this_term = and_(terms.group_id == token.group_id, terms.term == token.term)
+        connection.execute(update(tenure).where(this_term).values(released=database_now()))
+        notify(connection, token.group_id)
+        released.append(token)
+    return tuple(released)
+
+
+def request_resign(connection: Connection, group_id: str) -> Token:
+    """Ask the holder of a group's token to hand over, and return the token.
+
+    Raises:
+        CoordinationError: nobody holds it, or a Ballerina node, which cannot be asked.
+    """
+    columns, terms = token_holder.c, tenure.c
+    row = connection.execute(
+        select(columns.task_id, columns.term).where(columns.group_id == group_id)
+    ).one_or_none()
+    if row is None or row.task_id == NOBODY:
+        raise CoordinationError(f"nobody holds the token of group {group_id!r}; see `taskadapter status`")
+    asked = connection.execute(
+        update(tenure)
+        .where(terms.group_id == group_id, terms.term == row.term, terms.task_id == row.task_id)
+        .values(resign_requested=database_now())
+    )
+    if asked.rowcount != 1:
+        raise CoordinationError(
+            f"node {row.task_id!r}, which holds the token of group {group_id!r}, is no taskadapter "
+            "node and cannot be asked to resign; stop it instead"
+        )
+    notify(connection, group_id)
+    return Token(group_id, row.task_id, row.term)
+
+
+def read_status(connection: Connection) -> Status:
+    """Return where all tokens are and which nodes there are."""
+    return Status(_group_statuses(connection), _node_statuses(connection))
+
+
+def _group_statuses(connection: Connection) -> tuple[GroupStatus, ...]:
+    rows = connection.execute(
+        select(
+            token_holder.c.group_id,
+            token_holder.c.task_id,
+            token_holder.c.term,
+            seconds_since(health_check.c.last_heartbeat).label("age"),
+            seconds_since(tenure.c.acquired).label("held_for"),
+            tenure.c.reason,
+            tenure.c.resign_requested.is_not(None).label("resign_requested"),
+        )
+        .select_from(_tokens_with_heartbeats())
+        .order_by(token_holder.c.group_id)
+    )
+    return tuple(
+        GroupStatus(
+            group_id=row.group_id,
+            holder=row.task_id or None,
+            term=row.term,
+            heartbeat_age=row.age,
+            held_for=row.held_for if row.task_id else None,
+            reason=row.reason if row.task_id else None,
+            resign_requested=bool(row.task_id and row.resign_requested),
+        )
+        for row in rows
+    )
+
+
+def _node_statuses(connection: Connection) -> tuple[NodeStatus, ...]:
+    columns = node.c
+    rows = connection.execute(
+        select(
+            columns.task_id,
+            columns.host,
+            columns.pid,
+            columns.group_ids,
+            seconds_since(columns.last_seen).label("last_seen_age"),
+            seconds_since(columns.started).label("up_for"),
+        ).order_by(columns.task_id)
+    )
+    return tuple(
+        NodeStatus(
+            task_id=row.task_id,
+            host=row.host,
+            pid=row.pid,
+            group_ids=tuple(json.loads(row.group_ids)),
+            last_seen_age=row.last_seen_age,
+            up_for=row.up_for,
+        )
+        for row in rows
+    )

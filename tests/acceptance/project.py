@@ -1,0 +1,257 @@
+"""A project folder as a user has one, with a ledger that its flows keep: the tests' only judge.
+
+What a flow did, when and in which process is read from that ledger; what the UI shows of it is read
+through Prefect's API. Neither is taken from what the agent says of itself.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prefect.client.schemas.filters import (
+    DeploymentFilter,
+    DeploymentFilterId,
+    LogFilter,
+    LogFilterFlowRunId,
+    TaskRunFilter,
+    TaskRunFilterFlowRunId,
+)
+from prefect.client.schemas.objects import StateType
+
+from deployments.local import agent, environment, prefect_command, wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from contextlib import AbstractContextManager
+
+    from prefect.client.orchestration import SyncPrefectClient
+    from prefect.client.schemas.objects import FlowRun, State, TaskRun
+    from prefect.client.schemas.responses import DeploymentResponse
+
+    from deployments.local import PrefectServer, Program
+
+PATIENCE = 60.0
+"""Seconds for what takes one or two on an idle machine."""
+
+_LEDGER = """
+import json, os, time
+
+def note(job, what, **details):
+    entry = {{"job": job, "what": what, "at": time.time(), "pid": os.getpid(), **details}}
+    file = os.open({file!r}, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(file, json.dumps(entry, default=str).encode() + b"\\n")
+    finally:
+        os.close(file)
+"""
+
+_DEPLOY = """
+import asyncio, importlib, pathlib
+from taskadapter.deploy import deploy
+from taskadapter.listener import listeners
+
+modules = [importlib.import_module(f"flows.{file.stem}") for file in pathlib.Path("flows").glob("*.py")]
+for listener in list(listeners):
+    asyncio.run(deploy(listener))
+"""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the ledger: what a job did, when (seconds since the epoch) and in which process."""
+
+    job: str
+    what: str
+    at: float
+    pid: int
+    details: dict[str, Any]
+
+    def __getitem__(self, name: str) -> Any:
+        return self.details[name]
+
+
+class Project:
+    """A folder with flow modules, and the work pool they are deployed to.
+
+    Args:
+        folder: created by the caller, empty.
+        server: the Prefect server.
+        pool: the name of the work pool, also that of listeners which name none.
+    """
+
+    def __init__(self, folder: Path, server: PrefectServer, pool: str) -> None:
+        self.folder = folder
+        self.pool = pool
+        self.home = folder / ".home"
+        self.env = dict(server.env) | {
+            "PREFECT_HOME": str(self.home),
+            "PREFECT_PROFILES_PATH": str(self.home / "profiles.toml"),
+            "PREFECT_INTEGRATIONS_TASKADAPTER_WORK_POOL": pool,
+        }
+        self._ledger = folder / ".ledger"
+        self.home.mkdir()
+        self.write("ledger.py", _LEDGER.format(file=str(self._ledger)))
+
+    def write(self, path: str, source: str) -> None:
+        """Write a module, replacing it in one step as an editor or `git pull` does."""
+        file = self.folder / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        new = file.with_suffix(".new")
+        new.write_text(textwrap.dedent(source), encoding="utf-8")
+        new.replace(file)
+
+    def run(self, *command: str | Path, env: Mapping[str, str] | None = None, within: float = 120) -> str:
+        """Run a command in the folder and return its output; any other exit status than 0 fails."""
+        done = subprocess.run(
+            command,
+            cwd=self.folder,
+            env=environment(self.env, env or {}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=within,
+        )
+        assert done.returncode == 0, done.stdout
+        return done.stdout
+
+    def prefect(self, *args: str, env: Mapping[str, str] | None = None) -> str:
+        """Run Prefect's own command."""
+        return self.run(prefect_command(), *args, env=env)
+
+    def render(self) -> None:
+        """Run `taskadapter render` as the README says, for plain `prefect deploy --all` in the folder."""
+        command = Path(prefect_command()).with_name("taskadapter")
+        self.run(command, "render", "--output", "prefect.yaml")
+
+    def deploy(self) -> None:
+        """Deploy every listener of `flows/` from Python."""
+        self.run(sys.executable, "-c", _DEPLOY)
+
+    def agent(
+        self, name: str, *args: str, env: Mapping[str, str] | None = None
+    ) -> AbstractContextManager[Program]:
+        """Run `prefect worker start --type warm-backup` in the folder."""
+        return agent(name, self.pool, self.env | dict(env or {}), self.folder, *args)
+
+    def entries(self, job: str, what: str | None = None) -> list[Entry]:
+        """Return what a job has entered into the ledger so far, in the order of writing."""
+        if not self._ledger.exists():
+            return []
+        lines = map(json.loads, self._ledger.read_text(encoding="utf-8").splitlines())
+        entries = [
+            Entry(**{key: line.pop(key) for key in ("job", "what", "at", "pid")}, details=line)
+            for line in lines
+        ]
+        return [entry for entry in entries if entry.job == job and what in {None, entry.what}]
+
+    def wait_for(self, job: str, what: str, count: int = 1, within: float = PATIENCE) -> list[Entry]:
+        """Wait until a job has entered something so many times, and return those entries."""
+
+        def enough() -> list[Entry]:
+            found = self.entries(job, what)
+            return found if len(found) >= count else []
+
+        return wait_until(enough, within, f"{count} entries {what!r} of {job}")
+
+
+class Prefect:
+    """What Prefect's API, and so its UI, shows of a job; a job's deployment has its flow's name."""
+
+    def __init__(self, client: SyncPrefectClient) -> None:
+        self.client = client
+
+    def deployment(self, job: str) -> DeploymentResponse:
+        """Return the deployment as it is now."""
+        return self.client.read_deployment_by_name(job if "/" in job else f"{job}/{job}")
+
+    def is_active(self, job: str) -> bool:
+        """Return whether the one schedule of a job makes runs."""
+        (schedule,) = self.deployment(job).schedules
+        return schedule.active
+
+    def start(self, job: str, **options: Any) -> FlowRun:
+        """Start a run by hand, as `prefect deployment run` does."""
+        return self.client.create_flow_run_from_deployment(self.deployment(job).id, **options)
+
+    def runs(self, job: str, *names: str) -> list[FlowRun]:
+        """Return the runs of a job, in the order of their scheduled times, in any or the named states."""
+        ours = DeploymentFilter(id=DeploymentFilterId(any_=[self.deployment(job).id]))
+        found = self.client.read_flow_runs(deployment_filter=ours)
+        chosen = [run for run in found if not names or state_of(run).name in names]
+        return sorted(chosen, key=due)
+
+    def waiting(self, job: str) -> list[FlowRun]:
+        """Return the runs that are still to come, or late."""
+        return [run for run in self.runs(job) if state_of(run).type is StateType.SCHEDULED]
+
+    def executed(self, job: str) -> list[FlowRun]:
+        """Return the runs that have started, whatever became of them."""
+        return [run for run in self.runs(job) if run.start_time is not None]
+
+    def history(self, run: FlowRun) -> list[State[Any]]:
+        """Return the states that a run went through, oldest first."""
+        return sorted(self.client.read_flow_run_states(run.id), key=lambda state: state.timestamp)
+
+    def tasks(self, run: FlowRun) -> list[TaskRun]:
+        """Return the task runs of a flow run."""
+        ours = TaskRunFilter(flow_run_id=TaskRunFilterFlowRunId(any_=[run.id]))
+        return self.client.read_task_runs(task_run_filter=ours)
+
+    def logs(self, run: FlowRun) -> list[str]:
+        """Return the messages of a run's log."""
+        ours = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run.id]))
+        return [log.message for log in self.client.read_logs(ours)]
+
+    def wait_for_end(self, run: FlowRun, within: float = PATIENCE) -> FlowRun:
+        """Wait until a run is final, and return it."""
+
+        def ended() -> FlowRun | None:
+            now = self.client.read_flow_run(run.id)
+            return now if state_of(now).is_final() else None
+
+        ended_run = wait_until(ended, within, f"the end of run {run.name}")
+        assert ended_run is not None
+        return ended_run
+
+    def wait_for_runs(self, job: str, *names: str, count: int, within: float = PATIENCE) -> list[FlowRun]:
+        """Wait until so many runs of a job are in one of the named states, and return them."""
+
+        def enough() -> list[FlowRun]:
+            found = self.runs(job, *names)
+            return found if len(found) >= count else []
+
+        return wait_until(enough, within, f"{count} {names} runs of {job}")
+
+    def wait_for_put_away(self, job: str, within: float = PATIENCE) -> None:
+        """Wait until a job's schedule is inactive and no run of it is to come."""
+        wait_until(
+            lambda: not self.is_active(job) and not self.waiting(job), within, f"{job} to be put away"
+        )
+
+
+def state_of(run: FlowRun) -> State[Any]:
+    """Return the state of a run that has one."""
+    assert run.state is not None
+    return run.state
+
+
+def due(run: FlowRun) -> datetime:
+    """Return when a run is or was to start."""
+    assert run.expected_start_time is not None
+    return run.expected_start_time
+
+
+def is_alive(pid: int) -> bool:
+    """Return whether a process exists and is not a mere zombie."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return status.rpartition(")")[2].split()[0] != "Z" and Path(f"/proc/{pid}").exists()

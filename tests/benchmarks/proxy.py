@@ -1,0 +1,98 @@
+"""Counts the requests that reach a server through one address, and passes everything on."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from typing import TYPE_CHECKING, NamedTuple
+
+from deployments.local import free_port
+from deployments.program import HOST
+
+if TYPE_CHECKING:
+    from asyncio import StreamReader, StreamWriter
+    from collections.abc import Iterator
+
+
+class Request(NamedTuple):
+    """One request as it arrived; the handshake of a websocket is one, its messages are none."""
+
+    at: float  # seconds since the epoch
+    method: str
+    path: str
+
+
+class CountingProxy:
+    """A reverse proxy for HTTP/1.1 on the loopback interface.
+
+    It reads the head of each request and copies all else unseen, so that websockets pass, and so
+    that it costs the client next to nothing. It understands bodies with a Content-Length, which is
+    what Prefect's client sends.
+
+    Args:
+        upstream: The port of the server.
+    """
+
+    def __init__(self, upstream: int) -> None:
+        self.port = free_port()
+        self.api_url = f"http://{HOST}:{self.port}/api"
+        self.requests: list[Request] = []
+        self._upstream = upstream
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[CountingProxy]:
+        """Serve in a thread for the duration of the block."""
+        listening = threading.Event()
+        thread = threading.Thread(target=lambda: asyncio.run(self._listen(listening)))
+        thread.start()
+        listening.wait()
+        try:
+            yield self
+        finally:
+            self._loop.call_soon_threadsafe(self._stop.set)
+            thread.join()
+
+    async def _listen(self, listening: threading.Event) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._stop = asyncio.Event()
+        await asyncio.start_server(self._serve, HOST, self.port)
+        listening.set()
+        await self._stop.wait()  # connections that are still open end with the loop
+
+    async def _serve(self, client: StreamReader, answer: StreamWriter) -> None:
+        """Handle one connection until either side ends it."""
+        try:
+            server, forward = await asyncio.open_connection(HOST, self._upstream)
+        except OSError:
+            answer.close()
+            return
+        answers = asyncio.ensure_future(_copy(server, answer))
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+            while await self._pass_on(client, forward):
+                pass
+            await _copy(client, forward)
+        forward.close()
+        await answers
+
+    async def _pass_on(self, client: StreamReader, forward: StreamWriter) -> bool:
+        """Forward one request and count it; return whether another may follow it."""
+        head = await client.readuntil(b"\r\n\r\n")
+        line, *fields = head.decode("latin-1").split("\r\n")
+        headers = dict(field.lower().split(": ", 1) for field in fields if field)
+        method, path, _ = line.split(" ")
+        self.requests.append(Request(time.time(), method, path.partition("?")[0]))
+        forward.write(head)
+        forward.write(await client.readexactly(int(headers.get("content-length", "0"))))
+        await forward.drain()
+        return "upgrade" not in headers
+
+
+async def _copy(source: StreamReader, target: StreamWriter) -> None:
+    """Copy until the source ends, then end the target."""
+    with contextlib.suppress(OSError):
+        while data := await source.read(65536):
+            target.write(data)
+            await target.drain()
+    target.close()
