@@ -13,6 +13,7 @@ from taskadapter.coordination.lease import (
     Acquired,
     Action,
     Answered,
+    Done,
     Event,
     Extended,
     Failed,
@@ -25,7 +26,6 @@ from taskadapter.coordination.lease import (
     PulseAnswer,
     Refused,
     Register,
-    Registered,
     Release,
     ReleaseAsked,
     ResignAsked,
@@ -91,7 +91,7 @@ def standby() -> Node:
     """A node that registered and has seen another one hold the token, at START."""
     node = Node()
     node.tell(Tick(), START)
-    node.answer(Registered(), START)
+    node.answer(Done(), START)
     node.answer(seen(sighting()), START)
     return node
 
@@ -248,7 +248,7 @@ class TestHandover:
     def test_leaves_the_token_to_others_for_a_while(self, active: Node) -> None:
         """The node that handed over takes the token back only if nobody else does."""
         active.tell(ReleaseAsked("g"), START + 1.5)
-        active.answer(Registered(), START + 1.5)
+        active.answer(Done(), START + 1.5)
         free = seen(sighting(holder="", age=None, free=True))
         for now in (START + 2, START + 3, START + 4):
             assert active.tell(Tick(), now) == (Send(Pulse(now)),)
@@ -268,8 +268,8 @@ class TestHandover:
         """A node that stops gives up its tokens and its name, and then makes no further call."""
         actions = active.tell(StopAsked(), START + 1.5)
         assert actions[1:] == (Send(Release(START + 1.5, (TOKEN,))),)
-        assert active.answer(Registered(), START + 1.6) == (Send(Unregister(START + 1.6)),)
-        assert active.answer(Registered(), START + 1.7) == (Stopped(),)
+        assert active.answer(Done(), START + 1.6) == (Send(Unregister(START + 1.6)),)
+        assert active.answer(Done(), START + 1.7) == (Stopped(),)
         assert active.lease.wake_at() == float("inf")
 
     def test_stopping_does_not_wait_for_a_dead_database(self, active: Node) -> None:
@@ -293,7 +293,7 @@ class TestHandover:
             Lost(TOKEN, "not asked for any more", asked=True),
             Send(Register(START + 1.5)),
         )
-        assert active.answer(Registered(), START + 1.6) == (Send(Release(START + 1.6, (TOKEN,))),)
+        assert active.answer(Done(), START + 1.6) == (Send(Release(START + 1.6, (TOKEN,))),)
 
 
 class TestName:
@@ -309,7 +309,7 @@ class TestName:
         assert node.done.sentence == ""
         assert node.lease.wake_at() == pytest.approx(START + 2, abs=0.02)
         node.tell(Tick(), START + 2.01)
-        assert node.answer(Registered(), START + 2.02) == (Send(Pulse(START + 2.02)),)
+        assert node.answer(Done(), START + 2.02) == (Send(Pulse(START + 2.02)),)
 
     def test_a_live_namesake_is_given_way_to(self) -> None:
         """A name whose process has shown a sign of life meanwhile is refused for good."""
