@@ -15,7 +15,7 @@ from sqlalchemy import Engine, event, text
 from taskadapter.coordination.board import NEVER, DeadlineBoard, clock
 from taskadapter.coordination.dialects import open_engine, transaction
 from taskadapter.coordination.heartbeat import Change, Heartbeat
-from taskadapter.coordination.lease import Gained, Lost, Refused, ResignAsked, Stopped, Token
+from taskadapter.coordination.messages import Gained, Lost, Refused, ResignAsked, Stopped, Token
 from taskadapter.coordination.tokens import read_status, request_resign
 from tests.contract.proxy import Proxy
 

@@ -13,7 +13,7 @@ from sqlalchemy import Connection, Engine, delete, func, select, text, update
 
 from taskadapter.coordination import schema
 from taskadapter.coordination.dialects import open_engine, transaction
-from taskadapter.coordination.lease import Acquired, Sighting, Token
+from taskadapter.coordination.messages import Acquired, Sighting, Token
 from taskadapter.coordination.tokens import (
     Node,
     acquire,

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from taskadapter.coordination.lease import (
+from taskadapter.coordination.lease import Lease, Step, Timing, step
+from taskadapter.coordination.messages import (
     Abandon,
     Acquire,
     Acquired,
@@ -20,7 +21,6 @@ from taskadapter.coordination.lease import (
     Gained,
     Hint,
     Joined,
-    Lease,
     Lost,
     Pulse,
     PulseAnswer,
@@ -31,14 +31,11 @@ from taskadapter.coordination.lease import (
     ResignAsked,
     Send,
     Sighting,
-    Step,
     StopAsked,
     Stopped,
     Tick,
-    Timing,
     Token,
     Unregister,
-    step,
 )
 from tests.unit.simulation import GROUPS, Network, Process, World
 
