@@ -110,26 +110,29 @@ def deploy(project: Project) -> None:
     project.prefect("--no-prompt", "deploy", "--all")
 
 
-@pytest.fixture(scope="module")
-def start() -> datetime:
-    """When the jobs that are not to start at once start: a whole second, some time ahead."""
-    return datetime.now(UTC).replace(microsecond=0) + timedelta(seconds=30)
-
-
 @pytest.fixture(scope="module", autouse=True)
-def node(project: Project, start: datetime) -> Iterator[None]:
-    """An agent, and the jobs of this module deployed with Prefect's own command."""
-    steady = start + timedelta(seconds=5)
+def start(project: Project) -> Iterator[datetime]:
+    """An agent, and the jobs of this module deployed; yields when those start that have a start time."""
     project.write("flows/counter.py", COUNTER.format(max_count=5))
     project.write("flows/beat.py", BEAT.format(interval=1))
     project.write("flows/overlapping.py", OVERLAPPING)
     project.write("flows/idle.py", IDLE)
-    for name, first, seconds in [("window", start, 3), ("steady", steady, 9)]:
-        last = first + timedelta(seconds=seconds)
-        project.write(f"flows/{name}.py", TIMED.format(name=name, start=first, end=last))
     with project.agent("node-1", "--limit", "10"):
+        yield deploy_before_the_start(project)
+
+
+def deploy_before_the_start(project: Project) -> datetime:
+    """Deploy jobs with a start time early enough for their first tick to be planned."""
+    for lead in (25, 60, 180):  # seconds; a busy machine needs the longer ones
+        start = datetime.now(UTC).replace(microsecond=0) + timedelta(seconds=lead)
+        for name, after, seconds in [("window", 0, 3), ("steady", 5, 9)]:
+            first = start + timedelta(seconds=after)
+            last = first + timedelta(seconds=seconds)
+            project.write(f"flows/{name}.py", TIMED.format(name=name, start=first, end=last))
         deploy(project)
-        yield
+        if datetime.now(UTC) < start - timedelta(seconds=6):
+            return start
+    raise TimeoutError("deploying takes minutes")
 
 
 def intervals(entries: list[Entry]) -> list[tuple[Entry, Entry]]:
