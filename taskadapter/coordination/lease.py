@@ -29,6 +29,7 @@ __all__ = [
     "Action",
     "Answered",
     "Call",
+    "Done",
     "Event",
     "Extended",
     "Failed",
@@ -41,7 +42,6 @@ __all__ = [
     "PulseAnswer",
     "Refused",
     "Register",
-    "Registered",
     "Release",
     "ReleaseAsked",
     "ResignAsked",
@@ -196,8 +196,8 @@ class Sighting:
 
 
 @dataclass(frozen=True, slots=True)
-class Registered:
-    """The node is entered, removed, or has released, as was asked."""
+class Done:
+    """What was asked is done: the node is entered or removed, or the tokens are released."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +219,7 @@ class Acquired:
     reason: str = ""
 
 
-Answer: TypeAlias = Registered | PulseAnswer | Acquired
+Answer: TypeAlias = Done | PulseAnswer | Acquired
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from taskadapter.coordination.lease import (
     Answer,
     Answered,
     Call,
+    Done,
     Event,
     Failed,
     Lease,
@@ -27,7 +28,6 @@ from taskadapter.coordination.lease import (
     PulseAnswer,
     Refused,
     Register,
-    Registered,
     Release,
     Send,
     Sighting,
@@ -114,13 +114,13 @@ class Database:
             case Unregister():
                 if self.nodes.get(task_id, ("", 0))[0] == incarnation:
                     del self.nodes[task_id]
-                return Registered()
+                return Done()
             case Release(tokens=tokens):
                 for token in tokens:
                     if self.tokens.get(token.group_id) == token:
                         self.tokens[token.group_id] = replace(token, task_id="")
                         self.beats.pop((token.task_id, token.group_id), None)
-                return Registered()
+                return Done()
             case Acquire(group_id=group_id):
                 return self._acquire(task_id, incarnation, group_id, seen)
             case Pulse():
@@ -132,7 +132,7 @@ class Database:
         if other != incarnation and age <= self.timing.liveness_check_interval:
             return age
         self.nodes[task_id] = (incarnation, self.now)
-        return Registered()
+        return Done()
 
     def _acquire(self, task_id: str, incarnation: str, group_id: str, seen: object) -> Answer:
         old = self.tokens.get(group_id, Token(group_id, "", 0))
