@@ -14,20 +14,25 @@ from taskadapter.coordination.dialects import open_engine
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from deployments.local import Postgres
+
+
+SERVERS = ["postgresql"] + ["mysql"] * ("TASKADAPTER_TEST_MYSQL_URL" in os.environ)
+"""The databases that are servers; MySQL or MariaDB is one of them where the environment names one."""
+
 
 @pytest.fixture(scope="session")
-def postgres_url() -> Iterator[str]:
-    url = os.environ.get("TASKADAPTER_TEST_POSTGRES_URL")
+def postgres_url(postgres_server: Postgres) -> Iterator[str]:
+    postgres_server.create_database("contract")
     with pytest.MonkeyPatch.context() as environment:
         # Thousands of commits need not survive a crash of this machine.
         environment.setenv("PGOPTIONS", "-c synchronous_commit=off")
-        yield url or pytest.skip("TASKADAPTER_TEST_POSTGRES_URL names no PostgreSQL")
+        yield postgres_server.url("contract")
 
 
 @pytest.fixture(scope="session")
 def mysql_url() -> str:
-    url = os.environ.get("TASKADAPTER_TEST_MYSQL_URL")
-    return url or pytest.skip("TASKADAPTER_TEST_MYSQL_URL names no MySQL or MariaDB")
+    return os.environ["TASKADAPTER_TEST_MYSQL_URL"]
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +40,7 @@ def sqlite_url(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"sqlite:///{tmp_path_factory.mktemp('sqlite')}/tasks.db"
 
 
-@pytest.fixture(scope="session", params=["sqlite", "postgresql", "mysql"])
+@pytest.fixture(scope="session", params=["sqlite", *SERVERS])
 def prepared_url(request: pytest.FixtureRequest) -> str:
     """The URL of a database with our tables, made anew once a session."""
     fixture = {"sqlite": "sqlite_url", "postgresql": "postgres_url", "mysql": "mysql_url"}
