@@ -71,7 +71,7 @@ class Heartbeat:
     `tell` gets each `Change`, and `publish` each new deadline, just before it. Both are called in a
     thread of the heartbeat and must return at once: hand the work over to a thread of your own.
     What they raise is logged and ignored. Each change, and each fault of the database once, is
-    logged in one line by the logger `taskadapter.coordination`.
+    logged in one line.
 
     Args:
         database: Where the nodes coordinate.
@@ -81,6 +81,7 @@ class Heartbeat:
         heartbeat_frequency: Seconds from one heartbeat to the next.
         tell: Hears of changes.
         publish: Hears of deadlines.
+        log: Where it is logged, by default the logger `taskadapter.coordination`.
 
     Raises:
         ValueError: three heartbeats do not fit into the interval.
@@ -97,6 +98,7 @@ class Heartbeat:
         heartbeat_frequency: float,
         tell: Callable[[Change], None],
         publish: Publish,
+        log: logging.Logger | logging.LoggerAdapter[Any] = _log,
     ) -> None:
         timing = Timing(
             liveness_check_interval=liveness_check_interval,
@@ -105,7 +107,7 @@ class Heartbeat:
         me = Node(task_id, str(uuid.uuid4()), socket.gethostname(), os.getpid())
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._courier = Courier(database, me, timing, self._events.put)
-        self._tell, self._publish = tell, publish
+        self._tell, self._publish, self._log = tell, publish, log
         self._lease = Lease(
             task_id=task_id,
             timing=replace(timing, one_round_trip=self._courier.one_round_trip),
@@ -146,7 +148,7 @@ class Heartbeat:
             try:
                 self._obey(self._advance())
             except Exception:  # noqa: BLE001  a mistake of ours must not end the decisions
-                _log.exception("the heartbeat goes on after an error that should not happen")
+                self._log.exception("the heartbeat goes on after an error that should not happen")
                 time.sleep(_PAUSE)
         self._courier.end()
         self._stopped.set()
@@ -163,7 +165,7 @@ class Heartbeat:
 
     def _obey(self, done: Step) -> None:
         if done.sentence:
-            _log.log(_level(done), "node %s: %s", done.lease.task_id, done.sentence)
+            self._log.log(_level(done), "node %s: %s", done.lease.task_id, done.sentence)
         for action in done.actions:
             self._do(action)
 
@@ -190,7 +192,7 @@ class Heartbeat:
         try:
             function(*arguments)
         except Exception:  # noqa: BLE001  a mistake of theirs must not end the decisions
-            _log.exception("%r failed", function)
+            self._log.exception("%r failed", function)
 
 
 def _level(done: Step) -> int:
