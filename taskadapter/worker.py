@@ -257,6 +257,8 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
                 await asyncio.sleep(min(LONGEST_BACKOFF_SECONDS, 2.0**faults / 4))
             else:
                 self._active[token.group_id] = token
+                # What was due meanwhile need not wait for the next poll.
+                await self.get_and_submit_flow_runs()
                 return
 
     async def _hand_over(self, token: Token) -> None:
