@@ -191,6 +191,9 @@ class Dispatcher:
 
     def lose(self, token: Token) -> None:
         """Stop the runs of a token that is lost, now: another node may start some."""
+        self._upcoming = {
+            run.id: run for run in self._upcoming.values() if run.work_queue_name != token.group_id
+        }
         for run in self._in_hand.values():
             if run.token == token:
                 run.lost = True
@@ -268,7 +271,10 @@ class Dispatcher:
             return
         claim: OrchestrationResult[Any] = await self._client.set_flow_run_state(flow_run.id, Pending())
         if claim.status is SetStateStatus.ACCEPT:
-            await self.run(run, job)
+            # Nobody starts a run before its time: ahead of it there is nothing to ask.
+            is_late = datetime.now(UTC) >= run.due
+            if not (is_late and await self._deployments.has_run_since(flow_run)):
+                await self.run(run, job)
         else:
             self._log.info("Run %s is not to be had: %s", flow_run.name, claim.details)
 

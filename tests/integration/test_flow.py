@@ -1,0 +1,304 @@
+"""A declared job as a flow: called directly, and started by something other than our agent."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import uuid
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+import pytest
+from prefect import flow
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.flow_engine import run_flow
+from prefect.settings import (
+    PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
+    PREFECT_LOGGING_TO_API_ENABLED,
+    get_current_settings,
+    temporary_settings,
+)
+
+from taskadapter import (
+    ErrorPolicy,
+    Job,
+    Listener,
+    RetryConfiguration,
+    Service,
+    TaskPolicy,
+    TriggerConfiguration,
+    current_run,
+)
+from taskadapter.deploy import deploy
+from taskadapter.flow import job_flow
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from prefect.client.orchestration import SyncPrefectClient
+
+    from taskadapter.runs import CurrentRun
+
+RETRY = RetryConfiguration(max_attempts=2, retry_interval=0.01)
+TRIGGER = TriggerConfiguration(interval=3600, max_count=1, retry_config=RETRY)
+
+seen: list[CurrentRun] = []
+values: list[int] = []
+
+
+def listener(**changes: object) -> Listener:
+    return Listener(**({"trigger": TRIGGER, "work_pool": "test-flow"} | changes))
+
+
+class Counter(Service):
+    i: int = 1
+
+    def execute(self) -> int:
+        values.append(self.i)
+        self.i += 1
+        return self.i
+
+
+class AsyncCounter(Counter):
+    async def execute(self) -> int:  # type: ignore[override]
+        return super().execute()
+
+
+class Greeting(Job):
+    """Greets.
+
+    Once or more.
+    """
+
+    message: str
+    times: int = 2
+
+    def execute(self) -> list[str]:
+        return [self.message] * self.times
+
+
+def look() -> int:
+    seen.append(current_run())
+    return len(seen)
+
+
+async def look_async() -> int:
+    return look()
+
+
+def fail_twice() -> str:
+    if look() < 3:
+        raise ConnectionError("no answer")
+    return "recovered"
+
+
+async def fail_twice_async() -> str:
+    return fail_twice()
+
+
+def fail() -> None:
+    look()
+    raise ConnectionError("no answer")
+
+
+# Prefect's engine opens a client to ask for the default result storage and leaves it to the collector.
+pytestmark = pytest.mark.filterwarnings(
+    r"ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning"
+)
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(prefect_client: SyncPrefectClient) -> Iterator[None]:
+    """Runs are made here, on the shared server; what they leave is collected before the next test."""
+    seen.clear()
+    values.clear()
+    # The thread of a run's heartbeats would hold each run for up to a second after its end.
+    quick = {PREFECT_LOGGING_TO_API_ENABLED: False, PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}
+    with temporary_settings(quick):
+        yield
+    gc.collect()
+
+
+@pytest.fixture
+def name() -> str:
+    """A job's name that no other test has."""
+    return f"job-{uuid.uuid4().hex[:8]}"
+
+
+def call(on_name: str, source: object, **changes: object) -> object:
+    """Declare a job and call it, as a test or a shell would."""
+    outcome = listener(**changes).service(on_name)(source)()
+    return asyncio.run(outcome) if asyncio.iscoroutine(outcome) else outcome
+
+
+# --- called directly ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", [look, look_async])
+def test_a_direct_call_runs_the_body_once(name: str, source: object) -> None:
+    """Called directly, a job runs at once, whatever its trigger says, and returns its result."""
+    before = datetime.now(UTC)
+
+    assert call(name, source) == 1
+
+    (run,) = seen
+    assert (run.job_id, run.count, run.attempt) == (None, 1, 1)
+    assert (run.group_id, run.task_id, run.fencing_token) == (None, None, None)
+    assert before <= run.scheduled_time <= datetime.now(UTC)
+
+
+def test_a_direct_call_is_not_counted(name: str) -> None:
+    """The maximum count of the trigger does not limit direct calls."""
+    job = listener().service(name)(look)
+
+    assert [job(), job(), job()] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("source", [fail_twice, fail_twice_async])
+def test_a_direct_call_is_retried(prefect_client: SyncPrefectClient, name: str, source: object) -> None:
+    """Retries are made inside the one flow run, each with its number, and show as its states."""
+    assert call(name, source) == "recovered"
+
+    assert [run.attempt for run in seen] == [1, 2, 3]
+    assert {run.scheduled_time for run in seen} == {seen[0].scheduled_time}
+    (flow_run,) = runs_of(prefect_client, name)
+    assert states(prefect_client, flow_run) == [
+        "Pending",
+        "Running",
+        "AwaitingRetry",
+        "Retrying",
+        "AwaitingRetry",
+        "Retrying",
+        "Completed",
+    ]
+
+
+def runs_of(client: SyncPrefectClient, name: str) -> list[uuid.UUID]:
+    flow_id = client.read_flow_by_name(name).id
+    everything = client.read_flow_runs(sort=FlowRunSort.EXPECTED_START_TIME_DESC)
+    return [run.id for run in everything if run.flow_id == flow_id]
+
+
+def states(client: SyncPrefectClient, flow_run: uuid.UUID) -> list[str | None]:
+    found = client.read_flow_run_states(flow_run)
+    return [state.name for state in sorted(found, key=lambda state: state.timestamp)]
+
+
+@pytest.mark.parametrize("policy", [*ErrorPolicy])
+def test_the_last_error_is_reported(
+    prefect_client: SyncPrefectClient, name: str, policy: ErrorPolicy
+) -> None:
+    """When every attempt has failed, the caller gets the last error and Prefect a failed run."""
+    with pytest.raises(ConnectionError, match="no answer"):
+        call(name, fail, task_policy=TaskPolicy(error_policy=policy))
+
+    assert [run.attempt for run in seen] == [1, 2, 3]
+    (flow_run,) = runs_of(prefect_client, name)
+    assert states(prefect_client, flow_run)[-1] == "Failed"
+
+
+def test_no_retry_reaches_into_the_next_tick(name: str) -> None:
+    """A retry interval that is not shorter than the job's makes no retry in a direct call either."""
+    trigger = TriggerConfiguration(
+        interval=2, retry_config=RetryConfiguration(max_attempts=5, retry_interval=2)
+    )
+
+    with pytest.raises(ConnectionError):
+        call(name, fail, trigger=trigger)
+
+    assert [run.attempt for run in seen] == [1]
+
+
+@pytest.mark.parametrize("source", [Counter, AsyncCounter])
+def test_a_direct_call_saves_no_state(name: str, source: type[Service]) -> None:
+    """Called directly, a service starts from its declared values each time, and touches no database."""
+    database = get_current_settings().home / "taskadapter.db"
+
+    assert [call(f"{name}-{n}", source) for n in (1, 2)] == [2, 2]
+
+    assert values == [1, 1]
+    assert not database.exists()
+
+
+def test_a_direct_call_of_an_attached_service(name: str) -> None:
+    """An attached instance starts from its own values, and is itself left as it is."""
+    counter = Counter(i=10)
+    job = listener().attach(counter, name)
+
+    assert [job(), job()] == [11, 11]
+    assert counter.i == 10
+
+
+def test_a_job_within_a_flow(name: str) -> None:
+    """A job that another flow calls is a subflow like any other."""
+    job = listener().service(name)(look)
+
+    @flow
+    def parent() -> int:
+        return job() + job()
+
+    assert parent() == 3
+
+
+# --- a job's fields -------------------------------------------------------------------------------
+
+
+def test_a_jobs_fields_are_the_flows_parameters() -> None:
+    """The fields are parameters with type, default and schema; the class gives the description."""
+    job = job_flow(Greeting, "greeting", TRIGGER)
+
+    schema = job.parameters.model_dump(exclude_none=True)
+    assert schema["required"] == ["message"]
+    assert {name: field["type"] for name, field in schema["properties"].items()} == {
+        "message": "string",
+        "times": "integer",
+    }
+    assert schema["properties"]["times"]["default"] == 2
+    assert job.description == "Greets.\n\nOnce or more."
+
+
+def test_a_job_is_called_with_its_fields() -> None:
+    """Parameters become fields, defaults stay."""
+    job = job_flow(Greeting, "greeting", TRIGGER)
+
+    assert job(message="hello") == ["hello", "hello"]
+    assert job(message="hi", times=1) == ["hi"]
+
+
+# --- started by something other than our agent ----------------------------------------------------
+
+
+@pytest.mark.parametrize("source", [look, look_async])
+def test_a_deployed_run_without_our_agent_refuses(
+    prefect_client: SyncPrefectClient, name: str, source: object
+) -> None:
+    """A deployed run that another worker starts fails before its body, and says what to start."""
+    on = listener()
+    job = on.service(name)(source)
+    deployment_id = asyncio.run(deploy(on))[name].id
+    flow_run = prefect_client.create_flow_run_from_deployment(deployment_id)
+
+    state = run_flow(job, flow_run=flow_run, return_type="state")
+    if asyncio.iscoroutine(state):
+        state = asyncio.run(state)
+
+    assert (state.name, seen) == ("Failed", [])
+    assert "prefect worker start --pool POOL --type warm-backup" in str(state.message)
+    assert prefect_client.read_flow_run(flow_run.id).state_name == "Failed"
+
+
+def test_nothing_is_counted_then(
+    prefect_client: SyncPrefectClient, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a run is not retried, and asks no database: it is not one of the job's executions."""
+    on = listener()
+    job = on.service(name)(fail)
+    deployment_id = asyncio.run(deploy(on))[name].id
+    flow_run = prefect_client.create_flow_run_from_deployment(deployment_id)
+    asked: list[object] = []
+    monkeypatch.setattr("taskadapter.progress.begin", asked.append)
+
+    run_flow(job, flow_run=flow_run, return_type="state")
+
+    assert states(prefect_client, flow_run.id) == ["Scheduled", "Running", "Failed"]
+    assert asked == []
