@@ -45,7 +45,7 @@ def render(
     ] = False,
 ) -> None:
     """Write the deployments that the flow modules declare into a prefect.yaml."""
-    from taskadapter import deploy  # noqa: PLC0415 - `--help` needs no Prefect
+    from taskadapter import deploy
 
     text = deploy.render(flows, output)
     if not check:
@@ -65,8 +65,8 @@ def status(
     as_json: Annotated[bool, Parameter(name="--json", help="Print it as JSON.")] = False,
 ) -> None:
     """Show the groups, who is active for them, and the nodes."""
-    from taskadapter.coordination.dialects import transaction  # noqa: PLC0415 - as above
-    from taskadapter.coordination.tokens import read_status  # noqa: PLC0415
+    from taskadapter.coordination.dialects import transaction
+    from taskadapter.coordination.tokens import read_status
 
     domain, engine = _domain(pool)
 
@@ -88,8 +88,8 @@ def status(
 @app.command
 def resign(group: str, /, *, pool: Pool = None) -> None:
     """Ask the active node of a group to hand over to a standby, once its runs have ended."""
-    from taskadapter.coordination.dialects import transaction  # noqa: PLC0415 - as above
-    from taskadapter.coordination.tokens import request_resign  # noqa: PLC0415
+    from taskadapter.coordination.dialects import transaction
+    from taskadapter.coordination.tokens import request_resign
 
     _, engine = _domain(pool)
     with transaction(engine) as connection:
@@ -100,8 +100,8 @@ def resign(group: str, /, *, pool: Pool = None) -> None:
 @database.command
 def init(*, pool: Pool = None) -> None:
     """Make the tables that the database lacks; agents do so themselves where they may."""
-    from taskadapter.coordination.dialects import translated  # noqa: PLC0415 - as above
-    from taskadapter.coordination.schema import create_missing  # noqa: PLC0415
+    from taskadapter.coordination.dialects import translated
+    from taskadapter.coordination.schema import create_missing
 
     _, engine = _domain(pool)
     with translated(engine.url), engine.connect() as connection:
@@ -118,7 +118,7 @@ def upgrade(*, pool: Pool = None) -> None:
 @database.command
 def sql(*, pool: Pool = None) -> None:
     """Print the script that makes the tables, for a DBA to run."""
-    from taskadapter.coordination.schema import ddl  # noqa: PLC0415 - as above
+    from taskadapter.coordination.schema import ddl
 
     _, engine = _domain(pool)
     print(ddl(engine.dialect))
@@ -126,11 +126,11 @@ def sql(*, pool: Pool = None) -> None:
 
 def _domain(pool: str | None) -> tuple[Domain, Engine]:
     """Return a pool's domain, and an engine on its database."""
-    from prefect.client.orchestration import get_client  # noqa: PLC0415 - as above
+    from prefect.client.orchestration import get_client
 
-    from taskadapter.coordination.dialects import open_engine  # noqa: PLC0415
-    from taskadapter.domain import Domain  # noqa: PLC0415
-    from taskadapter.settings import TaskadapterSettings  # noqa: PLC0415
+    from taskadapter.coordination.dialects import open_engine
+    from taskadapter.domain import Domain
+    from taskadapter.settings import TaskadapterSettings
 
     settings = TaskadapterSettings()
     name = pool or settings.work_pool

@@ -34,7 +34,7 @@ from prefect.settings import get_current_settings
 from prefect.states import Cancelled, Crashed, Pending, Scheduled
 
 from taskadapter import progress, schedules
-from taskadapter.coordination.lease import Token
+from taskadapter.coordination.messages import Token
 from taskadapter.deployments import DeployedJob, Deployments
 from taskadapter.hosts import Host, HostPool, Outcome
 from taskadapter.runs import Assignment

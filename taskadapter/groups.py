@@ -20,7 +20,7 @@ from prefect.events import emit_event
 from prefect.exceptions import ObjectNotFound
 
 from taskadapter.coordination.board import DeadlineBoard
-from taskadapter.coordination.lease import Gained, Lost, Refused, ResignAsked, Token
+from taskadapter.coordination.messages import Gained, Lost, Refused, ResignAsked, Token
 from taskadapter.domain import Domain
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine
 
     from taskadapter.coordination.jobs import RunInFlight
-    from taskadapter.coordination.lease import Token
+    from taskadapter.coordination.messages import Token
 
 RETRY_SECONDS = 0.5
 """How long to wait for a database that does not answer, before it is asked again."""

@@ -16,7 +16,7 @@ from uuid import UUID
 from prefect.client.schemas.objects import FlowRun
 from pydantic import BaseModel, SecretStr, field_serializer
 
-from taskadapter.coordination.lease import Token
+from taskadapter.coordination.messages import Token
 from taskadapter.errors import TaskError
 from taskadapter.jobs import JobId
 from taskadapter.model import TaskPolicy, TriggerConfiguration

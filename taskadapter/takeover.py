@@ -22,7 +22,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.states import Crashed, Scheduled
 
 from taskadapter import progress
-from taskadapter.coordination.lease import Token
+from taskadapter.coordination.messages import Token
 from taskadapter.deployments import Deployments
 
 CLAIMED = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]

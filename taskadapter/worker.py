@@ -25,7 +25,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_WORKER_QUERY_SECONDS, get_current_settings, temporary_settings
 from prefect.workers.base import BaseWorker, BaseWorkerResult
 
-from taskadapter.coordination.lease import Gained, Lost, Refused, ResignAsked, Token
+from taskadapter.coordination.messages import Gained, Lost, Refused, ResignAsked, Token
 from taskadapter.deployments import Deployments, WarmBackupJobConfiguration, WarmBackupVariables
 from taskadapter.dispatcher import Dispatcher, Node
 from taskadapter.errors import CoordinationError, TaskError

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
-    from taskadapter.coordination.lease import Token
+    from taskadapter.coordination.messages import Token
 
 __all__ = ["NEVER", "DeadlineBoard", "clock"]
 

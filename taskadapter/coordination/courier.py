@@ -19,7 +19,7 @@ from taskadapter.coordination.dialects import (
     open_engine,
     translated,
 )
-from taskadapter.coordination.lease import (
+from taskadapter.coordination.messages import (
     Acquire,
     Answered,
     Done,
@@ -40,7 +40,8 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
 
     from taskadapter.coordination.dialects import Database
-    from taskadapter.coordination.lease import Answer, Call, Event, Timing
+    from taskadapter.coordination.lease import Timing
+    from taskadapter.coordination.messages import Answer, Call, Event
     from taskadapter.coordination.tokens import Node
 
 __all__ = ["Courier"]

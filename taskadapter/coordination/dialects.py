@@ -30,7 +30,7 @@ from taskadapter.errors import (
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from sqlalchemy import Connection, Dialect, Engine, Table
+    from sqlalchemy import Column, Connection, Dialect, Engine, Table
     from sqlalchemy.engine.interfaces import DBAPIConnection
     from sqlalchemy.sql.compiler import SQLCompiler
     from sqlalchemy.sql.dml import Insert
@@ -53,6 +53,7 @@ __all__ = [
     "translated",
     "upsert",
     "url_of",
+    "widen",
 ]
 
 
@@ -419,6 +420,17 @@ def exclusive(connection: Connection) -> Iterator[None]:
             connection.exec_driver_sql("ROLLBACK")
         raise
     connection.exec_driver_sql("COMMIT")
+
+
+def widen(dialect: Dialect, column: Column[Any]) -> str:
+    """Return the statement that gives an existing column the type that `column` has."""
+    table, type_ = column.table.name, column.type.compile(dialect)
+    if dialect.name == "mysql":
+        null = "NOT NULL" if not column.nullable else "NULL DEFAULT NULL"
+        return f"ALTER TABLE {table} MODIFY COLUMN {column.name} {type_} {null}"
+    alter = f"ALTER TABLE {table} ALTER COLUMN {column.name} TYPE {type_}"
+    # Our sessions are in UTC, and a heartbeat that is read wrong is replaced by the next.
+    return f"{alter} USING {column.name} AT TIME ZONE 'UTC'" if "TIME ZONE" in type_ else alter
 
 
 @contextmanager

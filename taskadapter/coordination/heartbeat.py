@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, assert_never
 
 from taskadapter.coordination.board import NEVER, clock
 from taskadapter.coordination.courier import Courier
-from taskadapter.coordination.lease import (
+from taskadapter.coordination.lease import Lease, Timing, step
+from taskadapter.coordination.messages import (
     Abandon,
     Extended,
     Gained,
     Joined,
-    Lease,
     Lost,
     Refused,
     ReleaseAsked,
@@ -33,8 +33,6 @@ from taskadapter.coordination.lease import (
     StopAsked,
     Stopped,
     Tick,
-    Timing,
-    step,
 )
 from taskadapter.coordination.tokens import Node
 
@@ -42,7 +40,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
     from taskadapter.coordination.dialects import Database
-    from taskadapter.coordination.lease import Action, Event, Step, Token
+    from taskadapter.coordination.lease import Step
+    from taskadapter.coordination.messages import Action, Event, Token
 
 __all__ = ["Change", "Heartbeat", "Publish"]
 
@@ -164,10 +163,10 @@ class Heartbeat:
         return done
 
     def _obey(self, done: Step) -> None:
-        if done.sentence:
-            self._log.log(_level(done), "node %s: %s", done.lease.task_id, done.sentence)
         for action in done.actions:
             self._do(action)
+        if done.sentence:
+            self._log.log(_level(done), "node %s: %s", done.lease.task_id, done.sentence)
 
     def _do(self, action: Action) -> None:
         match action:

@@ -15,7 +15,7 @@ from sqlalchemy import Engine, event, text
 from taskadapter.coordination.board import NEVER, DeadlineBoard, clock
 from taskadapter.coordination.dialects import open_engine, transaction
 from taskadapter.coordination.heartbeat import Change, Heartbeat
-from taskadapter.coordination.lease import Gained, Lost, Refused, ResignAsked, Stopped, Token
+from taskadapter.coordination.messages import Gained, Lost, Refused, ResignAsked, Stopped, Token
 from taskadapter.coordination.tokens import read_status, request_resign
 from tests.contract.proxy import Proxy
 
@@ -71,9 +71,7 @@ def start(engine: Engine) -> Iterator[Start]:
     """Start nodes on a database; all are stopped in the end."""
     nodes: list[Node] = []
 
-    def run(
-        task_id: str, groups: tuple[str, ...] = (GROUP,), database: Any = None, **t: float
-    ) -> Node:
+    def run(task_id: str, groups: tuple[str, ...] = (GROUP,), database: Any = None, **t: float) -> Node:
         nodes.append(Node(database or engine.url, task_id, list(groups), **t))
         return nodes[-1]
 

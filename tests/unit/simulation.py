@@ -13,7 +13,8 @@ from enum import StrEnum
 from functools import partial
 from typing import TYPE_CHECKING
 
-from taskadapter.coordination.lease import (
+from taskadapter.coordination.lease import Lease, Step, Timing, _Held, step
+from taskadapter.coordination.messages import (
     Abandon,
     Acquire,
     Acquired,
@@ -23,7 +24,6 @@ from taskadapter.coordination.lease import (
     Done,
     Event,
     Failed,
-    Lease,
     Pulse,
     PulseAnswer,
     Refused,
@@ -31,14 +31,10 @@ from taskadapter.coordination.lease import (
     Release,
     Send,
     Sighting,
-    Step,
     Stopped,
     Tick,
-    Timing,
     Token,
     Unregister,
-    _Held,
-    step,
 )
 
 if TYPE_CHECKING:

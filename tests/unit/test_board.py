@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from taskadapter.coordination.board import NEVER, DeadlineBoard, clock
-from taskadapter.coordination.lease import Token
+from taskadapter.coordination.messages import Token
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -50,7 +50,7 @@ def test_is_read_by_another_process(path: Path) -> None:
     """A host, which shares nothing but the file, reads the deadline and the same clock."""
     program = (
         "import sys; from taskadapter.coordination.board import DeadlineBoard, clock\n"
-        "from taskadapter.coordination.lease import Token\n"
+        "from taskadapter.coordination.messages import Token\n"
         "with DeadlineBoard.open(sys.argv[1]) as board:\n"
         "    print(board.read(Token('group', 'node-1', 7)) - clock())\n"
     )
@@ -64,7 +64,7 @@ def test_is_read_by_another_process(path: Path) -> None:
 def test_reading_costs_little() -> None:
     """A host that only reads imports neither the database nor the heartbeat."""
     program = (
-        "import sys, taskadapter.coordination.board, taskadapter.coordination.lease\n"
+        "import sys, taskadapter.coordination.board, taskadapter.coordination.messages\n"
         "print({'sqlalchemy', 'prefect', 'pydantic'} & sys.modules.keys())\n"
     )
     command = [sys.executable, "-c", program]

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from taskadapter.coordination.lease import (
+from taskadapter.coordination.lease import Lease, Step, Timing, step
+from taskadapter.coordination.messages import (
     Abandon,
     Acquire,
     Acquired,
@@ -20,7 +21,6 @@ from taskadapter.coordination.lease import (
     Gained,
     Hint,
     Joined,
-    Lease,
     Lost,
     Pulse,
     PulseAnswer,
@@ -31,14 +31,11 @@ from taskadapter.coordination.lease import (
     ResignAsked,
     Send,
     Sighting,
-    Step,
     StopAsked,
     Stopped,
     Tick,
-    Timing,
     Token,
     Unregister,
-    step,
 )
 from tests.unit.simulation import GROUPS, Network, Process, World
 
@@ -152,9 +149,7 @@ class TestTrust:
         active.tell(Tick(), START + 2)
         lost = active.answer(seen(sighting(term=6)), START + 2.1)[0]
         assert lost == Lost(TOKEN, "node 'node-2' has it in term 6")
-        assert active.done.sentence == (
-            "standby for g after term 5: node 'node-2' has it in term 6"
-        )
+        assert active.done.sentence == ("standby for g after term 5: node 'node-2' has it in term 6")
 
     def test_ends_at_once_if_another_process_has_the_name(self, active: Node) -> None:
         """A node whose name another process has taken gives up everything, and asks again."""
@@ -175,9 +170,7 @@ class TestTrust:
         assert active.done.sentence == ""
         assert active.lease.trusts("g", START + 3)
         active.tell(Tick(), START + 6.4)
-        assert active.done.sentence == (
-            "standby for g after term 5: not confirmed in time: no route"
-        )
+        assert active.done.sentence == ("standby for g after term 5: not confirmed in time: no route")
 
     def test_is_not_regained_in_the_same_term(self, active: Node) -> None:
         """After it stepped down, the node takes its own token over, at once and in a new term."""
@@ -282,9 +275,7 @@ class TestHandover:
         standby.tell(Tick(), START + 1)
         standby.answer(seen(sighting(free=True)), START + 1)
         standby.tell(StopAsked(), START + 1.1)
-        assert standby.answer(Acquired(5, "free"), START + 1.2) == (
-            Send(Release(START + 1.2, (TOKEN,))),
-        )
+        assert standby.answer(Acquired(5, "free"), START + 1.2) == (Send(Release(START + 1.2, (TOKEN,))),)
 
     def test_a_group_that_is_left_is_released(self, active: Node) -> None:
         """A node that stands by for other groups gives up the others, and registers anew."""
@@ -330,9 +321,7 @@ class TestTiming:
         with pytest.raises(ValueError, match="positive"):
             Timing(liveness_check_interval=1, heartbeat_frequency=0)
 
-    @pytest.mark.parametrize(
-        ("interval", "margin"), [(30, 3), (6, 0.6), (5, 0.5), (3, 0.5), (0.6, 0.1)]
-    )
+    @pytest.mark.parametrize(("interval", "margin"), [(30, 3), (6, 0.6), (5, 0.5), (3, 0.5), (0.6, 0.1)])
     def test_margin(self, interval: float, margin: float) -> None:
         """The margin is a tenth of the interval, or up to half a second where that is little."""
         timing = Timing(liveness_check_interval=interval, heartbeat_frequency=interval / 3)
