@@ -49,8 +49,11 @@ def render(
 
     text = deploy.render(flows, output)
     if not check:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(text, encoding="utf-8")
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise TaskError(f"{output} cannot be written: {error.strerror}.") from error
         print(f"Wrote {output}. To deploy it:")
         print(f"  prefect --no-prompt deploy --prefect-file {output} --all")
     elif not output.exists() or output.read_text(encoding="utf-8") != text:
@@ -111,8 +114,17 @@ def init(*, pool: Pool = None) -> None:
 
 @database.command
 def upgrade(*, pool: Pool = None) -> None:
-    """Bring the tables up to date with this version of the package."""
+    """Make what is missing, and widen tables that Ballerina has made narrower than ours."""
+    from taskadapter.coordination.dialects import transaction
+    from taskadapter.coordination.schema import upgrades
+
     init(pool=pool)
+    _, engine = _domain(pool)
+    with transaction(engine) as connection:
+        statements = upgrades(connection)
+        for statement in statements:
+            connection.exec_driver_sql(statement)
+    print("\n".join(statements) or "All columns are as wide as they should be.")
 
 
 @database.command
@@ -197,7 +209,7 @@ def main() -> None:
     """Run the command; an error is one line on standard error, and exit status 1."""
     sys.path.insert(0, str(Path.cwd()))
     try:
-        app()
+        app(sys.argv[1:])
     except TaskError as error:
         print(f"taskadapter: {error}", file=sys.stderr)
         sys.exit(1)
