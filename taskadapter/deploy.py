@@ -136,7 +136,7 @@ def _entry(listener: Listener, declared: Declared) -> dict[str, Any]:
 
 
 def _job_variables(declared: Declared) -> dict[str, Any]:
-    trigger = declared.trigger.model_dump(mode="json", exclude_none=True)
+    trigger = declared.trigger.model_dump(mode="json", exclude_defaults=True)
     if declared.initial_state is None:
         return {"trigger": trigger}
     return {"trigger": trigger, "initial_state": declared.initial_state}

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 from prefect.blocks.system import Secret
+from prefect.utilities.slugify import slugify
 
 from taskadapter.errors import TaskError
 from taskadapter.model import WarmBackupConfig
@@ -38,7 +39,7 @@ class Domain:
         url, password = _split(config)
         return cls(
             database=url,
-            password_block=f"taskadapter-{work_pool}".lower() if password else None,
+            password_block=slugify(f"taskadapter-{work_pool}") if password else None,
             liveness_check_interval=config.liveness_check_interval,
             heartbeat_frequency=config.heartbeat_frequency,
         )
