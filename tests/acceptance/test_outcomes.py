@@ -29,7 +29,7 @@ RETRIED = """
         trigger = TriggerConfiguration(interval=interval, max_count=1, start_time=first)
         return Listener(trigger=trigger, retry_config=RetryConfiguration(**retries))
 
-    @once(0, 20, max_attempts=5, retry_interval=0.5).service("recovers")
+    @once(0, 45, max_attempts=5, retry_interval=0.5).service("recovers")
     def recovers() -> None:
         note("recovers", "attempt", number=current_run().attempt)
         if current_run().attempt < 3:
@@ -37,7 +37,7 @@ RETRIED = """
 
     @once(
         3,
-        20,
+        45,
         max_attempts=4,
         retry_interval=0.5,
         backoff_strategy=RetryStrategy.EXPONENTIAL,
@@ -47,7 +47,7 @@ RETRIED = """
         note("gives-up", "attempt", number=current_run().attempt)
         raise ConnectionError(f"error {{current_run().attempt}}")
 
-    @once(2, 20, max_attempts=2, retry_interval=0.5).service("async-recovers")
+    @once(2, 45, max_attempts=2, retry_interval=0.5).service("async-recovers")
     async def async_recovers() -> None:
         note("async-recovers", "attempt", number=current_run().attempt)
         if current_run().attempt < 3:
@@ -163,7 +163,7 @@ STOPPED = """
 def node(project: Project) -> Iterator[None]:
     """An agent, and the jobs of this module."""
     # The waits of retries are measured: those jobs start one after another, behind the others.
-    start = datetime.now(UTC) + timedelta(seconds=20)
+    start = datetime.now(UTC) + timedelta(seconds=25)
     project.write("flows/retried.py", RETRIED.format(start=start))
     project.write("flows/failing.py", FAILING)
     project.write("flows/stopped.py", STOPPED)
@@ -180,7 +180,7 @@ def began(run: FlowRun) -> datetime:
 
 def only_run(project: Project, prefect: Prefect, job: str) -> FlowRun:
     """Return the one run of a job that was executed, once it is final."""
-    project.wait_for(job, "attempt")
+    project.wait_for(job, "attempt", within=90)  # a whole interval later, if it was deployed too late
     prefect.wait_for_put_away(job)
     (run,) = prefect.executed(job)
     return prefect.wait_for_end(run)
@@ -195,7 +195,7 @@ def waits(project: Project, job: str) -> list[float]:
 def assert_waited(actual: list[float], expected: list[float]) -> None:
     """Each wait lasted as long as declared, and not much longer."""
     assert len(actual) == len(expected)
-    assert all(wanted <= real < wanted + 3 for real, wanted in zip(actual, expected, strict=True)), actual
+    assert all(wanted <= real < wanted + 5 for real, wanted in zip(actual, expected, strict=True)), actual
 
 
 @pytest.mark.parametrize("job", ["recovers", "async-recovers"])
