@@ -196,18 +196,19 @@ class Deployments:
         finally:
             del self._ending[job.deployment.id]
 
-    async def _until_told(self, tell: Any) -> None:
-        """Repeat a call while the API is out of reach: a job that is over must not come back."""
+    async def _until_told(self, tell: Any) -> Any:
+        """Repeat a call while the API is out of reach; None where what it is about is gone.
+
+        A job that is over must not come back, and a run that is claimed must not be left.
+        """
         while True:
             try:
-                await tell()
+                return await tell()
             except ObjectNotFound:
-                return
+                return None
             except httpx.HTTPError as fault:
                 self._log.warning("Prefect's API does not answer (%s); trying again.", fault)
                 await asyncio.sleep(RETRY_SECONDS)
-            else:
-                return
 
     async def _stop_schedule(self, job: DeployedJob) -> None:
         deployment = await self._client.read_deployment(job.deployment.id)
@@ -224,8 +225,24 @@ class Deployments:
             ),
         )
         for flow_run in planned:
-            if flow_run.auto_scheduled:
+            # One that waits for its next attempt is Scheduled too.
+            if flow_run.auto_scheduled and flow_run.run_count == 0:
                 await self.skip(flow_run, reason)
+
+    async def has_run_since(self, flow_run: FlowRun) -> bool:
+        """Return whether a run that was just claimed has been run since it was read, or is gone.
+
+        Prefect lets a run that has ended become Pending again, and another agent may have been quicker
+        with one that both had found. Its final state is then what it was.
+        """
+        now = await self._until_told(lambda: self._client.read_flow_run(flow_run.id))
+        if now is not None and now.run_count == flow_run.run_count:
+            return False
+        self._log.info("Run %s has been run already, or is gone.", flow_run.name)
+        states = await self._until_told(lambda: self._client.read_flow_run_states(flow_run.id))
+        if final := [state for state in states or [] if state.is_final()]:
+            await self.report(flow_run, max(final, key=lambda state: state.timestamp), force=True)
+        return True
 
     async def skip(self, flow_run: FlowRun, reason: str) -> None:
         """Record that a tick was not run, and why."""

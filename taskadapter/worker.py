@@ -281,7 +281,10 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
                 return
         claim: OrchestrationResult[Any] = await self.client.set_flow_run_state(flow_run.id, Pending())
         if claim.status is SetStateStatus.ACCEPT:
-            await self._run_job(run, job)
+            # Nobody starts a run before its time: ahead of it there is nothing to ask.
+            is_late = datetime.now(UTC) >= run.due
+            if not (is_late and await self._deployments.has_run_since(flow_run)):
+                await self._run_job(run, job)
         else:
             self._logger.info("Run %s is not to be had: %s", flow_run.name, claim.details)
 

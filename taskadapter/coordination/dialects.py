@@ -6,6 +6,8 @@ Everything else in this package writes plain SQLAlchemy Core and runs on all of 
 from __future__ import annotations
 
 import math
+import os
+import socket
 import sqlite3
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -28,18 +30,22 @@ from taskadapter.errors import (
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from sqlalchemy import Connection, Dialect, Engine, Table
+    from sqlalchemy import Column, Connection, Dialect, Engine, Table
     from sqlalchemy.engine.interfaces import DBAPIConnection
     from sqlalchemy.sql.compiler import SQLCompiler
     from sqlalchemy.sql.dml import Insert
 
 __all__ = [
     "Database",
+    "Interrupter",
     "Timeouts",
     "database_now",
     "ensure_row",
+    "exclusive",
     "has_writable_ctes",
+    "hear",
     "limit_idle",
+    "listen",
     "notify",
     "open_engine",
     "seconds_since",
@@ -47,6 +53,7 @@ __all__ = [
     "translated",
     "upsert",
     "url_of",
+    "widen",
 ]
 
 
@@ -342,6 +349,88 @@ def notify(connection: Connection, payload: str) -> None:
     """Wake those who `listen`, once the transaction commits. Only PostgreSQL can."""
     if connection.dialect.name == "postgresql":
         connection.execute(select(func.pg_notify(CHANNEL, payload)))
+
+
+def listen(connection: Connection) -> int | None:
+    """Subscribe to what `notify` sends, and return the file that becomes readable when it comes.
+
+    None if the database cannot do that.
+    """
+    if connection.dialect.name != "postgresql":
+        return None
+    connection.exec_driver_sql(f"LISTEN {CHANNEL}")
+    return int(_driver_connection(connection).fileno())
+
+
+def hear(connection: Connection) -> list[str]:
+    """Return the payloads that other sessions have sent, without waiting for more."""
+    if connection.dialect.name != "postgresql":
+        return []
+    driver = _driver_connection(connection)
+    own = driver.info.backend_pid
+    return [heard.payload for heard in driver.notifies(timeout=0) if heard.pid != own]
+
+
+class Interrupter:
+    """Breaks off what another thread executes on a connection, which is lost with it.
+
+    On MySQL the driver's own timeout does that, and this does nothing.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        # A file of its own stays valid while the other thread closes the connection.
+        self._socket: socket.socket | None = None
+        self._sqlite: Any = None
+        driver = _driver_connection(connection)
+        match connection.dialect.name:
+            case "postgresql":
+                self._socket = socket.socket(fileno=os.dup(driver.fileno()))
+            case "sqlite":
+                self._sqlite = driver
+
+    def __call__(self) -> None:
+        """Break off; without effect if nothing is executed any more."""
+        if self._socket is not None:
+            # A frozen server reads no request to cancel: only the wait for it can be ended.
+            with suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
+        if self._sqlite is not None:
+            with suppress(sqlite3.ProgrammingError):
+                self._sqlite.interrupt()
+
+    def close(self) -> None:
+        """Let go of the connection."""
+        if self._socket is not None:
+            self._socket.close()
+
+
+def _driver_connection(connection: Connection) -> Any:
+    return connection.connection.driver_connection
+
+
+@contextmanager
+def exclusive(connection: Connection) -> Iterator[None]:
+    """Make a transaction on a connection that otherwise commits each statement."""
+    begin = "BEGIN IMMEDIATE" if connection.dialect.name == "sqlite" else "BEGIN"
+    connection.exec_driver_sql(begin)
+    try:
+        yield
+    except BaseException:
+        with suppress(DBAPIError):
+            connection.exec_driver_sql("ROLLBACK")
+        raise
+    connection.exec_driver_sql("COMMIT")
+
+
+def widen(dialect: Dialect, column: Column[Any]) -> str:
+    """Return the statement that gives an existing column the type that `column` has."""
+    table, type_ = column.table.name, column.type.compile(dialect)
+    if dialect.name == "mysql":
+        null = "NOT NULL" if not column.nullable else "NULL DEFAULT NULL"
+        return f"ALTER TABLE {table} MODIFY COLUMN {column.name} {type_} {null}"
+    alter = f"ALTER TABLE {table} ALTER COLUMN {column.name} TYPE {type_}"
+    # Our sessions are in UTC, and a heartbeat that is read wrong is replaced by the next.
+    return f"{alter} USING {column.name} AT TIME ZONE 'UTC'" if "TIME ZONE" in type_ else alter
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from sqlalchemy import delete, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from taskadapter.coordination.dialects import database_now, ensure_row, upsert
-from taskadapter.coordination.lease import Token
+from taskadapter.coordination.messages import Token
 from taskadapter.coordination.schema import job_progress, run_in_flight
 from taskadapter.coordination.tokens import require_token
 from taskadapter.errors import AlreadyStartedError, CoordinationError, DatabaseUnavailableError

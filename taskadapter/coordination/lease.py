@@ -17,57 +17,45 @@ ended is not regained: the node takes the token over from itself, in a new term.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
+
+from taskadapter.coordination.messages import (
+    Abandon,
+    Acquire,
+    Acquired,
+    Action,
+    Answer,
+    Answered,
+    Call,
+    Event,
+    Extended,
+    Failed,
+    Gained,
+    Hint,
+    Joined,
+    Lost,
+    Pulse,
+    PulseAnswer,
+    Refused,
+    Register,
+    Release,
+    ReleaseAsked,
+    ResignAsked,
+    Send,
+    Sighting,
+    StopAsked,
+    Stopped,
+    Token,
+    Unregister,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = [
-    "Abandon",
-    "Acquire",
-    "Acquired",
-    "Action",
-    "Answered",
-    "Call",
-    "Event",
-    "Extended",
-    "Failed",
-    "Gained",
-    "Hint",
-    "Joined",
-    "Lease",
-    "Lost",
-    "Pulse",
-    "PulseAnswer",
-    "Refused",
-    "Register",
-    "Registered",
-    "Release",
-    "ReleaseAsked",
-    "ResignAsked",
-    "Send",
-    "Sighting",
-    "Step",
-    "StopAsked",
-    "Stopped",
-    "Tick",
-    "Timing",
-    "Token",
-    "Unregister",
-    "step",
-]
+__all__ = ["Lease", "Step", "Timing", "step"]
 
 _GRACE = 0.01
 """Seconds that a poll comes after the moment it is meant for, so that it is never early."""
-
-
-@dataclass(frozen=True, slots=True)
-class Token:
-    """A group's token as one node holds it; `term` is the fencing token, which only ever rises."""
-
-    group_id: str
-    task_id: str
-    term: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,221 +113,6 @@ class Timing:
         """
         limit = max(self.heartbeat_frequency, min(5.0, self.liveness_check_interval / 3))
         return min(limit, self.heartbeat_frequency / 4 * 2.0 ** min(faults - 1, 30))
-
-
-# What a node asks of the database. `sent_at` is its clock before sending.
-
-
-@dataclass(frozen=True, slots=True)
-class Register:
-    """Enter the node, unless another live process uses its name."""
-
-    sent_at: float
-
-
-@dataclass(frozen=True, slots=True)
-class Pulse:
-    """Renew `tokens`, show that the node lives, and look at all its groups.
-
-    A `brief` one only looks if something is free.
-    """
-
-    sent_at: float
-    tokens: tuple[Token, ...] = ()
-    brief: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Acquire:
-    """Take a group's token, if it is free."""
-
-    sent_at: float
-    group_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class Release:
-    """Give tokens back."""
-
-    sent_at: float
-    tokens: tuple[Token, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Unregister:
-    """Remove the node."""
-
-    sent_at: float
-
-
-Call: TypeAlias = Register | Pulse | Acquire | Release | Unregister
-
-
-# What it gets to know.
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sighting:
-    """What the database said of one group's token.
-
-    `holder` is empty and `free` true if nobody holds it; `age` is that of the holder's last
-    heartbeat, on the database's clock. `renewed` says that this very pulse has renewed it.
-    """
-
-    group_id: str
-    holder: str
-    term: int
-    age: float | None
-    free: bool
-    renewed: bool = False
-    resign_requested: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Registered:
-    """The node is entered, removed, or has released, as was asked."""
-
-
-@dataclass(frozen=True, slots=True)
-class PulseAnswer:
-    """The sightings of all groups that have a token; None in a brief pulse where nothing is free.
-
-    `registered` is false if another process has taken the node's name.
-    """
-
-    registered: bool
-    sightings: tuple[Sighting, ...] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Acquired:
-    """The new term and why the token was free; `term` is None if it was not."""
-
-    term: int | None
-    reason: str = ""
-
-
-Answer: TypeAlias = Registered | PulseAnswer | Acquired
-
-
-@dataclass(frozen=True, slots=True)
-class Tick:
-    """Time has passed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Answered:
-    """The database has answered a call."""
-
-    call: Call
-    answer: Answer
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """A call had no answer; whether it took effect is unknown.
-
-    `duplicate_age` is set if the node's name is used by another process, that many seconds after
-    that one's last sign of life.
-    """
-
-    call: Call
-    reason: str
-    duplicate_age: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Hint:
-    """Something may have changed about a group: look now instead of later."""
-
-    group_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class Joined:
-    """The node stands by for exactly these groups from now on."""
-
-    group_ids: frozenset[str]
-
-
-@dataclass(frozen=True, slots=True)
-class ReleaseAsked:
-    """The node's runs of a group have ended; leave the token to another node."""
-
-    group_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class StopAsked:
-    """The node's runs have ended; release everything and stop."""
-
-
-Event: TypeAlias = Tick | Answered | Failed | Hint | Joined | ReleaseAsked | StopAsked
-
-
-# What it must do.
-
-
-@dataclass(frozen=True, slots=True)
-class Send:
-    """Make a call; no other is under way."""
-
-    call: Call
-
-
-@dataclass(frozen=True, slots=True)
-class Abandon:
-    """Break off a call that takes too long; it ends by `Failed` or, still, `Answered`."""
-
-    call: Call
-
-
-@dataclass(frozen=True, slots=True)
-class Gained:
-    """The node is active; trust the token until the deadline."""
-
-    token: Token
-    deadline: float
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Extended:
-    """Trust the token until a later deadline."""
-
-    token: Token
-    deadline: float
-
-
-@dataclass(frozen=True, slots=True)
-class Lost:
-    """The node is not active any more: stop its runs now. `asked` if it gave the token up."""
-
-    token: Token
-    reason: str
-    asked: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class ResignAsked:
-    """Somebody asks the node to hand over: drain, then answer with `ReleaseAsked`."""
-
-    token: Token
-
-
-@dataclass(frozen=True, slots=True)
-class Refused:
-    """Another live process uses the node's name: this one can never be active."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Stopped:
-    """Everything is released, or has been given up: the node is done."""
-
-
-Action: TypeAlias = Send | Abandon | Gained | Extended | Lost | ResignAsked | Refused | Stopped
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,6 @@ from sqlalchemy import (
     BigInteger,
     Column,
     DateTime,
-    Index,
     Integer,
     MetaData,
     String,
@@ -22,7 +21,9 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.mysql import LONGTEXT, TIMESTAMP
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.schema import CreateIndex, CreateTable
+from sqlalchemy.schema import CreateTable
+
+from taskadapter.coordination.dialects import widen
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Dialect
@@ -39,6 +40,7 @@ __all__ = [
     "run_in_flight",
     "tenure",
     "token_holder",
+    "upgrades",
 ]
 
 metadata = MetaData()
@@ -125,7 +127,6 @@ run_in_flight = Table(
     Column("task_id", String(255), nullable=False),
     Column("term", BigInteger, nullable=False),
     Column("started", _Moment, nullable=False),
-    Index("taskadapter_run_group", "group_id", "term"),
     **_MYSQL,
 )
 
@@ -155,12 +156,29 @@ def create_missing(connection: Connection) -> tuple[str, ...]:
 
 def ddl(dialect: Dialect) -> str:
     """Return the script that creates every table where it is missing, for a DBA to run."""
-    statements = []
-    for table in metadata.sorted_tables:
-        statements.append(CreateTable(table, if_not_exists=True).compile(dialect=dialect))
-        # MySQL has no CREATE INDEX IF NOT EXISTS.
-        exists = dialect.name != "mysql"
-        statements += [
-            CreateIndex(index, if_not_exists=exists).compile(dialect=dialect) for index in table.indexes
-        ]
+    tables = metadata.sorted_tables
+    statements = [CreateTable(table, if_not_exists=True).compile(dialect=dialect) for table in tables]
     return "".join(f"{str(statement).strip()};\n\n" for statement in statements)
+
+
+def upgrades(connection: Connection) -> tuple[str, ...]:
+    """Return the statements that make tables of Ballerina's as good as ours; none if they are.
+
+    Until then names must fit into shorter columns; on PostgreSQL all sessions, Ballerina's too,
+    must be in UTC; and on MySQL heartbeats, cut to seconds, count as younger by up to a second.
+    """
+    return tuple(
+        widen(connection.dialect, expected)
+        for table in (token_holder, health_check)
+        for found in inspect(connection).get_columns(table.name)
+        if (expected := table.columns.get(found["name"])) is not None
+        and _is_narrower(found["type"], expected.type.dialect_impl(connection.dialect))
+    )
+
+
+def _is_narrower(found: Any, expected: Any) -> bool:
+    """Say whether a column has less room than ours: length, time zone, or fractions of seconds."""
+    return any(
+        (getattr(found, aspect, None) or 0) < (getattr(expected, aspect, None) or 0)
+        for aspect in ("length", "timezone", "fsp")
+    )

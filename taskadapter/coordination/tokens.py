@@ -43,7 +43,7 @@ from taskadapter.coordination.dialects import (
     seconds_since,
     upsert,
 )
-from taskadapter.coordination.lease import Acquired, PulseAnswer, Sighting, Token
+from taskadapter.coordination.messages import Acquired, PulseAnswer, Sighting, Token
 from taskadapter.coordination.schema import health_check, node, tenure, token_holder
 from taskadapter.errors import CoordinationError, DuplicateNodeError, TokenLostError
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from prefect.client.orchestration import SyncPrefectClient
-    from prefect.client.schemas.objects import FlowRun, State, TaskRun
+    from prefect.client.schemas.objects import FlowRun, State
     from prefect.client.schemas.responses import DeploymentResponse
 
     from deployments.local import PrefectServer, Program
@@ -184,37 +184,54 @@ class Prefect:
         """Return the runs of a job, in the order of their scheduled times, in any or the named states."""
         ours = DeploymentFilter(id=DeploymentFilterId(any_=[self.deployment(job).id]))
         found = self.client.read_flow_runs(deployment_filter=ours)
-        chosen = [run for run in found if not names or state_of(run).name in names]
+        chosen = [run for run in found if not names or run.state_name in names]
         return sorted(chosen, key=due)
 
     def waiting(self, job: str) -> list[FlowRun]:
         """Return the runs that are still to come, or late."""
-        return [run for run in self.runs(job) if state_of(run).type is StateType.SCHEDULED]
+        return [run for run in self.runs(job) if run.state_type is StateType.SCHEDULED]
 
     def executed(self, job: str) -> list[FlowRun]:
-        """Return the runs that have started, whatever became of them."""
-        return [run for run in self.runs(job) if run.start_time is not None]
+        """Return the runs whose body has started, whatever became of it."""
+        runs = [run for run in self.runs(job) if run.start_time is not None]
+        return [run for run in runs if run.state_name != "Skipped"]
 
     def history(self, run: FlowRun) -> list[State[Any]]:
         """Return the states that a run went through, oldest first."""
         return sorted(self.client.read_flow_run_states(run.id), key=lambda state: state.timestamp)
 
-    def tasks(self, run: FlowRun) -> list[TaskRun]:
-        """Return the task runs of a flow run."""
+    def wait_for_tasks(self, run: FlowRun, count: int, within: float = PATIENCE) -> list[str]:
+        """Wait until so many task runs of a flow run are final; return "name state" of each."""
         ours = TaskRunFilter(flow_run_id=TaskRunFilterFlowRunId(any_=[run.id]))
-        return self.client.read_task_runs(task_run_filter=ours)
+
+        def final() -> list[str]:
+            found = self.client.read_task_runs(task_run_filter=ours)
+            ended = [task for task in found if task.state is not None and task.state.is_final()]
+            states = [f"{task.name.rpartition('-')[0]} {task.state_name}" for task in ended]
+            return states if len(states) >= count else []
+
+        return wait_until(final, within, f"{count} task runs of run {run.name}")
 
     def logs(self, run: FlowRun) -> list[str]:
         """Return the messages of a run's log."""
         ours = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run.id]))
         return [log.message for log in self.client.read_logs(ours)]
 
+    def wait_for_logs(self, run: FlowRun, part: str, within: float = PATIENCE) -> list[str]:
+        """Wait until a message of a run's log contains `part`, and return the log."""
+
+        def arrived() -> list[str]:
+            found = self.logs(run)
+            return found if any(part in message for message in found) else []
+
+        return wait_until(arrived, within, f"{part!r} in the log of run {run.name}")
+
     def wait_for_end(self, run: FlowRun, within: float = PATIENCE) -> FlowRun:
         """Wait until a run is final, and return it."""
 
         def ended() -> FlowRun | None:
             now = self.client.read_flow_run(run.id)
-            return now if state_of(now).is_final() else None
+            return now if now.state is not None and now.state.is_final() else None
 
         ended_run = wait_until(ended, within, f"the end of run {run.name}")
         assert ended_run is not None

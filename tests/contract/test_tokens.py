@@ -13,7 +13,7 @@ from sqlalchemy import Connection, Engine, delete, func, select, text, update
 
 from taskadapter.coordination import schema
 from taskadapter.coordination.dialects import open_engine, transaction
-from taskadapter.coordination.lease import Acquired, Sighting, Token
+from taskadapter.coordination.messages import Acquired, Sighting, Token
 from taskadapter.coordination.tokens import (
     Node,
     acquire,
@@ -332,6 +332,16 @@ class TestRelease:
 
 
 class TestFence:
+    def test_does_not_hold_up_renewals(self, engine: Engine) -> None:
+        """While a job writes under the token's protection, its node goes on renewing it."""
+        if engine.dialect.name == "sqlite":
+            pytest.skip("SQLite has one writer at a time")
+        enter(engine, NODE)
+        token = must_take(engine)
+        with transaction(engine) as connection:
+            fence(connection, token, 10)
+            assert look(engine, NODE, token).renewed
+
     def test_frees_the_token_of_a_frozen_client(self, engine: Engine) -> None:
         """On PostgreSQL a transaction that holds the token and then freezes is ended."""
         if engine.dialect.name != "postgresql":

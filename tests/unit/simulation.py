@@ -13,32 +13,28 @@ from enum import StrEnum
 from functools import partial
 from typing import TYPE_CHECKING
 
-from taskadapter.coordination.lease import (
+from taskadapter.coordination.lease import Lease, Step, Timing, _Held, step
+from taskadapter.coordination.messages import (
     Abandon,
     Acquire,
     Acquired,
     Answer,
     Answered,
     Call,
+    Done,
     Event,
     Failed,
-    Lease,
     Pulse,
     PulseAnswer,
     Refused,
     Register,
-    Registered,
     Release,
     Send,
     Sighting,
-    Step,
     Stopped,
     Tick,
-    Timing,
     Token,
     Unregister,
-    _Held,
-    step,
 )
 
 if TYPE_CHECKING:
@@ -114,13 +110,13 @@ class Database:
             case Unregister():
                 if self.nodes.get(task_id, ("", 0))[0] == incarnation:
                     del self.nodes[task_id]
-                return Registered()
+                return Done()
             case Release(tokens=tokens):
                 for token in tokens:
                     if self.tokens.get(token.group_id) == token:
                         self.tokens[token.group_id] = replace(token, task_id="")
                         self.beats.pop((token.task_id, token.group_id), None)
-                return Registered()
+                return Done()
             case Acquire(group_id=group_id):
                 return self._acquire(task_id, incarnation, group_id, seen)
             case Pulse():
@@ -132,7 +128,7 @@ class Database:
         if other != incarnation and age <= self.timing.liveness_check_interval:
             return age
         self.nodes[task_id] = (incarnation, self.now)
-        return Registered()
+        return Done()
 
     def _acquire(self, task_id: str, incarnation: str, group_id: str, seen: object) -> Answer:
         old = self.tokens.get(group_id, Token(group_id, "", 0))

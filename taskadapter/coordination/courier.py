@@ -1,0 +1,203 @@
+"""Makes the calls that a lease asks for: one thread, one connection, one call at a time."""
+
+from __future__ import annotations
+
+import logging
+import select
+import socket
+import threading
+from collections import deque
+from typing import TYPE_CHECKING, assert_never
+
+from taskadapter.coordination.dialects import (
+    Interrupter,
+    Timeouts,
+    exclusive,
+    has_writable_ctes,
+    hear,
+    listen,
+    open_engine,
+    translated,
+)
+from taskadapter.coordination.messages import (
+    Acquire,
+    Answered,
+    Done,
+    Failed,
+    Hint,
+    Pulse,
+    Register,
+    Release,
+    Unregister,
+)
+from taskadapter.coordination.schema import create_missing, missing_tables
+from taskadapter.coordination.tokens import acquire, pulse, register, release, unregister
+from taskadapter.errors import AccessDeniedError, DuplicateNodeError, SchemaError, TaskError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection
+
+    from sqlalchemy import Connection
+
+    from taskadapter.coordination.dialects import Database
+    from taskadapter.coordination.lease import Timing
+    from taskadapter.coordination.messages import Answer, Call, Event
+    from taskadapter.coordination.tokens import Node
+
+__all__ = ["Courier"]
+
+_log = logging.getLogger("taskadapter.coordination")
+
+
+class Courier:
+    """Carries a node's calls to the database, and reports what comes back.
+
+    The connection is made for the first call, and kept until a call fails. On PostgreSQL it also
+    listens: what others notify is reported as a `Hint`.
+
+    Raises:
+        CoordinationError: the database is of a kind that nodes cannot coordinate through.
+    """
+
+    def __init__(
+        self, database: Database, me: Node, timing: Timing, report: Callable[[Event], None]
+    ) -> None:
+        timeouts = Timeouts(
+            connect=timing.call_timeout,
+            statement=timing.call_timeout,
+            idle=timing.liveness_check_interval,
+        )
+        engine = open_engine(database, timeouts=timeouts, pre_ping=False)
+        self.one_round_trip = has_writable_ctes(engine.dialect)
+        # A transaction of a client that freezes keeps its locks: a single statement does not.
+        self._engine = engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._me, self._interval, self._report = me, timing.liveness_check_interval, report
+        self._tasks: deque[tuple[Call, Collection[str]] | None] = deque()
+        self._bell, self._button = socket.socketpair()
+        self._connection: Connection | None = None
+        self._ears: int | None = None
+        self._interrupter: Interrupter | None = None
+        self._guard = threading.Lock()
+        self._has_tables = False
+
+    def take(self, call: Call, group_ids: Collection[str]) -> None:
+        """Make a call for a node that stands by for some groups; its outcome is reported."""
+        self._tasks.append((call, group_ids))
+        self._button.send(b"\0")
+
+    def abandon(self) -> None:
+        """Break off the call that is under way, so that it fails soon."""
+        with self._guard:
+            if self._interrupter is not None:
+                self._interrupter()
+
+    def end(self) -> None:
+        """Make no more calls after those taken, and hang up."""
+        self._tasks.append(None)
+        self._button.send(b"\0")
+
+    def run(self) -> None:
+        """Make calls until `end`. Raises nothing: what goes wrong is reported."""
+        while (task := self._next()) is not None:
+            call, group_ids = task
+            self._report(self._make(call, group_ids))
+            self._listen_in()
+        self._hang_up()
+        self._engine.dispose()
+        self._bell.close()
+        self._button.close()
+
+    def _next(self) -> tuple[Call, Collection[str]] | None:
+        while not self._tasks:
+            poll = select.poll()
+            poll.register(self._bell, select.POLLIN)
+            if self._ears is not None:
+                poll.register(self._ears, select.POLLIN)
+            if any(file == self._ears for file, _ in poll.poll()):
+                self._listen_in()
+            elif not self._tasks:
+                self._bell.recv(4096)
+        return self._tasks.popleft()
+
+    def _listen_in(self) -> None:
+        if self._connection is None:
+            return
+        try:
+            for group_id in hear(self._connection):
+                self._report(Hint(group_id))
+        except Exception as exc:  # noqa: BLE001  the driver's errors come unwrapped here
+            _log.debug("the connection was lost while idle: %s", exc)
+            self._hang_up()
+
+    def _make(self, call: Call, group_ids: Collection[str]) -> Event:
+        try:
+            with translated(self._engine.url):
+                return Answered(call, self._serve(self._connected(), call, group_ids))
+        except DuplicateNodeError as exc:
+            return Failed(call, str(exc), exc.age)
+        except TaskError as exc:
+            self._hang_up()
+            return Failed(call, str(exc))
+        except Exception as exc:  # noqa: BLE001  whatever it is, the node must go on
+            self._hang_up()
+            _log.debug("unexpected error", exc_info=True)
+            return Failed(call, f"{type(exc).__name__}: {exc}")
+
+    def _serve(self, connection: Connection, call: Call, group_ids: Collection[str]) -> Answer:
+        match call:
+            case Pulse(tokens=tokens, brief=brief):
+                return pulse(connection, self._me, tokens, group_ids, self._interval, brief=brief)
+            case Acquire(group_id=group_id):
+                with exclusive(connection):
+                    return acquire(connection, self._me, group_id, self._interval)
+            case Register():
+                self._ensure_tables(connection)
+                with exclusive(connection):
+                    register(connection, self._me, group_ids, self._interval)
+            case Release(tokens=tokens):
+                with exclusive(connection):
+                    release(connection, tokens)
+            case Unregister():
+                with exclusive(connection):
+                    unregister(connection, self._me)
+            case _:
+                assert_never(call)
+        return Done()
+
+    def _ensure_tables(self, connection: Connection) -> None:
+        if self._has_tables:
+            return
+        missing = missing_tables(connection)
+        if missing:
+            self._create_tables(connection, missing)
+        self._has_tables = True
+
+    def _create_tables(self, connection: Connection, missing: tuple[str, ...]) -> None:
+        try:
+            with translated(self._engine.url):
+                create_missing(connection)
+        except AccessDeniedError as exc:
+            raise SchemaError(
+                f"{', '.join(missing)}: missing, and this user may not create tables; run "
+                "`taskadapter db init` as one who may, or give a DBA the output of "
+                "`taskadapter db sql`"
+            ) from exc
+
+    def _connected(self) -> Connection:
+        if self._connection is None:
+            self._connection = self._engine.connect()
+            with self._guard:
+                self._interrupter = Interrupter(self._connection)
+            self._ears = listen(self._connection)
+        return self._connection
+
+    def _hang_up(self) -> None:
+        with self._guard:
+            if self._interrupter is not None:
+                self._interrupter.close()
+                self._interrupter = None
+        self._ears = None
+        if self._connection is not None:
+            self._connection.invalidate()
+            self._connection.close()
+            self._connection = None

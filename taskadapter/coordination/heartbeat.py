@@ -1,0 +1,199 @@
+"""Keeps a node's tokens: sends heartbeats, takes over, and steps down in time.
+
+Two threads share the work, so that no call to the database delays a decision. The *decider* feeds
+events to the `lease` and obeys it, and never waits for longer than the lease wants to. The
+*courier* makes the calls. If one hangs, the decider steps down at the deadline without it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import socket
+import threading
+import time
+import uuid
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, assert_never
+
+from taskadapter.coordination.board import NEVER, clock
+from taskadapter.coordination.courier import Courier
+from taskadapter.coordination.lease import Lease, Timing, step
+from taskadapter.coordination.messages import (
+    Abandon,
+    Extended,
+    Gained,
+    Joined,
+    Lost,
+    Refused,
+    ReleaseAsked,
+    ResignAsked,
+    Send,
+    StopAsked,
+    Stopped,
+    Tick,
+)
+from taskadapter.coordination.tokens import Node
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection
+
+    from taskadapter.coordination.dialects import Database
+    from taskadapter.coordination.lease import Step
+    from taskadapter.coordination.messages import Action, Event, Token
+
+__all__ = ["Change", "Heartbeat", "Publish"]
+
+_log = logging.getLogger("taskadapter.coordination")
+
+Change: TypeAlias = Gained | Lost | ResignAsked | Refused | Stopped
+"""What whoever runs the node gets to know."""
+
+_LONGEST_WAIT = 1.0
+"""Seconds after which the decider looks at the clock: waits stand still while a machine sleeps."""
+
+_PAUSE = 0.1
+"""Seconds before it goes on after an error that should not happen."""
+
+
+class Publish(Protocol):
+    """Shows until when a token may be trusted, as `DeadlineBoard.write` does."""
+
+    def __call__(self, token: Token, deadline: float, /) -> None:
+        """Take the deadline, on the board's `clock`; `NEVER` says that it is over."""
+
+
+class Heartbeat:
+    """Takes part, as one node, in the coordination of some groups.
+
+    `tell` gets each `Change`, and `publish` each new deadline, just before it. Both are called in a
+    thread of the heartbeat and must return at once: hand the work over to a thread of your own.
+    What they raise is logged and ignored. Each change, and each fault of the database once, is
+    logged in one line by the logger `taskadapter.coordination`.
+
+    Args:
+        database: Where the nodes coordinate.
+        task_id: The node's name; no other live node may have it.
+        group_ids: The groups it stands by for; `join` changes them.
+        liveness_check_interval: Seconds without heartbeat after which a node is taken for dead.
+        heartbeat_frequency: Seconds from one heartbeat to the next.
+        tell: Hears of changes.
+        publish: Hears of deadlines.
+
+    Raises:
+        ValueError: three heartbeats do not fit into the interval.
+        CoordinationError: the database is of a kind that nodes cannot coordinate through.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        *,
+        task_id: str,
+        group_ids: Collection[str],
+        liveness_check_interval: float,
+        heartbeat_frequency: float,
+        tell: Callable[[Change], None],
+        publish: Publish,
+    ) -> None:
+        timing = Timing(
+            liveness_check_interval=liveness_check_interval,
+            heartbeat_frequency=heartbeat_frequency,
+        )
+        me = Node(task_id, str(uuid.uuid4()), socket.gethostname(), os.getpid())
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._courier = Courier(database, me, timing, self._events.put)
+        self._tell, self._publish = tell, publish
+        self._lease = Lease(
+            task_id=task_id,
+            timing=replace(timing, one_round_trip=self._courier.one_round_trip),
+            group_ids=frozenset(group_ids),
+            next_beat=clock(),
+        )
+        self._stopped = threading.Event()
+
+    def start(self) -> None:
+        """Start to take part; returns at once."""
+        for name, run in [("decider", self._decide), ("courier", self._courier.run)]:
+            threading.Thread(target=run, name=f"taskadapter-{name}", daemon=True).start()
+
+    def stop(self, timeout: float | None = None) -> bool:
+        """Release all tokens, wake the standbys, leave, and return whether that was done in time.
+
+        Trust ends at once, so end all runs before. Without a database it takes as long as two calls
+        may take. More calls, also from other threads, wait for the same end.
+        """
+        self._events.put(StopAsked())
+        return self._stopped.wait(timeout)
+
+    def join(self, group_ids: Collection[str]) -> None:
+        """Stand by for exactly these groups from now on; tokens of others are released."""
+        self._events.put(Joined(frozenset(group_ids)))
+
+    def release(self, group_id: str) -> None:
+        """Hand a group over, its runs having ended. For a while the node leaves it to others."""
+        self._events.put(ReleaseAsked(group_id))
+
+    def token(self, group_id: str) -> Token | None:
+        """Return the token of a group if the node may trust it now, else None."""
+        lease = self._lease
+        return lease.held[group_id].token if lease.trusts(group_id, clock()) else None
+
+    def _decide(self) -> None:
+        while not self._lease.stopped or self._lease.held:
+            try:
+                self._obey(self._advance())
+            except Exception:  # noqa: BLE001  a mistake of ours must not end the decisions
+                _log.exception("the heartbeat goes on after an error that should not happen")
+                time.sleep(_PAUSE)
+        self._courier.end()
+        self._stopped.set()
+
+    def _advance(self) -> Step:
+        wait = min(_LONGEST_WAIT, self._lease.wake_at() - clock())
+        try:
+            event = self._events.get(timeout=max(0.0, wait))
+        except queue.Empty:
+            event = Tick()
+        done = step(self._lease, event, clock())
+        self._lease = done.lease
+        return done
+
+    def _obey(self, done: Step) -> None:
+        for action in done.actions:
+            self._do(action)
+        if done.sentence:
+            _log.log(_level(done), "node %s: %s", done.lease.task_id, done.sentence)
+
+    def _do(self, action: Action) -> None:
+        match action:
+            case Send(call):
+                self._courier.take(call, self._lease.group_ids)
+            case Abandon():
+                self._courier.abandon()
+            case Extended(token, deadline):
+                self._call_out(self._publish, token, deadline)
+            case Gained(token, deadline):
+                self._call_out(self._publish, token, deadline)
+                self._call_out(self._tell, action)
+            case Lost(token):
+                self._call_out(self._publish, token, NEVER)
+                self._call_out(self._tell, action)
+            case ResignAsked() | Refused() | Stopped():
+                self._call_out(self._tell, action)
+            case _:
+                assert_never(action)
+
+    def _call_out(self, function: Callable[..., None], *arguments: Any) -> None:
+        try:
+            function(*arguments)
+        except Exception:  # noqa: BLE001  a mistake of theirs must not end the decisions
+            _log.exception("%r failed", function)
+
+
+def _level(done: Step) -> int:
+    """Say how loud a sentence is: a node that acts as asked is no reason to worry."""
+    lost = any(isinstance(action, Lost) and not action.asked for action in done.actions)
+    refused = any(isinstance(action, Refused) for action in done.actions)
+    return logging.WARNING if lost or refused or done.lease.faults else logging.INFO

@@ -1,0 +1,334 @@
+"""What becomes of runs that fail, take too long, are cancelled or crash, and of the job afterwards."""
+
+from __future__ import annotations
+
+import itertools
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+
+import pytest
+from prefect.client.schemas.objects import StateType
+from prefect.states import Cancelling
+
+from tests.acceptance.project import Prefect, Project, due, is_alive, state_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from prefect.client.schemas.objects import FlowRun
+
+RETRIED = """
+    from datetime import datetime, timedelta
+    from ledger import note
+    from taskadapter import (
+        Listener, RetryConfiguration, RetryStrategy, TaskPolicy, TriggerConfiguration, current_run
+    )
+
+    def once(start, interval, **retries):
+        first = datetime.fromisoformat("{start}") + timedelta(seconds=start)
+        trigger = TriggerConfiguration(interval=interval, max_count=1, start_time=first)
+        return Listener(trigger=trigger, retry_config=RetryConfiguration(**retries))
+
+    @once(0, 20, max_attempts=5, retry_interval=0.5).service("recovers")
+    def recovers() -> None:
+        note("recovers", "attempt", number=current_run().attempt)
+        if current_run().attempt < 3:
+            raise ConnectionError("not yet")
+
+    @once(
+        3,
+        20,
+        max_attempts=4,
+        retry_interval=0.5,
+        backoff_strategy=RetryStrategy.EXPONENTIAL,
+        max_interval=1.5,
+    ).service("gives-up")
+    def gives_up() -> None:
+        note("gives-up", "attempt", number=current_run().attempt)
+        raise ConnectionError(f"error {{current_run().attempt}}")
+
+    @once(2, 20, max_attempts=2, retry_interval=0.5).service("async-recovers")
+    async def async_recovers() -> None:
+        note("async-recovers", "attempt", number=current_run().attempt)
+        if current_run().attempt < 3:
+            raise ConnectionError("not yet")
+
+    @once(5, 6, max_attempts=9, retry_interval=2.5).service("out-of-time")
+    def out_of_time() -> None:
+        note("out-of-time", "attempt", number=current_run().attempt)
+        raise ConnectionError(f"error {{current_run().attempt}}")
+
+    @once(6, 1, max_attempts=9, retry_interval=1).service("no-time")
+    def no_time() -> None:
+        note("no-time", "attempt", number=current_run().attempt)
+        raise ConnectionError(f"error {{current_run().attempt}}")
+"""
+
+FAILING = """
+    from ledger import note
+    from taskadapter import ErrorPolicy, Listener, TaskPolicy, TriggerConfiguration
+
+    def fail(name):
+        note(name, "ran")
+        raise ValueError("as always")
+
+    def listener(max_count=-1, **policy):
+        trigger = TriggerConfiguration(interval=1, max_count=max_count)
+        return Listener(trigger=trigger, task_policy=TaskPolicy(**policy))
+
+    @listener(max_concurrent=1).service("ends")
+    def ends() -> None:
+        fail("ends")
+
+    @listener(error_policy=ErrorPolicy.TERMINATE).service("ends-silently")
+    def ends_silently() -> None:
+        fail("ends-silently")
+
+    @listener(3, error_policy=ErrorPolicy.LOG_AND_CONTINUE).service("goes-on")
+    def goes_on() -> None:
+        fail("goes-on")
+"""
+
+STOPPED = """
+    import asyncio, os, signal, time
+    from ledger import note
+    from taskadapter import (
+        ErrorPolicy, Listener, RetryConfiguration, TaskPolicy, TriggerConfiguration, current_run
+    )
+
+    def hook(name, what):
+        return [lambda flow, run, state: note(name, what, run=run.id)]
+
+    one_by_one = Listener(
+        trigger=TriggerConfiguration(interval=2, max_count=2),
+        task_policy=TaskPolicy(max_concurrent=1),
+    )
+
+    @one_by_one.service("cancelled", on_cancellation=hook("cancelled", "hook"))
+    def cancelled() -> None:
+        note("cancelled", "began")
+        try:
+            while current_run().count == 1:
+                time.sleep(0.1)
+        finally:
+            note("cancelled", "cleaned up")
+        note("cancelled", "finished")
+
+    @one_by_one.service("async-cancelled", on_cancellation=hook("async-cancelled", "hook"))
+    async def async_cancelled() -> None:
+        note("async-cancelled", "began")
+        try:
+            while current_run().count == 1:
+                await asyncio.sleep(0.1)
+        finally:
+            note("async-cancelled", "cleaned up")
+        note("async-cancelled", "finished")
+
+    patient = Listener(
+        trigger=TriggerConfiguration(interval=2, max_count=2),
+        task_policy=TaskPolicy(error_policy=ErrorPolicy.LOG_AND_CONTINUE, max_concurrent=1),
+        retry_config=RetryConfiguration(max_attempts=3, retry_interval=0.1),
+    )
+
+    @patient.service("timed-out", timeout_seconds=5)
+    def timed_out() -> None:
+        note("timed-out", "began")
+        while current_run().count == 1:
+            time.sleep(0.1)
+        note("timed-out", "finished")
+
+    @patient.service("async-timed-out", timeout_seconds=5)
+    async def async_timed_out() -> None:
+        note("async-timed-out", "began")
+        while current_run().count == 1:
+            await asyncio.sleep(0.1)
+        note("async-timed-out", "finished")
+
+    crashing = Listener(
+        trigger=TriggerConfiguration(interval=2, max_count=3), task_policy=TaskPolicy(max_concurrent=1)
+    )
+
+    @crashing.service("crashes", on_crashed=hook("crashes", "hook"))
+    def crashes() -> None:
+        note("crashes", "began")
+        if current_run().count == 1:
+            os._exit(3)
+        if current_run().count == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        note("crashes", "finished")
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def node(project: Project) -> Iterator[None]:
+    """An agent, and the jobs of this module."""
+    # The waits of retries are measured: those jobs start one after another, behind the others.
+    start = datetime.now(UTC) + timedelta(seconds=20)
+    project.write("flows/retried.py", RETRIED.format(start=start))
+    project.write("flows/failing.py", FAILING)
+    project.write("flows/stopped.py", STOPPED)
+    with project.agent("node-1", "--limit", "8"):
+        project.deploy()
+        yield
+
+
+def began(run: FlowRun) -> datetime:
+    """Return when a run that was executed started."""
+    assert run.start_time is not None
+    return run.start_time
+
+
+def only_run(project: Project, prefect: Prefect, job: str) -> FlowRun:
+    """Return the one run of a job that was executed, once it is final."""
+    project.wait_for(job, "attempt")
+    prefect.wait_for_put_away(job)
+    (run,) = prefect.executed(job)
+    return prefect.wait_for_end(run)
+
+
+def waits(project: Project, job: str) -> list[float]:
+    """Return the seconds from each attempt to the next."""
+    times = [entry.at for entry in project.entries(job, "attempt")]
+    return [later - earlier for earlier, later in itertools.pairwise(times)]
+
+
+def assert_waited(actual: list[float], expected: list[float]) -> None:
+    """Each wait lasted as long as declared, and not much longer."""
+    assert len(actual) == len(expected)
+    assert all(wanted <= real < wanted + 3 for real, wanted in zip(actual, expected, strict=True)), actual
+
+
+@pytest.mark.parametrize("job", ["recovers", "async-recovers"])
+def test_a_job_that_recovers_is_completed(project: Project, prefect: Prefect, job: str) -> None:
+    """Two failures and a success are one Completed run, whose retries show in the UI."""
+    run = only_run(project, prefect, job)
+
+    assert state_of(run).name == "Completed"
+    states = [state.name for state in prefect.history(run)]
+    assert states[:3] == ["Scheduled", "Pending", "Running"], states
+    assert states[3:] == [
+        "AwaitingRetry",
+        "Retrying",
+        "AwaitingRetry",
+        "Retrying",
+        "Completed",
+    ], states
+    assert run.run_count == 3
+    assert [entry["number"] for entry in project.entries(job, "attempt")] == [1, 2, 3]
+    assert_waited(waits(project, job), [0.5, 0.5])
+
+
+def test_a_job_that_does_not_recover_reports_its_last_error(project: Project, prefect: Prefect) -> None:
+    """The waits double up to their limit; when no attempt is left the run fails with the last error."""
+    run = only_run(project, prefect, "gives-up")
+
+    assert state_of(run).name == "Failed"
+    assert "error 5" in str(state_of(run).message)
+    assert run.run_count == 5
+    assert_waited(waits(project, "gives-up"), [0.5, 1, 1.5, 1.5])
+
+
+def test_no_attempt_reaches_into_the_next_tick(project: Project, prefect: Prefect) -> None:
+    """An attempt that would start with the next tick or after it is not made, but every other is."""
+    run = only_run(project, prefect, "out-of-time")
+
+    attempts = project.entries("out-of-time", "attempt")
+    # A tick that starts when the next one is due already has its window from its own start.
+    late = began(run) - due(run) >= timedelta(seconds=6)
+    end = (began(run) if late else due(run)).timestamp() + 6
+    assert attempts[-1].at < end + 2  # what the API takes to be told of it
+    assert attempts[-1].at + 2.5 > end - 1
+    assert 1 <= len(attempts) <= 3
+    assert state_of(run).name == "Failed"
+    assert f"error {len(attempts)}" in str(state_of(run).message)
+
+
+def test_no_retry_is_made_that_waits_for_an_interval(project: Project, prefect: Prefect) -> None:
+    """With a `retry_interval` as long as the interval there is one attempt."""
+    run = only_run(project, prefect, "no-time")
+
+    assert len(project.entries("no-time", "attempt")) == 1
+    assert state_of(run).name == "Failed"
+    assert "error 1" in str(state_of(run).message)
+
+
+@pytest.mark.parametrize(("job", "is_logged"), [("ends", True), ("ends-silently", False)])
+def test_an_error_ends_the_job(project: Project, prefect: Prefect, job: str, is_logged: bool) -> None:
+    """When the job ends no other run starts; its schedule is inactive and nothing is left to run."""
+    project.wait_for(job, "ran")
+    prefect.wait_for_put_away(job)
+    first, *others = sorted(map(prefect.wait_for_end, prefect.executed(job)), key=began)
+
+    assert state_of(first).name == "Failed"
+    assert "as always" in str(state_of(first).message)
+    # A tick was due a second later, and was claimed already.
+    (schedule,) = prefect.deployment(job).schedules
+    assert schedule.updated is not None
+    assert [run for run in others if began(run) > schedule.updated] == []
+    assert len(project.entries(job, "ran")) == 1 + len(others)
+    assert prefect.runs(job, "Late", "Scheduled", "Pending", "Running") == []
+    log = prefect.wait_for_logs(first, "as always")
+    assert any("the job ends on all nodes" in line for line in log) == is_logged
+
+
+def test_an_error_ends_a_job_that_runs_one_at_a_time_at_once(project: Project, prefect: Prefect) -> None:
+    """A tick that was waiting for the failed run is not executed."""
+    prefect.wait_for_put_away("ends")
+
+    assert len(project.entries("ends", "ran")) == 1
+    assert len(prefect.executed("ends")) == 1
+
+
+def test_an_error_does_not_end_a_job_that_is_to_continue(project: Project, prefect: Prefect) -> None:
+    """Each tick fails, and the next one runs."""
+    project.wait_for("goes-on", "ran", 3)
+    prefect.wait_for_put_away("goes-on")
+
+    assert len(project.entries("goes-on", "ran")) == 3
+    assert len(prefect.wait_for_runs("goes-on", "Failed", count=3)) == 3
+    assert len(prefect.executed("goes-on")) == 3
+
+
+@pytest.mark.parametrize("job", ["cancelled", "async-cancelled"])
+def test_a_cancelled_run_is_interrupted(project: Project, prefect: Prefect, job: str) -> None:
+    """Its body can clean up, its hook runs, it ends as Cancelled, and the next tick runs elsewhere."""
+    (began,) = project.wait_for(job, "began")
+    (run,) = prefect.wait_for_runs(job, "Running", count=1)
+    prefect.client.set_flow_run_state(run.id, Cancelling())
+    ended = prefect.wait_for_end(run)
+
+    assert state_of(ended).name == "Cancelled"
+    assert len(project.entries(job, "cleaned up")) >= 1
+    hooks = project.wait_for(job, "hook")
+    assert [hook["run"] for hook in hooks] == [str(run.id)]
+    (finished,) = project.wait_for(job, "finished")
+    assert finished.pid != began.pid
+    assert not is_alive(began.pid)
+    assert len(prefect.wait_for_runs(job, "Completed", count=1)) == 1
+
+
+@pytest.mark.parametrize("job", ["timed-out", "async-timed-out"])
+def test_a_run_that_takes_too_long_is_ended(project: Project, prefect: Prefect, job: str) -> None:
+    """It fails as TimedOut, whatever its retries; the next tick runs."""
+    (run,) = prefect.wait_for_runs(job, "TimedOut", count=1)
+    began, *others = project.wait_for(job, "began", 2)
+    (finished,) = project.wait_for(job, "finished")
+
+    assert state_of(run).type is StateType.FAILED
+    assert [other.pid for other in others] == [finished.pid]
+    assert finished.pid != began.pid
+    assert len(prefect.wait_for_runs(job, "Completed", count=1)) == 1
+
+
+def test_a_crash_is_reported_and_the_job_goes_on(project: Project, prefect: Prefect) -> None:
+    """An exit and a signal each show as Crashed with status and node; the third tick completes."""
+    project.wait_for("crashes", "finished")
+    exited, killed = prefect.wait_for_runs("crashes", "Crashed", count=2)
+    (completed,) = prefect.wait_for_runs("crashes", "Completed", count=1)
+    hooks = project.wait_for("crashes", "hook", 2)
+
+    assert "exited with status 3" in str(state_of(exited).message)
+    assert "SIGKILL" in str(state_of(killed).message)
+    assert all("node-1" in str(state_of(run).message) for run in (exited, killed))
+    assert [hook["run"] for hook in hooks] == [str(exited.id), str(killed.id)]
+    assert due(exited) < due(killed) < due(completed)

@@ -1,0 +1,305 @@
+"""What works in Prefect's flows works on warm hosts: hooks, tasks, subflows, logs, parameters, pull."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate
+from prefect.client.schemas.schedules import CronSchedule
+
+from deployments.local import prefect_command
+from tests.acceptance.project import Prefect, Project, is_alive, state_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+HOOKED = """
+    from ledger import note
+    from taskadapter import ErrorPolicy, Listener, TaskPolicy, TriggerConfiguration
+
+    listener = Listener(
+        trigger=TriggerConfiguration(interval=3600, start_time="2100-01-01T00:00Z"),
+        task_policy=TaskPolicy(error_policy=ErrorPolicy.LOG_AND_CONTINUE),
+    )
+
+    def hook(job, what):
+        return [lambda flow, run, state: note(job, what, run=run.id, state=state.name)]
+
+    async def async_hook(flow, run, state):
+        note("completes", "async hook", run=run.id, state=state.name)
+
+    @listener.service(
+        "completes",
+        on_completion=[*hook("completes", "hook"), async_hook],
+        on_failure=hook("completes", "wrong hook"),
+    )
+    def completes() -> None:
+        print("a line that", "the job prints")
+
+    @listener.service(
+        "fails", on_failure=hook("fails", "hook"), on_completion=hook("fails", "wrong hook")
+    )
+    def fails() -> None:
+        raise ValueError("as always")
+"""
+
+TASKS = """
+    import asyncio
+    from ledger import note
+    from prefect import flow, task
+    from prefect.task_runners import ThreadPoolTaskRunner
+    from taskadapter import ErrorPolicy, Listener, TaskError, TaskPolicy, TriggerConfiguration, current_run
+
+    listener = Listener(
+        trigger=TriggerConfiguration(interval=3600, start_time="2100-01-01T00:00Z"),
+        task_policy=TaskPolicy(error_policy=ErrorPolicy.LOG_AND_CONTINUE),
+    )
+
+    @task
+    def double(number: int) -> int:
+        note("tasks", "doubled", number=number, count=current_run().count)
+        return 2 * number
+
+    @task
+    async def add(numbers: list[int]) -> int:
+        await asyncio.sleep(0)
+        return sum(numbers)
+
+    @task
+    def fail() -> None:
+        raise ValueError("as always")
+
+    @flow
+    def below(number: int) -> int:
+        note("tasks", "below", job_id=str(current_run().job_id), number=number)
+        return double(number)
+
+    @listener.service("tasks", task_runner=ThreadPoolTaskRunner(max_workers=3))
+    def tasks() -> None:
+        doubled = double.map([1, 2, 3]).result()
+        note("tasks", "mapped", result=doubled, job_id=str(current_run().job_id))
+        note("tasks", "added", result=asyncio.run(add(doubled)))
+        note("tasks", "subflow", result=below(10))
+
+    @listener.service("async-tasks")
+    async def async_tasks() -> None:
+        one, two = await asyncio.gather(add([1, 2]), add([3, 4]))
+        failed = fail(return_state=True)
+        note("async-tasks", "added", result=one + two, failed=failed.name, node=current_run().task_id)
+
+    @listener.service("tick")
+    def tick() -> None:
+        note("tick", "ran", job_id=str(current_run().job_id), due=current_run().scheduled_time.isoformat(),
+             attempt=current_run().attempt, node=current_run().task_id)
+"""
+
+CHANGING = """
+    from helper import VERSION
+    from ledger import note
+    from taskadapter import Listener, TriggerConfiguration
+
+    listener = Listener(trigger=TriggerConfiguration(interval=3600, start_time="2100-01-01T00:00Z"))
+
+    @listener.service("changing")
+    def changing() -> None:
+        note("changing", "ran", flow={version}, helper=VERSION)
+"""
+
+PLAIN = """
+    import os
+    import pathlib
+    from ledger import note
+    from prefect import flow
+
+    @flow
+    def plain(word: str = "none", number: int = 0) -> None:
+        note("plain", "ran", word=word, number=number, folder=str(pathlib.Path.cwd()),
+             first=os.environ.get("FIRST"), second=os.environ.get("SECOND"))
+"""
+
+NODE = "node-1"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def node(project: Project, prefect: Prefect) -> Iterator[int]:
+    """An agent and the jobs of this module, which tests start by hand; yields the agent's process id."""
+    project.write("flows/hooked.py", HOOKED)
+    project.write("flows/tasks.py", TASKS)
+    project.write("helper.py", "VERSION = 1")
+    project.write("flows/changing.py", CHANGING.format(version=1))
+    project.write("plain.py", PLAIN)
+    with project.agent(NODE) as agent:
+        project.deploy()
+        yield agent.pid
+
+
+def deploy_plain(project: Project, prefect: Prefect, name: str, **options: Any) -> str:
+    """Deploy the flow that is not of ours, as any user of Prefect may; returns the deployment's name."""
+    flow = prefect.client.create_flow_from_name("plain")
+    options = {"entrypoint": "plain.py:plain", "work_pool_name": project.pool} | options
+    prefect.client.create_deployment(flow, name, **options)
+    return f"plain/{name}"
+
+
+def test_the_hooks_of_a_completed_run_are_called(project: Project, prefect: Prefect) -> None:
+    """Hooks for completion, sync and async, run once; others do not."""
+    run = prefect.wait_for_end(prefect.start("completes"))
+    project.wait_for("completes", "async hook")
+
+    ours = [entry for entry in project.entries("completes") if entry["run"] == str(run.id)]
+    assert [(e.what, e["state"]) for e in ours] == [("hook", "Completed"), ("async hook", "Completed")]
+
+
+def test_the_hooks_of_a_failed_run_are_called(project: Project, prefect: Prefect) -> None:
+    """Hooks for failure run once; others do not."""
+    run = prefect.wait_for_end(prefect.start("fails"))
+    project.wait_for("fails", "hook")
+
+    ours = [entry for entry in project.entries("fails") if entry["run"] == str(run.id)]
+    assert [(entry.what, entry["state"]) for entry in ours] == [("hook", "Failed")]
+
+
+def test_what_a_job_prints_is_in_its_log(prefect: Prefect) -> None:
+    """The UI shows what `print` writes."""
+    run = prefect.wait_for_end(prefect.start("completes"))
+
+    prefect.wait_for_logs(run, "a line that the job prints")
+
+
+def test_tasks_and_subflows_run_inside_a_job(project: Project, prefect: Prefect) -> None:
+    """Their runs are in the API with their states, also those of a thread pool, and know their job."""
+    run = prefect.wait_for_end(prefect.start("tasks"))
+    job = str(prefect.deployment("tasks").id)
+
+    assert state_of(run).name == "Completed"
+    (mapped,) = project.entries("tasks", "mapped")
+    (added,) = project.entries("tasks", "added")
+    (below,) = project.entries("tasks", "subflow")
+    assert (mapped["result"], added["result"], below["result"]) == ([2, 4, 6], 12, 20)
+    assert [entry["number"] for entry in project.entries("tasks", "below")] == [10]
+    doubled = project.entries("tasks", "doubled")
+    assert sorted(entry["number"] for entry in doubled) == [1, 2, 3, 10]
+    assert {entry.pid for entry in doubled} == {mapped.pid}
+    states = prefect.wait_for_tasks(run, 5)
+    assert sorted(states) == ["add Completed"] + ["below Completed"] + ["double Completed"] * 3
+    assert {mapped["job_id"], project.entries("tasks", "below")[0]["job_id"]} == {job}
+
+
+def test_an_async_job_runs_tasks_together(project: Project, prefect: Prefect) -> None:
+    """Async tasks are gathered; a task that fails shows as Failed and does not end the job."""
+    run = prefect.wait_for_end(prefect.start("async-tasks"))
+
+    assert state_of(run).name == "Completed"
+    (entry,) = project.entries("async-tasks", "added")
+    assert (entry["result"], entry["failed"], entry["node"]) == (10, "Failed", NODE)
+    states = prefect.wait_for_tasks(run, 3)
+    assert sorted(states) == ["add Completed", "add Completed", "fail Failed"]
+
+
+def test_a_job_knows_its_run(project: Project, prefect: Prefect) -> None:
+    """`current_run` names the job, the tick's time, the attempt and the node."""
+    run = prefect.wait_for_end(prefect.start("tick"))
+
+    entry = project.wait_for("tick", "ran")[-1]
+    assert entry["job_id"] == str(prefect.deployment("tick").id)
+    assert datetime.fromisoformat(entry["due"]) == run.expected_start_time
+    assert (entry["attempt"], entry["node"]) == (1, NODE)
+
+
+def test_changed_code_is_picked_up_without_a_restart(project: Project, prefect: Prefect, node: int) -> None:
+    """The next run has the new flow module and the new helper module; the agent is the same."""
+
+    def versions() -> tuple[int, int]:
+        before = len(project.entries("changing", "ran"))
+        ended = prefect.wait_for_end(prefect.start("changing"))
+        assert state_of(ended).name == "Completed"
+        entry = project.wait_for("changing", "ran", before + 1)[-1]
+        return entry["flow"], entry["helper"]
+
+    seen = [versions()]
+    project.write("helper.py", "VERSION = 2")
+    seen.append(versions())
+    project.write("flows/changing.py", CHANGING.format(version=2))
+    seen.append(versions())
+
+    assert seen == [(1, 1), (1, 2), (2, 2)]
+    assert is_alive(node)
+
+
+def test_a_plain_flow_gets_its_parameters(project: Project, prefect: Prefect) -> None:
+    """A deployment that is not of ours runs as Prefect runs it; `prefect deployment run` starts it."""
+    cron = DeploymentScheduleCreate(schedule=CronSchedule(cron="0 0 1 1 *"), active=True)
+    parameters = {"word": "from the deployment", "number": 1}
+    name = deploy_plain(project, prefect, "with-cron", schedules=[cron], parameters=parameters)
+    run = prefect.wait_for_end(prefect.start(name, parameters={"number": 2}))
+
+    assert state_of(run).name == "Completed"
+    entry = project.entries("plain", "ran")[-1]
+    assert (entry["word"], entry["number"]) == ("from the deployment", 2)
+    assert entry["folder"] == str(project.folder)
+    assert prefect.is_active(name)
+
+
+def test_the_command_line_starts_a_run(project: Project, prefect: Prefect) -> None:
+    """`prefect deployment run --watch` ends when the run has, with its success."""
+    schema = {"type": "object", "properties": {"word": {"type": "string", "title": "word"}}}
+    name = deploy_plain(project, prefect, "from-the-shell", parameter_openapi_schema=schema)
+    project.prefect("deployment", "run", name, "--param", "word=shell", "--watch")
+
+    assert project.entries("plain", "ran")[-1]["word"] == "shell"
+
+
+def test_pull_steps_are_honoured(project: Project, prefect: Prefect) -> None:
+    """A deployment whose pull step goes to another folder runs the code of that folder, in it."""
+    project.write("elsewhere/other.py", PLAIN.replace('"plain"', '"elsewhere"'))
+    elsewhere = str(project.folder / "elsewhere")
+    step = {"prefect.deployments.steps.set_working_directory": {"directory": elsewhere}}
+    name = deploy_plain(project, prefect, "pulled", entrypoint="other.py:plain", pull_steps=[step])
+    run = prefect.wait_for_end(prefect.start(name, parameters={"word": "pulled"}))
+
+    assert state_of(run).name == "Completed", state_of(run).message
+    (entry,) = project.entries("elsewhere", "ran")
+    assert (entry["word"], entry["folder"]) == ("pulled", elsewhere)
+
+
+def test_environments_do_not_leak(project: Project, prefect: Prefect) -> None:
+    """The variables of a deployment reach its runs, and not those of another."""
+    seen = []
+    names = [
+        deploy_plain(project, prefect, name.lower(), job_variables={"env": {name: "set"}})
+        for name in ("FIRST", "SECOND")
+    ]
+    for name in [*names, *names, deploy_plain(project, prefect, "neither")]:
+        assert state_of(prefect.wait_for_end(prefect.start(name))).name == "Completed"
+        entry = project.entries("plain", "ran")[-1]
+        seen.append((entry["first"], entry["second"]))
+
+    assert seen == [("set", None), (None, "set")] * 2 + [(None, None)]
+
+
+def test_another_worker_cannot_run_a_job(project: Project, prefect: Prefect) -> None:
+    """Started by Prefect's process worker, a job refuses, and names the command that runs it."""
+    pool = f"{project.pool}-process"
+    prefect.client.create_work_pool(WorkPoolCreate(name=pool, type="process"))
+    flow = prefect.client.create_flow_from_name("completes")
+    entrypoint = "flows/hooked.py:completes"
+    prefect.client.create_deployment(
+        flow, "strayed", entrypoint=entrypoint, work_pool_name=pool, path=str(project.folder)
+    )
+    run = prefect.start("completes/strayed")
+    project.prefect("worker", "start", "--pool", pool, "--type", "process", "--run-once")
+    ended = prefect.wait_for_end(run)
+
+    assert state_of(ended).name == "Failed"
+    assert "prefect worker start" in str(state_of(ended).message)
+    assert "warm-backup" in str(state_of(ended).message)
+
+
+def test_a_direct_call_is_not_gated(project: Project) -> None:
+    """In a shell or a test a job is an ordinary flow."""
+    call = "from flows.tasks import tick; print(tick())"
+    project.run(prefect_command().replace("prefect", "python"), "-c", call)
+
+    assert project.entries("tick", "ran")[-1]["node"] is None

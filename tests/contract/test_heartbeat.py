@@ -1,0 +1,325 @@
+"""Nodes that take part, on every database: real threads, real connections, short intervals."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, event, text
+
+from taskadapter.coordination.board import NEVER, DeadlineBoard, clock
+from taskadapter.coordination.dialects import open_engine, transaction
+from taskadapter.coordination.heartbeat import Change, Heartbeat
+from taskadapter.coordination.messages import Gained, Lost, Refused, ResignAsked, Stopped, Token
+from taskadapter.coordination.tokens import read_status, request_resign
+from tests.contract.proxy import Proxy
+
+GROUP = "group"
+INTERVAL, FREQUENCY = 1.5, 0.25
+
+
+class Node:
+    """A heartbeat, and what it told."""
+
+    def __init__(self, database: Any, task_id: str, groups: list[str], **timing: float) -> None:
+        self.changes: list[Change] = []
+        self.deadlines: dict[Token, float] = {}
+        self._changed = threading.Condition()
+        options = {
+            "liveness_check_interval": INTERVAL,
+            "heartbeat_frequency": FREQUENCY,
+            **timing,
+        }
+        self.heartbeat = Heartbeat(
+            database,
+            task_id=task_id,
+            group_ids=groups,
+            tell=self._hear,
+            publish=self.deadlines.__setitem__,
+            **options,
+        )
+        self.heartbeat.start()
+
+    def _hear(self, change: Change) -> None:
+        with self._changed:
+            self.changes.append(change)
+            self._changed.notify_all()
+
+    def wait_for(self, kind: type, *, count: int = 1, timeout: float = 10) -> float:
+        """Wait until so many changes of a kind were told, and return how long that took."""
+        start = time.monotonic()
+        with self._changed:
+            assert self._changed.wait_for(
+                lambda: sum(isinstance(c, kind) for c in self.changes) >= count, timeout
+            ), f"no {kind.__name__} in {self.changes}"
+        return time.monotonic() - start
+
+    def last(self, kind: type) -> Any:
+        return [change for change in self.changes if isinstance(change, kind)][-1]
+
+
+Start = Callable[..., Node]
+
+
+@pytest.fixture
+def start(engine: Engine) -> Iterator[Start]:
+    """Start nodes on a database; all are stopped in the end."""
+    nodes: list[Node] = []
+
+    def run(task_id: str, groups: tuple[str, ...] = (GROUP,), database: Any = None, **t: float) -> Node:
+        nodes.append(Node(database or engine.url, task_id, list(groups), **t))
+        return nodes[-1]
+
+    yield run
+    for node in nodes:
+        node.heartbeat.stop(timeout=10)
+
+
+@pytest.fixture
+def proxy(engine: Engine) -> Iterator[Proxy]:
+    """A way to the server that can be blocked."""
+    if engine.dialect.name == "sqlite":
+        pytest.skip("SQLite has no server")
+    port = engine.url.port or {"postgresql": 5432, "mysql": 3306}[engine.dialect.name]
+    between = Proxy(engine.url.host or "127.0.0.1", port)
+    yield between
+    between.close()
+
+
+def through(engine: Engine, proxy: Proxy) -> Any:
+    return engine.url.set(host="127.0.0.1", port=proxy.port)
+
+
+@contextmanager
+def statements() -> Iterator[list[tuple[str, str]]]:
+    """Collect what heartbeats execute, and with which parameters."""
+    executed: list[tuple[str, str]] = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
+        if threading.current_thread().name == "taskadapter-courier":
+            executed.append((statement, str(parameters)))
+
+    event.listen(Engine, "before_cursor_execute", note)
+    yield executed
+    event.remove(Engine, "before_cursor_execute", note)
+
+
+def test_one_is_active_and_hands_over(start: Start) -> None:
+    """The first node becomes active, the second stands by, and is active soon after it stops."""
+    first = start("node-1")
+    first.wait_for(Gained)
+    second = start("node-2")
+    time.sleep(3 * FREQUENCY)
+    token = first.heartbeat.token(GROUP)
+    assert token == Token(GROUP, "node-1", 1)
+    assert second.heartbeat.token(GROUP) is None
+    assert first.heartbeat.stop(timeout=5)
+    assert second.wait_for(Gained) < 1
+    assert second.heartbeat.token(GROUP) == Token(GROUP, "node-2", 2)
+    assert first.deadlines[token] == NEVER
+    assert [type(change) for change in first.changes] == [Gained, Lost, Stopped]
+    assert first.last(Lost).asked
+
+
+def test_deadlines_are_published(start: Start) -> None:
+    """While a node is active the deadline it shows lies ahead, and moves."""
+    node = start("node-1")
+    node.wait_for(Gained)
+    token = node.last(Gained).token
+    before = node.deadlines[token]
+    time.sleep(2.5 * FREQUENCY)
+    assert before < node.deadlines[token]
+    assert clock() < node.deadlines[token] < clock() + INTERVAL
+
+
+def test_a_board_can_be_plugged_in(engine: Engine, tmp_path: Any) -> None:
+    """`DeadlineBoard.write` is what a heartbeat publishes to."""
+    gained = threading.Event()
+    with DeadlineBoard.create(tmp_path / "board") as board:
+        heartbeat = Heartbeat(
+            engine.url,
+            task_id="node-1",
+            group_ids=[GROUP],
+            liveness_check_interval=INTERVAL,
+            heartbeat_frequency=FREQUENCY,
+            tell=lambda _: gained.set(),
+            publish=board.write,
+        )
+        heartbeat.start()
+        assert gained.wait(10)
+        token = heartbeat.token(GROUP)
+        assert token is not None
+        assert board.read(token) > clock()
+        assert heartbeat.stop(10)
+        assert board.read(token) == NEVER
+
+
+def test_a_second_process_with_the_name_is_refused(start: Start) -> None:
+    """While a node lives, another with its name is refused, told why, and harms nothing."""
+    first = start("node-1")
+    first.wait_for(Gained)
+    second = start("node-1")
+    second.wait_for(Refused)
+    assert "task_id 'node-1' is in use by process" in second.last(Refused).reason
+    assert second.heartbeat.stop(5)
+    assert first.heartbeat.token(GROUP) is not None
+    assert len(first.changes) == 1
+
+
+def test_resigning_on_request(start: Start, engine: Engine) -> None:
+    """Asked to resign, a node is told so, and hands over when its runs have ended."""
+    first = start("node-1")
+    first.wait_for(Gained)
+    second = start("node-2")
+    with transaction(engine) as connection:
+        request_resign(connection, GROUP)
+    assert first.wait_for(ResignAsked) < 1
+    assert first.heartbeat.token(GROUP) is not None
+    first.heartbeat.release(GROUP)
+    second.wait_for(Gained)
+    time.sleep(2 * FREQUENCY)
+    assert first.heartbeat.token(GROUP) is None
+
+
+def test_groups_can_change(start: Start, engine: Engine) -> None:
+    """A node takes on new groups and gives up old ones while it runs."""
+    node = start("node-1", ("a", "b"))
+    node.wait_for(Gained, count=2)
+    node.heartbeat.join(["b", "c"])
+    node.wait_for(Gained, count=3)
+    held = [group for group in "abc" if node.heartbeat.token(group)]
+    assert held == ["b", "c"]
+    with transaction(engine) as connection:
+        assert read_status(connection).nodes[0].group_ids == ("b", "c")
+
+
+def test_tables_are_made_if_missing(start: Start, engine: Engine) -> None:
+    """A node that may creates the tables it needs."""
+    from taskadapter.coordination import schema
+
+    with engine.begin() as connection:
+        schema.metadata.drop_all(connection)
+    start("node-1").wait_for(Gained)
+
+
+def test_one_statement_each_heartbeat(start: Start, engine: Engine) -> None:
+    """However many groups: a standby costs one statement, and so does an active on PostgreSQL."""
+    groups = tuple(f"group-{number}" for number in range(20))
+    timing = {"liveness_check_interval": 6.0, "heartbeat_frequency": 0.5}
+    active = start("node-1", groups, **timing)
+    active.wait_for(Gained, count=len(groups), timeout=30)
+    start("node-2", groups, **timing)
+    time.sleep(0.6)
+    with statements() as executed:
+        time.sleep(4 * 0.5)
+    costs = {"node-1": 1 if engine.dialect.name == "postgresql" else 3, "node-2": 1}
+    for task_id, cost in costs.items():
+        count = sum(task_id in parameters for _, parameters in executed)
+        assert 3 * cost <= count <= 5 * cost, (task_id, executed)
+
+
+class TestFaults:
+    def test_a_hanging_call_does_not_delay_stepping_down(
+        self, start: Start, engine: Engine, proxy: Proxy
+    ) -> None:
+        """When the database freezes, the node steps down before a standby may start."""
+        node = start("node-1", database=through(engine, proxy))
+        node.wait_for(Gained)
+        standby = start("node-2")
+        time.sleep(2 * FREQUENCY)
+        proxy.freeze()
+        node.wait_for(Lost)
+        assert not node.last(Lost).asked
+        assert "not confirmed in time" in node.last(Lost).reason
+        assert not standby.changes
+        assert standby.wait_for(Gained) < INTERVAL
+        proxy.thaw()
+        time.sleep(INTERVAL)
+        assert node.heartbeat.token(GROUP) is None
+        assert standby.heartbeat.token(GROUP) is not None
+
+    def test_comes_back_by_itself(
+        self, start: Start, engine: Engine, proxy: Proxy, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """After a fault the node is active again, in a new term, and has said why once."""
+        caplog.set_level(logging.INFO, "taskadapter.coordination")
+        node = start("node-1", database=through(engine, proxy))
+        node.wait_for(Gained)
+        proxy.freeze()
+        node.wait_for(Lost)
+        time.sleep(INTERVAL)
+        proxy.thaw()
+        node.wait_for(Gained, count=2)
+        assert node.last(Gained).token.term > node.changes[0].token.term  # type: ignore[union-attr]
+        messages = [r.getMessage() for r in caplog.records]
+        assert sum("standby for group" in m for m in messages) == 1
+        assert any("the database answers again" in m for m in messages)
+        assert all("\n" not in m for m in messages)
+
+    def test_keeps_its_connection(self, start: Start, engine: Engine, proxy: Proxy) -> None:
+        """In normal work a node has one connection, and keeps it."""
+        node = start("node-1", database=through(engine, proxy))
+        node.wait_for(Gained)
+        time.sleep(6 * FREQUENCY)
+        # SQLAlchemy makes no other for itself.
+        assert proxy.connections == 1
+
+    def test_a_database_that_is_down_at_first(self, engine: Engine, proxy: Proxy) -> None:
+        """A node may start before its database, and stops although there is none."""
+        url = through(engine, proxy)
+        proxy.close()
+        node = Node(url, "node-1", [GROUP])
+        time.sleep(2 * FREQUENCY)
+        assert node.heartbeat.stop(10)
+        assert [type(change) for change in node.changes] == [Stopped]
+
+    def test_a_locked_file(self, start: Start, engine: Engine) -> None:
+        """When somebody else holds the lock of a SQLite file, the node steps down in time."""
+        if engine.dialect.name != "sqlite":
+            pytest.skip("only SQLite locks the whole database")
+        node = start("node-1")
+        node.wait_for(Gained)
+        with engine.begin() as connection:
+            connection.execute(text("SELECT 1"))
+            assert node.wait_for(Lost) < INTERVAL
+        node.wait_for(Gained, count=2)
+
+    def test_an_error_of_its_user(self, engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+        """What the callbacks raise is logged, and does not end the heartbeat."""
+
+        def fail(*_: object) -> None:
+            raise RuntimeError("a mistake")
+
+        heartbeat = Heartbeat(
+            engine.url,
+            task_id="node-1",
+            group_ids=[GROUP],
+            liveness_check_interval=INTERVAL,
+            heartbeat_frequency=FREQUENCY,
+            tell=fail,
+            publish=fail,
+        )
+        heartbeat.start()
+        for _ in range(100):
+            if heartbeat.token(GROUP):
+                break
+            time.sleep(0.05)
+        assert heartbeat.token(GROUP) is not None
+        assert heartbeat.stop(10)
+        assert "a mistake" in caplog.text
+
+
+def test_unfit_timing() -> None:
+    """An interval without room for three heartbeats is refused at once."""
+    with pytest.raises(ValueError, match="three times"):
+        Node("sqlite:///nowhere.db", "node-1", [GROUP], heartbeat_frequency=1.0)
+
+
+def test_opens_nothing_at_construction() -> None:
+    """Making an engine connects to nothing."""
+    open_engine("postgresql://127.0.0.1:1/nowhere").dispose()

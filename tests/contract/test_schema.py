@@ -1,0 +1,74 @@
+"""Making the tables, and improving those that Ballerina made."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+from sqlalchemy import Engine, text
+
+from taskadapter.coordination import schema
+from taskadapter.coordination.dialects import transaction
+from taskadapter.coordination.tokens import Node, acquire, pulse, register
+from tests.contract.databases import BALLERINA_TABLES, BallerinaNode, race
+
+NODE = Node("node-1", "incarnation", "host-1", 1)
+
+
+def create(engine: Engine) -> tuple[str, ...]:
+    with engine.connect() as connection:
+        return schema.create_missing(connection)
+
+
+def drop(engine: Engine) -> None:
+    with engine.begin() as connection:
+        schema.metadata.drop_all(connection)
+
+
+def test_nodes_may_create_at_once(engine: Engine) -> None:
+    """Nodes that start together all find the tables, whoever made them."""
+    drop(engine)
+    race([partial(create, engine)] * 4)
+    with engine.connect() as connection:
+        assert schema.missing_tables(connection) == ()
+
+
+def test_the_script_does_the_same(engine: Engine) -> None:
+    """What a DBA gets creates every table, and does no harm when run again."""
+    drop(engine)
+    for _ in range(2):
+        with engine.begin() as connection:
+            for statement in schema.ddl(engine.dialect).split(";\n"):
+                if statement.strip():
+                    connection.execute(text(statement))
+    with engine.connect() as connection:
+        assert schema.missing_tables(connection) == ()
+        assert schema.upgrades(connection) == ()
+
+
+def test_ballerinas_tables_are_improved(engine: Engine) -> None:
+    """After the upgrade long names fit, and time zones and fractions of seconds are kept."""
+    if engine.dialect.name == "sqlite":
+        pytest.skip("Ballerina does not know SQLite")
+    drop(engine)
+    with engine.begin() as connection:
+        for statement in BALLERINA_TABLES:
+            connection.execute(text(statement))
+    create(engine)
+    with engine.connect() as connection:
+        theirs = BallerinaNode(connection, "ballerina", "group", 30)
+        theirs.try_to_acquire()
+        theirs.heartbeat()
+    with engine.begin() as connection:
+        statements = schema.upgrades(connection)
+        assert ["group_id" in statements[0], "last_heartbeat" in statements[1]] == [True, True]
+        for statement in statements:
+            connection.execute(text(statement))
+        assert schema.upgrades(connection) == ()
+    with transaction(engine) as connection:
+        assert acquire(connection, NODE, "group", 30).term is None
+        assert acquire(connection, NODE, "g" * 255, 30).term == 1
+        register(connection, NODE, ["group"], 30)
+        (sighting,) = pulse(connection, NODE, [], ["group"], 30).sightings or ()
+    assert sighting.age is not None
+    assert -1.1 < sighting.age < 5

@@ -1,0 +1,387 @@
+"""What a node decides, event by event."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from taskadapter.coordination.lease import Lease, Step, Timing, step
+from taskadapter.coordination.messages import (
+    Abandon,
+    Acquire,
+    Acquired,
+    Action,
+    Answered,
+    Done,
+    Event,
+    Extended,
+    Failed,
+    Gained,
+    Hint,
+    Joined,
+    Lost,
+    Pulse,
+    PulseAnswer,
+    Refused,
+    Register,
+    Release,
+    ReleaseAsked,
+    ResignAsked,
+    Send,
+    Sighting,
+    StopAsked,
+    Stopped,
+    Tick,
+    Token,
+    Unregister,
+)
+from tests.unit.simulation import GROUPS, Network, Process, World
+
+TIMING = Timing(liveness_check_interval=6, heartbeat_frequency=1)
+TOKEN = Token("g", "node-1", 5)
+START = 100.0
+
+
+class Node:
+    """A lease that is told events and shows what came of them."""
+
+    def __init__(self, **fields: Any) -> None:
+        self.lease = Lease(
+            task_id="node-1",
+            timing=TIMING,
+            group_ids=frozenset({"g"}),
+            next_beat=START,
+            **fields,
+        )
+        self.done = Step(self.lease)
+
+    def tell(self, event: Event, now: float) -> tuple[Action, ...]:
+        self.done = step(self.lease, event, now)
+        self.lease = self.done.lease
+        return self.done.actions
+
+    def answer(self, answer: Any, now: float) -> tuple[Action, ...]:
+        assert self.lease.call is not None
+        return self.tell(Answered(self.lease.call, answer), now)
+
+    def fail(self, now: float, reason: str = "no route", age: float | None = None) -> Any:
+        assert self.lease.call is not None
+        return self.tell(Failed(self.lease.call, reason, age), now)
+
+
+def sighting(**fields: Any) -> Sighting:
+    defaults = {"group_id": "g", "holder": "node-2", "term": 4, "age": 0.5, "free": False}
+    return Sighting(**{**defaults, **fields})
+
+
+def seen(*sightings: Sighting) -> PulseAnswer:
+    return PulseAnswer(registered=True, sightings=sightings)
+
+
+RENEWED = seen(sighting(holder="node-1", term=5, renewed=True))
+
+
+@pytest.fixture
+def standby() -> Node:
+    """A node that registered and has seen another one hold the token, at START."""
+    node = Node()
+    node.tell(Tick(), START)
+    node.answer(Done(), START)
+    node.answer(seen(sighting()), START)
+    return node
+
+
+@pytest.fixture
+def active(standby: Node) -> Node:
+    """A node that asked for the token at START + 1, and got it."""
+    node = standby
+    node.tell(Tick(), START + 1)
+    node.answer(seen(sighting(free=True, age=6.5)), START + 1)
+    node.answer(Acquired(5, "node 'node-2' was silent for 6.5 s"), START + 1)
+    return node
+
+
+class TestTrust:
+    def test_lasts_from_before_sending(self, standby: Node) -> None:
+        """The deadline is the clock before sending plus the interval less the margin."""
+        standby.tell(Tick(), START + 1)
+        standby.answer(seen(sighting(free=True)), START + 1.2)
+        (gained,) = standby.answer(Acquired(5, "it was released"), START + 1.9)[:1]
+        assert gained == Gained(TOKEN, START + 1.2 + 6 - 0.6, "it was released")
+
+    def test_ends_at_the_deadline(self, active: Node) -> None:
+        """Just before the deadline the node trusts; at the deadline it has lost the token."""
+        deadline = START + 1 + 5.4
+        active.tell(Tick(), deadline - 0.001)
+        assert active.lease.trusts("g", deadline - 0.001)
+        assert not active.lease.trusts("g", deadline)
+        lost = active.tell(Tick(), deadline)[0]
+        assert isinstance(lost, Lost)
+        assert (lost.token, lost.asked) == (TOKEN, False)
+        assert "g" not in active.lease.held
+
+    def test_is_extended_by_a_renewal(self, active: Node) -> None:
+        """A renewal moves the deadline, counted from before it was sent."""
+        (sent,) = active.tell(Tick(), START + 2.5)
+        assert sent == Send(Pulse(START + 2.5, (TOKEN,)))
+        assert active.answer(RENEWED, START + 3) == (Extended(TOKEN, START + 2.5 + 5.4),)
+
+    def test_is_not_extended_by_a_late_answer(self, active: Node) -> None:
+        """An answer at the deadline comes too late, even if it says that the token is renewed."""
+        active.tell(Tick(), START + 2)
+        active.tell(Tick(), START + 4)  # abandoned, and yet it answers
+        actions = active.answer(RENEWED, START + 6.4)
+        assert isinstance(actions[0], Lost)
+        assert not active.lease.trusts("g", START + 6.4)
+
+    def test_is_not_given_by_a_late_answer(self, standby: Node) -> None:
+        """A token whose trust would be over already is not gained."""
+        standby.tell(Tick(), START + 1)
+        standby.answer(seen(sighting(free=True)), START + 1)
+        standby.answer(Acquired(5, "free"), START + 6.4)
+        assert not standby.lease.held
+        assert standby.done.sentence == "took g too late to trust it"
+
+    def test_ends_at_once_if_another_node_has_the_token(self, active: Node) -> None:
+        """An answer that says "not mine" does not wait for the deadline."""
+        active.tell(Tick(), START + 2)
+        lost = active.answer(seen(sighting(term=6)), START + 2.1)[0]
+        assert lost == Lost(TOKEN, "node 'node-2' has it in term 6")
+        assert active.done.sentence == ("standby for g after term 5: node 'node-2' has it in term 6")
+
+    def test_ends_at_once_if_another_process_has_the_name(self, active: Node) -> None:
+        """A node whose name another process has taken gives up everything, and asks again."""
+        active.tell(Tick(), START + 2)
+        actions = active.answer(PulseAnswer(registered=False), START + 2.1)
+        assert actions == (
+            Lost(TOKEN, "another process runs as node 'node-1'"),
+            Send(Register(START + 2.1)),
+        )
+
+    def test_survives_faults_until_the_deadline(self, active: Node) -> None:
+        """No answer is no verdict: the node goes on, says why once, and then steps down."""
+        active.tell(Tick(), START + 2)
+        active.fail(START + 2.1)
+        assert active.done.sentence == "no route"
+        active.tell(Tick(), active.lease.wake_at())
+        active.fail(START + 3)
+        assert active.done.sentence == ""
+        assert active.lease.trusts("g", START + 3)
+        active.tell(Tick(), START + 6.4)
+        assert active.done.sentence == ("standby for g after term 5: not confirmed in time: no route")
+
+    def test_is_not_regained_in_the_same_term(self, active: Node) -> None:
+        """After it stepped down, the node takes its own token over, at once and in a new term."""
+        active.tell(Tick(), START + 6.4)
+        own = sighting(holder="node-1", term=5, age=2.0, free=True, renewed=True)
+        active.fail(START + 6.5)
+        active.tell(Tick(), active.lease.wake_at())
+        (sent,) = active.answer(seen(own), START + 7)
+        assert sent == Send(Acquire(START + 7, "g"))
+
+
+class TestCalls:
+    def test_one_at_a_time(self, standby: Node) -> None:
+        """While a call is under way no other is made, whatever happens."""
+        assert standby.tell(Tick(), START + 1) == (Send(Pulse(START + 1)),)
+        assert standby.tell(Hint("g"), START + 1.5) == ()
+        assert standby.tell(ReleaseAsked("g"), START + 1.6) == ()
+
+    def test_a_slow_one_is_broken_off(self, standby: Node) -> None:
+        """At a third of the trust a call is abandoned, once."""
+        (sent,) = standby.tell(Tick(), START + 1)
+        assert isinstance(sent, Send)
+        assert standby.lease.wake_at() == START + 1 + 5.4 / 3
+        assert standby.tell(Tick(), START + 2.7) == ()
+        assert standby.tell(Tick(), START + 2.81) == (Abandon(sent.call),)
+        assert standby.tell(Tick(), START + 3) == ()
+
+    def test_an_answer_to_another_call_is_ignored(self, standby: Node) -> None:
+        """What nobody waits for any more changes nothing."""
+        before = standby.lease
+        assert standby.tell(Answered(Acquire(1.0, "g"), Acquired(9, "free")), START + 0.5) == ()
+        assert standby.lease == before
+
+    def test_back_off_and_come_back(self, standby: Node) -> None:
+        """Failing calls come ever more rarely; the first that works says how long it took."""
+        now, waits = START + 1, []
+        for _ in range(7):
+            standby.tell(Tick(), now)
+            standby.fail(now)
+            waits.append(standby.lease.wake_at() - now)
+            now = standby.lease.wake_at()
+        assert waits == pytest.approx([0.25, 0.5, 1, 2, 2, 2, 2])
+        standby.tell(Tick(), now)
+        standby.answer(seen(sighting()), now)
+        assert standby.done.sentence == "the database answers again, after 9.8 s"
+
+    def test_a_hint_brings_the_next_look_forward(self, standby: Node) -> None:
+        """A hint about one of its groups makes a standby look now, about another group not."""
+        assert standby.tell(Hint("other"), START + 0.1) == ()
+        assert standby.tell(Hint("g"), START + 0.1) == (Send(Pulse(START + 0.1)),)
+
+    def test_a_lost_race_ends_the_attempt(self, standby: Node) -> None:
+        """If another node was faster, this one goes on looking."""
+        standby.tell(Tick(), START + 1)
+        standby.answer(seen(sighting(free=True)), START + 1)
+        assert standby.answer(Acquired(None), START + 1.1) == ()
+        assert standby.lease.wake_at() == START + 2
+
+
+class TestHandover:
+    def test_trust_ends_before_the_release_is_sent(self, active: Node) -> None:
+        """Whoever gives a token up stops trusting it first."""
+        assert active.tell(ReleaseAsked("g"), START + 1.5) == (
+            Lost(TOKEN, "handed over", asked=True),
+            Send(Release(START + 1.5, (TOKEN,))),
+        )
+
+    def test_leaves_the_token_to_others_for_a_while(self, active: Node) -> None:
+        """The node that handed over takes the token back only if nobody else does."""
+        active.tell(ReleaseAsked("g"), START + 1.5)
+        active.answer(Done(), START + 1.5)
+        free = seen(sighting(holder="", age=None, free=True))
+        for now in (START + 2, START + 3, START + 4):
+            assert active.tell(Tick(), now) == (Send(Pulse(now)),)
+            assert active.answer(free, now) == ()
+        active.tell(Tick(), START + 5)
+        assert active.answer(free, START + 5) == (Send(Acquire(START + 5, "g")),)
+
+    def test_a_request_to_resign_is_passed_on_once(self, active: Node) -> None:
+        """Whoever runs the node hears once that it is asked to hand over, and still holds it."""
+        asked = seen(replace(RENEWED.sightings[0], resign_requested=True))  # type: ignore[index]
+        active.tell(Tick(), START + 2)
+        assert ResignAsked(TOKEN) in active.answer(asked, START + 2)
+        active.tell(Tick(), START + 3)
+        assert active.answer(asked, START + 3) == (Extended(TOKEN, START + 8.4),)
+
+    def test_stopping_releases_and_leaves(self, active: Node) -> None:
+        """A node that stops gives up its tokens and its name, and then makes no further call."""
+        actions = active.tell(StopAsked(), START + 1.5)
+        assert actions[1:] == (Send(Release(START + 1.5, (TOKEN,))),)
+        assert active.answer(Done(), START + 1.6) == (Send(Unregister(START + 1.6)),)
+        assert active.answer(Done(), START + 1.7) == (Stopped(),)
+        assert active.lease.wake_at() == float("inf")
+
+    def test_stopping_does_not_wait_for_a_dead_database(self, active: Node) -> None:
+        """If the release fails the node stops all the same: its token becomes free by itself."""
+        active.tell(StopAsked(), START + 1.5)
+        assert active.fail(START + 2) == (Stopped(),)
+
+    def test_stopping_releases_what_was_just_won(self, standby: Node) -> None:
+        """A token that arrives after the request to stop goes straight back."""
+        standby.tell(Tick(), START + 1)
+        standby.answer(seen(sighting(free=True)), START + 1)
+        standby.tell(StopAsked(), START + 1.1)
+        assert standby.answer(Acquired(5, "free"), START + 1.2) == (Send(Release(START + 1.2, (TOKEN,))),)
+
+    def test_a_group_that_is_left_is_released(self, active: Node) -> None:
+        """A node that stands by for other groups gives up the others, and registers anew."""
+        actions = active.tell(Joined(frozenset({"h"})), START + 1.5)
+        assert actions == (
+            Lost(TOKEN, "not asked for any more", asked=True),
+            Send(Register(START + 1.5)),
+        )
+        assert active.answer(Done(), START + 1.6) == (Send(Release(START + 1.6, (TOKEN,))),)
+
+
+class TestName:
+    def test_a_dead_predecessor_is_waited_for(self) -> None:
+        """A name whose process shows no sign of life is taken when that one is stale."""
+        node = Node()
+        node.tell(Tick(), START)
+        node.fail(START, "in use", age=4.0)
+        assert node.done.sentence == "in use"
+        assert node.lease.wake_at() == START + 1
+        node.tell(Tick(), START + 1)
+        node.fail(START + 1, "in use", age=5.0)
+        assert node.done.sentence == ""
+        assert node.lease.wake_at() == pytest.approx(START + 2, abs=0.02)
+        node.tell(Tick(), START + 2.01)
+        assert node.answer(Done(), START + 2.02) == (Send(Pulse(START + 2.02)),)
+
+    def test_a_live_namesake_is_given_way_to(self) -> None:
+        """A name whose process has shown a sign of life meanwhile is refused for good."""
+        node = Node()
+        node.tell(Tick(), START)
+        node.fail(START, "in use", age=0.9)
+        node.tell(Tick(), START + 1)
+        assert node.fail(START + 1, "in use", age=0.9) == (Refused("in use"),)
+        assert node.lease.wake_at() == float("inf")
+
+
+class TestTiming:
+    def test_room_for_three_heartbeats(self) -> None:
+        """Three heartbeats must fit into the interval, and exactly three do."""
+        Timing(liveness_check_interval=0.3, heartbeat_frequency=0.1)
+        with pytest.raises(ValueError, match="three"):
+            Timing(liveness_check_interval=2.99, heartbeat_frequency=1)
+        with pytest.raises(ValueError, match="positive"):
+            Timing(liveness_check_interval=1, heartbeat_frequency=0)
+
+    @pytest.mark.parametrize(("interval", "margin"), [(30, 3), (6, 0.6), (5, 0.5), (3, 0.5), (0.6, 0.1)])
+    def test_margin(self, interval: float, margin: float) -> None:
+        """The margin is a tenth of the interval, or up to half a second where that is little."""
+        timing = Timing(liveness_check_interval=interval, heartbeat_frequency=interval / 3)
+        assert timing.margin == pytest.approx(margin)
+
+
+TIMINGS = [
+    Timing(liveness_check_interval=interval, heartbeat_frequency=frequency, one_round_trip=at_once)
+    for interval, frequency in [(3, 1), (6, 1), (30, 1), (30, 10), (0.9, 0.3)]
+    for at_once in (True, False)
+]
+
+
+@pytest.mark.parametrize("timing", TIMINGS, ids=str)
+class TestPace:
+    def settle(self, timing: Timing) -> tuple[World, Process, Process]:
+        world = World(timing)
+        active = world.start("node-1")
+        world.advance(timing.heartbeat_frequency / 3)
+        standby = world.start("node-2")
+        for process in (active, standby):
+            process.network = Network(there=0.005, back=0.005)
+        world.advance(timing.liveness_check_interval)
+        return world, active, standby
+
+    def test_takeover_within_a_second(self, timing: Timing) -> None:
+        """A standby is active within the interval plus a second of the last heartbeat."""
+        world, active, standby = self.settle(timing)
+        for number in range(10):
+            world.crash(active)
+            last = max(world.database.beats.values())
+            deadline = last + timing.liveness_check_interval + 1
+            world.advance(deadline - world.database.now)
+            for group_id in GROUPS:
+                assert world.trusting(group_id) == [standby]
+            active, standby = standby, world.start(f"node-{number + 3}")
+            world.advance(timing.heartbeat_frequency * number / 7)
+
+    def test_handover_within_a_heartbeat(self, timing: Timing) -> None:
+        """Even without a hint a standby is active a heartbeat after a release."""
+        world, active, standby = self.settle(timing)
+        world.tell(active, StopAsked())
+        world.advance(timing.heartbeat_frequency + 0.1)
+        for group_id in GROUPS:
+            assert world.trusting(group_id) == [standby]
+
+    def test_one_call_each_heartbeat(self, timing: Timing) -> None:
+        """Standby or active, a node makes one call each heartbeat, and no other."""
+        world, active, standby = self.settle(timing)
+        for process in (active, standby):
+            process.calls.clear()
+        world.advance(60 * timing.heartbeat_frequency)
+        for process in (active, standby):
+            assert 58 <= len(process.calls) <= 60
+            assert all(isinstance(call, Pulse) for _, call in process.calls)
+
+    def test_every_node_shows_that_it_lives(self, timing: Timing) -> None:
+        """Nobody's entry is ever older than a third of a heartbeat less than the interval."""
+        world, *_ = self.settle(timing)
+        for _ in range(100):
+            world.advance(timing.heartbeat_frequency / 5)
+            ages = [world.database.now - seen for _, seen in world.database.nodes.values()]
+            assert max(ages) < 2.34 * timing.heartbeat_frequency
