@@ -433,7 +433,7 @@ def test_a_failed_attempt_leaves_nothing_behind(given: Callable[..., Agent]) -> 
     ],
 )
 def test_the_error_policy(given: Callable[..., Agent], policy: ErrorPolicy, ends: bool) -> None:
-    """After the last attempt the job ends or goes on as its policy says; the run has failed in each case."""
+    """After the last attempt the job ends or goes on as its policy says; the run has failed anyhow."""
     state, execution = given(fail, task_policy=TaskPolicy(error_policy=policy)).run()
 
     assert state.is_failed()
