@@ -30,12 +30,15 @@ from prefect.logging import get_run_logger
 from prefect.states import AwaitingRetry, Cancelled, Retrying, Scheduled
 
 from taskadapter import progress, retries, runs, schedules
-from taskadapter.errors import AlreadyStartedError, TaskError, TokenLostError
+from taskadapter.errors import AlreadyStartedError, CoordinationError, TaskError, TokenLostError
 from taskadapter.jobs import Job, JobId, Service
 from taskadapter.model import ErrorPolicy, TaskPolicy, TriggerConfiguration
 
 TERMINATING = (ErrorPolicy.LOG_AND_TERMINATE, ErrorPolicy.TERMINATE)
 LOGGING = (ErrorPolicy.LOG_AND_TERMINATE, ErrorPolicy.LOG_AND_CONTINUE)
+
+NOT_THE_JOBS_OWN = (CoordinationError, TokenLostError)
+"""Errors of an attempt that end no job, though it raised them: of `fenced`, for example."""
 
 Body = Callable[[Service | None, tuple[Any, ...], dict[str, Any]], Any]
 
@@ -318,7 +321,7 @@ class Turn:
 
     def _apply_error_policy(self, exc: Exception) -> None:
         policy = self.policy.error_policy
-        terminates = policy in TERMINATING
+        terminates = policy in TERMINATING and not isinstance(exc, NOT_THE_JOBS_OWN)
         if policy in LOGGING:
             consequence = "the job ends on all nodes" if terminates else "the job goes on"
             self.log.error(

@@ -226,8 +226,6 @@ class Listener:
                 f"service {declared.name!r} is declared twice on one listener; give one another name."
             )
         self.services[declared.name] = declared
-        # A module may keep the flow only: `render` is to find its listener all the same.
-        declared.flow.listener = self  # type: ignore[attr-defined]
 
     # --- running ----------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import yaml
 from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate
 from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.exceptions import ObjectNotFound
@@ -334,7 +335,8 @@ def clean(prefect_client: SyncPrefectClient) -> Iterator[None]:
     """A server without the project's own pool and jobs, before the test and after it."""
 
     def remove() -> None:
-        for job in ("counter", "flaky"):
+        rendered = yaml.safe_load((PROJECT / "deployments/prefect.yaml").read_text())
+        for job in [entry["name"] for entry in rendered["deployments"]]:
             with suppress(ObjectNotFound):
                 prefect_client.delete_deployment(deployed(prefect_client, job).id)
         with suppress(ObjectNotFound):
