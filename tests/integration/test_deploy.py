@@ -108,7 +108,7 @@ def test_a_deployment_is_what_was_declared(prefect_client: SyncPrefectClient, na
     assert (found.name, found.entrypoint) == (name, "tests/integration/test_deploy.py:check_inbox")
     assert (found.description, found.tags) == ("Look for new mail.", ["taskadapter"])
     assert (found.work_pool_name, found.work_queue_name) == (POOL, f"group-of-{name}")
-    assert found.job_variables == {"trigger": {"interval": 3600.0, "max_count": -1}}
+    assert found.job_variables == {"trigger": {"interval": 3600.0}}
     assert [*found.parameter_openapi_schema["properties"]] == ["days"]
     assert [one.slug for one in found.schedules] == [slug(TRIGGER)]
 

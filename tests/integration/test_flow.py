@@ -440,7 +440,7 @@ def test_the_error_policy(given: Callable[..., Agent], policy: ErrorPolicy, ends
     assert (execution.ended is not None) is ends
 
 
-@pytest.mark.parametrize("call", ["begin", "saved_service", "save_service"])
+@pytest.mark.parametrize("call", ["begin", "saved_service", "settle"])
 def test_a_fault_of_the_database_ends_no_job(
     given: Callable[..., Agent], monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
