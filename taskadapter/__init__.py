@@ -20,6 +20,7 @@ from taskadapter.model import (
     WaitingPolicy,
     WarmBackupConfig,
 )
+from taskadapter.progress import fenced
 from taskadapter.runs import current_run
 
 __all__ = [
@@ -41,4 +42,5 @@ __all__ = [
     "WarmBackupConfig",
     "ZoneOffset",
     "current_run",
+    "fenced",
 ]

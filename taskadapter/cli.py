@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import sys
+import time
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, Parameter
+from prefect.exceptions import ObjectNotFound
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
 
 from taskadapter.errors import TaskError
 
+if TYPE_CHECKING:
+    from sqlalchemy import Engine
+
+    from taskadapter.coordination.tokens import Status
+    from taskadapter.domain import Domain
+
 app = App(name="taskadapter", help="Periodic Prefect jobs, each on exactly one of several machines.")
+database = App(name="db", help="The tables of the coordination database.")
+app.command(database)
+
+Pool = Annotated[
+    str | None, Parameter(name=["--pool", "-p"], help="The work pool; by default the settings' one.")
+]
 
 
 @app.command
@@ -30,6 +50,7 @@ def render(
     text = deploy.render(flows, output)
     if not check:
         try:
+            output.parent.mkdir(parents=True, exist_ok=True)
             output.write_text(text, encoding="utf-8")
         except OSError as error:
             raise TaskError(f"{output} cannot be written: {error.strerror}.") from error
@@ -37,6 +58,151 @@ def render(
         print(f"  prefect --no-prompt deploy --prefect-file {output} --all")
     elif not output.exists() or output.read_text(encoding="utf-8") != text:
         raise TaskError(f"{output} is not what {flows}/ declares; run `taskadapter render`.")
+
+
+@app.command
+def status(
+    *,
+    pool: Pool = None,
+    watch: Annotated[bool, Parameter(help="Go on showing it, until Ctrl-C.")] = False,
+    as_json: Annotated[bool, Parameter(name="--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Show the groups, who is active for them, and the nodes."""
+    from taskadapter.coordination.dialects import transaction
+    from taskadapter.coordination.tokens import read_status
+
+    domain, engine = _domain(pool)
+
+    def read() -> Status:
+        with transaction(engine) as connection:
+            return read_status(connection)
+
+    if as_json:
+        print(json.dumps(_as_json(read(), domain), indent=2))
+    elif not watch:
+        Console().print(_tables(read(), domain))
+    else:
+        with Live(_tables(read(), domain), auto_refresh=False) as live:
+            while True:
+                time.sleep(domain.heartbeat_frequency)
+                live.update(_tables(read(), domain), refresh=True)
+
+
+@app.command
+def resign(group: str, /, *, pool: Pool = None) -> None:
+    """Ask the active node of a group to hand over to a standby, once its runs have ended."""
+    from taskadapter.coordination.dialects import transaction
+    from taskadapter.coordination.tokens import request_resign
+
+    _, engine = _domain(pool)
+    with transaction(engine) as connection:
+        asked = request_resign(connection, group)
+    print(f"Asked node {asked.task_id!r}, which holds {group!r} in term {asked.term}, to hand over.")
+
+
+@database.command
+def init(*, pool: Pool = None) -> None:
+    """Make the tables that the database lacks; agents do so themselves where they may."""
+    from taskadapter.coordination.dialects import translated
+    from taskadapter.coordination.schema import create_missing
+
+    _, engine = _domain(pool)
+    with translated(engine.url), engine.connect() as connection:
+        made = create_missing(connection)
+    print(f"Made {', '.join(made)}." if made else "All tables are there.")
+
+
+@database.command
+def upgrade(*, pool: Pool = None) -> None:
+    """Make what is missing, and widen tables that Ballerina has made narrower than ours."""
+    from taskadapter.coordination.dialects import transaction
+    from taskadapter.coordination.schema import upgrades
+
+    init(pool=pool)
+    _, engine = _domain(pool)
+    with transaction(engine) as connection:
+        statements = upgrades(connection)
+        for statement in statements:
+            connection.exec_driver_sql(statement)
+    print("\n".join(statements) or "All columns are as wide as they should be.")
+
+
+@database.command
+def sql(*, pool: Pool = None) -> None:
+    """Print the script that makes the tables, for a DBA to run."""
+    from taskadapter.coordination.schema import ddl
+
+    _, engine = _domain(pool)
+    print(ddl(engine.dialect))
+
+
+def _domain(pool: str | None) -> tuple[Domain, Engine]:
+    """Return a pool's domain, and an engine on its database."""
+    from prefect.client.orchestration import get_client
+
+    from taskadapter.coordination.dialects import open_engine
+    from taskadapter.domain import Domain
+    from taskadapter.settings import TaskadapterSettings
+
+    settings = TaskadapterSettings()
+    name = pool or settings.work_pool
+
+    async def read() -> tuple[Domain, str]:
+        async with get_client() as client:
+            try:
+                domain = Domain.of(await client.read_work_pool(name))
+            except ObjectNotFound:
+                raise TaskError(f"there is no work pool {name!r}; name one with --pool.") from None
+            return domain, await domain.database_url(settings)
+
+    domain, url = asyncio.run(read())
+    return domain, open_engine(url)
+
+
+def _as_json(now: Status, domain: Domain) -> dict[str, object]:
+    groups = [
+        asdict(group) | {"expires_in": _expires_in(group.heartbeat_age, domain)} for group in now.groups
+    ]
+    return {"groups": groups, "nodes": [asdict(node) for node in now.nodes]}
+
+
+def _expires_in(age: float | None, domain: Domain) -> float | None:
+    return None if age is None else domain.liveness_check_interval - age
+
+
+def _tables(now: Status, domain: Domain) -> Group:
+    groups = Table("group", "active", "term", "for", "heartbeat", "expires in", "why", title="Groups")
+    for group in now.groups:
+        note = " (asked to hand over)" if group.resign_requested else ""
+        groups.add_row(
+            group.group_id,
+            (group.holder or "nobody") + note,
+            str(group.term),
+            _seconds(group.held_for),
+            _seconds(group.heartbeat_age),
+            _seconds(_expires_in(group.heartbeat_age, domain)) if group.holder else "",
+            group.reason or "",
+        )
+    nodes = Table("node", "roles", "host", "process", "seen", "up for", title="Nodes")
+    active = {group.group_id: group.holder for group in now.groups}
+    for node in now.nodes:
+        roles = [
+            f"{name}: {'active' if active.get(name) == node.task_id else 'standby'}"
+            for name in node.group_ids
+        ]
+        nodes.add_row(
+            node.task_id,
+            "\n".join(roles),
+            node.host,
+            str(node.pid),
+            f"{_seconds(node.last_seen_age)} ago",
+            _seconds(node.up_for),
+        )
+    return Group(groups, nodes)
+
+
+def _seconds(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds:.1f} s"
 
 
 def main() -> None:
@@ -47,3 +213,9 @@ def main() -> None:
     except TaskError as error:
         print(f"taskadapter: {error}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

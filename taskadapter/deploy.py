@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import sys
 import traceback
@@ -25,10 +26,11 @@ from prefect.utilities.callables import parameter_schema
 from prefect.utilities.importtools import load_script_as_module
 
 from taskadapter import schedules
+from taskadapter.domain import Domain
 from taskadapter.errors import DeclarationError, TaskError
 from taskadapter.jobs import JobId
 from taskadapter.listener import Declared, Listener, listeners
-from taskadapter.pools import DEFAULT_QUEUE, ensure_work_pool
+from taskadapter.worker import DEFAULT_QUEUE
 
 TAG = "taskadapter"
 
@@ -60,6 +62,7 @@ def render(flows: Path, file: Path) -> str:
         raise DeclarationError(f"{flows}/ declares no job; decorate one with a listener's service().")
     found.sort(key=lambda pair: pair[1].name)
     _refuse_duplicates(declared for _, declared in found)
+    _refuse_disagreement(listener for listener, _ in found)
     content = {
         "pull": [],
         "deployments": [_entry(listener, declared) for listener, declared in found],
@@ -97,6 +100,21 @@ def _refuse_duplicates(found: Iterable[Declared]) -> None:
         seen[declared.name] = declared
 
 
+def _refuse_disagreement(found: Iterable[Listener]) -> None:
+    domains: dict[str, Domain] = {}
+    for listener in found:
+        domain = listener.domain
+        if domain is None:
+            continue
+        other = domains.setdefault(listener.work_pool, domain)
+        if other != domain:
+            raise DeclarationError(
+                f"two listeners disagree about work pool {listener.work_pool!r}, whose nodes share one "
+                f"database and timing: {other} and {domain}; declare the same for both, or give one "
+                "another work_pool."
+            )
+
+
 def _entry(listener: Listener, declared: Declared) -> dict[str, Any]:
     slug = schedules.slug(listener.trigger)
     entry: dict[str, Any] = {
@@ -118,7 +136,7 @@ def _entry(listener: Listener, declared: Declared) -> dict[str, Any]:
 
 
 def _job_variables(declared: Declared) -> dict[str, Any]:
-    trigger = declared.trigger.model_dump(mode="json", exclude_none=True)
+    trigger = declared.trigger.model_dump(mode="json", exclude_defaults=True)
     if declared.initial_state is None:
         return {"trigger": trigger}
     return {"trigger": trigger, "initial_state": declared.initial_state}
@@ -207,7 +225,7 @@ async def deploy(listener: Listener) -> dict[str, JobId]:
     Raises:
         TaskError: the work pool is of another type.
     """
-    ensure_work_pool(listener.work_pool)
+    await asyncio.to_thread(listener.ensure_work_pool)
     async with get_client() as client:
         return {
             name: JobId(await _deploy(client, listener, declared))

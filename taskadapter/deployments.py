@@ -63,6 +63,26 @@ class WarmBackupVariables(BaseVariables):
         title="Initial state",
         description="The fields of an attached service before its first run.",
     )
+    database: str | None = Field(
+        default=None,
+        title="Coordination database",
+        description="SQLAlchemy URL without a password; by default each node's own.",
+    )
+    password_block: str | None = Field(
+        default=None,
+        title="Coordination password",
+        description="The name of the Secret block that has the database's password.",
+    )
+    liveness_check_interval: float = Field(
+        default=30.0,
+        title="Liveness check interval",
+        description="Seconds without heartbeat after which a node is taken for dead.",
+    )
+    heartbeat_frequency: float = Field(
+        default=1.0,
+        title="Heartbeat frequency",
+        description="Seconds between two heartbeats.",
+    )
 
 
 @dataclass(frozen=True)
@@ -100,6 +120,12 @@ class DeployedJob:
         """How many of its runs may go on at once; None for no limit."""
         policy = None if self.trigger is None else self.trigger.task_policy
         return None if policy is None else policy.max_concurrent
+
+    @property
+    def finishes(self) -> bool:
+        """Whether its runs may go on when their node has lost the token."""
+        policy = None if self.trigger is None else self.trigger.task_policy
+        return policy is not None and policy.on_token_loss == "finish"
 
     @property
     def workspace(self) -> Workspace:
@@ -174,6 +200,17 @@ class Deployments:
         variables = configuration.trigger
         trigger = None if variables is None else TriggerConfiguration.model_validate(variables)
         return DeployedJob(deployment, flow_name, configuration, trigger, newest)
+
+    async def reruns(self, flow_run: FlowRun) -> bool:
+        """Return whether a run whose node died while it executed is to be run again."""
+        if flow_run.deployment_id is None:
+            return False
+        deployment = await self._client.read_deployment(flow_run.deployment_id)
+        trigger = (deployment.job_variables or {}).get("trigger")
+        if trigger is None:
+            return False
+        policy = TriggerConfiguration.model_validate(trigger).task_policy
+        return policy is not None and policy.on_takeover == "rerun"
 
     def known(self, flow_run: FlowRun) -> DeployedJob | None:
         """Return the deployment of a run as it was last read, if it was."""

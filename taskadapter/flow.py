@@ -27,15 +27,18 @@ from prefect.client.schemas.responses import SetStateStatus
 from prefect.context import FlowRunContext
 from prefect.exceptions import Abort
 from prefect.logging import get_run_logger
-from prefect.states import AwaitingRetry, Cancelled, Retrying
+from prefect.states import AwaitingRetry, Cancelled, Retrying, Scheduled
 
 from taskadapter import progress, retries, runs, schedules
-from taskadapter.errors import TaskError
+from taskadapter.errors import AlreadyStartedError, CoordinationError, TaskError, TokenLostError
 from taskadapter.jobs import Job, JobId, Service
 from taskadapter.model import ErrorPolicy, TaskPolicy, TriggerConfiguration
 
 TERMINATING = (ErrorPolicy.LOG_AND_TERMINATE, ErrorPolicy.TERMINATE)
 LOGGING = (ErrorPolicy.LOG_AND_TERMINATE, ErrorPolicy.LOG_AND_CONTINUE)
+
+NOT_THE_JOBS_OWN = (CoordinationError, TokenLostError)
+"""Errors of an attempt that end no job, though it raised them: of `fenced`, for example."""
 
 Body = Callable[[Service | None, tuple[Any, ...], dict[str, Any]], Any]
 
@@ -124,8 +127,9 @@ def _as_flow(
         if (refused := turn.begin()) is not None:
             return refused
         while True:
+            subject = turn.subject()
             try:
-                with turn.attempt() as subject:
+                with turn.attempt():
                     result = body(subject, args, kwargs)
             except Exception as exc:
                 if (wait := turn.failed(exc)) is None:
@@ -134,8 +138,9 @@ def _as_flow(
                 turn.announce(AwaitingRetry(scheduled_time=_in(wait), message=_in_words(exc)))
                 time.sleep(max(0.0, again - time.monotonic()))
                 turn.announce(Retrying())
+                turn.check()
             else:
-                turn.succeeded(subject)
+                turn.settle(subject)
                 return result
 
     @wraps(like)
@@ -144,19 +149,21 @@ def _as_flow(
         if (refused := await asyncio.to_thread(turn.begin)) is not None:
             return refused
         while True:
+            subject = await asyncio.to_thread(turn.subject)
             try:
-                with turn.attempt() as subject:
+                with turn.attempt():
                     result = await body(subject, args, kwargs)
             except Exception as exc:
-                if (wait := turn.failed(exc)) is None:
+                if (wait := await asyncio.to_thread(turn.failed, exc)) is None:
                     raise
                 again = time.monotonic() + wait
                 retry: State[Any] = AwaitingRetry(scheduled_time=_in(wait), message=_in_words(exc))
                 await asyncio.to_thread(turn.announce, retry)
                 await asyncio.sleep(max(0.0, again - time.monotonic()))
                 await asyncio.to_thread(turn.announce, Retrying())
+                await asyncio.to_thread(turn.check)
             else:
-                await asyncio.to_thread(turn.succeeded, subject)
+                await asyncio.to_thread(turn.settle, subject)
                 return result
 
     options = {"log_prints": True, **options}
@@ -177,7 +184,8 @@ class Turn:
         self.trigger = trigger
         self.service = service
         self.policy = trigger.task_policy or TaskPolicy()
-        self.flow_run = FlowRunContext.get().flow_run if FlowRunContext.get() else None  # type: ignore[union-attr]
+        context = FlowRunContext.get()
+        self.flow_run = None if context is None else context.flow_run
         self.execution = self._given_to_us()
         self.log: Logger | LoggerAdapter[Any] = get_run_logger()
         self.started = datetime.now(UTC)
@@ -199,16 +207,19 @@ class Turn:
             scheduled_time=assignment.due,
             count=1,
             attempt=0,
+            group_id=assignment.token.group_id if assignment.token else None,
             task_id=assignment.node,
+            fencing_token=assignment.token.term if assignment.token else None,
         )
 
     def begin(self) -> State[Any] | None:
-        """Count this execution, immediately before the body.
+        """Check the token and count this execution, immediately before the body.
 
         Returns:
             The final state of a run that must not happen, else None.
 
         Raises:
+            Abort: the run is another node's to start, or has been started already.
             TaskError: the flow was deployed, and something other than our agent started it.
         """
         if self.execution is None:
@@ -216,7 +227,13 @@ class Turn:
                 raise TaskError(_STARTED_ELSEWHERE.format(name=self.name))
             return None
         assignment = self.execution.assignment
-        count = progress.begin(assignment)
+        try:
+            count = progress.begin(assignment)
+        except TokenLostError as lost:
+            self._give_up(assignment)
+            raise Abort(str(lost)) from lost
+        except AlreadyStartedError as started:
+            raise Abort(str(started)) from started
         if count is None:
             self.execution.ended = schedules.exhausted(assignment.max_count)
             return Cancelled(name="Skipped", message=f"Skipped: {self.execution.ended}.")
@@ -229,25 +246,51 @@ class Turn:
         self.log.info("Run %d of %r on %s, %.3f s after its time", count, self.name, assignment.node, late)
         return None
 
+    def _give_up(self, assignment: runs.Assignment) -> None:
+        """Make the run due again, for the node that holds the token now; unless that has started it."""
+        if not progress.is_in_flight(assignment):
+            scheduled: State[Any] = Scheduled(scheduled_time=assignment.due)
+            with get_client(sync_client=True) as client:
+                client.set_flow_run_state(assignment.flow_run.id, scheduled, force=True)
+
+    def subject(self) -> Service | None:
+        """Return the service in its saved state, None for other jobs."""
+        if self.service is None:
+            return None
+        saved = None
+        if self.execution is not None:
+            saved = progress.saved_service(self.execution.assignment, type(self.service))
+        return saved if saved is not None else self.service.model_copy(deep=True)
+
     @contextmanager
-    def attempt(self) -> Iterator[Service | None]:
-        """Make one attempt: yields the service in its saved state, and makes `current_run` known."""
+    def attempt(self) -> Iterator[None]:
+        """Make one attempt; `current_run` is known for its duration."""
         self.current = replace(self.current, attempt=self.current.attempt + 1)
         token = runs.running.set(self.current)
         try:
-            yield self._subject()
+            yield
         finally:
             runs.running.reset(token)
 
-    def _subject(self) -> Service | None:
-        if self.service is None:
-            return None
-        saved = (
-            progress.saved_service(self.execution.assignment, type(self.service))
-            if self.execution
-            else None
-        )
-        return saved if saved is not None else self.service.model_copy(deep=True)
+    def check(self) -> None:
+        """Check the token before a further attempt.
+
+        Raises:
+            Abort: the node has lost it; the one that holds it now says what became of the run.
+        """
+        if self.execution is not None:
+            with _while_ours():
+                progress.check(self.execution.assignment)
+
+    def settle(self, subject: Service | None) -> None:
+        """Record that the execution is over, and save the state of a service that succeeded.
+
+        Raises:
+            Abort: the node has lost the token; nothing is saved.
+        """
+        if self.execution is not None:
+            with _while_ours():
+                progress.settle(self.execution.assignment, subject)
 
     def failed(self, exc: Exception) -> float | None:
         """Take note of a failed attempt.
@@ -255,6 +298,9 @@ class Turn:
         Returns:
             The seconds to wait before the next attempt; None when this was the last, and the error
             policy has been applied.
+
+        Raises:
+            Abort: as `settle`.
         """
         origin = retries.window_start(self.current.scheduled_time, self.started, self.trigger.interval)
         elapsed = (datetime.now(UTC) - origin).total_seconds()
@@ -269,12 +315,13 @@ class Turn:
                 "Attempt %d failed, next in %g s: %s", self.current.attempt, wait, _in_words(exc)
             )
         else:
+            self.settle(None)
             self._apply_error_policy(exc)
         return wait
 
     def _apply_error_policy(self, exc: Exception) -> None:
         policy = self.policy.error_policy
-        terminates = policy in TERMINATING
+        terminates = policy in TERMINATING and not isinstance(exc, NOT_THE_JOBS_OWN)
         if policy in LOGGING:
             consequence = "the job ends on all nodes" if terminates else "the job goes on"
             self.log.error(
@@ -285,11 +332,6 @@ class Turn:
             )
         if terminates and self.execution is not None:
             self.execution.ended = f"run {self.execution.count} failed, and the error policy is {policy}"
-
-    def succeeded(self, subject: Service | None) -> None:
-        """Save the state of a service."""
-        if subject is not None and self.execution is not None:
-            progress.save_service(self.execution.assignment, subject)
 
     def announce(self, state: State[Any]) -> None:
         """Show a retry in the UI; the API's faults do not stop it, a cancelled run does.
@@ -312,6 +354,14 @@ class Turn:
             return
         if answer.status is not SetStateStatus.ACCEPT:
             raise Abort(f"the run may not go on: {answer.details}")
+
+
+@contextmanager
+def _while_ours() -> Iterator[None]:
+    try:
+        yield
+    except TokenLostError as lost:
+        raise Abort(str(lost)) from lost
 
 
 def _in(seconds: float) -> datetime:

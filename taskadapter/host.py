@@ -3,7 +3,7 @@
 ``python -m taskadapter.host FD`` is the *nursery*: a process that has imported Prefect, runs nothing
 and has no threads, so that it can fork a host in milliseconds, sharing its memory. The agent asks it
 for hosts over the socket ``FD`` and passes one end of a new socket pair with each request; the nursery
-answers with the exit statuses of the hosts that ended.
+answers with the exit statuses of the hosts that ended. Its first byte says that it is ready.
 
 A host speaks JSON lines with the agent over its socket. Its main thread runs the flows, so that they
 can be timed out and cancelled as in a process of their own; a second thread listens.
@@ -33,7 +33,8 @@ from prefect.flow_engine import run_flow
 from prefect.logging.loggers import flow_run_logger
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
-from taskadapter import prefect_private, runs
+from taskadapter import prefect_private, progress, runs
+from taskadapter.coordination.board import clock
 from taskadapter.workspace import Desk, StaleCode
 
 BUFFER = 65536
@@ -52,6 +53,7 @@ def nursery(agent: socket.socket) -> None:
     # What is alive now stays shared with the hosts: their collectors need not touch it.
     gc.collect()
     gc.freeze()
+    agent.sendall(b"+")
     wakeup, on_signal = socket.socketpair()
     on_signal.setblocking(False)
     signal.set_wakeup_fd(on_signal.fileno())
@@ -175,6 +177,9 @@ class Host:
         execution.on_begin = lambda: self._tell("began", count=execution.count, ended=execution.ended)
         os.environ["PREFECT__FLOW_RUN_ID"] = str(assignment.flow_run.id)
         token = runs.execution.set(execution)
+        over = threading.Event()
+        if assignment.token is not None and assignment.policy.on_token_loss == "stop":
+            threading.Thread(target=_guard, args=(assignment, over), name="guard", daemon=True).start()
         try:
             state = drive(flow, assignment)
             # What timed out may still be going on in a thread of the flow.
@@ -187,9 +192,17 @@ class Host:
         except BaseException:  # noqa: BLE001 - reported by the engine; this process is not to go on
             stays = False
         finally:
+            over.set()
             runs.execution.reset(token)
         self._tell("done", ended=execution.ended, stays=stays)
         return stays
+
+
+def _guard(assignment: runs.Assignment, over: threading.Event) -> None:
+    """End this process at the deadline of its token: the agent that would do so may be frozen."""
+    while not over.wait(max(0.01, min(1.0, progress.deadline(assignment) - clock()))):
+        if clock() >= progress.deadline(assignment):
+            os.killpg(0, signal.SIGKILL)
 
 
 def drive(flow: Flow[..., Any], assignment: runs.Assignment) -> State[Any] | None:

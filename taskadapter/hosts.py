@@ -147,7 +147,11 @@ class HostPool:
         self._log = get_logger("taskadapter.hosts")
 
     async def start(self) -> None:
-        """Start the nursery; hosts come with the first runs."""
+        """Start the nursery, and wait until it has imported Prefect; hosts come with the first runs.
+
+        Raises:
+            EOFError: it ended instead.
+        """
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         with theirs:
@@ -160,6 +164,8 @@ class HostPool:
                 # Ctrl-C in the agent's terminal is for the agent, which ends its hosts in order.
                 start_new_session=True,
             )
+        if not await asyncio.get_running_loop().sock_recv(ours, 1):
+            raise EOFError("the process that forks hosts has ended at once; its output says why")
         self._nursery = ours
         self._watcher = asyncio.create_task(self._watch(ours))
 
@@ -185,8 +191,11 @@ class HostPool:
                     host.exit_code.set_result(notice["exit_code"])
         self._log.error("The process that forks hosts has ended; starting another.")
         nursery.close()
-        await asyncio.sleep(RESTART_SECONDS)
-        await self.start()
+        self._nursery = None
+        while self._nursery is None:
+            await asyncio.sleep(RESTART_SECONDS)
+            with contextlib.suppress(OSError, EOFError):
+                await self.start()
 
     async def take(self, workspace: str) -> Host:
         """Return a host for the workspace, idle until now; the caller keeps to the limit.

@@ -19,6 +19,7 @@ from taskadapter import flow as flows
 from taskadapter import prefect_private, schedules
 from taskadapter.background import BackgroundAgent
 from taskadapter.declaration import Declaration
+from taskadapter.domain import Domain, password_of
 from taskadapter.errors import DeclarationError, TaskError
 from taskadapter.jobs import Service, dump_state
 from taskadapter.model import (
@@ -27,8 +28,9 @@ from taskadapter.model import (
     TriggerConfiguration,
     WarmBackupConfig,
 )
-from taskadapter.pools import DEFAULT_QUEUE, ensure_work_pool
+from taskadapter.pools import ensure_work_pool
 from taskadapter.settings import TaskadapterSettings
+from taskadapter.worker import DEFAULT_QUEUE
 
 Declarable = type[Service] | Callable[..., Any]
 
@@ -116,12 +118,28 @@ class Listener:
         )
         listeners.add(self)
         if prefect_private.is_being_deployed():
-            ensure_work_pool(self.work_pool)
+            self.ensure_work_pool()
 
     @property
     def work_pool(self) -> str:
         """The name of the work pool."""
         return self.configuration.work_pool or TaskadapterSettings().work_pool
+
+    @property
+    def domain(self) -> Domain | None:
+        """The database and timing that it declares for its pool; None if it declares no group."""
+        backup = self.configuration.warm_backup_config
+        return None if backup is None else Domain.declared(backup, self.work_pool)
+
+    def ensure_work_pool(self) -> None:
+        """Make the work pool unless it is there, with the database and timing of this listener.
+
+        Raises:
+            TaskError: there is a pool of that name and another type.
+        """
+        backup = self.configuration.warm_backup_config
+        password = None if backup is None else password_of(backup)
+        ensure_work_pool(self.work_pool, self.domain, password)
 
     @property
     def group_id(self) -> str | None:
@@ -208,8 +226,6 @@ class Listener:
                 f"service {declared.name!r} is declared twice on one listener; give one another name."
             )
         self.services[declared.name] = declared
-        # A module may keep the flow only: `render` is to find its listener all the same.
-        declared.flow.listener = self  # type: ignore[attr-defined]
 
     # --- running ----------------------------------------------------------------------------------
 

@@ -170,6 +170,11 @@ class TaskPolicy(Declaration):
     `max_concurrent` is how many runs of the job may overlap; None leaves that to the number of
     workers.
 
+    The other two are for jobs of a group. `on_takeover` is what becomes of a run whose node died
+    while it executed: `"crash"` leaves it at that, so that a tick starts at most once; `"rerun"` runs
+    it again. `on_token_loss` is what a node that has lost the token does with its runs: `"stop"` ends
+    them before another node may start one; `"finish"` lets them end, beside the other node's.
+
     Raises:
         DeclarationError: an unknown policy, or a `max_concurrent` below 1.
     """
@@ -177,6 +182,8 @@ class TaskPolicy(Declaration):
     error_policy: ErrorPolicy = ErrorPolicy.LOG_AND_TERMINATE
     waiting_policy: WaitingPolicy = WaitingPolicy.WAIT
     max_concurrent: Annotated[StrictInt, AfterValidator(_max_concurrent)] | None = None
+    on_takeover: Literal["crash", "rerun"] = "crash"
+    on_token_loss: Literal["stop", "finish"] = "stop"
 
 
 class TriggerConfiguration(Declaration):

@@ -1,34 +1,93 @@
-"""How far a job has come: its count and its state, in the coordination database.
+"""How far a job has come, in the coordination database: its count, its state, its runs in flight.
 
-One short transaction for each question, on an engine of this process's own.
+One short transaction for each question, on an engine of this process's own. For a job of a group,
+each begins by locking the token, and is refused when the node has lost it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
+from taskadapter import runs
+from taskadapter.coordination.board import DeadlineBoard, clock
+from taskadapter.errors import DatabaseUnavailableError, TaskError, TokenLostError
 from taskadapter.jobs import Service, dump_state, load_state
 from taskadapter.runs import Assignment
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine
 
+    from taskadapter.coordination.jobs import RunInFlight
+    from taskadapter.coordination.messages import Token
+
+RETRY_SECONDS = 0.5
+"""How long to wait for a database that does not answer, before it is asked again."""
+
+T = TypeVar("T")
+
 
 def begin(assignment: Assignment) -> int | None:
-    """Count one execution of the job.
+    """Count one execution of the job, immediately before it, and enter it as in flight.
 
     Returns:
         Its number, 1 for the first; None when the trigger allows no further one.
+
+    Raises:
+        TokenLostError: the node has lost the token of the job's group.
+        AlreadyStartedError: the run has been started before, here or on another node.
     """
     from taskadapter.coordination import jobs
 
-    with _transaction(assignment) as connection:
-        return jobs.begin_run(
+    def ask(connection: Connection) -> int | None:
+        if assignment.token is not None:
+            jobs.require_token(connection, assignment.token)
+            flight = jobs.RunInFlight(str(assignment.flow_run.id), str(assignment.job_id), assignment.token)
+            jobs.start_flight(connection, flight, rerun=assignment.policy.on_takeover == "rerun")
+        count = jobs.begin_run(
             connection, str(assignment.job_id), assignment.trigger_slug or "", assignment.max_count
         )
+        if count is None and assignment.token is not None:
+            jobs.end_flight(connection, str(assignment.flow_run.id))
+        return count
+
+    count = _answer(assignment, ask)
+    require_trust(assignment)
+    return count
+
+
+def require_trust(assignment: Assignment) -> None:
+    """Check the deadline until which the agent may trust its token.
+
+    Raises:
+        TokenLostError: it has passed.
+    """
+    if clock() >= deadline(assignment):
+        raise TokenLostError(f"node {assignment.node!r} has lost the token of its group.")
+
+
+def deadline(assignment: Assignment) -> float:
+    """Return until when the run may go on, on the board's clock; infinite without a group."""
+    if assignment.token is None or assignment.board is None:
+        return float("inf")
+    return _board(str(assignment.board)).read(assignment.token)
+
+
+def check(assignment: Assignment) -> None:
+    """Check the token before a further attempt.
+
+    Raises:
+        TokenLostError: the node has lost it.
+    """
+    from taskadapter.coordination import jobs
+
+    token = assignment.token
+    if token is not None:
+        _answer(assignment, lambda connection: jobs.require_token(connection, token))
+        require_trust(assignment)
 
 
 def saved_service(assignment: Assignment, cls: type[Service]) -> Service | None:
@@ -39,29 +98,101 @@ def saved_service(assignment: Assignment, cls: type[Service]) -> Service | None:
     """
     from taskadapter.coordination import jobs
 
-    with _transaction(assignment) as connection:
-        state = jobs.load_state(connection, str(assignment.job_id))
+    state = _answer(assignment, lambda c: jobs.load_state(c, str(assignment.job_id)))
     return None if state is None else load_state(cls, state)
 
 
-def save_service(assignment: Assignment, service: Service) -> None:
-    """Save the service for its next run, on whichever node that is.
+def settle(assignment: Assignment, service: Service | None) -> None:
+    """Record that the execution is over, and save what it made of its service, if it succeeded.
 
     Raises:
         DeclarationError: a field holds what cannot be saved.
+        TokenLostError: the node has lost the token; nothing is saved.
     """
     from taskadapter.coordination import jobs
 
-    state = dump_state(service)
-    with _transaction(assignment) as connection:
-        jobs.save_state(connection, str(assignment.job_id), state)
+    state = None if service is None else dump_state(service)
+
+    def write(connection: Connection) -> None:
+        job_id = str(assignment.job_id)
+        if assignment.token is not None:
+            jobs.require_token(connection, assignment.token)
+            jobs.end_flight(connection, str(assignment.flow_run.id))
+        if state is not None and assignment.token is not None:
+            jobs.save_state_fenced(connection, job_id, state, assignment.token)
+        elif state is not None:
+            jobs.save_state(connection, job_id, state)
+
+    if state is not None or assignment.token is not None:
+        _answer(assignment, write)
+
+
+def is_in_flight(assignment: Assignment) -> bool:
+    """Return whether the run has been started, on whichever node."""
+    from taskadapter.coordination import jobs
+
+    return _answer(assignment, lambda c: jobs.is_in_flight(c, str(assignment.flow_run.id)))
+
+
+def left_behind(database_url: str, token: Token) -> tuple[RunInFlight, ...]:
+    """Return the runs that earlier holders of a group's token were executing when they lost it."""
+    from taskadapter.coordination import jobs
+
+    with _transaction(database_url) as connection:
+        return jobs.flights_before(connection, token.group_id, token.term)
+
+
+def forget_flight(database_url: str, flow_run_id: str) -> None:
+    """Record that a run is over whose process could not."""
+    from taskadapter.coordination import jobs
+
+    with _transaction(database_url) as connection:
+        jobs.end_flight(connection, flow_run_id)
+
+
+def fenced(connection: Connection) -> None:
+    """Join a transaction of the caller's to the token of the run that is going on.
+
+    It locks the token's row in that transaction: no other node can take the token over before the
+    transaction ends, and a node that was paused while it lost the token cannot write after its
+    successor. On PostgreSQL the server ends the transaction if it is idle for longer than the lease.
+
+    Args:
+        connection: of SQLAlchemy, to the coordination database, in a transaction.
+
+    Raises:
+        TaskError: no run of a coordinated job is going on here.
+        TokenLostError: the node has lost the token; roll back.
+    """
+    from taskadapter.coordination.tokens import fence
+
+    current = runs.execution.get()
+    token = None if current is None else current.assignment.token
+    if current is None or token is None:
+        raise TaskError(
+            "fenced() was called outside a run of a coordinated job; declare the job on a Listener with "
+            "a warm_backup_config, and let the agent run it."
+        )
+    require_trust(current.assignment)
+    fence(connection, token, deadline(current.assignment) - clock())
+
+
+def _answer(assignment: Assignment, ask: Callable[[Connection], T]) -> T:
+    """Ask until the database answers: its faults are not the job's, and end with the node's trust."""
+    while True:
+        try:
+            with _transaction(assignment.database_url.get_secret_value()) as connection:
+                return ask(connection)
+        except DatabaseUnavailableError:
+            require_trust(assignment)
+            time.sleep(RETRY_SECONDS)
 
 
 @contextmanager
-def _transaction(assignment: Assignment) -> Iterator[Connection]:
+def _transaction(database_url: str) -> Iterator[Connection]:
     from taskadapter.coordination.dialects import transaction
 
-    with transaction(_engine(assignment.database_url.get_secret_value())) as connection:
+    with transaction(_engine(database_url)) as connection:
         yield connection
 
 
@@ -73,9 +204,14 @@ def _engine(url: str) -> Engine:
     its commands.
     """
     from taskadapter.coordination import schema
-    from taskadapter.coordination.dialects import open_engine, transaction
+    from taskadapter.coordination.dialects import open_engine, translated
 
     engine = open_engine(url)
-    with transaction(engine) as connection:
+    with translated(engine.url), engine.connect() as connection:
         schema.create_missing(connection)
     return engine
+
+
+@lru_cache(maxsize=1)
+def _board(path: str) -> DeadlineBoard:
+    return DeadlineBoard.open(path)

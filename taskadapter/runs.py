@@ -9,15 +9,17 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 from prefect.client.schemas.objects import FlowRun
 from pydantic import BaseModel, SecretStr, field_serializer
 
+from taskadapter.coordination.messages import Token
 from taskadapter.errors import TaskError
 from taskadapter.jobs import JobId
-from taskadapter.model import TriggerConfiguration
+from taskadapter.model import TaskPolicy, TriggerConfiguration
 
 
 class Workspace(BaseModel, frozen=True):
@@ -34,7 +36,22 @@ class Workspace(BaseModel, frozen=True):
 
 
 class Assignment(BaseModel, frozen=True):
-    """One run, as the agent hands it to a host."""
+    """One run, as the agent hands it to a host.
+
+    Attributes:
+        flow_run: as polled.
+        due: when its body is to start.
+        flow_name: the flow's name.
+        entrypoint: what of the workspace it runs.
+        workspace: where the code is.
+        node: the agent's name.
+        database_url: the coordination database.
+        token: what the node holds of the run's group; None for a run of no group.
+        board: the file with the deadline of that token.
+        trigger_slug: names the trigger, for the count.
+        trigger: as deployed; None for a deployment that is not of ours.
+        initial_state: of an attached service.
+    """
 
     flow_run: FlowRun
     due: datetime
@@ -43,6 +60,8 @@ class Assignment(BaseModel, frozen=True):
     workspace: Workspace
     node: str
     database_url: SecretStr
+    token: Token | None = None
+    board: Path | None = None
     trigger_slug: str | None = None
     trigger: TriggerConfiguration | None = None
     initial_state: dict[str, Any] | None = None
@@ -56,6 +75,11 @@ class Assignment(BaseModel, frozen=True):
     def job_id(self) -> UUID | None:
         """The deployment's id; None for a run that belongs to none."""
         return self.flow_run.deployment_id
+
+    @property
+    def policy(self) -> TaskPolicy:
+        """The job's policy."""
+        return (self.trigger and self.trigger.task_policy) or TaskPolicy()
 
     @property
     def max_count(self) -> int:

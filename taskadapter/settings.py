@@ -29,9 +29,13 @@ class TaskadapterSettings(PrefectBaseSettings):
     database_url: SecretStr | None = Field(
         default=None,
         description=(
-            "SQLAlchemy URL of the database that keeps counts and the state of services. "
-            "Default: a SQLite file in Prefect's home, good for one machine."
+            "SQLAlchemy URL of the coordination database, instead of the one that the work pool "
+            "names. Default without either: a SQLite file in Prefect's home, good for one machine."
         ),
+    )
+    database_password: SecretStr | None = Field(
+        default=None,
+        description="The password for the database that the work pool names.",
     )
     worker_count: int = Field(
         default=5,
@@ -56,8 +60,6 @@ class TaskadapterSettings(PrefectBaseSettings):
         description="Seconds that a stopping agent waits for its runs before it ends them.",
     )
 
-    def effective_database_url(self) -> str:
-        """Return the database's URL, with its secret: never log it."""
-        if self.database_url is not None:
-            return self.database_url.get_secret_value()
+    def default_database_url(self) -> str:
+        """Return the URL of the database where nothing is configured."""
         return f"sqlite:///{get_current_settings().home / 'taskadapter.db'}"

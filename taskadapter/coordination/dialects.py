@@ -475,7 +475,7 @@ def _where(url: URL) -> str:
 
 
 _REMEDIES: dict[type[CoordinationError], str] = {
-    DatabaseUnavailableError: "it is tried again; check that it runs and is reached from this host",
+    DatabaseUnavailableError: "check that it runs and can be reached from this host",
     AccessDeniedError: "correct the user, its password or its grants",
     SchemaError: "run `taskadapter db upgrade`, or give a DBA the output of `taskadapter db sql`",
     CoordinationError: "see `taskadapter doctor`",

@@ -70,7 +70,7 @@ class Heartbeat:
     `tell` gets each `Change`, and `publish` each new deadline, just before it. Both are called in a
     thread of the heartbeat and must return at once: hand the work over to a thread of your own.
     What they raise is logged and ignored. Each change, and each fault of the database once, is
-    logged in one line by the logger `taskadapter.coordination`.
+    logged in one line.
 
     Args:
         database: Where the nodes coordinate.
@@ -80,6 +80,7 @@ class Heartbeat:
         heartbeat_frequency: Seconds from one heartbeat to the next.
         tell: Hears of changes.
         publish: Hears of deadlines.
+        log: Where it is logged, by default the logger `taskadapter.coordination`.
 
     Raises:
         ValueError: three heartbeats do not fit into the interval.
@@ -96,6 +97,7 @@ class Heartbeat:
         heartbeat_frequency: float,
         tell: Callable[[Change], None],
         publish: Publish,
+        log: logging.Logger | logging.LoggerAdapter[Any] = _log,
     ) -> None:
         timing = Timing(
             liveness_check_interval=liveness_check_interval,
@@ -104,7 +106,7 @@ class Heartbeat:
         me = Node(task_id, str(uuid.uuid4()), socket.gethostname(), os.getpid())
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._courier = Courier(database, me, timing, self._events.put)
-        self._tell, self._publish = tell, publish
+        self._tell, self._publish, self._log = tell, publish, log
         self._lease = Lease(
             task_id=task_id,
             timing=replace(timing, one_round_trip=self._courier.one_round_trip),
@@ -145,7 +147,7 @@ class Heartbeat:
             try:
                 self._obey(self._advance())
             except Exception:  # noqa: BLE001  a mistake of ours must not end the decisions
-                _log.exception("the heartbeat goes on after an error that should not happen")
+                self._log.exception("the heartbeat goes on after an error that should not happen")
                 time.sleep(_PAUSE)
         self._courier.end()
         self._stopped.set()
@@ -164,7 +166,7 @@ class Heartbeat:
         for action in done.actions:
             self._do(action)
         if done.sentence:
-            _log.log(_level(done), "node %s: %s", done.lease.task_id, done.sentence)
+            self._log.log(_level(done), "node %s: %s", done.lease.task_id, done.sentence)
 
     def _do(self, action: Action) -> None:
         match action:
@@ -189,7 +191,7 @@ class Heartbeat:
         try:
             function(*arguments)
         except Exception:  # noqa: BLE001  a mistake of theirs must not end the decisions
-            _log.exception("%r failed", function)
+            self._log.exception("%r failed", function)
 
 
 def _level(done: Step) -> int:

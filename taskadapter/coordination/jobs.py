@@ -32,6 +32,7 @@ __all__ = [
     "end_flight",
     "flights_before",
     "forget",
+    "is_in_flight",
     "load_state",
     "require_token",
     "save_state",
@@ -188,6 +189,13 @@ def _start_again(connection: Connection, run: RunInFlight, values: dict[str, Any
 def end_flight(connection: Connection, flow_run_id: str) -> None:
     """Record that a flow run is over, however it ended; nothing happens if it was not in flight."""
     connection.execute(delete(run_in_flight).where(run_in_flight.c.flow_run_id == flow_run_id))
+
+
+def is_in_flight(connection: Connection, flow_run_id: str) -> bool:
+    """Return whether a flow run has been started, and not ended."""
+    columns = run_in_flight.c
+    query = select(columns.term).where(columns.flow_run_id == flow_run_id)
+    return connection.execute(query).one_or_none() is not None
 
 
 def flights_before(connection: Connection, group_id: str, term: int) -> tuple[RunInFlight, ...]:

@@ -45,7 +45,8 @@ __all__ = [
 
 metadata = MetaData()
 
-# Compared and subtracted inside SQL only, never loaded as a datetime.
+# Compared and subtracted inside SQL only, never loaded as a datetime. Always nullable: an older
+# MariaDB adds ON UPDATE CURRENT_TIMESTAMP to one that is not.
 _Moment: TypeEngine[Any] = (
     DateTime(timezone=True).with_variant(TIMESTAMP(fsp=6), "mysql").with_variant(Text(), "sqlite")
 )
@@ -86,8 +87,8 @@ node = Table(
     Column("host", String(255), nullable=False),
     Column("pid", Integer, nullable=False),
     Column("group_ids", _Json, nullable=False),
-    Column("started", _Moment, nullable=False),
-    Column("last_seen", _Moment, nullable=False),
+    Column("started", _Moment),
+    Column("last_seen", _Moment),
     **_MYSQL,
 )
 
@@ -99,7 +100,7 @@ tenure = Table(
     Column("task_id", String(255), nullable=False),
     Column("incarnation", String(36), nullable=False),
     Column("reason", String(255), nullable=False),
-    Column("acquired", _Moment, nullable=False),
+    Column("acquired", _Moment),
     Column("resign_requested", _Moment),
     Column("released", _Moment),
     **_MYSQL,
@@ -114,7 +115,7 @@ job_progress = Table(
     Column("state", _Json),
     # The term in which the state was last written.
     Column("term", BigInteger),
-    Column("updated", _Moment, nullable=False),
+    Column("updated", _Moment),
     **_MYSQL,
 )
 
@@ -126,7 +127,7 @@ run_in_flight = Table(
     Column("group_id", String(255), nullable=False),
     Column("task_id", String(255), nullable=False),
     Column("term", BigInteger, nullable=False),
-    Column("started", _Moment, nullable=False),
+    Column("started", _Moment),
     **_MYSQL,
 )
 
@@ -143,14 +144,15 @@ def create_missing(connection: Connection) -> tuple[str, ...]:
     Several nodes may do so at once.
     """
     missing = missing_tables(connection)
-    try:
-        metadata.create_all(connection, [metadata.tables[name] for name in missing])
-        connection.commit()
-    except DBAPIError:
-        # Another node was faster, if they are all there now.
-        connection.rollback()
-        if missing_tables(connection):
-            raise
+    for name in missing:
+        try:
+            connection.execute(CreateTable(metadata.tables[name], if_not_exists=True))
+            connection.commit()
+        except DBAPIError:
+            # Even IF NOT EXISTS fails where another node creates the table at this moment.
+            connection.rollback()
+            if name in missing_tables(connection):
+                raise
     return missing
 
 

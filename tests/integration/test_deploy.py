@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import yaml
 from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate
 from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.exceptions import ObjectNotFound
@@ -107,7 +108,7 @@ def test_a_deployment_is_what_was_declared(prefect_client: SyncPrefectClient, na
     assert (found.name, found.entrypoint) == (name, "tests/integration/test_deploy.py:check_inbox")
     assert (found.description, found.tags) == ("Look for new mail.", ["taskadapter"])
     assert (found.work_pool_name, found.work_queue_name) == (POOL, f"group-of-{name}")
-    assert found.job_variables == {"trigger": {"interval": 3600.0, "max_count": -1}}
+    assert found.job_variables == {"trigger": {"interval": 3600.0}}
     assert [*found.parameter_openapi_schema["properties"]] == ["days"]
     assert [one.slug for one in found.schedules] == [slug(TRIGGER)]
 
@@ -334,7 +335,8 @@ def clean(prefect_client: SyncPrefectClient) -> Iterator[None]:
     """A server without the project's own pool and jobs, before the test and after it."""
 
     def remove() -> None:
-        for job in ("counter", "flaky"):
+        rendered = yaml.safe_load((PROJECT / "deployments/prefect.yaml").read_text())
+        for job in [entry["name"] for entry in rendered["deployments"]]:
             with suppress(ObjectNotFound):
                 prefect_client.delete_deployment(deployed(prefect_client, job).id)
         with suppress(ObjectNotFound):

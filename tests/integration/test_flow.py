@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import uuid
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -18,24 +19,35 @@ from prefect.settings import (
     get_current_settings,
     temporary_settings,
 )
+from pydantic import SecretStr
 
 from taskadapter import (
     ErrorPolicy,
     Job,
+    JobId,
     Listener,
     RetryConfiguration,
     Service,
     TaskPolicy,
     TriggerConfiguration,
     current_run,
+    progress,
+    runs,
 )
 from taskadapter.deploy import deploy
+from taskadapter.errors import DatabaseUnavailableError
 from taskadapter.flow import job_flow
+from taskadapter.host import drive
+from taskadapter.runs import Assignment, Execution, Workspace
+from taskadapter.schedules import slug
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
 
+    from prefect import Flow
     from prefect.client.orchestration import SyncPrefectClient
+    from prefect.client.schemas.objects import State
 
     from taskadapter.runs import CurrentRun
 
@@ -302,3 +314,144 @@ def test_nothing_is_counted_then(
 
     assert states(prefect_client, flow_run.id) == ["Scheduled", "Running", "Failed"]
     assert asked == []
+
+
+# --- given to a host by our agent -----------------------------------------------------------------
+
+
+@dataclass
+class Agent:
+    """Gives one run after another of one job to a host, which is this process."""
+
+    client: SyncPrefectClient
+    name: str
+    database_url: str
+    on: Listener
+    job: Flow[..., object]
+
+    def run(self, *, auto_scheduled: bool = False) -> tuple[State[object], Execution]:
+        """Start a run of the job now; returns its final state and what the flow tells the agent."""
+        deployment_id = asyncio.run(deploy(self.on))[self.name].id
+        flow_run = self.client.create_flow_run_from_deployment(deployment_id)
+        trigger = self.on.services[self.name].trigger
+        execution = Execution(
+            Assignment(
+                flow_run=flow_run.model_copy(update={"auto_scheduled": auto_scheduled}),
+                due=datetime.now(UTC),
+                flow_name=self.name,
+                entrypoint="",
+                workspace=Workspace(),
+                node="node-1",
+                database_url=SecretStr(self.database_url),
+                trigger_slug=slug(trigger),
+                trigger=trigger,
+            )
+        )
+        token = runs.execution.set(execution)
+        try:
+            state = drive(self.job, execution.assignment)
+        finally:
+            runs.execution.reset(token)
+        assert state is not None
+        return state, execution
+
+
+@pytest.fixture
+def given(prefect_client: SyncPrefectClient, name: str, tmp_path: Path) -> Iterator[Callable[..., Agent]]:
+    def give(source: object, **changes: object) -> Agent:
+        on = listener(**changes)
+        job = on.service(name)(source)
+        return Agent(prefect_client, name, f"sqlite:///{tmp_path}/tasks.db", on, job)
+
+    yield give
+    progress._engine.cache_clear()
+
+
+def test_a_job_knows_its_run(given: Callable[..., Agent]) -> None:
+    """A run that the agent gives knows its job, its time, its number and its node."""
+    agent = given(look)
+
+    for _ in range(2):
+        state, execution = agent.run()
+        assert state.is_completed()
+
+    first, second = seen
+    assert first.job_id == second.job_id == JobId(execution.assignment.job_id)
+    assert (first.count, second.count, second.attempt) == (1, 2, 1)
+    assert second.task_id == "node-1"
+    assert second.scheduled_time == execution.assignment.due
+
+
+def test_the_last_of_the_counted_runs_ends_the_job(given: Callable[..., Agent]) -> None:
+    """The run that reaches the maximum says so; one more is skipped, and its body does not run."""
+    agent = given(look)
+
+    last, execution = agent.run(auto_scheduled=True)
+    assert (last.is_completed(), execution.ended) == (True, "the maximum of 1 run is reached")
+
+    skipped, execution = agent.run(auto_scheduled=True)
+    assert (skipped.name, execution.ended) == ("Skipped", "the maximum of 1 run is reached")
+    assert skipped.message == "Skipped: the maximum of 1 run is reached."
+    assert len(seen) == 1
+
+
+def test_a_services_state_is_saved(given: Callable[..., Agent]) -> None:
+    """Each run starts from what the one before it has saved."""
+    agent = given(Counter)
+
+    for _ in range(3):
+        agent.run()
+
+    assert values == [1, 2, 3]
+
+
+class Stumbling(Counter):
+    def execute(self) -> int:
+        super().execute()
+        if look() in (1, 3, 4, 5):
+            raise ConnectionError("no answer")
+        return self.i
+
+
+def test_a_failed_attempt_leaves_nothing_behind(given: Callable[..., Agent]) -> None:
+    """A retry, and the run after a failed one, start from the last saved state."""
+    agent = given(Stumbling)
+
+    names = [agent.run()[0].name for _ in range(3)]
+
+    assert names == ["Completed", "Failed", "Completed"]
+    assert values == [1, 1, 2, 2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("policy", "ends"),
+    [
+        (ErrorPolicy.LOG_AND_TERMINATE, True),
+        (ErrorPolicy.TERMINATE, True),
+        (ErrorPolicy.LOG_AND_CONTINUE, False),
+        (ErrorPolicy.CONTINUE, False),
+    ],
+)
+def test_the_error_policy(given: Callable[..., Agent], policy: ErrorPolicy, ends: bool) -> None:
+    """After the last attempt the job ends or goes on as its policy says; the run has failed anyhow."""
+    state, execution = given(fail, task_policy=TaskPolicy(error_policy=policy)).run()
+
+    assert state.is_failed()
+    assert (execution.ended is not None) is ends
+
+
+@pytest.mark.parametrize("call", ["begin", "saved_service", "settle"])
+def test_a_fault_of_the_database_ends_no_job(
+    given: Callable[..., Agent], monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """Only the job's own errors count: where the database does not answer, the run fails, no more."""
+
+    def gone(*_: object) -> None:
+        raise DatabaseUnavailableError("no answer")
+
+    agent = given(Counter, retry_config=None, trigger=TriggerConfiguration(interval=3600))
+    monkeypatch.setattr(progress, call, gone)
+
+    state, execution = agent.run()
+
+    assert (state.is_failed(), execution.ended) == (True, None)

@@ -465,4 +465,12 @@ def test_the_signature_that_users_see():
     """The public methods are those of the design, by name."""
     public = {name for name, _ in inspect.getmembers(Listener, inspect.isfunction) if name[0] != "_"}
 
-    assert public == {"attach", "detach", "graceful_stop", "immediate_stop", "service", "start"}
+    assert public == {
+        "attach",
+        "detach",
+        "ensure_work_pool",
+        "graceful_stop",
+        "immediate_stop",
+        "service",
+        "start",
+    }

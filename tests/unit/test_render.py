@@ -91,8 +91,6 @@ def test_the_whole_file(project):
                 interval: 2.0
                 max_count: 5
                 task_policy:
-                  error_policy: LOG_AND_TERMINATE
-                  waiting_policy: WAIT
                   max_concurrent: 1
           build:
           - taskadapter.deploy.prepare:
@@ -358,10 +356,10 @@ def test_a_file_that_cannot_be_written(project, monkeypatch, capsys):
     """Where the file cannot be written, one line says so."""
     module(project, "inbox.py", INBOX)
 
-    status, out, err = command(monkeypatch, capsys, "render", "--output", "nowhere/prefect.yaml")
+    status, out, err = command(monkeypatch, capsys, "render", "--output", "flows/inbox.py/prefect.yaml")
 
     assert (status, out) == (1, "")
-    assert err == "taskadapter: nowhere/prefect.yaml cannot be written: No such file or directory.\n"
+    assert err == "taskadapter: flows/inbox.py/prefect.yaml cannot be written: File exists.\n"
 
 
 # --- the command ----------------------------------------------------------------------------------

@@ -81,18 +81,11 @@ def test_both_sides_of_each_limit(monkeypatch, name, least, below):
 
 
 def test_the_database_of_one_machine():
-    """Without a URL the database is a SQLite file in Prefect's home, by its absolute path."""
-    url = url_of(TaskadapterSettings().effective_database_url())
+    """Where nothing is named the database is a SQLite file in Prefect's home, by its absolute path."""
+    url = url_of(TaskadapterSettings().default_database_url())
 
     assert url.get_backend_name() == "sqlite"
     assert Path(str(url.database)) == get_current_settings().home / "taskadapter.db"
-
-
-def test_the_database_that_is_named(monkeypatch):
-    """A URL in the environment is the one that is used."""
-    monkeypatch.setenv(PREFIX + "DATABASE_URL", URL)
-
-    assert TaskadapterSettings().effective_database_url() == URL
 
 
 def test_the_databases_url_is_never_shown(monkeypatch):

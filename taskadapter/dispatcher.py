@@ -1,0 +1,465 @@
+"""From a run that is due to a run that is over: decide, claim, run on a warm host, report.
+
+The dispatcher is given the runs that the agent's polls find. It takes them a little before their time,
+as many as there is room for, and looks after them until they have ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from logging import Logger, LoggerAdapter
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import httpx
+from prefect.client.orchestration import PrefectClient
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterId,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import FlowRun, State, StateType, WorkPool
+from prefect.client.schemas.responses import OrchestrationResult, SetStateStatus
+from prefect.events import emit_event
+from prefect.exceptions import ObjectNotFound
+from prefect.settings import get_current_settings
+from prefect.states import Cancelled, Crashed, Pending, Scheduled
+
+from taskadapter import progress, schedules
+from taskadapter.coordination.messages import Token
+from taskadapter.deployments import DeployedJob, Deployments
+from taskadapter.hosts import Host, HostPool, Outcome
+from taskadapter.runs import Assignment
+from taskadapter.schedules import Verdict
+
+CLAIM_AHEAD = timedelta(seconds=1)
+"""A run is claimed, and its host made ready, this long before its time."""
+
+WATCH_SECONDS = 2.0
+"""How often the agent asks whether one of its runs is to be cancelled."""
+
+CANCEL_GRACE_SECONDS = 30.0
+"""How long a cancelled run may take to clean up before its process is killed."""
+
+TERMINATE_GRACE_SECONDS = 5.0
+"""How long a run may take to end when its agent has to, before its process is killed."""
+
+PAUSE_SECONDS = 5.0
+"""How long to wait before a run is tried again that no process could be started for."""
+
+
+@dataclass
+class RunInHand:
+    """A run between its claim and its end.
+
+    Attributes:
+        flow_run: as polled.
+        token: what the node held of the run's group when it took it; None for a run of no group.
+        host: the process that has it, once one does.
+        decided: whether it takes one of the places of its job's `max_concurrent`.
+        finishes: whether it may go on when the token is lost.
+        ended: why its job was over when its body began, if it was.
+        over: why it is not to begin: its job has ended since it was claimed.
+        lost: whether the token was lost: what becomes of the run, the group's next holder says.
+        cancelled: when it was cancelled, on the monotonic clock.
+        heartbeat: when its last heartbeat was, on the monotonic clock.
+    """
+
+    flow_run: FlowRun
+    token: Token | None = None
+    host: Host | None = None
+    decided: bool = False
+    finishes: bool = False
+    ended: str | None = None
+    over: str | None = None
+    lost: bool = False
+    cancelled: float | None = None
+    heartbeat: float = field(default_factory=time.monotonic)
+
+    @property
+    def due(self) -> datetime:
+        """When the tick is to start."""
+        return _due(self.flow_run)
+
+
+@dataclass(frozen=True)
+class Node:
+    """What the dispatcher needs to know of its agent.
+
+    Attributes:
+        name: the node's name.
+        client: connected to the API.
+        log: the agent's log.
+        pool: returns the work pool as it was last read.
+        token: returns the token of a run's group; None for a run of no group.
+        may_run: returns whether this node may run a run now: it has no group, or the token is held.
+        database_url: returns the coordination database's URL.
+        board: returns the file with the deadlines of tokens.
+    """
+
+    name: str
+    client: PrefectClient
+    log: Logger | LoggerAdapter[Any]
+    pool: Callable[[], WorkPool]
+    token: Callable[[FlowRun], Token | None]
+    may_run: Callable[[FlowRun], bool]
+    database_url: Callable[[], str]
+    board: Callable[[], Path | None]
+
+
+class Dispatcher:
+    """Has runs run, each at its time.
+
+    Args:
+        node: the agent.
+        hosts: where they run.
+        deployments: what they are runs of.
+    """
+
+    def __init__(self, node: Node, hosts: HostPool, deployments: Deployments) -> None:
+        self._node = node
+        self._client = node.client
+        self._log = node.log
+        self._hosts = hosts
+        self._deployments = deployments
+        self._room = asyncio.Semaphore(hosts.limit)
+        self._upcoming: dict[UUID, FlowRun] = {}
+        self._in_hand: dict[UUID, RunInHand] = {}
+        self._handling: set[asyncio.Task[None]] = set()
+        self._newest_run: datetime | None = None
+        self._news = asyncio.Event()
+
+    # --- what the agent tells ---------------------------------------------------------------------
+
+    def found(self, runs: list[FlowRun]) -> None:
+        """Take note of all runs that are due soon or late; they replace those that were known."""
+        self._upcoming = {run.id: run for run in runs if run.id not in self._in_hand}
+        made = [run.created for run in runs if run.created is not None]
+        self._newest_run = max([*made, self._newest_run] if self._newest_run else made, default=None)
+        self._news.set()
+
+    def forget(self) -> None:
+        """Start nothing more of what is known; what waits for its moment goes back."""
+        self._upcoming.clear()
+        self._drop(self._in_hand.values())
+
+    def _drop(self, runs: Iterable[RunInHand]) -> None:
+        for run in runs:
+            if run.host is not None:
+                run.host.drop()
+
+    async def drain(self, seconds: float, group_id: str | None = None) -> None:
+        """Let runs end, those of one group or all, for so long; then end them.
+
+        What has not begun goes back to be claimed by another node.
+        """
+        runs = [run for run in self._in_hand.values() if group_id is None or _group(run) == group_id]
+        if runs:
+            self._log.info("%d run(s) may still end, within %g s.", len(runs), seconds)
+        self._drop(runs)
+        await self._until_gone(runs, seconds)
+        self.end(runs)
+        await self._until_gone(runs, TERMINATE_GRACE_SECONDS)
+
+    async def _until_gone(self, runs: list[RunInHand], seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while any(run.flow_run.id in self._in_hand for run in runs):
+                    await asyncio.wait(
+                        self._handling or [asyncio.create_task(asyncio.sleep(0.1))],
+                        return_when=asyncio.FIRST_COMPLETED,
+                    )
+
+    async def finish(self) -> None:
+        """Wait until everything that is known has run."""
+        while self._upcoming or self._handling:
+            await asyncio.wait(self._handling or [asyncio.create_task(asyncio.sleep(0.1))])
+
+    def end(self, runs: Iterable[RunInHand] | None = None) -> None:
+        """End runs that go on, by default all: each shows as Crashed."""
+        for run in list(self._in_hand.values()) if runs is None else runs:
+            if run.host is not None:
+                run.host.end(signal.SIGTERM)
+
+    def lose(self, token: Token) -> None:
+        """Stop the runs of a token that is lost, now: another node may start some."""
+        self._upcoming = {
+            run.id: run for run in self._upcoming.values() if run.work_queue_name != token.group_id
+        }
+        for run in self._in_hand.values():
+            if run.token == token:
+                run.lost = True
+                if run.host is not None and not run.finishes:
+                    run.host.end(signal.SIGKILL)
+
+    # --- claiming ---------------------------------------------------------------------------------
+
+    async def dispatch(self) -> None:
+        """Take one run after another, each a little before its time, while there is room."""
+        while True:
+            await self._room.acquire()
+            flow_run = await self._next_due()
+            run = self._in_hand[flow_run.id] = RunInHand(flow_run, self._node.token(flow_run))
+            task = asyncio.create_task(self._handle(run))
+            self._handling.add(task)
+            task.add_done_callback(self._handling.discard)
+
+    async def _next_due(self) -> FlowRun:
+        while True:
+            wait = None
+            if free := [run for run in self._upcoming.values() if self._may_start(run)]:
+                first = min(free, key=_due)
+                wait = (_due(first) - CLAIM_AHEAD - datetime.now(UTC)).total_seconds()
+                if wait <= 0:
+                    return self._upcoming.pop(first.id)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait):
+                    await self._news.wait()
+            self._news.clear()
+
+    def _may_start(self, flow_run: FlowRun) -> bool:
+        """Return whether the run's job goes on, here, with fewer runs in hand than it may have."""
+        if self._deployments.is_ending(flow_run) or not self._node.may_run(flow_run):
+            return False
+        job = self._deployments.known(flow_run)
+        limit = None if job is None else job.max_concurrent
+        return limit is None or len(self._siblings(flow_run)) < limit
+
+    def _siblings(self, flow_run: FlowRun) -> list[RunInHand]:
+        """Return the runs in hand of the same job, this one included."""
+        job_id = flow_run.deployment_id
+        return [run for run in self._in_hand.values() if run.flow_run.deployment_id == job_id]
+
+    async def _handle(self, run: RunInHand) -> None:
+        try:
+            await self._decide(run)
+        except ObjectNotFound:
+            self._log.info("Run %s or its deployment was deleted.", run.flow_run.name)
+        except httpx.HTTPError as fault:
+            self._log.warning("Run %s is left for later: %s", run.flow_run.name, fault)
+        except Exception as exc:  # noqa: BLE001 - one run's trouble must not end the agent
+            self._log.exception("Run %s could not be run.", run.flow_run.name)
+            await self._deployments.report(run.flow_run, Crashed(message=f"{exc}"))
+        finally:
+            del self._in_hand[run.flow_run.id]
+            self._room.release()
+            self._news.set()
+
+    async def _decide(self, run: RunInHand) -> None:
+        """Apply what Prefect's schedule cannot express, then claim and run."""
+        flow_run = run.flow_run
+        if self._deployments.is_ending(flow_run):
+            return
+        job = await self._deployments.job_of(flow_run, self._node.pool(), self._newest_run)
+        # Decided already, or due before this one: they go first.
+        others = [other for other in self._siblings(flow_run) if other is not run]
+        ahead = sum(other.decided or other.due < run.due for other in others)
+        if job.max_concurrent is not None and ahead >= job.max_concurrent:
+            # Only now is it known that its job allows no more: it waits its turn.
+            self._upcoming[flow_run.id] = flow_run
+            return
+        run.decided, run.finishes = True, job.finishes
+        if await self._is_put_away(run, job) or not self._node.may_run(flow_run):
+            return
+        claim: OrchestrationResult[Any] = await self._client.set_flow_run_state(flow_run.id, Pending())
+        if claim.status is SetStateStatus.ACCEPT:
+            # Nobody starts a run before its time: ahead of it there is nothing to ask.
+            is_late = datetime.now(UTC) >= run.due
+            if not (is_late and await self._deployments.has_run_since(flow_run)):
+                await self.run(run, job)
+        else:
+            self._log.info("Run %s is not to be had: %s", flow_run.name, claim.details)
+
+    async def _is_put_away(self, run: RunInHand, job: DeployedJob) -> bool:
+        """Return whether the tick is outside its trigger's start and end, and see to it then."""
+        if job.trigger is None or not run.flow_run.auto_scheduled:
+            return False
+        judgement = schedules.judge(job.trigger, run.due)
+        if judgement.verdict is Verdict.EARLY:
+            await self._client.delete_flow_run(run.flow_run.id)
+        elif judgement.verdict is Verdict.END:
+            self._deployments.end(job, judgement.reason)
+        return judgement.verdict is not Verdict.RUN
+
+    # --- running ----------------------------------------------------------------------------------
+
+    async def run(self, run: RunInHand, job: DeployedJob) -> None:
+        """Run a claimed run, and see to what follows from how it went."""
+        assignment = self._assignment(run, job)
+        outcome = await self._on_a_host(run, assignment, job)
+        if outcome.ended is not None and run.ended is None:
+            self._end_job(job, outcome.ended)
+        if run.lost:
+            self._log.warning("Run %s is left to the next holder of its group.", run.flow_run.name)
+        elif outcome.kind == "dropped":
+            await self._put_back(run)
+        elif outcome.kind == "crashed":
+            await self._report_crash(run, assignment, outcome.message)
+
+    def _assignment(self, run: RunInHand, job: DeployedJob) -> Assignment:
+        return Assignment(
+            flow_run=run.flow_run,
+            due=run.due,
+            flow_name=job.flow_name,
+            entrypoint=job.deployment.entrypoint or "",
+            workspace=job.workspace,
+            node=self._node.name,
+            database_url=self._node.database_url(),
+            token=run.token,
+            board=self._node.board(),
+            trigger_slug=job.slug,
+            trigger=job.trigger,
+            initial_state=job.configuration.initial_state,
+        )
+
+    async def _on_a_host(self, run: RunInHand, assignment: Assignment, job: DeployedJob) -> Outcome:
+        def on_begin(ended: str | None) -> None:
+            run.ended = ended
+            if ended is not None:
+                self._end_job(job, ended)
+
+        while True:
+            try:
+                host = await self._hosts.take(assignment.workspace.key)
+            except (OSError, EOFError) as fault:
+                self._log.warning("No process can be started for runs: %s", fault or "it ended at once")
+                await asyncio.sleep(PAUSE_SECONDS)
+                return Outcome("dropped")
+            if run.over is not None or run.lost:
+                self._hosts.give_back(host)
+                return Outcome("dropped")
+            run.host = host
+            try:
+                outcome = await host.carry_out(assignment, on_begin)
+            except EOFError:
+                outcome = Outcome("crashed", message=await self._hosts.how_it_ended(host))
+            finally:
+                run.host = None
+            if outcome.host_stays:
+                self._hosts.give_back(host)
+            else:
+                self._hosts.discard(host)
+            if outcome.kind != "stale":
+                return outcome
+
+    def _end_job(self, job: DeployedJob, reason: str) -> None:
+        """End a job for all nodes; its ticks that are claimed, but have not begun, do not begin."""
+        self._deployments.end(job, reason)
+        for run in self._in_hand.values():
+            if run.flow_run.deployment_id == job.deployment.id and run.flow_run.auto_scheduled:
+                run.over = reason
+                self._drop([run])
+
+    async def _put_back(self, run: RunInHand) -> None:
+        """Give a claimed run that has not begun to the next agent, or skip it if its job is over."""
+        if run.over is not None:
+            await self._deployments.skip(run.flow_run, run.over)
+        else:
+            await self._deployments.report(run.flow_run, Scheduled(scheduled_time=run.due), force=True)
+
+    async def _report_crash(self, run: RunInHand, assignment: Assignment, message: str) -> None:
+        """Report the end of a run whose process could not, and run the hooks it owes."""
+        state: State[Any] = Crashed(message=f"On {self._node.name}: {message}.")
+        if run.cancelled is not None:
+            state = Cancelled(message=f"Cancelled; on {self._node.name} {message}.")
+        self._log.warning("Run %s: %s", run.flow_run.name, state.message)
+        await self._deployments.report(run.flow_run, state, force=run.cancelled is not None)
+        if run.token is not None:
+            url, flow_run_id = self._node.database_url(), str(run.flow_run.id)
+            await asyncio.to_thread(progress.forget_flight, url, flow_run_id)
+        try:
+            host = await self._hosts.take(assignment.workspace.key)
+            await host.run_hooks(assignment, state)
+        except (OSError, EOFError) as fault:
+            self._log.warning("The hooks of run %s could not be run: %s", run.flow_run.name, fault)
+        else:
+            self._hosts.discard(host)
+
+    async def run_now(self, flow_run: FlowRun) -> None:
+        """Run a run that something other than a poll has claimed."""
+        async with self._room:
+            run = self._in_hand[flow_run.id] = RunInHand(flow_run, self._node.token(flow_run))
+            try:
+                job = await self._deployments.job_of(flow_run, self._node.pool(), None)
+                await self.run(run, job)
+            finally:
+                del self._in_hand[flow_run.id]
+
+    # --- watching ---------------------------------------------------------------------------------
+
+    async def watch(self) -> None:
+        """Look after the runs that are going on, as long as the agent lives."""
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            since = datetime.now(UTC) - timedelta(seconds=WATCH_SECONDS)
+            runs = self._in_hand.items()
+            going_on = {i: run for i, run in runs if run.host is not None and run.due < since}
+            try:
+                self._kill_overdue(going_on.values())
+                self._send_heartbeats(going_on.values())
+                if going_on:
+                    await self._cancel_what_is_to_be(going_on)
+            except httpx.HTTPError as fault:
+                self._log.debug("Could not look for cancelled runs: %s", fault)
+            except Exception:  # noqa: BLE001 - as above
+                self._log.exception("Looking after the runs failed; trying again.")
+
+    def _kill_overdue(self, going_on: Iterable[RunInHand]) -> None:
+        cutoff = time.monotonic() - CANCEL_GRACE_SECONDS
+        for run in going_on:
+            if run.cancelled is not None and run.cancelled < cutoff and run.host is not None:
+                run.host.end(signal.SIGKILL)
+
+    def _send_heartbeats(self, going_on: Iterable[RunInHand]) -> None:
+        """Emit Prefect's heartbeat events: automations of its users detect dead runs by them."""
+        seconds = get_current_settings().flows.heartbeat_frequency
+        if seconds is None:
+            return
+        for run in going_on:
+            if time.monotonic() - run.heartbeat >= seconds:
+                run.heartbeat = time.monotonic()
+                emit_event(
+                    "prefect.flow-run.heartbeat",
+                    resource=_resource("flow-run", run.flow_run.id)
+                    | {"prefect.resource.name": run.flow_run.name},
+                    related=[
+                        _resource("flow", run.flow_run.flow_id) | {"prefect.resource.role": "flow"},
+                        _resource("deployment", run.flow_run.deployment_id)
+                        | {"prefect.resource.role": "deployment"},
+                    ],
+                )
+
+    async def _cancel_what_is_to_be(self, going_on: dict[UUID, RunInHand]) -> None:
+        cancelling = await self._client.read_flow_runs(
+            flow_run_filter=FlowRunFilter(
+                id=FlowRunFilterId(any_=list(going_on)),
+                state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.CANCELLING])),
+            )
+        )
+        for flow_run in cancelling:
+            run = going_on[flow_run.id]
+            if run.cancelled is None and run.host is not None:
+                run.cancelled = time.monotonic()
+                run.host.cancel()
+
+
+def _due(flow_run: FlowRun) -> datetime:
+    """Return when a run is to start: its scheduled time, or when it was made."""
+    due = flow_run.next_scheduled_start_time or flow_run.expected_start_time or flow_run.created
+    return due if due is not None else datetime.now(UTC)
+
+
+def _group(run: RunInHand) -> str | None:
+    return None if run.token is None else run.token.group_id
+
+
+def _resource(kind: str, object_id: UUID | None) -> dict[str, str]:
+    return {"prefect.resource.id": f"prefect.{kind}.{object_id}"}

@@ -1,0 +1,77 @@
+"""What the nodes of a pool share: database and timing, and where the secret comes from."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from prefect.client.schemas.objects import WorkPool
+
+from taskadapter.domain import Domain, password_of
+from taskadapter.model import PostgresqlConfig, WarmBackupConfig
+from taskadapter.settings import TaskadapterSettings
+from taskadapter.worker import WarmBackupWorker
+
+DATABASE = PostgresqlConfig(host="db", user="tasks", password="open sesame", database="tasks")
+CONFIG = WarmBackupConfig(group_id="group", database_config=DATABASE, liveness_check_interval=6)
+URL = "postgresql+psycopg://tasks@db:5432/tasks"
+
+
+def pool(domain: Domain) -> WorkPool:
+    template = domain.put_into(WarmBackupWorker.get_default_base_job_template())
+    return WorkPool(name="pool", type="warm-backup", base_job_template=template)
+
+
+def url_with(domain: Domain, **settings: str) -> str:
+    return asyncio.run(domain.database_url(TaskadapterSettings(**settings)))
+
+
+def test_the_domain_of_a_listener_has_no_secret() -> None:
+    """The URL is without the password, which is named by its block only."""
+    domain = Domain.declared(CONFIG, "My Pool")
+
+    assert domain == Domain(database=URL, password_block="taskadapter-my-pool", liveness_check_interval=6.0)
+    assert "sesame" not in repr(domain)
+    assert password_of(CONFIG) == "open sesame"
+
+
+def test_a_pool_keeps_its_domain() -> None:
+    """What is put into a pool's variables is what its nodes read there."""
+    domain = Domain.declared(CONFIG, "pool")
+
+    assert Domain.of(pool(domain)) == domain
+
+
+def test_a_pool_without_a_domain_has_the_defaults() -> None:
+    """The timing of a pool that nobody configured is the declared default, 30 s and 1 s."""
+    assert Domain.of(pool(Domain())) == Domain(liveness_check_interval=30.0, heartbeat_frequency=1.0)
+
+
+def test_a_pool_made_by_hand_has_the_defaults() -> None:
+    """A pool whose template knows nothing of coordination has the defaults too."""
+    assert Domain.of(WorkPool(name="pool", type="warm-backup", base_job_template={})) == Domain()
+
+
+def test_the_nodes_environment_wins() -> None:
+    """A URL in a node's environment is used as it is."""
+    domain = Domain.declared(CONFIG, "pool")
+
+    assert url_with(domain, database_url="sqlite:///other.db") == "sqlite:///other.db"
+
+
+def test_the_password_from_the_nodes_environment() -> None:
+    """A password in a node's environment goes into the pool's URL, quoted where it must be."""
+    url = url_with(Domain.declared(CONFIG, "pool"), database_password="a/b")
+
+    assert url == "postgresql+psycopg://tasks:a%2Fb@db:5432/tasks"
+
+
+def test_without_a_database_each_node_has_its_own() -> None:
+    """A domain that names no database is SQLite in Prefect's home."""
+    assert url_with(Domain()).startswith("sqlite:///")
+
+
+@pytest.mark.parametrize("database", [None, URL])
+def test_without_a_password_none_is_looked_for(database: str | None) -> None:
+    """Where no block is named, the URL is used without a password and the API is not asked."""
+    assert "@" not in url_with(Domain(database=database)).replace("tasks@", "")
