@@ -40,7 +40,23 @@ def sqlite_url(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"sqlite:///{tmp_path_factory.mktemp('sqlite')}/tasks.db"
 
 
-@pytest.fixture(scope="session", params=["sqlite", *SERVERS])
+NEED_A_SERVER = {"proxy", "shared", "either"}
+"""Fixtures that make sense on a server only: a route to cut, tables that Ballerina has made."""
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a test on every database, or on those that its mark `databases` names."""
+    if "prepared_url" not in metafunc.fixturenames:
+        return
+    mark = metafunc.definition.get_closest_marker("databases")
+    wanted = mark.args if mark else ("sqlite", "postgresql", "mysql")
+    if NEED_A_SERVER & set(metafunc.fixturenames):
+        wanted = ("postgresql", "mysql")
+    names = [name for name in ("sqlite", *SERVERS) if name in wanted]
+    metafunc.parametrize("prepared_url", names, indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
 def prepared_url(request: pytest.FixtureRequest) -> str:
     """The URL of a database with our tables, made anew once a session."""
     fixture = {"sqlite": "sqlite_url", "postgresql": "postgres_url", "mysql": "mysql_url"}

@@ -83,8 +83,6 @@ def start(engine: Engine) -> Iterator[Start]:
 @pytest.fixture
 def proxy(engine: Engine) -> Iterator[Proxy]:
     """A way to the server that can be blocked."""
-    if engine.dialect.name == "sqlite":
-        pytest.skip("SQLite has no server")
     port = engine.url.port or {"postgresql": 5432, "mysql": 3306}[engine.dialect.name]
     between = Proxy(engine.url.host or "127.0.0.1", port)
     yield between
@@ -278,10 +276,9 @@ class TestFaults:
         assert node.heartbeat.stop(10)
         assert [type(change) for change in node.changes] == [Stopped]
 
+    @pytest.mark.databases("sqlite")  # the only one that locks the whole database
     def test_a_locked_file(self, start: Start, engine: Engine) -> None:
         """When somebody else holds the lock of a SQLite file, the node steps down in time."""
-        if engine.dialect.name != "sqlite":
-            pytest.skip("only SQLite locks the whole database")
         node = start("node-1")
         node.wait_for(Gained)
         with engine.begin() as connection:

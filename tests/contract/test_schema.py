@@ -46,10 +46,9 @@ def test_the_script_does_the_same(engine: Engine) -> None:
         assert schema.upgrades(connection) == ()
 
 
+@pytest.mark.databases("postgresql", "mysql")  # Ballerina does not know SQLite
 def test_ballerinas_tables_are_improved(engine: Engine) -> None:
     """After the upgrade long names fit, and time zones and fractions of seconds are kept."""
-    if engine.dialect.name == "sqlite":
-        pytest.skip("Ballerina does not know SQLite")
     drop(engine)
     with engine.begin() as connection:
         for statement in BALLERINA_TABLES:

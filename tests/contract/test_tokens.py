@@ -332,20 +332,18 @@ class TestRelease:
 
 
 class TestFence:
+    @pytest.mark.databases("postgresql", "mysql")  # SQLite has one writer at a time
     def test_does_not_hold_up_renewals(self, engine: Engine) -> None:
         """While a job writes under the token's protection, its node goes on renewing it."""
-        if engine.dialect.name == "sqlite":
-            pytest.skip("SQLite has one writer at a time")
         enter(engine, NODE)
         token = must_take(engine)
         with transaction(engine) as connection:
             fence(connection, token, 10)
             assert look(engine, NODE, token).renewed
 
+    @pytest.mark.databases("postgresql")  # the only one that ends another client's idle transaction
     def test_frees_the_token_of_a_frozen_client(self, engine: Engine) -> None:
         """On PostgreSQL a transaction that holds the token and then freezes is ended."""
-        if engine.dialect.name != "postgresql":
-            pytest.skip("only PostgreSQL can end another client's idle transaction")
         token = must_take(engine)
         go_silent(engine)
         frozen = engine.connect()
@@ -452,8 +450,6 @@ class TestResign:
 @pytest.fixture
 def shared(engine: Engine) -> Iterator[Engine]:
     """A database whose two Ballerina tables were made by Ballerina's DDL, where it has one."""
-    if engine.dialect.name == "sqlite":
-        pytest.skip("Ballerina does not know SQLite")
     theirs = [schema.token_holder, schema.health_check]
     with engine.begin() as connection:
         schema.metadata.drop_all(connection, theirs)
@@ -470,8 +466,6 @@ def either(request: pytest.FixtureRequest, engine: Engine) -> Engine:
     """A database that a Ballerina node can use, whoever made its tables."""
     if request.param == "their tables":
         request.getfixturevalue("shared")
-    elif engine.dialect.name == "sqlite":
-        pytest.skip("Ballerina does not know SQLite")
     return engine
 
 
@@ -563,10 +557,9 @@ class TestTimeZones:
         assert age is not None
         assert -1.1 < age < 5
 
+    @pytest.mark.databases("postgresql", "mysql")  # Ballerina does not know SQLite
     def test_a_ballerina_session_may_have_any_zone(self, engine: Engine) -> None:
         """With our tables a Ballerina node in another zone is read right, and reads us right."""
-        if engine.dialect.name == "sqlite":
-            pytest.skip("Ballerina does not know SQLite")
         zone = {"postgresql": "TIME ZONE 'Asia/Kolkata'", "mysql": "time_zone = '+05:30'"}
         enter(engine, NODE)
         with engine.connect() as connection:
