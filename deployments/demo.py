@@ -12,9 +12,9 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from statistics import median
@@ -37,12 +37,15 @@ from rich.console import Console
 from rich.table import Table
 
 from deployments.local import (
+    Postgres,
     PrefectServer,
+    Program,
     agent,
     environment,
     postgres,
     prefect_command,
     prefect_server,
+    wait_until,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -53,7 +56,14 @@ ENDED = FlowRunFilter(
         type=FlowRunFilterStateType(any_=[StateType.COMPLETED, StateType.FAILED, StateType.CRASHED])
     )
 )
-DEADLINE_SECONDS = 90.0
+COORDINATION = "tasks"
+DEADLINE = 90.0  # seconds, for each thing that is awaited
+
+LEDGER = """
+CREATE TABLE pulse (
+    scheduled timestamptz, count int, node text, term bigint, at timestamptz DEFAULT clock_timestamp()
+)
+"""
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -67,48 +77,87 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with tempfile.TemporaryDirectory(prefix="taskadapter-demo-") as home:
         try:
-            with stack(Path(home)) as server, connected(server) as client:
-                verdict = Story(client).tell()
-                console.print(f"UI         {server.ui_url}")
+            with stack(Path(home)) as stage, connected(stage.server) as client:
+                story = Story(client)
+                failover = Failover(stage)
+                failover.kill_the_active(when=story.counter_has_reached)
+                told = story.tell()
+                failover.stop_the_active()
+                verdict = f"{failover.figures()}; {told}"
+                failover.print_timeline()
+                console.print(f"UI         {stage.server.ui_url}")
                 if stays:
-                    console.print(f"Log        {home}/node-1.log")
+                    console.print(f"Logs       {home}/node-1.log, node-2.log")
                     console.print("Goes on until Ctrl-C.")
                     signal.pause()
+        except TimeoutError as late:
+            verdict = f"FAILED, {late}"
         except KeyboardInterrupt:
             if not stays:
                 raise
             console.print("\nStopping ...")
-    console.print(verdict)
-    return 0 if verdict.startswith("demo: ok") else 1
+    is_ok = "FAILED" not in verdict and "0 lost, 0 doubled" in verdict
+    console.print(f"demo: {'ok, ' if is_ok else ''}{verdict}")
+    return 0 if is_ok else 1
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What the demo plays on.
+
+    Attributes:
+        server: Prefect's.
+        database: PostgreSQL, with a database for Prefect and one for coordination.
+        nodes: the agents, by name.
+        env: what a command of the project needs.
+    """
+
+    server: PrefectServer
+    database: Postgres
+    nodes: dict[str, Program]
+    env: dict[str, str]
 
 
 @contextmanager
-def stack(home: Path) -> Iterator[PrefectServer]:
-    """Run PostgreSQL, a Prefect server on it, and an agent with this project's flows."""
+def stack(home: Path) -> Iterator[Stage]:
+    """Run PostgreSQL, a Prefect server on it, and two agents with this project's flows."""
     step("Starting PostgreSQL from its wheel")
     with postgres() as database:
         database.create_database("prefect")
+        database.create_database(COORDINATION)
+        with database.connect(COORDINATION) as connection:
+            connection.execute(LEDGER)
         step("Starting a Prefect server, which makes its tables first")
         with prefect_server(home, database.url("prefect", "asyncpg")) as server:
             step(f"Prefect's UI is at {server.ui_url}")
-            step(f"prefect worker start --pool {POOL} --type warm-backup --name node-1")
-            with agent("node-1", POOL, server.env, ROOT):
-                run(server, [sys.executable, "-m", "taskadapter.cli", "render"])
-                run(server, [prefect_command(), *DEPLOY])
-                yield server
+            url = database.url(COORDINATION)
+            env = {
+                **server.env,
+                "PREFECT_INTEGRATIONS_TASKADAPTER_DATABASE_URL": url,
+                "PULSE_LEDGER": url,
+            }
+            with ExitStack() as agents:
+                nodes = {}
+                for name in ("node-1", "node-2"):
+                    step(f"prefect worker start --pool {POOL} --type warm-backup --name {name}")
+                    nodes[name] = agents.enter_context(agent(name, POOL, env, ROOT))
+                run(env, [sys.executable, "-m", "taskadapter.cli", "render"])
+                run(env, [prefect_command(), *DEPLOY])
+                yield Stage(server, database, nodes, env)
 
 
 DEPLOY = ("--no-prompt", "deploy", "--prefect-file", "deployments/prefect.yaml", "--all")
 
 
-def run(server: PrefectServer, command: list[str]) -> None:
-    """Run a command of the project against the server, as its user would."""
+def run(env: dict[str, str], command: list[str]) -> str:
+    """Run a command of the project, as its user would; returns its output."""
     step(" ".join([Path(command[0]).name, *command[1:]]))
     result = subprocess.run(
-        command, cwd=ROOT, env=environment(server.env), capture_output=True, text=True, check=False
+        command, cwd=ROOT, env=environment(env), capture_output=True, text=True, check=False
     )
     if result.returncode != 0:
         raise SystemExit(f"demo: that failed:\n{result.stdout}{result.stderr}")
+    return result.stdout
 
 
 @contextmanager
@@ -121,6 +170,106 @@ def connected(server: PrefectServer) -> Iterator[SyncPrefectClient]:
 def step(what: str) -> None:
     """Say what happens now."""
     console.print(f"{datetime.now().astimezone():%H:%M:%S}   {what}")
+
+
+class Failover:
+    """Ends the active node twice, and tells from the ledger of `flows/pulse.py` what came of it.
+
+    Args:
+        stage: what it plays on.
+    """
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+        self._connection = stage.database.connect(COORDINATION)
+        self._killed = ""
+        self.takeover = self.handover = 0.0
+
+    def kill_the_active(self, *, when: Callable[[int], bool]) -> None:
+        """Kill the active node with SIGKILL while the counter runs, then start it again."""
+        wait_until(lambda: when(2) and self._is_between_ticks(), DEADLINE, "the counter to reach 2")
+        self._killed, term = self._active()
+        killed_at = self._now()
+        self._stage.nodes[self._killed].kill()
+        step(f"kill -9 {self._killed}, active in term {term}")
+        self.takeover = self._await_successor(term, killed_at)
+        step(f"prefect worker start --pool {POOL} --type warm-backup --name {self._killed}")
+        self._stage.nodes[self._killed].start()
+
+    def stop_the_active(self) -> None:
+        """Stop the active node with SIGTERM, once the other is back as a standby."""
+        wait_until(self._standby_is_back, DEADLINE, f"{self._killed} to be back")
+        wait_until(self._is_between_ticks, DEADLINE, "a moment between two ticks")
+        name, term = self._active()
+        stopped_at = self._now()
+        step(f"kill -TERM {name}, active in term {term}: it drains and hands over")
+        self._stage.nodes[name].stop()
+        self.handover = self._await_successor(term, stopped_at)
+        last = self._ticks()[-1][1]
+        wait_until(lambda: self._ticks()[-1][1] >= last + 3, DEADLINE, "three more ticks")
+
+    def _await_successor(self, term: int, since: datetime) -> float:
+        def successor() -> tuple[str, datetime] | None:
+            rows = [(row[2], row[4]) for row in self._ticks() if row[3] > term]
+            return rows[0] if rows else None
+
+        found = wait_until(successor, DEADLINE, "the first tick of another term")
+        assert found is not None
+        name, began = found
+        acquired = self._query(f"SELECT acquired FROM taskadapter_tenure WHERE term = {term + 1}")[0][0]
+        seconds: float = (acquired - since).total_seconds()
+        first = (began - since).total_seconds()
+        step(f"{name} is active in term {term + 1} after {seconds:.1f} s, and ticks after {first:.1f} s")
+        return seconds
+
+    def figures(self) -> str:
+        """Say what the ledger says: a tick a second, from the first to the last."""
+        scheduled = [row[0] for row in self._ticks()]
+        due = round((max(scheduled) - min(scheduled)).total_seconds()) + 1
+        ran = len(set(scheduled))
+        return (
+            f"takeover {self.takeover:.1f} s, handover {self.handover:.1f} s, {due} ticks due, {ran} run, "
+            f"{due - ran} lost, {len(scheduled) - ran} doubled"
+        )
+
+    def print_timeline(self) -> None:
+        """Print who was active when, and what `taskadapter status` says."""
+        table = Table("term", "active", "from", "why", "ticks", title="Group task-group-01")
+        tenures = self._query(
+            "SELECT term, task_id, acquired, reason FROM taskadapter_tenure ORDER BY term"
+        )
+        for term, name, acquired, reason in tenures:
+            counts = [row[1] for row in self._ticks() if row[3] == term]
+            ticks = f"{min(counts)} to {max(counts)}" if counts else ""
+            table.add_row(str(term), name, f"{acquired.astimezone():%H:%M:%S}", reason, ticks)
+        console.print(table)
+        console.print(run(self._stage.env, [sys.executable, "-m", "taskadapter.cli", "status"]))
+
+    def _is_between_ticks(self) -> bool:
+        """Return whether nothing runs, and nothing will for a while: a tick takes a tenth of a second."""
+        ticks = self._ticks()
+        since = (self._now() - ticks[-1][4]).total_seconds() if ticks else 0.0
+        return 0.3 < since < 0.6
+
+    def _standby_is_back(self) -> bool:
+        seen = self._query(
+            "SELECT count(*) FROM taskadapter_node WHERE last_seen > now() - interval '1 second'"
+        )
+        return bool(seen[0][0] == len(self._stage.nodes))
+
+    def _active(self) -> tuple[str, int]:
+        name, term = self._query("SELECT task_id, term FROM token_holder")[0]
+        return str(name), int(term)
+
+    def _ticks(self) -> list[tuple[Any, ...]]:
+        return self._query("SELECT scheduled, count, node, term, at FROM pulse ORDER BY at")
+
+    def _now(self) -> datetime:
+        now: datetime = self._query("SELECT now()")[0][0]
+        return now
+
+    def _query(self, sql: str) -> list[tuple[Any, ...]]:
+        return self._connection.execute(sql.encode()).fetchall()
 
 
 class Story:
@@ -136,23 +285,20 @@ class Story:
         self._ended: dict[str, list[FlowRun]] = {name: [] for name in self._names.values()}
         self._told: set[Any] = set()
 
+    def counter_has_reached(self, count: int) -> bool:
+        """Return whether the counter has had so many runs."""
+        self._look()
+        return len(self._ended["counter"]) >= count
+
     def tell(self) -> str:
-        """Wait for the whole story, print its tables, and return the last line."""
-        deadline = time.monotonic() + DEADLINE_SECONDS
-        while not self._is_complete():
-            if time.monotonic() > deadline:
-                return f"demo: FAILED, not complete after {DEADLINE_SECONDS:g} s"
-            self._look()
-            time.sleep(0.5)
+        """Wait for the whole story, print its tables, and return its figures."""
+        wait_until(self._is_complete, DEADLINE, "the counter, the retries and the report")
         self._print_runs()
         self._print_report()
         runs = [run for runs in self._ended.values() for run in runs]
-        lateness = sorted(map(late, runs))
         retries = sum(run.run_count - 1 for run in runs)
-        return (
-            f"demo: ok, {len(runs)} runs, {retries} retries, 0 failed, lateness p50 "
-            f"{median(lateness) * 1000:.0f} ms, max {lateness[-1] * 1000:.0f} ms"
-        )
+        lateness = median(map(late, runs)) * 1000
+        return f"{len(runs)} runs, {retries} retries, lateness p50 {lateness:.0f} ms"
 
     def _look(self) -> None:
         ended = self._client.read_flow_runs(flow_run_filter=ENDED, sort=FlowRunSort.END_TIME_DESC)
@@ -164,9 +310,11 @@ class Story:
             name = self._names[job_id]
             self._ended[name].append(flow_run)
             again = f", attempt {flow_run.run_count}" if flow_run.run_count > 1 else ""
-            step(f"{name}: {flow_run.state_name}, {late(flow_run):.3f} s late{again}")
+            if name != "pulse":
+                step(f"{name}: {flow_run.state_name}, {late(flow_run):.3f} s late{again}")
 
     def _is_complete(self) -> bool:
+        self._look()
         counted = len(self._ended["counter"]) == COUNTS
         recovered = any(run.run_count > 1 for run in self._ended["flaky"])
         reported = self._reported()
@@ -190,7 +338,7 @@ class Story:
     def _print_runs(self) -> None:
         table = Table("job", "scheduled", "late", "attempts", "state", "last line", title="Runs")
         for name, runs in sorted(self._ended.items()):
-            for flow_run in sorted(runs, key=due):
+            for flow_run in sorted(runs, key=due) if name != "pulse" else []:
                 table.add_row(
                     name,
                     f"{due(flow_run).astimezone():%H:%M:%S.%f}"[:-3],

@@ -1,11 +1,16 @@
-"""Count to five: the smallest service with a state.
+"""Count to five: the smallest service with a state, on the active one of several nodes.
 
 Its field survives runs, restarts and failover. Every two seconds, five times; then the job has ended.
 """
 
-from taskadapter import Listener, Service, TriggerConfiguration
+from taskadapter import Listener, Service, TriggerConfiguration, WarmBackupConfig
 
-task_listener = Listener(trigger=TriggerConfiguration(interval=2, max_count=5))
+task_listener = Listener(
+    trigger=TriggerConfiguration(interval=2, max_count=5),
+    warm_backup_config=WarmBackupConfig(
+        group_id="task-group-01", liveness_check_interval=3, heartbeat_frequency=0.5
+    ),
+)
 
 
 @task_listener.service("counter")

@@ -57,7 +57,7 @@ class Groups:
         self._log = log
         self._tell = tell
         self._loop = asyncio.get_running_loop()
-        self._names: frozenset[str] = frozenset()
+        self.names: frozenset[str] = frozenset()
         self._deadlines = DeadlineBoard.create(self.board)
         self._heartbeat: Heartbeat | None = None
         self._showing: set[asyncio.Task[None]] = set()
@@ -70,9 +70,9 @@ class Groups:
             database_url: the coordination database.
         """
         wanted = frozenset(names)
-        if wanted == self._names:
+        if wanted == self.names:
             return
-        self._names = wanted
+        self.names = wanted
         if self._heartbeat is not None:
             self._heartbeat.join(wanted)
             return

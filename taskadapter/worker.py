@@ -28,6 +28,7 @@ from prefect.workers.base import BaseWorker, BaseWorkerResult
 from taskadapter.coordination.messages import Gained, Lost, Refused, ResignAsked, Token
 from taskadapter.deployments import Deployments, WarmBackupJobConfiguration, WarmBackupVariables
 from taskadapter.dispatcher import Dispatcher, Node
+from taskadapter.domain import Domain
 from taskadapter.errors import CoordinationError, TaskError
 from taskadapter.groups import Groups
 from taskadapter.hosts import HostPool
@@ -37,7 +38,7 @@ from taskadapter.takeover import Takeover
 DEFAULT_QUEUE = "default"
 """The queue of jobs without a group: every agent polls it."""
 
-QUEUES_SECONDS = 5.0
+QUEUES_SECONDS = 10.0
 """How often the agent looks which queues, and so which groups, its pool has."""
 
 LONGEST_BACKOFF_SECONDS = 15.0
@@ -206,13 +207,30 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
     async def _stand_by(self) -> None:
         """Stand by for the groups that the pool has, which are its queues."""
         queues = await self.client.read_work_queues(work_pool_name=self._work_pool_name)
-        names = [queue.name for queue in queues if queue.name != DEFAULT_QUEUE and self._polls(queue.name)]
-        if self._groups is None:
-            groups = Groups(self.name, self.work_pool, self.client, self._logger, self._on_change)
-            self._database_url = await groups.domain.database_url(self._settings)
-            self._groups = groups
+        names = {queue.name for queue in queues if self._polls(queue.name)} - {DEFAULT_QUEUE}
+        groups = self._groups
+        # Whoever declares a new group may have declared another database or timing with it.
+        if groups is None or names != groups.names or Domain.of(self.work_pool) != groups.domain:
+            groups = await self._groups_as_declared()
         if names:
-            self._groups.stand_by(names, self._database_url)
+            groups.stand_by(names, self._database_url)
+
+    async def _groups_as_declared(self) -> Groups:
+        """Return the pool's groups with the database and timing that the pool has now."""
+        pool = await self.client.read_work_pool(self._work_pool_name)
+        domain = Domain.of(pool)
+        if self._groups is not None and self._groups.domain == domain:
+            return self._groups
+        database_url = await domain.database_url(self._settings)
+        if self._groups is not None:
+            self._logger.info("Database or timing of the pool has changed: %s", domain)
+            for name in list(self._active):
+                self._active.pop(name)
+                await self._dispatcher.drain(self._settings.drain_seconds, name)
+            await self._groups.stop()
+        self._database_url = database_url
+        self._groups = Groups(self.name, pool, self.client, self._logger, self._on_change)
+        return self._groups
 
     # --- coordination -----------------------------------------------------------------------------
 
