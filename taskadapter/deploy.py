@@ -117,6 +117,7 @@ def _refuse_disagreement(found: Iterable[Listener]) -> None:
 
 def _entry(listener: Listener, declared: Declared) -> dict[str, Any]:
     slug = schedules.slug(listener.trigger)
+    _refuse_templates(declared, description(declared), declared.initial_state)
     entry: dict[str, Any] = {
         "name": declared.name,
         "entrypoint": entrypoint(declared.source),
@@ -133,6 +134,16 @@ def _entry(listener: Listener, declared: Declared) -> dict[str, Any]:
     anchor = listener.trigger.start_time or "{{ prepared.first_tick }}"
     entry["schedules"] = [schedules.schedule(listener.trigger, anchor)]
     return entry
+
+
+def _refuse_templates(declared: Declared, *texts: object) -> None:
+    """Refuse what ``prefect deploy`` would take for a template, and change."""
+    for text in map(str, texts):
+        if "{{" in text:
+            raise DeclarationError(
+                f"service {declared.name!r}: {text!r} has '{{{{', which `prefect deploy` fills in as a "
+                "template; write it without, or deploy with Listener.start()."
+            )
 
 
 def _job_variables(declared: Declared) -> dict[str, Any]:

@@ -146,6 +146,11 @@ class Dispatcher:
         self._newest_run = max([*made, self._newest_run] if self._newest_run else made, default=None)
         self._news.set()
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether there is something to run, now or soon."""
+        return bool(self._upcoming or self._in_hand)
+
     def forget(self) -> None:
         """Start nothing more of what is known; what waits for its moment goes back."""
         self._upcoming.clear()

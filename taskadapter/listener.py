@@ -153,16 +153,19 @@ class Listener:
         Args:
             name: the service's name, unique on this listener; it becomes the flow's.
             options: anything that `prefect.flow` takes, such as ``timeout_seconds``, ``log_prints``
-                (on by default, so that what a job prints is in the UI) or state hooks.
+                (on by default, so that what a job prints is in the UI) or state hooks; but not its
+                ``retries``, which a `RetryConfiguration` declares.
 
         Returns:
             A decorator that returns the `prefect.Flow`.
 
         Raises:
-            DeclarationError: the name is taken or none that Prefect accepts, or what is decorated is
-                neither of the two or cannot be called without arguments.
+            DeclarationError: the name is taken or none that Prefect accepts, an option is one that
+                the listener has, or what is decorated is neither of the two or cannot be called
+                without arguments.
         """
         _check_name(name)
+        _check_options(name, options)
 
         def declare(source: Declarable) -> Flow[..., Any]:
             trigger = self.trigger
@@ -308,6 +311,15 @@ def _check_function(fn: Callable[..., Any], name: str) -> None:
             f"{fn.__qualname__}{inspect.signature(fn)} cannot be service {name!r}: it is called "
             "without arguments; give its parameters defaults."
         ) from None
+
+
+def _check_options(name: str, options: dict[str, Any]) -> None:
+    for option in ("retries", "retry_delay_seconds"):
+        if option in options:
+            raise DeclarationError(
+                f"service {name!r}: {option}={options[option]!r} would have Prefect retry what the "
+                "listener retries already; declare a RetryConfiguration instead."
+            )
 
 
 def _one_writer(cls: type[Service], trigger: TriggerConfiguration) -> TriggerConfiguration:

@@ -39,7 +39,8 @@ DEFAULT_QUEUE = "default"
 """The queue of jobs without a group: every agent polls it."""
 
 QUEUES_SECONDS = 10.0
-"""How often the agent looks which queues, and so which groups, its pool has."""
+IDLE_QUEUES_SECONDS = 2.0
+"""How often the agent looks which queues, and so which groups, its pool has: at work, and idle."""
 
 LONGEST_BACKOFF_SECONDS = 15.0
 """How long the agent waits at most between two tries of an API that does not answer."""
@@ -185,7 +186,8 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         await asyncio.sleep(min(LONGEST_BACKOFF_SECONDS, 2.0 ** min(self._faults, 10) / 4))
 
     async def _look(self) -> list[FlowRun]:
-        if time.monotonic() - self._queues_read_at > QUEUES_SECONDS:
+        pause = QUEUES_SECONDS if self._dispatcher.is_busy else IDLE_QUEUES_SECONDS
+        if time.monotonic() - self._queues_read_at > pause:
             await self._stand_by()
             self._queues_read_at = time.monotonic()
         wanted = [name for name in (DEFAULT_QUEUE, *self._active) if self._polls(name)]

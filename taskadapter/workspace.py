@@ -48,7 +48,8 @@ class Desk:
         self._set_environment()
         self._home = Path(workspace.working_dir or Path.cwd())
         if workspace.pull_steps and workspace.working_dir is None:
-            self._home = Path(tempfile.mkdtemp(prefix="taskadapter-"))
+            self._scratch = tempfile.TemporaryDirectory(prefix="taskadapter-")
+            self._home = Path(self._scratch.name)
 
     def _set_environment(self) -> None:
         for name, value in self.workspace.env.items():

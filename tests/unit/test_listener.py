@@ -474,3 +474,10 @@ def test_the_signature_that_users_see():
         "service",
         "start",
     }
+
+
+@pytest.mark.parametrize("option", ["retries", "retry_delay_seconds"])
+def test_prefects_own_retries_are_refused(option):
+    """Two kinds of retries of one job would multiply: the listener's is the one to declare."""
+    with pytest.raises(DeclarationError, match=f"{option}=2.*RetryConfiguration"):
+        Listener(trigger=TriggerConfiguration(interval=60)).service("job", **{option: 2})

@@ -415,3 +415,12 @@ def test_the_committed_file_is_what_flows_declares():
 def test_the_file_at_the_root_is_the_same():
     """`prefect deploy` at the project's root finds the rendered file."""
     assert (PROJECT / "prefect.yaml").resolve() == PROJECT / FILE
+
+
+def test_a_template_in_a_docstring_is_refused(project):
+    """What `prefect deploy` would fill in and so change is refused, with its text."""
+    greeting = "@on.service('inbox')\ndef check_inbox():\n    '''Greets {{ name }}.'''\n"
+    module(project, "inbox.py", greeting)
+
+    with pytest.raises(DeclarationError, match=r"Greets \{\{ name \}\}.*template"):
+        render(FLOWS, FILE)
