@@ -147,6 +147,11 @@ class Dispatcher:
         self._news.set()
 
     @property
+    def in_hand(self) -> frozenset[UUID]:
+        """The runs between their claim and their end."""
+        return frozenset(self._in_hand)
+
+    @property
     def is_busy(self) -> bool:
         """Whether there is something to run, now or soon."""
         return bool(self._upcoming or self._in_hand)
@@ -379,7 +384,7 @@ class Dispatcher:
         await self._deployments.report(run.flow_run, state, force=run.cancelled is not None)
         if run.token is not None:
             url, flow_run_id = self._node.database_url(), str(run.flow_run.id)
-            await asyncio.to_thread(progress.forget_flight, url, flow_run_id)
+            await asyncio.to_thread(progress.end_flight, url, flow_run_id)
         try:
             host = await self._hosts.take(assignment.workspace.key)
             await host.run_hooks(assignment, state)

@@ -248,7 +248,7 @@ class Turn:
 
     def _give_up(self, assignment: runs.Assignment) -> None:
         """Make the run due again, for the node that holds the token now; unless that has started it."""
-        if not progress.is_in_flight(assignment):
+        if not progress.has_started(assignment):
             scheduled: State[Any] = Scheduled(scheduled_time=assignment.due)
             with get_client(sync_client=True) as client:
                 client.set_flow_run_state(assignment.flow_run.id, scheduled, force=True)

@@ -7,7 +7,7 @@ each begins by locking the token, and is refused when the node has lost it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, TypeVar
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
     from taskadapter.coordination.jobs import RunInFlight
     from taskadapter.coordination.messages import Token
+
+MEMORY_SECONDS = 3600.0
+"""For how long it is remembered that a run has started: far longer than any answer is under way."""
 
 RETRY_SECONDS = 0.5
 """How long to wait for a database that does not answer, before it is asked again."""
@@ -46,7 +49,13 @@ def begin(assignment: Assignment) -> int | None:
         if assignment.token is not None:
             jobs.require_token(connection, assignment.token)
             flight = jobs.RunInFlight(str(assignment.flow_run.id), str(assignment.job_id), assignment.token)
-            jobs.start_flight(connection, flight, rerun=assignment.policy.on_takeover == "rerun")
+            jobs.start_flight(
+                connection,
+                flight,
+                rerun=assignment.policy.on_takeover == "rerun",
+                # What the UI's "Retry" makes of a run that has ended.
+                retried=assignment.flow_run.empirical_policy.retry_type == "reschedule",
+            )
         count = jobs.begin_run(
             connection, str(assignment.job_id), assignment.trigger_slug or "", assignment.max_count
         )
@@ -127,11 +136,12 @@ def settle(assignment: Assignment, service: Service | None) -> None:
         _answer(assignment, write)
 
 
-def is_in_flight(assignment: Assignment) -> bool:
+def has_started(assignment: Assignment) -> bool:
     """Return whether the run has been started, on whichever node."""
     from taskadapter.coordination import jobs
 
-    return _answer(assignment, lambda c: jobs.is_in_flight(c, str(assignment.flow_run.id)))
+    flow_run_id = str(assignment.flow_run.id)
+    return bool(_answer(assignment, lambda c: jobs.started_among(c, [flow_run_id])))
 
 
 def left_behind(database_url: str, token: Token) -> tuple[RunInFlight, ...]:
@@ -139,10 +149,19 @@ def left_behind(database_url: str, token: Token) -> tuple[RunInFlight, ...]:
     from taskadapter.coordination import jobs
 
     with _transaction(database_url) as connection:
+        jobs.forget_flights(connection, token.group_id, MEMORY_SECONDS)
         return jobs.flights_before(connection, token.group_id, token.term)
 
 
-def forget_flight(database_url: str, flow_run_id: str) -> None:
+def started_among(database_url: str, flow_run_ids: Collection[str]) -> frozenset[str]:
+    """Return those of some runs that have been started, on whichever node."""
+    from taskadapter.coordination import jobs
+
+    with _transaction(database_url) as connection:
+        return jobs.started_among(connection, flow_run_ids)
+
+
+def end_flight(database_url: str, flow_run_id: str) -> None:
     """Record that a run is over whose process could not."""
     from taskadapter.coordination import jobs
 

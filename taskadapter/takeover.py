@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from logging import Logger, LoggerAdapter
 from typing import Any
 from uuid import UUID
@@ -29,7 +30,7 @@ CLAIMED = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
 
 
 class Takeover:
-    """Puts a group's house in order, at the beginning of a term.
+    """Puts a group's house in order: at the beginning of a term, and from time to time in it.
 
     Args:
         client: connected to the API.
@@ -52,23 +53,51 @@ class Takeover:
         self._pool_name = pool_name
         self._database_url = database_url
         self._log = log
+        self._suspects: dict[UUID, UUID | None] = {}
 
     async def clean_up(self, token: Token) -> None:
         """End what earlier holders were executing, and make due again what they had only claimed.
 
-        A run that has begun is in the database as in flight; one that was only claimed is not. It may
-        be repeated: each step is done once.
+        It may be repeated: each step is done once.
 
         Raises:
             CoordinationError: the database failed.
             HTTPError: the API failed.
         """
-        flights = await asyncio.to_thread(progress.left_behind, self._database_url, token)
-        for flight in flights:
+        for flight in await asyncio.to_thread(progress.left_behind, self._database_url, token):
             await self._end(flight.flow_run_id, flight.token)
-        begun = {flight.flow_run_id for flight in flights}
-        for flow_run in await self._claimed(token.group_id):
-            if str(flow_run.id) not in begun:
+        await self._release(await self._claimed(token.group_id))
+
+    async def sweep(self, token: Token, in_hand: Callable[[], frozenset[UUID]]) -> None:
+        """Do the same for runs that are nobody's: a former holder's claim came too late to be seen.
+
+        Only a run that was in the same state, and not in hand, at two sweeps in a row is nobody's.
+
+        Args:
+            token: held by this node.
+            in_hand: returns the runs that this node has claimed.
+
+        Raises:
+            CoordinationError: the database failed.
+            HTTPError: the API failed.
+        """
+        busy = in_hand()
+        claimed = await self._claimed(token.group_id)
+        idle = [run for run in claimed if run.id not in busy | in_hand()]
+        await self._release([run for run in idle if self._suspects.get(run.id) == run.state_id])
+        self._suspects = {run.id: run.state_id for run in idle}
+
+    async def _release(self, claimed: list[FlowRun]) -> None:
+        """Make claimed runs due again; one that has been started is in the database, and Crashed."""
+        if not claimed:
+            return
+        ids = [str(run.id) for run in claimed]
+        started = await asyncio.to_thread(progress.started_among, self._database_url, ids)
+        for flow_run in claimed:
+            if str(flow_run.id) in started:
+                message = "Its node was lost before it could say how this run went."
+                await self._client.set_flow_run_state(flow_run.id, Crashed(message=message), force=True)
+            else:
                 self._log.info("Run %s was claimed and not started; it is due again.", flow_run.name)
                 await self._make_due(flow_run)
 
@@ -87,7 +116,7 @@ class Takeover:
                 await self._make_due(flow_run, message)
                 return
             await self._client.set_flow_run_state(flow_run.id, Crashed(message=message), force=True)
-        await asyncio.to_thread(progress.forget_flight, self._database_url, flow_run_id)
+        await asyncio.to_thread(progress.end_flight, self._database_url, flow_run_id)
 
     async def _make_due(self, flow_run: FlowRun, message: str | None = None) -> None:
         due = flow_run.expected_start_time or flow_run.created

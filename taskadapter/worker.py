@@ -42,6 +42,9 @@ QUEUES_SECONDS = 20.0
 IDLE_QUEUES_SECONDS = 2.0
 """How often the agent looks which queues, and so which groups, its pool has: at work, and idle."""
 
+SWEEP_SECONDS = 15.0
+"""How often an active node looks for runs of its groups that are nobody's."""
+
 LONGEST_BACKOFF_SECONDS = 15.0
 """How long the agent waits at most between two tries of an API that does not answer."""
 
@@ -120,6 +123,8 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         await self._deployments.settle()
         if self._groups is not None:
             await self._groups.stop()
+        for task in self._tasks:
+            task.cancel()
         self._watching.cancel()
         await self._hosts.close()
         await super().teardown(*exc_info)
@@ -242,7 +247,7 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         if name == DEFAULT_QUEUE:
             return True
         token = self._active.get(name)
-        return token is not None and self._groups is not None and self._groups.token(name) == token
+        return token is not None and self._holds(token)
 
     def _on_change(self, change: Gained | Lost | ResignAsked | Refused) -> None:
         match change:
@@ -263,23 +268,35 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         task.add_done_callback(self._tasks.discard)
 
     async def _take_over(self, token: Token) -> None:
-        """Put in order what former holders left, then run the group's jobs."""
+        """Put in order what former holders left, then run the group's jobs for as long as it is ours."""
         takeover = Takeover(
             self.client, self._deployments, self._work_pool_name, self._database_url, self._logger
         )
+        await self._persist(token, lambda: takeover.clean_up(token))
+        if not self._holds(token):
+            return
+        self._active[token.group_id] = token
+        # What was due meanwhile need not wait for the next poll.
+        await self.get_and_submit_flow_runs()
+        while self._holds(token):
+            await asyncio.sleep(SWEEP_SECONDS)
+            await self._persist(token, lambda: takeover.sweep(token, lambda: self._dispatcher.in_hand))
+
+    async def _persist(self, token: Token, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Do something for a group, again and again until it succeeds or the token is lost."""
         faults = 0
-        while self._groups is not None and self._groups.token(token.group_id) == token:
+        while self._holds(token):
             try:
-                await takeover.clean_up(token)
+                await work()
             except (httpx.HTTPError, CoordinationError) as fault:
                 faults += 1
-                self._logger.warning("Taking over %s is held up: %s", token.group_id, fault)
-                await asyncio.sleep(min(LONGEST_BACKOFF_SECONDS, 2.0**faults / 4))
+                self._logger.warning("Group %s is held up: %s", token.group_id, fault)
+                await asyncio.sleep(min(LONGEST_BACKOFF_SECONDS, 2.0 ** min(faults, 10) / 4))
             else:
-                self._active[token.group_id] = token
-                # What was due meanwhile need not wait for the next poll.
-                await self.get_and_submit_flow_runs()
                 return
+
+    def _holds(self, token: Token) -> bool:
+        return self._groups is not None and self._groups.token(token.group_id) == token
 
     async def _hand_over(self, token: Token) -> None:
         """Start nothing more of a group, let its runs end, and give its token to a standby."""

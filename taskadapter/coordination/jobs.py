@@ -13,16 +13,18 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import delete, insert, select, update
+from sqlalchemy import and_, delete, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
-from taskadapter.coordination.dialects import database_now, ensure_row, upsert
+from taskadapter.coordination.dialects import database_now, ensure_row, seconds_since, upsert
 from taskadapter.coordination.messages import Token
 from taskadapter.coordination.schema import job_progress, run_in_flight
 from taskadapter.coordination.tokens import require_token
 from taskadapter.errors import AlreadyStartedError, CoordinationError, DatabaseUnavailableError
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from sqlalchemy import Connection, Row
 
 __all__ = [
@@ -32,12 +34,13 @@ __all__ = [
     "end_flight",
     "flights_before",
     "forget",
-    "is_in_flight",
+    "forget_flights",
     "load_state",
     "require_token",
     "save_state",
     "save_state_fenced",
     "start_flight",
+    "started_among",
 ]
 
 
@@ -146,10 +149,13 @@ def forget(connection: Connection, job_id: str) -> None:
     connection.execute(delete(job_progress).where(job_progress.c.job_id == job_id))
 
 
-def start_flight(connection: Connection, run: RunInFlight, *, rerun: bool = False) -> None:
+def start_flight(
+    connection: Connection, run: RunInFlight, *, rerun: bool = False, retried: bool = False
+) -> None:
     """Record that a flow run starts, if its token is still held.
 
-    A flow run starts once. With `rerun` it may start again in a later term than before.
+    A flow run starts once. With `rerun` one that has not ended may start again in a later term; with
+    `retried`, which means that a person asks for it, one that has ended may.
 
     Raises:
         TokenLostError: the token is not held.
@@ -163,22 +169,26 @@ def start_flight(connection: Connection, run: RunInFlight, *, rerun: bool = Fals
         "task_id": run.token.task_id,
         "term": run.token.term,
         "started": database_now(),
+        "ended": None,
     }
     try:
         with connection.begin_nested():
             connection.execute(insert(run_in_flight).values(values))
     except IntegrityError:
-        _start_again(connection, run, values, rerun=rerun)
+        _start_again(connection, run, values, rerun=rerun, retried=retried)
 
 
-def _start_again(connection: Connection, run: RunInFlight, values: dict[str, Any], *, rerun: bool) -> None:
+def _start_again(
+    connection: Connection, run: RunInFlight, values: dict[str, Any], *, rerun: bool, retried: bool
+) -> None:
     columns = run_in_flight.c
     previous = connection.execute(
-        select(columns.task_id, columns.term)
+        select(columns.task_id, columns.term, columns.ended)
         .where(columns.flow_run_id == run.flow_run_id)
         .with_for_update()
     ).one()
-    if not (rerun and previous.term < run.token.term):
+    may = rerun and previous.term < run.token.term if previous.ended is None else retried
+    if not may:
         raise AlreadyStartedError(
             f"flow run {run.flow_run_id} was started by node {previous.task_id!r} in term "
             f"{previous.term}; it must not start twice"
@@ -188,14 +198,23 @@ def _start_again(connection: Connection, run: RunInFlight, values: dict[str, Any
 
 def end_flight(connection: Connection, flow_run_id: str) -> None:
     """Record that a flow run is over, however it ended; nothing happens if it was not in flight."""
-    connection.execute(delete(run_in_flight).where(run_in_flight.c.flow_run_id == flow_run_id))
-
-
-def is_in_flight(connection: Connection, flow_run_id: str) -> bool:
-    """Return whether a flow run has been started, and not ended."""
     columns = run_in_flight.c
-    query = select(columns.term).where(columns.flow_run_id == flow_run_id)
-    return connection.execute(query).one_or_none() is not None
+    open_flight = and_(columns.flow_run_id == flow_run_id, columns.ended.is_(None))
+    connection.execute(update(run_in_flight).where(open_flight).values(ended=database_now()))
+
+
+def started_among(connection: Connection, flow_run_ids: Collection[str]) -> frozenset[str]:
+    """Return those of some flow runs that have been started, whether they have ended or not."""
+    columns = run_in_flight.c
+    rows = connection.execute(select(columns.flow_run_id).where(columns.flow_run_id.in_(flow_run_ids)))
+    return frozenset(row.flow_run_id for row in rows)
+
+
+def forget_flights(connection: Connection, group_id: str, seconds: float) -> None:
+    """Forget a group's runs that ended longer ago than so many seconds."""
+    columns = run_in_flight.c
+    old = and_(columns.group_id == group_id, seconds_since(columns.ended) > seconds)
+    connection.execute(delete(run_in_flight).where(old))
 
 
 def flights_before(connection: Connection, group_id: str, term: int) -> tuple[RunInFlight, ...]:
@@ -206,7 +225,7 @@ def flights_before(connection: Connection, group_id: str, term: int) -> tuple[Ru
     columns = run_in_flight.c
     rows = connection.execute(
         select(columns.flow_run_id, columns.job_id, columns.task_id, columns.term)
-        .where(columns.group_id == group_id, columns.term < term)
+        .where(columns.group_id == group_id, columns.term < term, columns.ended.is_(None))
         .order_by(columns.started, columns.flow_run_id)
     )
     return tuple(

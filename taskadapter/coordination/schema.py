@@ -128,6 +128,8 @@ run_in_flight = Table(
     Column("task_id", String(255), nullable=False),
     Column("term", BigInteger, nullable=False),
     Column("started", _Moment),
+    # Kept for a while after the end: a run that is claimed again by mistake must not start again.
+    Column("ended", _Moment),
     **_MYSQL,
 )
 

@@ -18,11 +18,13 @@ from taskadapter.coordination.jobs import (
     end_flight,
     flights_before,
     forget,
+    forget_flights,
     load_state,
     require_token,
     save_state,
     save_state_fenced,
     start_flight,
+    started_among,
 )
 from taskadapter.coordination.schema import job_progress, token_holder
 from taskadapter.errors import AlreadyStartedError, CoordinationError, TokenLostError
@@ -238,6 +240,47 @@ class TestFlights:
         with transaction(engine) as connection:
             start_flight(connection, successor, rerun=True)
             assert flights_before(connection, "group", 9) == (successor,)
+
+    def test_does_not_start_again_after_its_end(self, engine: Engine) -> None:
+        """A run that has ended is remembered: neither a stale claim nor a takeover starts it again."""
+        hold(engine, TOKEN)
+        run = RunInFlight(RUN, JOB, TOKEN)
+        with transaction(engine) as connection:
+            start_flight(connection, run)
+            end_flight(connection, RUN)
+            assert started_among(connection, [RUN, "other"]) == {RUN}
+        with pytest.raises(AlreadyStartedError), transaction(engine) as connection:
+            start_flight(connection, run)
+        take_over(engine)
+        successor = RunInFlight(RUN, JOB, Token("group", "node-2", 8))
+        with pytest.raises(AlreadyStartedError), transaction(engine) as connection:
+            start_flight(connection, successor, rerun=True)
+
+    def test_may_be_retried_by_hand(self, engine: Engine) -> None:
+        """Somebody who asks for a run that has ended gets it, but not beside one that goes on."""
+        hold(engine, TOKEN)
+        run = RunInFlight(RUN, JOB, TOKEN)
+        with transaction(engine) as connection:
+            start_flight(connection, run)
+        with pytest.raises(AlreadyStartedError), transaction(engine) as connection:
+            start_flight(connection, run, retried=True)
+        with transaction(engine) as connection:
+            end_flight(connection, RUN)
+            start_flight(connection, run, retried=True)
+            assert flights_before(connection, "group", 8) == (run,)
+
+    def test_is_forgotten_after_a_while(self, engine: Engine) -> None:
+        """Runs that ended long ago are forgotten; those that go on, or have just ended, are not."""
+        hold(engine, TOKEN)
+        with transaction(engine) as connection:
+            start_flight(connection, RunInFlight(RUN, JOB, TOKEN))
+            forget_flights(connection, "group", 0)
+            assert started_among(connection, [RUN]) == {RUN}
+            end_flight(connection, RUN)
+            forget_flights(connection, "group", 3600)
+            assert started_among(connection, [RUN]) == {RUN}
+            forget_flights(connection, "group", -1)
+            assert started_among(connection, [RUN]) == frozenset()
 
     def test_needs_the_token(self, engine: Engine) -> None:
         """Without the token nothing starts."""
