@@ -134,6 +134,7 @@ class Dispatcher:
         self._upcoming: dict[UUID, FlowRun] = {}
         self._in_hand: dict[UUID, RunInHand] = {}
         self._handling: set[asyncio.Task[None]] = set()
+        self._waits: set[asyncio.Timeout] = set()
         self._newest_run: datetime | None = None
         self._news = asyncio.Event()
 
@@ -180,13 +181,21 @@ class Dispatcher:
         await self._until_gone(runs, TERMINATE_GRACE_SECONDS)
 
     async def _until_gone(self, runs: list[RunInHand], seconds: float) -> None:
+        wait = asyncio.timeout(seconds)
+        self._waits.add(wait)
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
+            async with wait:
                 while any(run.flow_run.id in self._in_hand for run in runs):
                     await asyncio.wait(
                         self._handling or [asyncio.create_task(asyncio.sleep(0.1))],
                         return_when=asyncio.FIRST_COMPLETED,
                     )
+        self._waits.discard(wait)
+
+    def hurry(self) -> None:
+        """End the runs that are being waited for, now, and wait no longer than they take to end."""
+        for wait in self._waits:
+            wait.reschedule(asyncio.get_running_loop().time())
 
     async def finish(self) -> None:
         """Wait until everything that is known has run."""

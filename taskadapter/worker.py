@@ -13,8 +13,11 @@ the queue ``default``, and leaves the rest to its `Dispatcher`.
 from __future__ import annotations
 
 import asyncio
+import signal
+import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -114,11 +117,18 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         self._watching = asyncio.create_task(self._dispatcher.watch())
 
     async def teardown(self, *exc_info: Any) -> None:
-        """Let runs finish for a while, give back what has not begun, hand over, end the hosts."""
+        """Let runs finish for a while, give back what has not begun, hand over, end the hosts.
+
+        A signal meanwhile ends the runs; the rest is done all the same.
+        """
         if self._once:
             await self._dispatcher.finish()
         self._dispatching.cancel()
         self._dispatcher.forget()
+        with _at_a_signal(self._dispatcher.hurry):
+            await self._stop(*exc_info)
+
+    async def _stop(self, *exc_info: Any) -> None:
         await self._dispatcher.drain(self._settings.drain_seconds)
         await self._deployments.settle()
         if self._groups is not None:
@@ -304,3 +314,21 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         await self._dispatcher.drain(self._settings.drain_seconds, token.group_id)
         if self._groups is not None:
             self._groups.release(token.group_id)
+
+
+@contextmanager
+def _at_a_signal(act: Callable[[], None]) -> Iterator[None]:
+    """Do something at SIGTERM and Ctrl-C; Prefect's command would kill the agent at the second."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are for whoever runs the agent in the background
+        return
+    loop = asyncio.get_running_loop()
+    former = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number in former:
+        loop.add_signal_handler(number, act)
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            loop.remove_signal_handler(number)
+            signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""A way to a database that can be blocked."""
+"""A way to a database that can be blocked, or cut."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ from contextlib import suppress
 
 
 class Proxy:
-    """Forwards TCP to a server. `freeze` it, and what is sent is neither answered nor refused."""
+    """Forwards TCP to a server. `freeze` it, and what is sent is neither answered nor refused.
+
+    `cut` it, and connections break and are refused. `thaw` ends both.
+    """
 
     def __init__(self, host: str, port: int) -> None:
         self.target = (host, port)
         self.connections = 0
         self._open = threading.Event()
         self._open.set()
+        self._is_cut = False
         self._ended = False
         self._sockets: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
@@ -25,7 +29,12 @@ class Proxy:
     def freeze(self) -> None:
         self._open.clear()
 
+    def cut(self) -> None:
+        self._is_cut = True
+        self._hang_up()
+
     def thaw(self) -> None:
+        self._is_cut = False
         self._open.set()
 
     def close(self) -> None:
@@ -34,13 +43,16 @@ class Proxy:
         with suppress(OSError):
             self._server.shutdown(socket.SHUT_RDWR)
         self._server.close()
-        for end in self._sockets:
-            with suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
+        self._hang_up()
         for thread in self._threads:
             thread.join(timeout=5)
         for end in self._sockets:
             end.close()
+
+    def _hang_up(self) -> None:
+        for end in list(self._sockets):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
 
     def _start(self, function: object, *arguments: object) -> None:
         thread = threading.Thread(target=function, args=arguments, daemon=True)  # type: ignore[arg-type]
@@ -53,6 +65,9 @@ class Proxy:
                 client, _ = self._server.accept()
             except OSError:
                 return
+            if self._is_cut:
+                client.close()
+                continue
             self.connections += 1
             server = socket.create_connection(self.target)
             self._sockets += [client, server]
