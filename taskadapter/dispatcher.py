@@ -66,7 +66,7 @@ class RunInHand:
         host: the process that has it, once one does.
         decided: whether it takes one of the places of its job's `max_concurrent`.
         finishes: whether it may go on when the token is lost.
-        ended: why its job was over when its body began, if it was.
+        ended: why its job is over, once that is known.
         over: why it is not to begin: its job has ended since it was claimed.
         lost: whether the token was lost: what becomes of the run, the group's next holder says.
         cancelled: when it was cancelled, on the monotonic clock.
@@ -340,7 +340,7 @@ class Dispatcher:
         )
 
     async def _on_a_host(self, run: RunInHand, assignment: Assignment, job: DeployedJob) -> Outcome:
-        def on_begin(ended: str | None) -> None:
+        def on_progress(ended: str | None) -> None:
             run.ended = ended
             if ended is not None:
                 self._end_job(job, ended)
@@ -357,7 +357,7 @@ class Dispatcher:
                 return Outcome("dropped")
             run.host = host
             try:
-                outcome = await host.carry_out(assignment, on_begin)
+                outcome = await host.carry_out(assignment, on_progress)
             except EOFError:
                 outcome = Outcome("crashed", message=await self._hosts.how_it_ended(host))
             finally:

@@ -241,7 +241,7 @@ class Turn:
         if count == assignment.max_count:
             self.execution.ended = schedules.exhausted(assignment.max_count)
         self.current = replace(self.current, count=count)
-        self.execution.on_begin()
+        self.execution.on_progress()
         late = (self.started - assignment.due).total_seconds()
         self.log.info("Run %d of %r on %s, %.3f s after its time", count, self.name, assignment.node, late)
         return None
@@ -332,6 +332,8 @@ class Turn:
             )
         if terminates and self.execution is not None:
             self.execution.ended = f"run {self.execution.count} failed, and the error policy is {policy}"
+            # At once: the next tick may be due before the API has taken note of this run's end.
+            self.execution.on_progress()
 
     def announce(self, state: State[Any]) -> None:
         """Show a retry in the UI; the API's faults do not stop it, a cancelled run does.

@@ -174,7 +174,7 @@ class Host:
 
     def _run(self, flow: Flow[..., Any], assignment: runs.Assignment) -> bool:
         execution = runs.Execution(assignment)
-        execution.on_begin = lambda: self._tell("began", count=execution.count, ended=execution.ended)
+        execution.on_progress = lambda: self._tell("progress", ended=execution.ended)
         os.environ["PREFECT__FLOW_RUN_ID"] = str(assignment.flow_run.id)
         token = runs.execution.set(execution)
         over = threading.Event()

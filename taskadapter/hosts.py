@@ -65,12 +65,12 @@ class Host:
         self._reader = reader
         self._writer = writer
 
-    async def carry_out(self, assignment: Assignment, on_begin: Callable[[str | None], None]) -> Outcome:
+    async def carry_out(self, assignment: Assignment, on_progress: Callable[[str | None], None]) -> Outcome:
         """Have the host run the assignment; returns when it is through with it.
 
         Args:
             assignment: the run.
-            on_begin: called when the body begins, with the reason if no further tick may.
+            on_progress: called when the body begins, and when the job is over, with the reason if it is.
 
         Raises:
             EOFError: the process ended.
@@ -78,8 +78,8 @@ class Host:
         self._assign("run", assignment)
         while True:
             match await self._event():
-                case {"event": "began", "ended": ended}:
-                    on_begin(ended)
+                case {"event": "progress", "ended": ended}:
+                    on_progress(ended)
                 case {"event": "done", "ended": ended, "stays": stays}:
                     return Outcome("done", ended=ended, host_stays=stays)
                 case {"event": "crashed", "message": message}:

@@ -94,8 +94,8 @@ class Execution:
     """An assignment on its way through a host; the flow leaves its findings here for the agent."""
 
     assignment: Assignment
-    on_begin: Callable[[], None] = lambda: None
-    """Called once the execution is counted."""
+    on_progress: Callable[[], None] = lambda: None
+    """Called once the execution is counted, and as soon as it is known that the job is over."""
     count: int = 0
     ended: str | None = None
     """Why the job is over for all nodes, once it is."""

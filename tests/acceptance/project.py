@@ -224,7 +224,10 @@ class Prefect:
             found = self.logs(run)
             return found if any(part in message for message in found) else []
 
-        return wait_until(arrived, within, f"{part!r} in the log of run {run.name}")
+        try:
+            return wait_until(arrived, within, "a line of a log")
+        except TimeoutError as late:
+            raise AssertionError(f"no {part!r} in the log of run {run.name}: {self.logs(run)}") from late
 
     def wait_for_end(self, run: FlowRun, within: float = PATIENCE) -> FlowRun:
         """Wait until a run is final, and return it."""
