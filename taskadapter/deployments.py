@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from logging import Logger, LoggerAdapter
 from typing import Any
 from uuid import UUID
@@ -144,7 +144,13 @@ class DeployedJob:
         """
         if flow_run.job_variables or time.monotonic() - self.read_at > FRESH_SECONDS:
             return False
-        return bool(self.newest_run and flow_run.created and flow_run.created <= self.newest_run)
+        if self.newest_run is None or flow_run.created is None:
+            return False
+        return flow_run.created <= self.newest_run + BATCH
+
+
+BATCH = timedelta(seconds=1)
+"""Runs that Prefect's scheduler makes at one visit are made within less than this."""
 
 
 class Deployments:

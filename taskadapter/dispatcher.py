@@ -290,9 +290,9 @@ class Dispatcher:
             return
         claim: OrchestrationResult[Any] = await self._client.set_flow_run_state(flow_run.id, Pending())
         if claim.status is SetStateStatus.ACCEPT:
-            # Nobody starts a run before its time: ahead of it there is nothing to ask.
-            is_late = datetime.now(UTC) >= run.due
-            if not (is_late and await self._deployments.has_run_since(flow_run)):
+            # Ours check it themselves. And nobody starts a run before its time.
+            asks = job.trigger is None and datetime.now(UTC) >= run.due
+            if not (asks and await self._deployments.has_run_since(flow_run)):
                 await self.run(run, job)
         else:
             self._log.info("Run %s is not to be had: %s", flow_run.name, claim.details)

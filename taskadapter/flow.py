@@ -227,6 +227,9 @@ class Turn:
                 raise TaskError(_STARTED_ELSEWHERE.format(name=self.name))
             return None
         assignment = self.execution.assignment
+        if self.flow_run is not None and self.flow_run.run_count > assignment.flow_run.run_count + 1:
+            self._restore()
+            raise Abort("the run has been run since it was claimed")
         try:
             count = progress.begin(assignment)
         except TokenLostError as lost:
@@ -245,6 +248,20 @@ class Turn:
         late = (self.started - assignment.due).total_seconds()
         self.log.info("Run %d of %r on %s, %.3f s after its time", count, self.name, assignment.node, late)
         return None
+
+    def _restore(self) -> None:
+        """Give the run its final state back.
+
+        Two agents of one queue may have found the same late run, and Prefect lets the slower one claim
+        what the other has finished.
+        """
+        if self.flow_run is None:
+            return
+        with get_client(sync_client=True) as client:
+            states = client.read_flow_run_states(self.flow_run.id)
+            if final := [state for state in states if state.is_final()]:
+                newest = max(final, key=lambda state: state.timestamp)
+                client.set_flow_run_state(self.flow_run.id, newest, force=True)
 
     def _give_up(self, assignment: runs.Assignment) -> None:
         """Make the run due again, for the node that holds the token now; unless that has started it."""
