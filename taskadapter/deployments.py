@@ -33,6 +33,9 @@ from taskadapter.runs import Workspace
 FRESH_SECONDS = 60.0
 """A deployment that was read longer ago is read again."""
 
+BATCH = timedelta(seconds=1)
+"""Runs that Prefect's scheduler makes at one visit are made within less than this."""
+
 RETRY_SECONDS = 2.0
 """How long to wait before the API is told again what it could not be told."""
 
@@ -147,10 +150,6 @@ class DeployedJob:
         if self.newest_run is None or flow_run.created is None:
             return False
         return flow_run.created <= self.newest_run + BATCH
-
-
-BATCH = timedelta(seconds=1)
-"""Runs that Prefect's scheduler makes at one visit are made within less than this."""
 
 
 class Deployments:
