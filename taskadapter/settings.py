@@ -43,7 +43,7 @@ class TaskadapterSettings(PrefectBaseSettings):
         description="How many runs a node executes at once, unless its --limit says otherwise.",
     )
     poll_seconds: float = Field(
-        default=1.0,
+        default=1.2,
         gt=0,
         description=(
             "Seconds between two looks for new runs. PREFECT_WORKER_QUERY_SECONDS, where set, wins."
