@@ -91,6 +91,7 @@ FAILING = """
 
 STOPPED = """
     import asyncio, os, signal, time
+    from datetime import datetime, timedelta
     from ledger import note
     from taskadapter import (
         ErrorPolicy, Listener, RetryConfiguration, TaskPolicy, TriggerConfiguration, current_run
@@ -145,7 +146,10 @@ STOPPED = """
         note("async-timed-out", "finished")
 
     crashing = Listener(
-        trigger=TriggerConfiguration(interval=2, max_count=3), task_policy=TaskPolicy(max_concurrent=1)
+        trigger=TriggerConfiguration(
+            interval=2, max_count=3, start_time=datetime.fromisoformat("{start}") + timedelta(seconds=8)
+        ),
+        task_policy=TaskPolicy(max_concurrent=1),
     )
 
     @crashing.service("crashes", on_crashed=hook("crashes", "hook"))
@@ -162,11 +166,12 @@ STOPPED = """
 @pytest.fixture(scope="module", autouse=True)
 def node(project: Project) -> Iterator[None]:
     """An agent, and the jobs of this module."""
-    # The waits of retries are measured: those jobs start one after another, behind the others.
+    # The waits of retries are measured: those jobs start one after another, behind the others. A crash
+    # takes the latest lines of its host's log with it, so the job that crashes comes last.
     start = datetime.now(UTC) + timedelta(seconds=25)
     project.write("flows/retried.py", RETRIED.format(start=start))
     project.write("flows/failing.py", FAILING)
-    project.write("flows/stopped.py", STOPPED)
+    project.write("flows/stopped.py", STOPPED.format(start=start))
     with project.agent("node-1", "--limit", "8"):
         project.deploy()
         yield

@@ -101,7 +101,7 @@ IDLE = """
         note("idle", "ran")
 """
 
-JOBS = ["counter", "beat", "window", "steady", "overlapping", "single", "tally", "idle"]
+JOBS = ["counter", "beat", "overlapping", "single", "tally", "idle"]
 
 
 def deploy(project: Project) -> None:
@@ -121,6 +121,11 @@ def start(project: Project) -> Iterator[datetime]:
         yield deploy_before_the_start(project)
 
 
+def named(job: str, start: datetime) -> str:
+    """Return the name of a job with a start time: a later one, if there was need, is another job."""
+    return f"{job}-{start:%H-%M-%S}"
+
+
 def deploy_before_the_start(project: Project) -> datetime:
     """Deploy jobs with a start time early enough for their first tick to be planned."""
     for lead in (25, 60, 180):  # seconds; a busy machine needs the longer ones
@@ -128,7 +133,8 @@ def deploy_before_the_start(project: Project) -> datetime:
         for name, after, seconds in [("window", 0, 3), ("steady", 5, 9)]:
             first = start + timedelta(seconds=after)
             last = first + timedelta(seconds=seconds)
-            project.write(f"flows/{name}.py", TIMED.format(name=name, start=first, end=last))
+            source = TIMED.format(name=named(name, start), start=first, end=last)
+            project.write(f"flows/{name}.py", source)
         deploy(project)
         if datetime.now(UTC) < start - timedelta(seconds=6):
             return start
@@ -185,33 +191,36 @@ def test_nothing_runs_before_the_start_or_after_the_end(
     project: Project, prefect: Prefect, start: datetime
 ) -> None:
     """The ticks are those from the start time to the end time, both included; then the schedule ends."""
-    project.wait_for("window", "ran", 4)
-    prefect.wait_for_put_away("window")
+    job = named("window", start)
+    project.wait_for(job, "ran", 4)
+    prefect.wait_for_put_away(job)
 
     expected = [(start + timedelta(seconds=tick)).timestamp() for tick in range(4)]
-    entries = project.entries("window", "ran")
+    entries = project.entries(job, "ran")
     assert [entry["due"] for entry in entries] == expected
     assert all(entry.at >= expected[0] for entry in entries)
-    assert [due(run).timestamp() for run in prefect.executed("window")] == expected
+    assert [due(run).timestamp() for run in prefect.executed(job)] == expected
 
 
-def test_no_tick_is_early_and_most_are_on_time(project: Project, prefect: Prefect) -> None:
+def test_no_tick_is_early_and_most_are_on_time(project: Project, prefect: Prefect, start: datetime) -> None:
     """A body never starts before its scheduled time, and rarely long after it; the UI says the same."""
-    project.wait_for("steady", "ran", 10)
-    prefect.wait_for_put_away("steady")
+    job = named("steady", start)
+    project.wait_for(job, "ran", 10)
+    prefect.wait_for_put_away(job)
 
-    lateness = [entry.at - entry["due"] for entry in project.entries("steady", "ran")]
+    lateness = [entry.at - entry["due"] for entry in project.entries(job, "ran")]
     assert len(lateness) == 10
     assert min(lateness) >= 0
     assert statistics.median(lateness) < 0.5
-    runs = prefect.executed("steady")
+    runs = prefect.executed(job)
     assert len(runs) == 10
     assert all(run.start_time is not None and run.start_time >= due(run) for run in runs)
 
 
-def test_deploying_again_changes_nothing(project: Project, prefect: Prefect) -> None:
+def test_deploying_again_changes_nothing(project: Project, prefect: Prefect, start: datetime) -> None:
     """The same declarations keep their schedules: ended, paused by hand, or active as they are."""
-    for job in JOBS[:-1]:
+    jobs = [named("window", start), named("steady", start), *JOBS]
+    for job in jobs[:-1]:
         prefect.wait_for_put_away(job)
     deployment = prefect.deployment("idle")
     (schedule,) = deployment.schedules
@@ -221,7 +230,7 @@ def test_deploying_again_changes_nothing(project: Project, prefect: Prefect) -> 
         # Prefect notes each deploy in `updated`; nothing depends on it.
         ignored: Any = {"updated": True, "last_polled": True, "status": True}
         ignored["schedules"] = {"__all__": {"updated"}}
-        return {job: prefect.deployment(job).model_dump(exclude=ignored) for job in JOBS}
+        return {job: prefect.deployment(job).model_dump(exclude=ignored) for job in jobs}
 
     before = deployed()
     deploy(project)
