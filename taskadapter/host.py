@@ -12,6 +12,7 @@ can be timed out and cancelled as in a process of their own; a second thread lis
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import importlib
 import json
@@ -35,6 +36,7 @@ from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settin
 
 from taskadapter import prefect_private, progress, runs
 from taskadapter.coordination.board import clock
+from taskadapter.errors import CoordinationError
 from taskadapter.workspace import Desk, StaleCode
 
 BUFFER = 65536
@@ -182,6 +184,8 @@ class Host:
             threading.Thread(target=_guard, args=(assignment, over), name="guard", daemon=True).start()
         try:
             state = drive(flow, assignment)
+            if execution.settled and assignment.token is not None:
+                _forget(assignment)
             # What timed out may still be going on in a thread of the flow.
             stays = state is None or not (state.name == "TimedOut" or state.is_crashed())
         except (Abort, Pause):
@@ -196,6 +200,13 @@ class Host:
             runs.execution.reset(token)
         self._tell("done", ended=execution.ended, stays=stays)
         return stays
+
+
+def _forget(assignment: runs.Assignment) -> None:
+    """Prefect knows how the run went: what is recorded of it for a successor has served its time."""
+    url = assignment.database_url.get_secret_value()
+    with contextlib.suppress(CoordinationError):  # then it is forgotten at the next takeover
+        progress.forget_flight(url, str(assignment.flow_run.id))
 
 
 def _guard(assignment: runs.Assignment, over: threading.Event) -> None:

@@ -102,8 +102,16 @@ def saved_service(assignment: Assignment, cls: type[Service]) -> Service | None:
     return None if state is None else load_state(cls, state)
 
 
-def settle(assignment: Assignment, service: Service | None) -> None:
+def settle(assignment: Assignment, service: Service | None, outcome: str) -> None:
     """Record that the execution is over, and save what it made of its service, if it succeeded.
+
+    Prefect hears of it next. A node that dies in between leaves the outcome for its successor, which
+    must not start the run again.
+
+    Args:
+        assignment: the run.
+        service: to be saved; None if there is none, or it failed.
+        outcome: the name of the state that the run will have.
 
     Raises:
         DeclarationError: a field holds what cannot be saved.
@@ -117,7 +125,7 @@ def settle(assignment: Assignment, service: Service | None) -> None:
         job_id = str(assignment.job_id)
         if assignment.token is not None:
             jobs.require_token(connection, assignment.token)
-            jobs.end_flight(connection, str(assignment.flow_run.id))
+            jobs.settle_flight(connection, str(assignment.flow_run.id), outcome)
         if state is not None and assignment.token is not None:
             jobs.save_state_fenced(connection, job_id, state, assignment.token)
         elif state is not None:
@@ -143,7 +151,7 @@ def left_behind(database_url: str, token: Token) -> tuple[RunInFlight, ...]:
 
 
 def forget_flight(database_url: str, flow_run_id: str) -> None:
-    """Record that a run is over whose process could not."""
+    """Forget a run in flight: Prefect knows that it is over."""
     from taskadapter.coordination import jobs
 
     with _transaction(database_url) as connection:

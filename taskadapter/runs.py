@@ -99,6 +99,8 @@ class Execution:
     count: int = 0
     ended: str | None = None
     """Why the job is over for all nodes, once it is."""
+    settled: bool = False
+    """Whether it is recorded that the execution is over."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from logging import Logger, LoggerAdapter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from prefect.client.orchestration import PrefectClient
@@ -19,13 +19,18 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.exceptions import ObjectNotFound
-from prefect.states import Crashed, Scheduled
+from prefect.states import Completed, Crashed, Failed, Scheduled
 
 from taskadapter import progress
 from taskadapter.coordination.messages import Token
 from taskadapter.deployments import Deployments
 
+if TYPE_CHECKING:
+    from taskadapter.coordination.jobs import RunInFlight
+
 CLAIMED = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
+
+ENDED = {"Completed": Completed, "Failed": Failed}
 
 
 class Takeover:
@@ -65,19 +70,26 @@ class Takeover:
         """
         flights = await asyncio.to_thread(progress.left_behind, self._database_url, token)
         for flight in flights:
-            await self._end(flight.flow_run_id, flight.token)
+            await self._end(flight)
         begun = {flight.flow_run_id for flight in flights}
         for flow_run in await self._claimed(token.group_id):
             if str(flow_run.id) not in begun:
                 self._log.info("Run %s was claimed and not started; it is due again.", flow_run.name)
                 await self._make_due(flow_run)
 
-    async def _end(self, flow_run_id: str, former: Token) -> None:
+    async def _end(self, flight: RunInFlight) -> None:
+        former = flight.token
         try:
-            flow_run = await self._client.read_flow_run(UUID(flow_run_id))
+            flow_run = await self._client.read_flow_run(UUID(flight.flow_run_id))
         except ObjectNotFound:
             flow_run = None
-        if flow_run is not None and not (flow_run.state and flow_run.state.is_final()):
+        if flow_run is None or (flow_run.state and flow_run.state.is_final()):
+            pass
+        elif flight.outcome is not None:
+            message = f"Node {former.task_id!r} ended this run in term {former.term}, and could not say so."
+            state: State[Any] = ENDED[flight.outcome](message=message)
+            await self._client.set_flow_run_state(flow_run.id, state, force=True)
+        else:
             message = (
                 f"Node {former.task_id!r} was executing this run in term {former.term} of group "
                 f"{former.group_id!r} when it lost the token."
@@ -87,7 +99,7 @@ class Takeover:
                 await self._make_due(flow_run, message)
                 return
             await self._client.set_flow_run_state(flow_run.id, Crashed(message=message), force=True)
-        await asyncio.to_thread(progress.forget_flight, self._database_url, flow_run_id)
+        await asyncio.to_thread(progress.forget_flight, self._database_url, flight.flow_run_id)
 
     async def _make_due(self, flow_run: FlowRun, message: str | None = None) -> None:
         due = flow_run.expected_start_time or flow_run.created

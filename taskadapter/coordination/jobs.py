@@ -37,17 +37,22 @@ __all__ = [
     "require_token",
     "save_state",
     "save_state_fenced",
+    "settle_flight",
     "start_flight",
 ]
 
 
 @dataclass(frozen=True, slots=True)
 class RunInFlight:
-    """A flow run that a node executes, or executed when it died, and the token it started under."""
+    """A flow run that a node executes, or executed when it died, and the token it started under.
+
+    `outcome` is the name of the state it came to, once it has, while Prefect may not know of it.
+    """
 
     flow_run_id: str
     job_id: str | None
     token: Token
+    outcome: str | None = None
 
 
 def begin_run(connection: Connection, job_id: str, trigger_slug: str, max_count: int) -> int | None:
@@ -149,7 +154,8 @@ def forget(connection: Connection, job_id: str) -> None:
 def start_flight(connection: Connection, run: RunInFlight, *, rerun: bool = False) -> None:
     """Record that a flow run starts, if its token is still held.
 
-    A flow run starts once. With `rerun` it may start again in a later term than before.
+    A flow run starts once. With `rerun` it may start again in a later term than before, if it has
+    not come to its end.
 
     Raises:
         TokenLostError: the token is not held.
@@ -174,11 +180,11 @@ def start_flight(connection: Connection, run: RunInFlight, *, rerun: bool = Fals
 def _start_again(connection: Connection, run: RunInFlight, values: dict[str, Any], *, rerun: bool) -> None:
     columns = run_in_flight.c
     previous = connection.execute(
-        select(columns.task_id, columns.term)
+        select(columns.task_id, columns.term, columns.outcome)
         .where(columns.flow_run_id == run.flow_run_id)
         .with_for_update()
     ).one()
-    if not (rerun and previous.term < run.token.term):
+    if not (rerun and previous.term < run.token.term and previous.outcome is None):
         raise AlreadyStartedError(
             f"flow run {run.flow_run_id} was started by node {previous.task_id!r} in term "
             f"{previous.term}; it must not start twice"
@@ -186,29 +192,38 @@ def _start_again(connection: Connection, run: RunInFlight, values: dict[str, Any
     connection.execute(update(run_in_flight).where(columns.flow_run_id == run.flow_run_id).values(values))
 
 
+def settle_flight(connection: Connection, flow_run_id: str, outcome: str) -> None:
+    """Record what state a flow run came to, before Prefect hears of it; it must not start again."""
+    columns = run_in_flight.c
+    connection.execute(
+        update(run_in_flight).where(columns.flow_run_id == flow_run_id).values(outcome=outcome)
+    )
+
+
 def end_flight(connection: Connection, flow_run_id: str) -> None:
-    """Record that a flow run is over, however it ended; nothing happens if it was not in flight."""
+    """Forget a flow run that Prefect knows to be over; nothing happens if it was not in flight."""
     connection.execute(delete(run_in_flight).where(run_in_flight.c.flow_run_id == flow_run_id))
 
 
 def is_in_flight(connection: Connection, flow_run_id: str) -> bool:
-    """Return whether a flow run has been started, and not ended."""
+    """Return whether a flow run has been started, and Prefect may not know of its end."""
     columns = run_in_flight.c
     query = select(columns.term).where(columns.flow_run_id == flow_run_id)
     return connection.execute(query).one_or_none() is not None
 
 
 def flights_before(connection: Connection, group_id: str, term: int) -> tuple[RunInFlight, ...]:
-    """Return the runs of a group that started in an earlier term and have not ended.
+    """Return the runs of a group that started in an earlier term, and whose end Prefect may not know.
 
     To the holder of `term` these are the runs that a former node left behind.
     """
     columns = run_in_flight.c
     rows = connection.execute(
-        select(columns.flow_run_id, columns.job_id, columns.task_id, columns.term)
+        select(columns.flow_run_id, columns.job_id, columns.task_id, columns.term, columns.outcome)
         .where(columns.group_id == group_id, columns.term < term)
         .order_by(columns.started, columns.flow_run_id)
     )
     return tuple(
-        RunInFlight(row.flow_run_id, row.job_id, Token(group_id, row.task_id, row.term)) for row in rows
+        RunInFlight(row.flow_run_id, row.job_id, Token(group_id, row.task_id, row.term), row.outcome)
+        for row in rows
     )

@@ -128,6 +128,8 @@ run_in_flight = Table(
     Column("task_id", String(255), nullable=False),
     Column("term", BigInteger, nullable=False),
     Column("started", _Moment),
+    # The state it came to, while Prefect may not know; NULL while it executes.
+    Column("outcome", String(32)),
     **_MYSQL,
 )
 

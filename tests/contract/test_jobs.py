@@ -22,6 +22,7 @@ from taskadapter.coordination.jobs import (
     require_token,
     save_state,
     save_state_fenced,
+    settle_flight,
     start_flight,
 )
 from taskadapter.coordination.schema import job_progress, token_holder
@@ -238,6 +239,19 @@ class TestFlights:
         with transaction(engine) as connection:
             start_flight(connection, successor, rerun=True)
             assert flights_before(connection, "group", 9) == (successor,)
+
+    def test_is_not_rerun_once_it_is_settled(self, engine: Engine) -> None:
+        """A run that came to its end does not start again, whether Prefect knows of that or not."""
+        hold(engine, TOKEN)
+        with transaction(engine) as connection:
+            start_flight(connection, RunInFlight(RUN, JOB, TOKEN))
+            settle_flight(connection, RUN, "Completed")
+        take_over(engine)
+        successor = RunInFlight(RUN, JOB, Token("group", "node-2", 8))
+        with transaction(engine) as connection:
+            assert flights_before(connection, "group", 8) == (RunInFlight(RUN, JOB, TOKEN, "Completed"),)
+        with pytest.raises(AlreadyStartedError), transaction(engine) as connection:
+            start_flight(connection, successor, rerun=True)
 
     def test_needs_the_token(self, engine: Engine) -> None:
         """Without the token nothing starts."""
