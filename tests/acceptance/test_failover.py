@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from typing import TYPE_CHECKING
 
 import psutil
 import pytest
-from sqlalchemy import create_engine, text
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.events.filters import EventFilter, EventNameFilter
+from sqlalchemy import create_engine, make_url, text
 
 from deployments.local import wait_until
 from taskadapter.coordination import schema
@@ -419,6 +422,138 @@ def test_agents_outlive_prefects_api(
     assert cluster.term() == term
     assert cluster.lost_ticks() == []
     assert cluster.doubled() == []
+
+
+# --- what is shown --------------------------------------------------------------------------------
+
+
+@everywhere
+def test_the_status_shows_who_is_active(cluster: Cluster) -> None:
+    """`taskadapter status` and `status --json` name groups, terms and nodes, by the pool's own settings."""
+    cluster.ready(nodes=3)
+    shown = json.loads(cluster.taskadapter("status", "--json"))
+    table = cluster.taskadapter("status")
+
+    groups = {group["group_id"]: group for group in shown["groups"]}
+    assert set(groups) == {BUSY, IDLE}
+    assert groups[BUSY]["holder"] == cluster.active().name
+    assert groups[BUSY]["term"] == cluster.term()
+    assert 0 <= groups[BUSY]["heartbeat_age"] < INTERVAL
+    assert 0 < groups[BUSY]["expires_in"] <= INTERVAL
+    assert {node["task_id"] for node in shown["nodes"]} == set(cluster.nodes)
+    pids = {node["task_id"]: node["pid"] for node in shown["nodes"]}
+    assert pids == {name: node.program.pid for name, node in cluster.nodes.items()}
+    assert all(name in table for name in (BUSY, IDLE, *cluster.nodes))
+
+
+@everywhere
+def test_the_tables_can_be_made_and_widened_from_the_shell(cluster: Cluster) -> None:
+    """`db sql` prints what makes them elsewhere; `init` and `upgrade` leave good ones alone."""
+    script = cluster.taskadapter("db", "sql")
+    assert all(f"CREATE TABLE IF NOT EXISTS {name} " in script for name in schema.metadata.tables)
+    assert "CREATE" not in cluster.taskadapter("db", "init")
+    assert "ALTER" not in cluster.taskadapter("db", "upgrade")
+
+
+@on_postgresql
+def test_the_ui_names_the_active_node(cluster: Cluster, prefect: Prefect) -> None:
+    """The work queue's description has the active node and its term."""
+    queue = prefect.client.read_work_queue_by_name(BUSY, cluster.project.pool)
+    wanted = f"Active: {cluster.active().name}, term {cluster.term()},"
+    assert str(queue.description).startswith(wanted)
+
+
+@on_postgresql
+def test_each_change_of_the_token_is_an_event(cluster: Cluster, prefect: Prefect) -> None:
+    """The server has an event for each token that was acquired, lost and released, with its reason."""
+    tenures = cluster.tenures()
+    ours = EventFilter(event=EventNameFilter(prefix=["taskadapter.token."]))
+
+    def seen() -> dict[str, set[int]]:
+        terms: dict[str, set[int]] = {"acquired": set(), "lost": set(), "released": set()}
+        page = prefect.client.read_events(filter=ours, limit=50)
+        while True:
+            for event in page.events:
+                if event.resource.name == BUSY and event.payload["reason"]:
+                    what = event.event.removeprefix("taskadapter.token.")
+                    terms[what].add(int(event.resource["taskadapter.term"]))
+            if page.next_page is None:
+                return terms
+            page = prefect.client.read_events_page(str(page.next_page))
+
+    def told() -> bool:
+        terms = seen()
+        return all(terms.values()) and tenures[-1].term in terms["acquired"]
+
+    wait_until(told, PATIENCE, "the events to arrive")
+    assert seen()["released"] >= {tenure.term for tenure in tenures if tenure.released is not None}
+
+
+@on_postgresql
+def test_the_password_is_nowhere(cluster: Cluster, prefect: Prefect) -> None:
+    """It is in no log, deployment, pool, rendered file, nor in what the command prints."""
+    password = make_url(cluster.url).password
+    assert password is not None
+    cluster.project.render()
+    client, pool = prefect.client, cluster.project.pool
+    jobs = ("counter", "slow", "again", "fencer", "brink", "hourly")
+    places = {
+        **{name: node.log for name, node in cluster.nodes.items()},
+        **{job: prefect.deployment(job).model_dump_json() for job in jobs},
+        "pool": client.read_work_pool(pool).model_dump_json(),
+        "queue": client.read_work_queue_by_name(BUSY, pool).model_dump_json(),
+        "prefect.yaml": (cluster.project.folder / "prefect.yaml").read_text(),
+        "status": cluster.taskadapter("status", "--json"),
+        "run logs": "".join(log.message for log in client.read_logs(limit=200)),
+    }
+    assert all(places.values())
+    assert [place for place, content in places.items() if password in content] == []
+
+
+# --- who may not take part ------------------------------------------------------------------------
+
+
+@on_postgresql
+def test_a_second_agent_of_the_same_name_is_refused(cluster: Cluster, tmp_path: Path) -> None:
+    """It names the process that has the name, and exits with an error; the first one goes on."""
+    first = cluster.active()
+    term, pid = cluster.term(), first.program.pid
+    env = {
+        "PREFECT_INTEGRATIONS_TASKADAPTER_DATABASE_URL": cluster.url,
+        "PREFECT_HOME": str(tmp_path),  # for a log of its own
+    }
+    with cluster.project.agent(first.name, env=env) as second:
+        assert second.process is not None
+        status = second.process.wait(PATIENCE)
+        output = second.output()
+
+    assert status != 0
+    assert f"process {pid} on host" in output
+    assert repr(first.name) in output
+    assert first.program.pid == pid
+    assert cluster.term() == term
+
+
+@on_postgresql
+def test_another_kind_of_worker_runs_no_coordinated_job(cluster: Cluster, prefect: Prefect) -> None:
+    """A run that Prefect's process worker starts fails, and says how to start it."""
+    client = prefect.client
+    client.create_work_pool(WorkPoolCreate(name="plain", type="process"))
+    deployed = prefect.deployment("slow")
+    client.create_deployment(
+        deployed.flow_id,
+        "elsewhere",
+        entrypoint=deployed.entrypoint,
+        path=str(cluster.project.folder),
+        work_pool_name="plain",
+    )
+    run = prefect.start("slow/elsewhere")
+    cluster.project.prefect("worker", "start", "--run-once", "--pool", "plain", "--type", "process")
+
+    ended = prefect.wait_for_end(run)
+    assert ended.state_name == "Failed"
+    assert "--type warm-backup" in message(ended)
+    assert cluster.rows(run=run) == []
 
 
 # --- P1: at the end, over all that has happened -----------------------------------------------------
