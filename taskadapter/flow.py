@@ -299,7 +299,7 @@ class Turn:
             with _while_ours():
                 progress.check(self.execution.assignment)
 
-    def settle(self, subject: Service | None) -> None:
+    def settle(self, subject: Service | None, outcome: str = "Completed") -> None:
         """Record that the execution is over, and save the state of a service that succeeded.
 
         Raises:
@@ -307,7 +307,7 @@ class Turn:
         """
         if self.execution is not None:
             with _while_ours():
-                progress.settle(self.execution.assignment, subject)
+                progress.settle(self.execution.assignment, subject, outcome)
 
     def failed(self, exc: Exception) -> float | None:
         """Take note of a failed attempt.
@@ -332,7 +332,7 @@ class Turn:
                 "Attempt %d failed, next in %g s: %s", self.current.attempt, wait, _in_words(exc)
             )
         else:
-            self.settle(None)
+            self.settle(None, "Failed")
             self._apply_error_policy(exc)
         return wait
 

@@ -60,7 +60,7 @@ def begin(assignment: Assignment) -> int | None:
             connection, str(assignment.job_id), assignment.trigger_slug or "", assignment.max_count
         )
         if count is None and assignment.token is not None:
-            jobs.end_flight(connection, str(assignment.flow_run.id))
+            jobs.end_flight(connection, str(assignment.flow_run.id), "Skipped")
         return count
 
     count = _answer(assignment, ask)
@@ -111,8 +111,13 @@ def saved_service(assignment: Assignment, cls: type[Service]) -> Service | None:
     return None if state is None else load_state(cls, state)
 
 
-def settle(assignment: Assignment, service: Service | None) -> None:
+def settle(assignment: Assignment, service: Service | None, outcome: str) -> None:
     """Record that the execution is over, and save what it made of its service, if it succeeded.
+
+    Args:
+        assignment: the run.
+        service: to be saved; None if there is none, or it failed.
+        outcome: the name of the state that Prefect is told next.
 
     Raises:
         DeclarationError: a field holds what cannot be saved.
@@ -126,7 +131,7 @@ def settle(assignment: Assignment, service: Service | None) -> None:
         job_id = str(assignment.job_id)
         if assignment.token is not None:
             jobs.require_token(connection, assignment.token)
-            jobs.end_flight(connection, str(assignment.flow_run.id))
+            jobs.end_flight(connection, str(assignment.flow_run.id), outcome)
         if state is not None and assignment.token is not None:
             jobs.save_state_fenced(connection, job_id, state, assignment.token)
         elif state is not None:
@@ -141,7 +146,7 @@ def has_started(assignment: Assignment) -> bool:
     from taskadapter.coordination import jobs
 
     flow_run_id = str(assignment.flow_run.id)
-    return bool(_answer(assignment, lambda c: jobs.started_among(c, [flow_run_id])))
+    return bool(_answer(assignment, lambda c: jobs.outcomes(c, [flow_run_id])))
 
 
 def left_behind(database_url: str, token: Token) -> tuple[RunInFlight, ...]:
@@ -153,20 +158,20 @@ def left_behind(database_url: str, token: Token) -> tuple[RunInFlight, ...]:
         return jobs.flights_before(connection, token.group_id, token.term)
 
 
-def started_among(database_url: str, flow_run_ids: Collection[str]) -> frozenset[str]:
-    """Return those of some runs that have been started, on whichever node."""
+def outcomes(database_url: str, flow_run_ids: Collection[str]) -> dict[str, str | None]:
+    """Return those of some runs that have been started, and what each came to if it has ended."""
     from taskadapter.coordination import jobs
 
     with _transaction(database_url) as connection:
-        return jobs.started_among(connection, flow_run_ids)
+        return jobs.outcomes(connection, flow_run_ids)
 
 
 def end_flight(database_url: str, flow_run_id: str) -> None:
-    """Record that a run is over whose process could not."""
+    """Record that a run is over whose process could not, and so is Crashed."""
     from taskadapter.coordination import jobs
 
     with _transaction(database_url) as connection:
-        jobs.end_flight(connection, flow_run_id)
+        jobs.end_flight(connection, flow_run_id, "Crashed")
 
 
 def fenced(connection: Connection) -> None:

@@ -20,11 +20,14 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.exceptions import ObjectNotFound
-from prefect.states import Crashed, Scheduled
+from prefect.states import Completed, Crashed, Failed, Scheduled
 
 from taskadapter import progress
 from taskadapter.coordination.messages import Token
 from taskadapter.deployments import Deployments
+
+ENDED: dict[str | None, Callable[..., State[Any]]] = {"Completed": Completed, "Failed": Failed}
+"""The states that a run may have come to without its node's report."""
 
 CLAIMED = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
 
@@ -88,15 +91,18 @@ class Takeover:
         self._suspects = {run.id: run.state_id for run in idle}
 
     async def _release(self, claimed: list[FlowRun]) -> None:
-        """Make claimed runs due again; one that has been started is in the database, and Crashed."""
+        """Make claimed runs due again; of one that has been started the database knows how it ended."""
         if not claimed:
             return
         ids = [str(run.id) for run in claimed]
-        started = await asyncio.to_thread(progress.started_among, self._database_url, ids)
+        started = await asyncio.to_thread(progress.outcomes, self._database_url, ids)
         for flow_run in claimed:
             if str(flow_run.id) in started:
-                message = "Its node was lost before it could say how this run went."
-                await self._client.set_flow_run_state(flow_run.id, Crashed(message=message), force=True)
+                outcome = started[str(flow_run.id)] or "Crashed"
+                state = ENDED.get(outcome, Crashed)(
+                    message="Its node was lost before it could report this."
+                )
+                await self._client.set_flow_run_state(flow_run.id, state, force=True)
             else:
                 self._log.info("Run %s was claimed and not started; it is due again.", flow_run.name)
                 await self._make_due(flow_run)
@@ -133,3 +139,7 @@ class Takeover:
             work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[self._pool_name])),
             work_queue_filter=WorkQueueFilter(name=WorkQueueFilterName(any_=[group_id])),
         )
+
+
+def _crashed(message: str) -> State[Any]:
+    return Crashed(message=message)

@@ -36,11 +36,11 @@ __all__ = [
     "forget",
     "forget_flights",
     "load_state",
+    "outcomes",
     "require_token",
     "save_state",
     "save_state_fenced",
     "start_flight",
-    "started_among",
 ]
 
 
@@ -170,6 +170,7 @@ def start_flight(
         "term": run.token.term,
         "started": database_now(),
         "ended": None,
+        "outcome": None,
     }
     try:
         with connection.begin_nested():
@@ -196,18 +197,26 @@ def _start_again(
     connection.execute(update(run_in_flight).where(columns.flow_run_id == run.flow_run_id).values(values))
 
 
-def end_flight(connection: Connection, flow_run_id: str) -> None:
-    """Record that a flow run is over, however it ended; nothing happens if it was not in flight."""
+def end_flight(connection: Connection, flow_run_id: str, outcome: str) -> None:
+    """Record that a flow run is over; nothing happens if it was not in flight.
+
+    `outcome` is the name of the state it came to, of which Prefect is told next: if its node dies in
+    between, its successor tells it.
+    """
     columns = run_in_flight.c
     open_flight = and_(columns.flow_run_id == flow_run_id, columns.ended.is_(None))
-    connection.execute(update(run_in_flight).where(open_flight).values(ended=database_now()))
+    connection.execute(
+        update(run_in_flight).where(open_flight).values(ended=database_now(), outcome=outcome)
+    )
 
 
-def started_among(connection: Connection, flow_run_ids: Collection[str]) -> frozenset[str]:
-    """Return those of some flow runs that have been started, whether they have ended or not."""
+def outcomes(connection: Connection, flow_run_ids: Collection[str]) -> dict[str, str | None]:
+    """Return those of some flow runs that have been started, and what each came to if it has ended."""
     columns = run_in_flight.c
-    rows = connection.execute(select(columns.flow_run_id).where(columns.flow_run_id.in_(flow_run_ids)))
-    return frozenset(row.flow_run_id for row in rows)
+    rows = connection.execute(
+        select(columns.flow_run_id, columns.outcome).where(columns.flow_run_id.in_(flow_run_ids))
+    )
+    return {row.flow_run_id: row.outcome for row in rows}
 
 
 def forget_flights(connection: Connection, group_id: str, seconds: float) -> None:

@@ -128,8 +128,10 @@ run_in_flight = Table(
     Column("task_id", String(255), nullable=False),
     Column("term", BigInteger, nullable=False),
     Column("started", _Moment),
-    # Kept for a while after the end: a run that is claimed again by mistake must not start again.
+    # Kept for a while after the end: a run that is claimed again by mistake must not start again, and
+    # Prefect may not know of the state that it came to.
     Column("ended", _Moment),
+    Column("outcome", String(32)),
     **_MYSQL,
 )
 

@@ -20,11 +20,11 @@ from taskadapter.coordination.jobs import (
     forget,
     forget_flights,
     load_state,
+    outcomes,
     require_token,
     save_state,
     save_state_fenced,
     start_flight,
-    started_among,
 )
 from taskadapter.coordination.schema import job_progress, token_holder
 from taskadapter.errors import AlreadyStartedError, CoordinationError, TokenLostError
@@ -215,7 +215,7 @@ class TestFlights:
             assert flights_before(connection, "group", 7) == ()
             assert flights_before(connection, "group", 8) == (run,)
             assert flights_before(connection, "other", 8) == ()
-            end_flight(connection, RUN)
+            end_flight(connection, RUN, "Completed")
             assert flights_before(connection, "group", 8) == ()
 
     def test_starts_once(self, engine: Engine) -> None:
@@ -247,8 +247,9 @@ class TestFlights:
         run = RunInFlight(RUN, JOB, TOKEN)
         with transaction(engine) as connection:
             start_flight(connection, run)
-            end_flight(connection, RUN)
-            assert started_among(connection, [RUN, "other"]) == {RUN}
+            assert outcomes(connection, [RUN, "other"]) == {RUN: None}
+            end_flight(connection, RUN, "Completed")
+            assert outcomes(connection, [RUN, "other"]) == {RUN: "Completed"}
         with pytest.raises(AlreadyStartedError), transaction(engine) as connection:
             start_flight(connection, run)
         take_over(engine)
@@ -265,7 +266,7 @@ class TestFlights:
         with pytest.raises(AlreadyStartedError), transaction(engine) as connection:
             start_flight(connection, run, retried=True)
         with transaction(engine) as connection:
-            end_flight(connection, RUN)
+            end_flight(connection, RUN, "Failed")
             start_flight(connection, run, retried=True)
             assert flights_before(connection, "group", 8) == (run,)
 
@@ -275,12 +276,12 @@ class TestFlights:
         with transaction(engine) as connection:
             start_flight(connection, RunInFlight(RUN, JOB, TOKEN))
             forget_flights(connection, "group", 0)
-            assert started_among(connection, [RUN]) == {RUN}
-            end_flight(connection, RUN)
+            assert outcomes(connection, [RUN]) == {RUN: None}
+            end_flight(connection, RUN, "Crashed")
             forget_flights(connection, "group", 3600)
-            assert started_among(connection, [RUN]) == {RUN}
+            assert outcomes(connection, [RUN]) == {RUN: "Crashed"}
             forget_flights(connection, "group", -1)
-            assert started_among(connection, [RUN]) == frozenset()
+            assert outcomes(connection, [RUN]) == {}
 
     def test_needs_the_token(self, engine: Engine) -> None:
         """Without the token nothing starts."""

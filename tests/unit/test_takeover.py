@@ -55,11 +55,13 @@ class Policies:
 class Database:
     """Runs that have been started: by a former holder still going on, or ended."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *open_: UUID, ended: tuple[UUID, ...] = ()) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, *open_: UUID, ended: dict[UUID, str] | None = None
+    ) -> None:
         self.open = {str(run_id) for run_id in open_}
-        self.ended = {str(run_id) for run_id in ended}
+        self.started = dict.fromkeys(self.open) | {str(i): name for i, name in (ended or {}).items()}
         monkeypatch.setattr(progress, "left_behind", self.left_behind)
-        monkeypatch.setattr(progress, "started_among", lambda _, ids: set(ids) & (self.open | self.ended))
+        monkeypatch.setattr(progress, "outcomes", lambda *_: self.started)
         monkeypatch.setattr(progress, "end_flight", lambda _, run_id: self.open.discard(run_id))
 
     def left_behind(self, *_: object) -> list[RunInFlight]:
@@ -135,14 +137,15 @@ def test_what_ended_after_all_stays_as_it_is(monkeypatch: pytest.MonkeyPatch, is
     assert (api.told, database.open) == ([], set())
 
 
-def test_a_body_that_ended_does_not_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run whose node died between the end of the body and the report is Crashed, not due again."""
+@pytest.mark.parametrize("outcome", ["Completed", "Failed", "Crashed"])
+def test_what_ended_unreported_is_reported(monkeypatch: pytest.MonkeyPatch, outcome: str) -> None:
+    """A run whose node died between the end of the body and the report has its state, and is not due."""
     running = flow_run(StateType.RUNNING)
-    Database(monkeypatch, ended=(running.id,))
+    Database(monkeypatch, ended={running.id: outcome})
 
     asyncio.run(of(api := Api(running)).clean_up(HELD))
 
-    assert api.told == [(running.id, "Crashed")]
+    assert api.told == [(running.id, outcome)]
 
 
 def test_cleaning_up_twice_does_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
