@@ -26,9 +26,6 @@ from taskadapter import progress
 from taskadapter.coordination.messages import Token
 from taskadapter.deployments import Deployments
 
-ENDED: dict[str | None, Callable[..., State[Any]]] = {"Completed": Completed, "Failed": Failed}
-"""The states that a run may have come to without its node's report."""
-
 CLAIMED = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
 
 
@@ -98,10 +95,7 @@ class Takeover:
         started = await asyncio.to_thread(progress.outcomes, self._database_url, ids)
         for flow_run in claimed:
             if str(flow_run.id) in started:
-                outcome = started[str(flow_run.id)] or "Crashed"
-                state = ENDED.get(outcome, Crashed)(
-                    message="Its node was lost before it could report this."
-                )
+                state = _state(started[str(flow_run.id)])
                 await self._client.set_flow_run_state(flow_run.id, state, force=True)
             else:
                 self._log.info("Run %s was claimed and not started; it is due again.", flow_run.name)
@@ -141,5 +135,13 @@ class Takeover:
         )
 
 
-def _crashed(message: str) -> State[Any]:
-    return Crashed(message=message)
+def _state(outcome: str | None) -> State[Any]:
+    """Return the state that a run had come to when its node was lost."""
+    message = "Its node was lost before it could report this."
+    match outcome:
+        case "Completed":
+            return Completed(message=message)
+        case "Failed":
+            return Failed(message=message)
+        case _:
+            return Crashed(message=message)
