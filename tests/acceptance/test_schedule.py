@@ -20,12 +20,12 @@ COUNTER = """
 
     counter_listener = Listener(trigger=TriggerConfiguration(interval=1, max_count={max_count}))
 
-    @counter_listener.service("counter")
+    @counter_listener.service("count-to-five")
     class Counter(Service):
         i: int = 1
 
         def execute(self) -> None:
-            note("counter", "ran", value=self.i, count=current_run().count)
+            note("count-to-five", "ran", value=self.i, count=current_run().count)
             self.i += 1
 """
 
@@ -101,7 +101,7 @@ IDLE = """
         note("idle", "ran")
 """
 
-JOBS = ["counter", "beat", "overlapping", "single", "tally", "idle"]
+JOBS = ["count-to-five", "beat", "overlapping", "single", "tally", "idle"]
 
 
 def deploy(project: Project) -> None:
@@ -151,13 +151,13 @@ def test_a_job_is_executed_max_count_times_then_its_schedule_ends(
     project: Project, prefect: Prefect
 ) -> None:
     """Five executions count 1 to 5 in order; then the schedule is inactive and nothing is left to run."""
-    project.wait_for("counter", "ran", 5)
-    prefect.wait_for_put_away("counter")
+    project.wait_for("count-to-five", "ran", 5)
+    prefect.wait_for_put_away("count-to-five")
 
-    assert [entry["value"] for entry in project.entries("counter", "ran")] == [1, 2, 3, 4, 5]
-    assert [entry["count"] for entry in project.entries("counter", "ran")] == [1, 2, 3, 4, 5]
-    assert len(prefect.runs("counter", "Completed")) == 5
-    assert prefect.runs("counter", "Failed", "Crashed", "Pending", "Running") == []
+    assert [entry["value"] for entry in project.entries("count-to-five", "ran")] == [1, 2, 3, 4, 5]
+    assert [entry["count"] for entry in project.entries("count-to-five", "ran")] == [1, 2, 3, 4, 5]
+    assert len(prefect.runs("count-to-five", "Completed")) == 5
+    assert prefect.runs("count-to-five", "Failed", "Crashed", "Pending", "Running") == []
 
 
 def test_ticks_of_a_job_overlap_when_it_outlives_its_interval(project: Project) -> None:
@@ -236,24 +236,24 @@ def test_deploying_again_changes_nothing(project: Project, prefect: Prefect, sta
     deploy(project)
 
     assert deployed() == before
-    assert not prefect.is_active("counter")
+    assert not prefect.is_active("count-to-five")
     assert not prefect.is_active("idle")
-    assert len(project.entries("counter", "ran")) == 5
+    assert len(project.entries("count-to-five", "ran")) == 5
     assert prefect.waiting("idle") == []
 
 
 def test_a_changed_trigger_counts_from_one_again(project: Project, prefect: Prefect) -> None:
     """Another maximum or another interval starts a new count; the state goes on."""
-    prefect.wait_for_put_away("counter")
+    prefect.wait_for_put_away("count-to-five")
     prefect.wait_for_put_away("beat")
     project.write("flows/counter.py", COUNTER.format(max_count=2))
     project.write("flows/beat.py", BEAT.format(interval=1.5))
     deploy(project)
-    project.wait_for("counter", "ran", 7)
+    project.wait_for("count-to-five", "ran", 7)
     project.wait_for("beat", "ran", 4)
-    prefect.wait_for_put_away("counter")
+    prefect.wait_for_put_away("count-to-five")
     prefect.wait_for_put_away("beat")
 
-    assert [entry["value"] for entry in project.entries("counter", "ran")] == [1, 2, 3, 4, 5, 6, 7]
-    assert [entry["count"] for entry in project.entries("counter", "ran")] == [1, 2, 3, 4, 5, 1, 2]
+    assert [entry["value"] for entry in project.entries("count-to-five", "ran")] == [1, 2, 3, 4, 5, 6, 7]
+    assert [entry["count"] for entry in project.entries("count-to-five", "ran")] == [1, 2, 3, 4, 5, 1, 2]
     assert [entry["count"] for entry in project.entries("beat", "ran")] == [1, 2, 1, 2]
