@@ -227,9 +227,13 @@ class Failover:
         scheduled = [row[0] for row in self._ticks()]
         due = round((max(scheduled) - min(scheduled)).total_seconds()) + 1
         ran = len(set(scheduled))
+        acquired = dict(self._query("SELECT term, acquired FROM taskadapter_tenure"))
+        # What was due while no node was active is late for that reason.
+        on_duty = [row[4] - row[0] for row in self._ticks() if row[0] > acquired[row[3]]]
+        lateness = median(late.total_seconds() for late in on_duty) * 1000
         return (
             f"takeover {self.takeover:.1f} s, handover {self.handover:.1f} s, {due} ticks due, {ran} run, "
-            f"{due - ran} lost, {len(scheduled) - ran} doubled"
+            f"{due - ran} lost, {len(scheduled) - ran} doubled, lateness p50 {lateness:.0f} ms"
         )
 
     def print_timeline(self) -> None:
@@ -297,8 +301,7 @@ class Story:
         self._print_report()
         runs = [run for runs in self._ended.values() for run in runs]
         retries = sum(run.run_count - 1 for run in runs)
-        lateness = median(map(late, runs)) * 1000
-        return f"{len(runs)} runs, {retries} retries, lateness p50 {lateness:.0f} ms"
+        return f"{len(runs)} runs, {retries} retries"
 
     def _look(self) -> None:
         ended = self._client.read_flow_runs(flow_run_filter=ENDED, sort=FlowRunSort.END_TIME_DESC)

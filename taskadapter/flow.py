@@ -138,7 +138,7 @@ def _as_flow(
                 turn.announce(AwaitingRetry(scheduled_time=_in(wait), message=_in_words(exc)))
                 time.sleep(max(0.0, again - time.monotonic()))
                 turn.announce(Retrying())
-                turn.check()
+                turn.check(exc)
             else:
                 turn.settle(subject)
                 return result
@@ -161,7 +161,7 @@ def _as_flow(
                 await asyncio.to_thread(turn.announce, retry)
                 await asyncio.sleep(max(0.0, again - time.monotonic()))
                 await asyncio.to_thread(turn.announce, Retrying())
-                await asyncio.to_thread(turn.check)
+                await asyncio.to_thread(turn.check, exc)
             else:
                 await asyncio.to_thread(turn.settle, subject)
                 return result
@@ -289,15 +289,28 @@ class Turn:
         finally:
             runs.running.reset(token)
 
-    def check(self) -> None:
-        """Check the token before a further attempt.
+    def check(self, exc: Exception) -> None:
+        """Check, immediately before a further attempt, the token and that the next tick is not due.
+
+        Args:
+            exc: what the attempt before raised, and is raised again if the next tick is due: waiting
+                and telling the API may have taken longer than was thought.
 
         Raises:
-            Abort: the node has lost it; the one that holds it now says what became of the run.
+            Abort: the node has lost the token; the one that holds it now says what became of the run.
         """
+        if self._elapsed() >= self.trigger.interval:
+            self.settle(None, "Failed")
+            self._apply_error_policy(exc)
+            raise exc
         if self.execution is not None:
             with _while_ours():
                 progress.check(self.execution.assignment)
+
+    def _elapsed(self) -> float:
+        """Return the seconds since this tick."""
+        origin = retries.window_start(self.current.scheduled_time, self.started, self.trigger.interval)
+        return (datetime.now(UTC) - origin).total_seconds()
 
     def settle(self, subject: Service | None, outcome: str = "Completed") -> None:
         """Record that the execution is over, and save the state of a service that succeeded.
@@ -319,13 +332,11 @@ class Turn:
         Raises:
             Abort: as `settle`.
         """
-        origin = retries.window_start(self.current.scheduled_time, self.started, self.trigger.interval)
-        elapsed = (datetime.now(UTC) - origin).total_seconds()
         wait = retries.wait_before_retry(
             self.trigger.retry_config,
             attempt=self.current.attempt,
             interval=self.trigger.interval,
-            elapsed=elapsed,
+            elapsed=self._elapsed(),
         )
         if wait is not None:
             self.log.warning(
