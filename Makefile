@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo up test test-slow check bench render deploy clean
+.PHONY: help demo up test lint check bench render deploy clean
 help: ## Show the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -26,12 +26,13 @@ up: $(READY) ## The demo, and on until Ctrl-C.
 test: $(READY) ## Set everything up and run the tests.
 	@$(BIN)/python -m pytest
 
-check: $(READY) ## Lint, types, the rendered file, and the tests.
+lint: $(READY) ## Format, lint, strict types, and whether deployments/prefect.yaml is up to date.
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(BIN)/taskadapter render --check
-	@$(BIN)/python -m pytest
+
+check: lint test ## What CI runs.
 
 bench: $(READY) ## Compare with Prefect's process worker, side by side.
 	@$(BIN)/python -m tests.benchmarks
