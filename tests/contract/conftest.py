@@ -56,6 +56,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("prepared_url", names, indirect=True, scope="session")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the tests that are about MySQL where there is none."""
+    if "mysql" in SERVERS:
+        return
+    about_mysql = [item for item in items if "mysql_url" in getattr(item, "fixturenames", ())]
+    config.hook.pytest_deselected(items=about_mysql)
+    items[:] = [item for item in items if item not in about_mysql]
+
+
 @pytest.fixture(scope="session")
 def prepared_url(request: pytest.FixtureRequest) -> str:
     """The URL of a database with our tables, made anew once a session."""
