@@ -179,7 +179,7 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
             return []
         try:
             found = await self._look()
-        except (httpx.HTTPError, CoordinationError) as fault:
+        except (httpx.HTTPError, TaskError) as fault:
             await self._back_off(str(fault) or type(fault).__name__)
             return []
         except Exception as exc:
