@@ -30,6 +30,12 @@ MEMORY_SECONDS = 3600.0
 RETRY_SECONDS = 0.5
 """How long to wait for a database that does not answer, before it is asked again."""
 
+IDLE_SECONDS = 2.0
+"""After how long the server ends a transaction of a host that is frozen or cut off.
+
+Each here takes milliseconds, and holds the token's row: no other node could take the token over.
+"""
+
 T = TypeVar("T")
 
 
@@ -228,9 +234,9 @@ def _engine(url: str) -> Engine:
     its commands.
     """
     from taskadapter.coordination import schema
-    from taskadapter.coordination.dialects import open_engine, translated
+    from taskadapter.coordination.dialects import Timeouts, open_engine, translated
 
-    engine = open_engine(url)
+    engine = open_engine(url, timeouts=Timeouts(idle=IDLE_SECONDS))
     with translated(engine.url), engine.connect() as connection:
         schema.create_missing(connection)
     return engine

@@ -491,7 +491,8 @@ def _classify_postgresql(exc: DBAPIError) -> type[CoordinationError]:
         return _SCHEMA
     if state.startswith("28") or state in {"42501", "3D000"}:
         return _DENIED
-    if state[:2] in {"08", "40", "53", "55", "57"}:
+    # The last two: a transaction that was idle for too long, and a server that became a replica.
+    if state[:2] in {"08", "40", "53", "55", "57"} or state in {"25P03", "25006"}:
         return _GONE
     if state:
         return CoordinationError

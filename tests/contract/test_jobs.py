@@ -6,10 +6,12 @@ import subprocess
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import pytest
 from sqlalchemy import Engine, insert, update
 
+from taskadapter import progress
 from taskadapter.coordination.dialects import open_engine, transaction
 from taskadapter.coordination.jobs import (
     RunInFlight,
@@ -27,7 +29,16 @@ from taskadapter.coordination.jobs import (
     start_flight,
 )
 from taskadapter.coordination.schema import job_progress, token_holder
-from taskadapter.errors import AlreadyStartedError, CoordinationError, TokenLostError
+from taskadapter.errors import (
+    AlreadyStartedError,
+    CoordinationError,
+    DatabaseUnavailableError,
+    TokenLostError,
+)
+from tests.contract.conftest import SERVERS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 JOB = "11111111-1111-4111-8111-111111111111"
 RUN = "22222222-2222-4222-8222-222222222222"
@@ -203,6 +214,26 @@ class TestFencing:
                     taken.result(timeout=0.2)
                 require_token(connection, TOKEN)
             taken.result(timeout=5)
+
+
+def write_late(url: str, freeze: Callable[[], None]) -> None:
+    with progress._transaction(url) as connection:
+        require_token(connection, TOKEN)
+        freeze()
+        save_state(connection, JOB, {"i": 1})
+
+
+@pytest.mark.parametrize("prepared_url", SERVERS, indirect=True, scope="session")
+def test_a_job_that_freezes_in_a_transaction_keeps_nobody_from_taking_over(
+    prepared_url: str, engine: Engine
+) -> None:
+    """What a frozen or cut off host has locked, the server soon unlocks, and it is not written."""
+    hold(engine, TOKEN)
+    with ThreadPoolExecutor(1) as pool, pytest.raises(DatabaseUnavailableError):
+        write_late(prepared_url, lambda: pool.submit(take_over, engine).result(timeout=5))
+    progress._engine(prepared_url).dispose()
+    with transaction(engine) as connection:
+        assert load_state(connection, JOB) is None
 
 
 class TestFlights:
