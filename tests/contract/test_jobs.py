@@ -35,7 +35,6 @@ from taskadapter.errors import (
     DatabaseUnavailableError,
     TokenLostError,
 )
-from tests.contract.conftest import SERVERS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -223,7 +222,7 @@ def write_late(url: str, freeze: Callable[[], None]) -> None:
         save_state(connection, JOB, {"i": 1})
 
 
-@pytest.mark.parametrize("prepared_url", SERVERS, indirect=True, scope="session")
+@pytest.mark.databases("postgresql", "mysql")  # SQLite has nobody who could end a transaction
 def test_a_job_that_freezes_in_a_transaction_keeps_nobody_from_taking_over(
     prepared_url: str, engine: Engine
 ) -> None:
