@@ -36,6 +36,7 @@ from prefect.states import Cancelled, Crashed, Pending, Scheduled
 from taskadapter import progress, schedules
 from taskadapter.coordination.messages import Token
 from taskadapter.deployments import DeployedJob, Deployments
+from taskadapter.errors import TokenLostError
 from taskadapter.hosts import Host, HostPool, Outcome
 from taskadapter.runs import Assignment
 from taskadapter.schedules import Verdict
@@ -66,6 +67,8 @@ class RunInHand:
         host: the process that has it, once one does.
         decided: whether it takes one of the places of its job's `max_concurrent`.
         finishes: whether it may go on when the token is lost.
+        begun: whether it is known that its body has begun.
+        killed: whether the agent has ended its process, knowing of no beginning.
         ended: why its job is over, once that is known.
         over: why it is not to begin: its job has ended since it was claimed.
         lost: whether the token was lost: what becomes of the run, the group's next holder says.
@@ -78,6 +81,8 @@ class RunInHand:
     host: Host | None = None
     decided: bool = False
     finishes: bool = False
+    begun: bool = False
+    killed: bool = False
     ended: str | None = None
     over: str | None = None
     lost: bool = False
@@ -203,10 +208,12 @@ class Dispatcher:
             await asyncio.wait(self._handling or [asyncio.create_task(asyncio.sleep(0.1))])
 
     def end(self, runs: Iterable[RunInHand] | None = None) -> None:
-        """End runs that go on, by default all: each shows as Crashed."""
+        """End runs that go on, by default all: each shows as Crashed, unless its body has not begun."""
         for run in list(self._in_hand.values()) if runs is None else runs:
             if run.host is not None:
-                run.host.end(signal.SIGTERM)
+                # A process that is still on its way to the body must not report an end of the run.
+                run.killed = run.token is not None and not run.begun
+                run.host.end(signal.SIGKILL if run.killed else signal.SIGTERM)
 
     def lose(self, token: Token) -> None:
         """Stop the runs of a token that is lost, now: another node may start some."""
@@ -318,10 +325,21 @@ class Dispatcher:
             self._end_job(job, outcome.ended)
         if run.lost:
             self._log.warning("Run %s is left to the next holder of its group.", run.flow_run.name)
-        elif outcome.kind == "dropped":
+        elif outcome.kind == "dropped" or (
+            outcome.kind == "crashed" and await self._never_began(run, assignment)
+        ):
             await self._put_back(run)
         elif outcome.kind == "crashed":
             await self._report_crash(run, assignment, outcome.message)
+
+    async def _never_began(self, run: RunInHand, assignment: Assignment) -> bool:
+        """Return whether the agent has ended a run's process before its body began."""
+        if not run.killed or run.begun:
+            return False
+        try:
+            return not await asyncio.to_thread(progress.is_in_flight, assignment)
+        except TokenLostError:
+            return False  # the next holder asks the same
 
     def _assignment(self, run: RunInHand, job: DeployedJob) -> Assignment:
         return Assignment(
@@ -341,7 +359,7 @@ class Dispatcher:
 
     async def _on_a_host(self, run: RunInHand, assignment: Assignment, job: DeployedJob) -> Outcome:
         def on_progress(ended: str | None) -> None:
-            run.ended = ended
+            run.begun, run.ended = True, ended
             if ended is not None:
                 self._end_job(job, ended)
 

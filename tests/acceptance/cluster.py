@@ -220,6 +220,23 @@ def hourly(until: str = "") -> None:
     entry.end()
 """
 
+_HEAVY = """
+import time
+from pathlib import Path
+
+from keeper import Entry
+
+from flows.jobs import listener
+
+while Path(__file__).with_name("wait").exists():
+    time.sleep(0.05)
+
+
+@listener({busy!r}, 3600).service("heavy")
+def heavy() -> None:
+    Entry("heavy").end()
+"""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -320,6 +337,7 @@ class Cluster:
         later = (datetime.now(UTC) + timedelta(hours=2)).isoformat()
         flows = _FLOWS.format(later=later, liveness=INTERVAL, heartbeat=HEARTBEAT, busy=BUSY, idle=IDLE)
         self.project.write("flows/jobs.py", flows)
+        self.project.write("flows/heavy.py", _HEAVY.format(busy=BUSY))
         domain = Domain(liveness_check_interval=INTERVAL, heartbeat_frequency=HEARTBEAT)
         ensure_work_pool(self.project.pool, domain)
 

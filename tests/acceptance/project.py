@@ -108,17 +108,20 @@ class Project:
         new.replace(file)
 
     def run(self, *command: str | Path, env: Mapping[str, str] | None = None, within: float = 120) -> str:
-        """Run a command in the folder and return its output; any other exit status than 0 fails."""
+        """Run a command in the folder and return what it prints; any other exit status than 0 fails.
+
+        Errors are apart: there Prefect's client may murmur when a command ends.
+        """
         done = subprocess.run(
             command,
             cwd=self.folder,
             env=environment(self.env, env or {}),
             stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            stderr=subprocess.PIPE,
             text=True,
             timeout=within,
         )
-        assert done.returncode == 0, done.stdout
+        assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
     def prefect(self, *args: str, env: Mapping[str, str] | None = None) -> str:

@@ -272,6 +272,30 @@ def test_a_second_signal_stops_a_node_at_once(cluster: Cluster, prefect: Prefect
     assert row.last < released
 
 
+@on_postgresql
+def test_a_second_signal_gives_back_what_has_not_begun(cluster: Cluster, prefect: Prefect) -> None:
+    """A run whose process still imports its flow then is run by the next node."""
+    cluster.ready()
+    wait = cluster.project.folder / "flows" / "wait"
+    wait.touch()
+    run = prefect.start("heavy")
+    wait_until(
+        lambda: prefect.client.read_flow_run(run.id).state_name == "Pending", PATIENCE, "it to be claimed"
+    )
+    stopping, term = cluster.active(), cluster.term()
+    stopping.signal(signal.SIGTERM)
+    wait_until(lambda: "may still end" in stopping.log[-2000:], 10, "the node to drain")
+    stopping.signal(signal.SIGTERM)
+    stopping.wait_for_exit()
+    wait.unlink()
+    successor = cluster.wait_for_term(term)
+    ended = prefect.wait_for_end(run)
+    stopping.program.start()
+
+    assert ended.state_name == "Completed"
+    assert [row.term for row in cluster.rows(run=run)] == [successor.term]
+
+
 # --- P3: again and again --------------------------------------------------------------------------
 
 
