@@ -337,7 +337,7 @@ class Dispatcher:
         if not run.killed or run.begun:
             return False
         try:
-            return not await asyncio.to_thread(progress.is_in_flight, assignment)
+            return not await asyncio.to_thread(progress.has_started, assignment)
         except TokenLostError:
             return False  # the next holder asks the same
 

@@ -116,8 +116,7 @@ class Project:
             command,
             cwd=self.folder,
             env=environment(self.env, env or {}),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            capture_output=True,
             text=True,
             timeout=within,
         )
