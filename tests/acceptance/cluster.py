@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 from collections import Counter, defaultdict
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import StateType
 from sqlalchemy import create_engine, make_url, text
 
-from deployments.local import prefect_command, wait_until
+from deployments.local import environment, prefect_command, wait_until
 from taskadapter.coordination import schema
 from taskadapter.domain import Domain
 from taskadapter.pools import ensure_work_pool
@@ -68,9 +69,11 @@ import uuid
 from pathlib import Path
 
 from prefect.runtime import flow_run
-from sqlalchemy import create_engine, text
+from sqlalchemy import create_engine, make_url, text
 
-from taskadapter import current_run
+from taskadapter import (
+    Listener, MysqlConfig, PostgresqlConfig, TaskPolicy, TriggerConfiguration, WarmBackupConfig, current_run
+)
 
 engine = create_engine(os.environ["LEDGER_URL"], pool_pre_ping=True)
 NOW = {now!r}[engine.dialect.name]
@@ -107,24 +110,7 @@ class Entry:
 
     def end(self):
         self.set("ended")
-"""
 
-_FLOWS = """
-import os
-import signal
-import threading
-import time
-from pathlib import Path
-
-from keeper import Entry, engine
-from sqlalchemy import make_url, text
-from sqlalchemy.exc import DBAPIError
-
-from taskadapter import (
-    Listener, MysqlConfig, PostgresqlConfig, Service, TaskPolicy, TriggerConfiguration, WarmBackupConfig,
-    fenced,
-)
-from taskadapter.errors import TokenLostError
 
 url = make_url(os.environ["LEDGER_URL"])
 config = PostgresqlConfig if url.get_backend_name() == "postgresql" else MysqlConfig
@@ -147,7 +133,21 @@ def listener(group, interval, **policy):
             heartbeat_frequency={heartbeat},
         ),
     )
+"""
 
+_FLOWS = """
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+from keeper import Entry, engine, listener
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
+
+from taskadapter import Service, fenced
+from taskadapter.errors import TokenLostError
 
 @listener({busy!r}, 1).service("counter")
 class Counter(Service):
@@ -224,9 +224,7 @@ _HEAVY = """
 import time
 from pathlib import Path
 
-from keeper import Entry
-
-from flows.jobs import listener
+from keeper import Entry, listener
 
 while Path(__file__).with_name("wait").exists():
     time.sleep(0.05)
@@ -333,10 +331,10 @@ class Cluster:
         """Make the ledger, the flows and the pool; agents may be started then."""
         with self.engine.connect() as connection:
             connection.execute(text(_TABLE))
-        self.project.write("keeper.py", _KEEPER.format(now=_NOW))
         later = (datetime.now(UTC) + timedelta(hours=2)).isoformat()
-        flows = _FLOWS.format(later=later, liveness=INTERVAL, heartbeat=HEARTBEAT, busy=BUSY, idle=IDLE)
-        self.project.write("flows/jobs.py", flows)
+        keeper = _KEEPER.format(now=_NOW, later=later, liveness=INTERVAL, heartbeat=HEARTBEAT)
+        self.project.write("keeper.py", keeper)
+        self.project.write("flows/jobs.py", _FLOWS.format(busy=BUSY, idle=IDLE))
         self.project.write("flows/heavy.py", _HEAVY.format(busy=BUSY))
         domain = Domain(liveness_check_interval=INTERVAL, heartbeat_frequency=HEARTBEAT)
         ensure_work_pool(self.project.pool, domain)
@@ -369,8 +367,21 @@ class Cluster:
         wait_until(lambda: len(self.rows("counter")) > before, PATIENCE, "the counter to count")
 
     def taskadapter(self, *args: str) -> str:
-        """Run our own command, with the password from the block that the declaration has made."""
-        return self.project.run(Path(prefect_command()).with_name("taskadapter"), *args)
+        """Run our own command and return what it prints, the errors of others not included.
+
+        Its password comes from the block that the declaration has made.
+        """
+        done = subprocess.run(
+            [Path(prefect_command()).with_name("taskadapter"), *args],
+            cwd=self.project.folder,
+            env=environment(self.project.env),
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+        )
+        print(done.stderr)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
     # --- reading ----------------------------------------------------------------------------------
 
