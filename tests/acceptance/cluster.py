@@ -291,6 +291,13 @@ class Node:
         """Signal the agent alone, and not its hosts."""
         os.kill(self.program.pid, number)
 
+    def drain(self) -> None:
+        """Send SIGTERM to an agent that executes something, and wait until it says that it drains."""
+        words = "may still end"
+        before = self.log.count(words)
+        self.signal(signal.SIGTERM)
+        wait_until(lambda: self.log.count(words) > before, PATIENCE, f"node {self.name} to drain")
+
     def wait_for_exit(self, within: float = PATIENCE) -> int:
         """Wait until the agent has ended, and return its exit status."""
         assert self.program.process is not None
