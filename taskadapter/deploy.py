@@ -60,7 +60,7 @@ def render(flows: Path, file: Path) -> str:
     found = [(listener, declared) for listener in listeners for declared in listener.services.values()]
     if not found:
         raise DeclarationError(f"{flows}/ declares no job; decorate one with a listener's service().")
-    found.sort(key=lambda pair: pair[1].name)
+    found = _once_each(found)
     _refuse_duplicates(declared for _, declared in found)
     _refuse_disagreement(listener for listener, _ in found)
     content = {
@@ -68,6 +68,12 @@ def render(flows: Path, file: Path) -> str:
         "deployments": [_entry(listener, declared) for listener, declared in found],
     }
     return HEADER.format(flows=flows, file=file) + yaml.safe_dump(content, sort_keys=False, width=100)
+
+
+def _once_each(found: list[tuple[Listener, Declared]]) -> list[tuple[Listener, Declared]]:
+    """Return the jobs by name; one whose module another one imports is declared twice, and is one."""
+    places = {(declared.name, entrypoint(declared.source)): (on, declared) for on, declared in found}
+    return [places[key] for key in sorted(places)]
 
 
 def _import(module: Path) -> None:

@@ -167,10 +167,10 @@ class Dispatcher:
         self._upcoming.clear()
         self._drop(self._in_hand.values())
 
-    def _drop(self, runs: Iterable[RunInHand]) -> None:
+    def _drop(self, runs: Iterable[RunInHand], over: str | None = None) -> None:
         for run in runs:
             if run.host is not None:
-                run.host.drop()
+                run.host.drop(over)
 
     async def drain(self, seconds: float, group_id: str | None = None) -> None:
         """Let runs end, those of one group or all, for so long; then end them.
@@ -393,7 +393,7 @@ class Dispatcher:
         for run in self._in_hand.values():
             if run.flow_run.deployment_id == job.deployment.id and run.flow_run.auto_scheduled:
                 run.over = reason
-                self._drop([run])
+                self._drop([run], reason)
 
     async def _put_back(self, run: RunInHand) -> None:
         """Give a claimed run that has not begun to the next agent, or skip it if its job is over."""

@@ -227,6 +227,8 @@ class Turn:
                 raise TaskError(_STARTED_ELSEWHERE.format(name=self.name))
             return None
         assignment = self.execution.assignment
+        if (over := self.execution.over()) is not None:
+            return Cancelled(name="Skipped", message=f"Skipped: {over}.")
         if self.flow_run is not None and self.flow_run.run_count > assignment.flow_run.run_count + 1:
             self._restore()
             raise Abort("the run has been run since it was claimed")

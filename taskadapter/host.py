@@ -108,6 +108,7 @@ class Host:
         self._agent = agent
         self._inbox: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._dropped = threading.Event()
+        self._over: str | None = None
 
     def serve(self) -> None:
         """Work until told to stop; returns when this process should end."""
@@ -133,12 +134,14 @@ class Host:
                     case {"do": "cancel"}:
                         prefect_private.intend_cancellation()
                         os.kill(os.getpid(), signal.SIGTERM)
-                    case {"do": "drop"}:
+                    case {"do": "drop", "over": over}:
+                        self._over = over
                         self._dropped.set()
                     case {"do": "stop"}:
                         self._inbox.put(None)
                         return
                     case message:
+                        self._over = None
                         self._dropped.clear()
                         self._inbox.put(message)
         # Without its agent a host is nobody's: what it runs could run elsewhere already.
@@ -174,6 +177,7 @@ class Host:
 
     def _run(self, flow: Flow[..., Any], assignment: runs.Assignment) -> bool:
         execution = runs.Execution(assignment)
+        execution.over = lambda: self._over
         execution.on_progress = lambda: self._tell("progress", ended=execution.ended)
         os.environ["PREFECT__FLOW_RUN_ID"] = str(assignment.flow_run.id)
         token = runs.execution.set(execution)

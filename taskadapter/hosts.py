@@ -103,9 +103,13 @@ class Host:
         """Cancel the run, as Prefect's runner does: its flow can clean up."""
         self._send({"do": "cancel"})
 
-    def drop(self) -> None:
-        """Give the run back if its body has not started."""
-        self._send({"do": "drop"})
+    def drop(self, over: str | None = None) -> None:
+        """Give the run back if it still waits for its moment.
+
+        Args:
+            over: why its job is over, if it is: then its body does not begin after that moment either.
+        """
+        self._send({"do": "drop", "over": over})
 
     def stop(self) -> None:
         """End the process once it is through with its run."""

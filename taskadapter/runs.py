@@ -96,6 +96,8 @@ class Execution:
     assignment: Assignment
     on_progress: Callable[[], None] = lambda: None
     """Called once the execution is counted, and as soon as it is known that the job is over."""
+    over: Callable[[], str | None] = lambda: None
+    """Returns why the job is over, if the agent has said so since it handed the run over."""
     count: int = 0
     ended: str | None = None
     """Why the job is over for all nodes, once it is."""

@@ -7,6 +7,7 @@ import select
 import socket
 import threading
 from collections import deque
+from contextlib import suppress
 from typing import TYPE_CHECKING, assert_never
 
 from taskadapter.coordination.dialects import (
@@ -94,7 +95,9 @@ class Courier:
     def end(self) -> None:
         """Make no more calls after those taken, and hang up."""
         self._tasks.append(None)
-        self._button.send(b"\0")
+        with suppress(OSError):  # it may have seen that already, and be gone
+            self._button.send(b"\0")
+        self._button.close()
 
     def run(self) -> None:
         """Make calls until `end`. Raises nothing: what goes wrong is reported."""
@@ -105,7 +108,6 @@ class Courier:
         self._hang_up()
         self._engine.dispose()
         self._bell.close()
-        self._button.close()
 
     def _next(self) -> tuple[Call, Collection[str]] | None:
         while not self._tasks:

@@ -424,3 +424,11 @@ def test_a_template_in_a_docstring_is_refused(project):
 
     with pytest.raises(DeclarationError, match=r"Greets \{\{ name \}\}.*template"):
         render(FLOWS, FILE)
+
+
+def test_a_module_that_another_imports(project):
+    """A job whose module is imported by another flow module is still one job."""
+    module(project, "jobs.py", INBOX)
+    (project / FLOWS / "again.py").write_text("import jobs\n")
+
+    assert [entry["name"] for entry in rendered()["deployments"]] == ["inbox"]
