@@ -36,6 +36,9 @@ FRESH_SECONDS = 60.0
 BATCH = timedelta(seconds=1)
 """Runs that Prefect's scheduler makes at one visit are made within less than this."""
 
+SETTLE_SECONDS = 5.0
+"""How long a stopping agent waits until jobs that are over have been put away."""
+
 RETRY_SECONDS = 2.0
 """How long to wait before the API is told again what it could not be told."""
 
@@ -292,9 +295,9 @@ class Deployments:
         await self._client.set_flow_run_state(flow_run.id, state, force=True)
 
     async def settle(self) -> None:
-        """Wait until every job that is over has been put away."""
+        """Wait until every job that is over has been put away, but not for an API that is away."""
         if self._ending:
-            await asyncio.wait(self._ending.values())
+            await asyncio.wait(self._ending.values(), timeout=SETTLE_SECONDS)
 
     async def report(self, flow_run: FlowRun, state: State[Any], *, force: bool = False) -> None:
         """Tell the API of a state that only the agent knows; a run that is final already stays so."""
