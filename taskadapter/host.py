@@ -22,6 +22,7 @@ import signal
 import socket
 import sys
 import threading
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
@@ -128,7 +129,8 @@ class Host:
                 message = self._inbox.get()
 
     def _listen(self) -> None:
-        with self._agent.makefile("r", encoding="utf-8") as lines:
+        # An agent that is killed with something unread resets the connection instead of closing it.
+        with suppress(OSError), self._agent.makefile("r", encoding="utf-8") as lines:
             for line in lines:
                 match json.loads(line):
                     case {"do": "cancel"}:

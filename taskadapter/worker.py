@@ -121,6 +121,11 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
 
         A signal meanwhile ends the runs; the rest is done all the same.
         """
+        # What stops a worker is a cancellation; in a task that still counts as cancelled, no timeout
+        # works before Python 3.11.3, and the rest of this needs some.
+        task = asyncio.current_task()
+        while task is not None and task.cancelling():
+            task.uncancel()
         if self._once:
             await self._dispatcher.finish()
         self._dispatching.cancel()
