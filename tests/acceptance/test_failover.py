@@ -299,7 +299,7 @@ def test_a_second_signal_gives_back_what_has_not_begun(cluster: Cluster, prefect
 @on_postgresql
 def test_failing_over_back_and_forth_works_as_well_as_once(cluster: Cluster) -> None:
     """Killed and stopped in turn, each node is replaced in time, whatever the interval of its jobs."""
-    for turn in range(6):
+    for turn in range(10):
         cluster.ready()
         kills = turn % 2 == 0
         # The hourly job has no tick due: its token moves all the same.
