@@ -124,14 +124,12 @@ class DeployedJob:
     @property
     def max_concurrent(self) -> int | None:
         """How many of its runs may go on at once; None for no limit."""
-        policy = None if self.trigger is None else self.trigger.task_policy
-        return None if policy is None else policy.max_concurrent
+        return None if self.trigger is None else self.trigger.policy.max_concurrent
 
     @property
     def finishes(self) -> bool:
         """Whether its runs may go on when their node has lost the token."""
-        policy = None if self.trigger is None else self.trigger.task_policy
-        return policy is not None and policy.on_token_loss == "finish"
+        return self.trigger is not None and self.trigger.policy.on_token_loss == "finish"
 
     @property
     def workspace(self) -> Workspace:
@@ -217,8 +215,7 @@ class Deployments:
         trigger = (deployment.job_variables or {}).get("trigger")
         if trigger is None:
             return False
-        policy = TriggerConfiguration.model_validate(trigger).task_policy
-        return policy is not None and policy.on_takeover == "rerun"
+        return TriggerConfiguration.model_validate(trigger).policy.on_takeover == "rerun"
 
     def known(self, flow_run: FlowRun) -> DeployedJob | None:
         """Return the deployment of a run as it was last read, if it was."""

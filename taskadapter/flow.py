@@ -32,7 +32,7 @@ from prefect.states import AwaitingRetry, Cancelled, Retrying, Scheduled
 from taskadapter import progress, retries, runs, schedules
 from taskadapter.errors import AlreadyStartedError, CoordinationError, TaskError, TokenLostError
 from taskadapter.jobs import Job, JobId, Service
-from taskadapter.model import ErrorPolicy, TaskPolicy, TriggerConfiguration
+from taskadapter.model import ErrorPolicy, TriggerConfiguration
 
 TERMINATING = (ErrorPolicy.LOG_AND_TERMINATE, ErrorPolicy.TERMINATE)
 LOGGING = (ErrorPolicy.LOG_AND_TERMINATE, ErrorPolicy.LOG_AND_CONTINUE)
@@ -183,7 +183,7 @@ class Turn:
         self.name = name
         self.trigger = trigger
         self.service = service
-        self.policy = trigger.task_policy or TaskPolicy()
+        self.policy = trigger.policy
         context = FlowRunContext.get()
         self.flow_run = None if context is None else context.flow_run
         self.execution = self._given_to_us()

@@ -330,5 +330,5 @@ def _one_writer(cls: type[Service], trigger: TriggerConfiguration) -> TriggerCon
     """
     if not cls.model_fields:
         return trigger
-    policy = trigger.task_policy or TaskPolicy()
+    policy = trigger.policy
     return trigger.model_copy(update={"task_policy": policy.model_copy(update={"max_concurrent": 1})})

@@ -208,6 +208,11 @@ class TriggerConfiguration(Declaration):
     task_policy: TaskPolicy | None = None
     retry_config: RetryConfiguration | None = None
 
+    @property
+    def policy(self) -> TaskPolicy:
+        """The declared policy, or the default one."""
+        return self.task_policy or TaskPolicy()
+
     @model_validator(mode="after")
     def _ends_after_start(self) -> Self:
         start, end = self.start_time, self.end_time

@@ -53,7 +53,6 @@ def begin(assignment: Assignment) -> int | None:
 
     def ask(connection: Connection) -> int | None:
         if assignment.token is not None:
-            jobs.require_token(connection, assignment.token)
             flight = jobs.RunInFlight(str(assignment.flow_run.id), str(assignment.job_id), assignment.token)
             jobs.start_flight(
                 connection,
@@ -134,14 +133,15 @@ def settle(assignment: Assignment, service: Service | None, outcome: str) -> Non
     state = None if service is None else dump_state(service)
 
     def write(connection: Connection) -> None:
-        job_id = str(assignment.job_id)
-        if assignment.token is not None:
-            jobs.require_token(connection, assignment.token)
-            jobs.end_flight(connection, str(assignment.flow_run.id), outcome)
-        if state is not None and assignment.token is not None:
-            jobs.save_state_fenced(connection, job_id, state, assignment.token)
+        job_id, token = str(assignment.job_id), assignment.token
+        if state is not None and token is not None:
+            jobs.save_state_fenced(connection, job_id, state, token)
         elif state is not None:
             jobs.save_state(connection, job_id, state)
+        elif token is not None:
+            jobs.require_token(connection, token)
+        if token is not None:
+            jobs.end_flight(connection, str(assignment.flow_run.id), outcome)
 
     if state is not None or assignment.token is not None:
         _answer(assignment, write)

@@ -79,7 +79,7 @@ class Assignment(BaseModel, frozen=True):
     @property
     def policy(self) -> TaskPolicy:
         """The job's policy."""
-        return (self.trigger and self.trigger.task_policy) or TaskPolicy()
+        return TaskPolicy() if self.trigger is None else self.trigger.policy
 
     @property
     def max_count(self) -> int:
