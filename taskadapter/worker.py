@@ -41,7 +41,7 @@ from taskadapter.takeover import Takeover
 DEFAULT_QUEUE = "default"
 """The queue of jobs without a group: every agent polls it."""
 
-QUEUES_SECONDS = 20.0
+QUEUES_SECONDS = 10.0
 IDLE_QUEUES_SECONDS = 2.0
 """How often the agent looks which queues, and so which groups, its pool has: at work, and idle."""
 
