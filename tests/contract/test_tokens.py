@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import threading
 import time
 from functools import partial
@@ -253,37 +252,59 @@ class TestPulse:
         tries = {"postgresql": 1000, "mysql": 300, "sqlite": 100}[engine.dialect.name]
         enter(engine, NODE)
         take(engine)
-        ready = threading.Barrier(2, timeout=30)
+        course = Course()
 
         def renew_often() -> list[bool]:
             autocommit = engine.execution_options(isolation_level="AUTOCOMMIT")
             with engine.connect() as reset, autocommit.connect() as holder:
-                return [renew(reset, holder, number, ready) for number in range(tries)]
+                return [renew(reset, holder, number, course) for number in range(tries)]
 
         def take_often() -> list[bool]:
-            return [take_stale(engine, number, ready) for number in range(tries)]
+            return [take_stale(engine, course) for _ in range(tries)]
 
         renewed, taken = race([renew_often, take_often])
         assert taken == [not kept for kept in renewed]
         assert set(taken) == {True, False}, "one side was always faster: this test proved nothing"
 
 
-def renew(reset: Connection, holder: Connection, number: int, ready: threading.Barrier) -> bool:
+class Course:
+    """Where two sides start together: the one that has just won starts a little later the next time.
+
+    So they stay close, whatever the database and the machine, and each wins now and then.
+    """
+
+    STEP = 0.0003
+
+    def __init__(self) -> None:
+        self.ready = threading.Barrier(2, timeout=30)
+        self.handicap = 0.0
+        """Seconds by which the takeover starts later than the renewal."""
+
+    def start(self, handicap: float) -> None:
+        """Wait for the other side, then for one's own handicap."""
+        self.ready.wait()
+        time.sleep(max(0.0, handicap))
+
+    def finish(self, taken: bool | None = None) -> None:
+        """Wait for the other side; the taker says whether it has won."""
+        if taken is not None:
+            self.handicap += self.STEP if taken else -self.STEP
+        self.ready.wait()
+
+
+def renew(reset: Connection, holder: Connection, number: int, course: Course) -> bool:
     token = make_stale(reset, number + 2)
-    ready.wait()
-    # Much more often late than the other side, which has more to do.
-    time.sleep(max(0, random.Random(number).uniform(-0.002, 0.015)))
+    course.start(-course.handicap)
     (sighting,) = pulse(holder, NODE, [token], [GROUP], INTERVAL).sightings or ()
-    ready.wait()
+    course.finish()
     return sighting.renewed
 
 
-def take_stale(engine: Engine, number: int, ready: threading.Barrier) -> bool:
-    ready.wait()
-    time.sleep(max(0, random.Random(-number).uniform(-0.002, 0.003)))
-    taken = take(engine, OTHER)
-    ready.wait()
-    return taken.term is not None
+def take_stale(engine: Engine, course: Course) -> bool:
+    course.start(course.handicap)
+    taken = take(engine, OTHER).term is not None
+    course.finish(taken)
+    return taken
 
 
 def make_stale(connection: Connection, term: int) -> Token:
