@@ -7,6 +7,7 @@ import inspect
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeGuard
 
@@ -18,6 +19,7 @@ from pydantic import model_validator
 from taskadapter import flow as flows
 from taskadapter import prefect_private, schedules
 from taskadapter.background import BackgroundAgent
+from taskadapter.config import overridden, read_config
 from taskadapter.declaration import Declaration
 from taskadapter.domain import Domain, password_of
 from taskadapter.errors import DeclarationError, TaskError
@@ -119,6 +121,28 @@ class Listener:
         listeners.add(self)
         if prefect_private.is_being_deployed():
             self.ensure_work_pool()
+
+    @classmethod
+    def from_config(cls, path: str | Path, *, table: str | None = None, **configuration: Any) -> Self:
+        """Return the listener that a TOML file describes, such as a Ballerina program's ``Config.toml``.
+
+        Args:
+            path: the file. The fields of the trigger, the retries, the policy and the group stand in
+                tables (``[trigger]``, ``[retryConfig]``, ``[taskPolicy]``, ``[warmBackupConfig]``) or
+                flat, in Python's or in Ballerina's spelling; durations are seconds.
+            table: the dotted name of the table that has them, such as ``"org.module"``; by default they
+                stand outside of any.
+            configuration: as for the constructor; each replaces all that the file says of it.
+
+        Raises:
+            DeclarationError: the file cannot be read or is no TOML, a key is unknown or said twice, or a
+                value breaks its rule. No message holds a password.
+        """
+        found = read_config(path, table)
+        try:
+            return cls(**overridden(found, configuration))
+        except DeclarationError as error:
+            raise DeclarationError(f"{path}: {error}") from None
 
     @property
     def work_pool(self) -> str:

@@ -87,6 +87,10 @@ task_listener = Listener(
     work_pool="nightly",
 )
 
+assert_type(
+    Listener.from_config("Config.toml", table="org.module", trigger=task_listener.trigger), Listener
+)
+
 
 @task_listener.service("job-1")
 class Counter(Service):
