@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo up test lint check bench render deploy clean
+.PHONY: help demo up test test-slow lint check bench render deploy clean
 help: ## Show the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -25,6 +25,9 @@ up: $(READY) ## The demo, and on until Ctrl-C.
 
 test: $(READY) ## Set everything up and run the tests.
 	@$(BIN)/python -m pytest
+
+test-slow: $(READY) ## The tests that need a minute each, which `make test` leaves out.
+	@$(BIN)/python -m pytest -m slow
 
 lint: $(READY) ## Format, lint, strict types, and whether deployments/prefect.yaml is up to date.
 	@$(BIN)/ruff format --check .
