@@ -8,7 +8,7 @@ from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.settings import get_current_settings
 
 from taskadapter.errors import DeclarationError
-from taskadapter.model import RetryConfiguration, TaskPolicy, TriggerConfiguration
+from taskadapter.model import RetryConfiguration, TaskPolicy, TriggerConfiguration, WaitingPolicy
 from taskadapter.schedules import (
     Judgement,
     Verdict,
@@ -209,6 +209,28 @@ def test_max_count(run_count, verdict):
 def test_no_max_count_is_for_ever(run_count):
     """A count of -1 ends nothing, and neither does a missing end."""
     assert judge(trigger(), NOON, run_count=run_count) == Judgement(Verdict.RUN)
+
+
+@pytest.mark.parametrize("policy", [WaitingPolicy.IGNORE, WaitingPolicy.LOG_AND_IGNORE])
+@pytest.mark.parametrize(("late", "verdict"), [(5 * SECOND, Verdict.RUN), (5.001 * SECOND, Verdict.SKIP)])
+def test_a_late_tick_is_skipped_where_the_policy_ignores_it(policy, late, verdict):
+    """A tick may be as late as the waiting time, and no later."""
+    ignoring = trigger(task_policy=TaskPolicy(waiting_policy=policy))
+
+    assert judge(ignoring, NOON, now=NOON + late, waiting_time=5).verdict is verdict
+
+
+def test_a_late_tick_waits_by_default():
+    """Under WAIT a tick is never too late."""
+    assert judge(trigger(), NOON, now=NOON + timedelta(days=365)).verdict is Verdict.RUN
+
+
+def test_the_reason_for_a_skip_says_how_late_and_by_what_policy():
+    """Who reads it in the UI learns the lateness, the policy and the time that was allowed."""
+    ignoring = trigger(task_policy=TaskPolicy(waiting_policy=WaitingPolicy.IGNORE))
+
+    reason = judge(ignoring, NOON, now=NOON + 12 * SECOND, waiting_time=7).reason
+    assert reason == "it could start 12.0 s late, and IGNORE allows 7 s"
 
 
 def test_zones_do_not_matter_to_a_verdict():
