@@ -37,8 +37,8 @@ from prefect.states import Cancelled, Crashed, Pending, Scheduled
 from taskadapter import progress, schedules
 from taskadapter.coordination.messages import Token
 from taskadapter.deployments import DeployedJob, Deployments
-from taskadapter.errors import TokenLostError
 from taskadapter.domain import PoolSize
+from taskadapter.errors import TokenLostError
 from taskadapter.hosts import Host, HostPool, Outcome
 from taskadapter.model import WaitingPolicy
 from taskadapter.runs import Assignment
@@ -134,9 +134,7 @@ class Dispatcher:
         timetable: which ticks are owed; it learns here which are settled.
     """
 
-    def __init__(
-        self, node: Node, hosts: HostPool, deployments: Deployments, timetable: Timetable
-    ) -> None:
+    def __init__(self, node: Node, hosts: HostPool, deployments: Deployments, timetable: Timetable) -> None:
         self._node = node
         self._client = node.client
         self._log = node.log
@@ -337,9 +335,7 @@ class Dispatcher:
         if job.trigger is None or not schedules.is_tick(run.flow_run):
             return False
         waiting_time = PoolSize.of(self._node.pool()).waiting_time
-        judgement = schedules.judge(
-            job.trigger, run.due, now=datetime.now(UTC), waiting_time=waiting_time
-        )
+        judgement = schedules.judge(job.trigger, run.due, now=datetime.now(UTC), waiting_time=waiting_time)
         match judgement.verdict:
             case Verdict.EARLY:
                 await self._client.delete_flow_run(run.flow_run.id)

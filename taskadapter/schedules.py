@@ -10,12 +10,19 @@ import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
 from taskadapter.errors import DeclarationError
 from taskadapter.model import TriggerConfiguration, WaitingPolicy
+
+if TYPE_CHECKING:
+    from prefect.client.schemas.objects import FlowRun
+
+ONE_TIME = 100 * 365 * 86400.0
+"""The interval of a one-time job, in seconds: a century, so that no next tick ever limits its retries."""
 
 # Prefect's scheduler visits a new deployment within 5 s (its loop for recent deployments) and plans no
 # tick that has passed by then: a first tick "at once" is put far enough ahead to be planned.
@@ -24,6 +31,8 @@ FIRST_TICK_LEAD = timedelta(seconds=10)
 
 WAITING_TIME = 5.0
 """Seconds that a tick may be late before a policy that ignores late ones skips it, unless configured."""
+
+_TICK = "scheduled"
 
 
 class Verdict(Enum):
@@ -78,6 +87,25 @@ def schedule(trigger: TriggerConfiguration, anchor: datetime | str) -> dict[str,
         "timezone": "UTC",
         "slug": slug(trigger),
     }
+
+
+def tick_key(deployment_id: UUID, schedule_id: UUID | str, due: datetime) -> str:
+    """Return the idempotency key by which Prefect's scheduler knows the run of a tick.
+
+    Whoever is first to make a run with it makes the only one. A schedule of Prefect's is named by its
+    id; a one-time job has none, and "once" in its place.
+
+    Args:
+        deployment_id: the job.
+        schedule_id: what the tick is of.
+        due: the tick's scheduled time, aware.
+    """
+    return f"{_TICK} {deployment_id} {schedule_id} {due.astimezone(UTC).isoformat(sep=' ')}"
+
+
+def is_tick(flow_run: FlowRun) -> bool:
+    """Return whether a run is a tick of its job's trigger, and not one that somebody started."""
+    return flow_run.auto_scheduled or (flow_run.idempotency_key or "").startswith(f"{_TICK} ")
 
 
 def check_interval(interval: float, *, max_runs: int, loop_seconds: float) -> None:

@@ -1,9 +1,11 @@
 """A trigger in Prefect's terms: slugs, schedules, the shortest interval, and the verdict on a tick."""
 
 from datetime import UTC, datetime, timedelta, timezone
+from uuid import UUID, uuid4
 
 import pytest
 from prefect.client.schemas.actions import DeploymentScheduleCreate
+from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.settings import get_current_settings
 
@@ -15,9 +17,11 @@ from taskadapter.schedules import (
     check_interval,
     exhausted,
     is_slug,
+    is_tick,
     judge,
     schedule,
     slug,
+    tick_key,
 )
 
 NOON = datetime(2030, 1, 1, 12, 0, tzinfo=UTC)
@@ -142,6 +146,35 @@ def test_prefect_loads_the_schedule():
 
     assert loaded.interval == timedelta(seconds=0.75)
     assert loaded.anchor_date == NOON
+
+
+# --- ticks ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("zone", [UTC, timezone(timedelta(hours=5, minutes=30))])
+def test_a_ticks_key_is_that_of_prefects_scheduler(zone):
+    """The key names job, schedule and moment, the latter in UTC with as many digits as it has."""
+    job = UUID(int=1)
+
+    assert tick_key(job, UUID(int=2), NOON.astimezone(zone)) == (
+        "scheduled 00000000-0000-0000-0000-000000000001 00000000-0000-0000-0000-000000000002 "
+        "2030-01-01 12:00:00+00:00"
+    )
+    assert tick_key(job, "once", NOON + MICROSECOND).endswith(" once 2030-01-01 12:00:00.000001+00:00")
+
+
+@pytest.mark.parametrize(
+    ("run", "expected"),
+    [
+        ({"auto_scheduled": True}, True),
+        ({"idempotency_key": tick_key(UUID(int=1), "once", NOON)}, True),
+        ({"idempotency_key": "by-hand"}, False),
+        ({}, False),
+    ],
+)
+def test_a_tick_is_told_from_a_run_that_somebody_started(run, expected):
+    """Ticks are what Prefect's scheduler has planned, and what has the key of one."""
+    assert is_tick(FlowRun(flow_id=uuid4(), **run)) is expected
 
 
 # --- the shortest interval ------------------------------------------------------------------------
