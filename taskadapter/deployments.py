@@ -27,7 +27,7 @@ from prefect.workers.base import BaseJobConfiguration, BaseVariables
 from pydantic import Field
 
 from taskadapter import schedules
-from taskadapter.model import TriggerConfiguration
+from taskadapter.model import TaskPolicy, TriggerConfiguration
 from taskadapter.runs import Workspace
 
 FRESH_SECONDS = 60.0
@@ -122,14 +122,19 @@ class DeployedJob:
         return None if self.trigger is None else schedules.slug(self.trigger)
 
     @property
+    def policy(self) -> TaskPolicy:
+        """As declared, or the default one."""
+        return TaskPolicy() if self.trigger is None else self.trigger.policy
+
+    @property
     def max_concurrent(self) -> int | None:
         """How many of its runs may go on at once; None for no limit."""
-        return None if self.trigger is None else self.trigger.policy.max_concurrent
+        return self.policy.max_concurrent
 
     @property
     def finishes(self) -> bool:
         """Whether its runs may go on when their node has lost the token."""
-        return self.trigger is not None and self.trigger.policy.on_token_loss == "finish"
+        return self.policy.on_token_loss == "finish"
 
     @property
     def workspace(self) -> Workspace:
@@ -223,7 +228,7 @@ class Deployments:
 
     def is_ending(self, flow_run: FlowRun) -> bool:
         """Return whether the run's job is over and its planned runs are being put away."""
-        return flow_run.auto_scheduled and flow_run.deployment_id in self._ending
+        return schedules.is_tick(flow_run) and flow_run.deployment_id in self._ending
 
     def end(self, job: DeployedJob, reason: str) -> None:
         """End a job for all nodes: its schedule stops, what is late is skipped. Ends in background."""
@@ -268,7 +273,7 @@ class Deployments:
         )
         for flow_run in planned:
             # One that waits for its next attempt is Scheduled too.
-            if flow_run.auto_scheduled and flow_run.run_count == 0:
+            if schedules.is_tick(flow_run) and flow_run.run_count == 0:
                 await self.skip(flow_run, reason)
 
     async def has_run_since(self, flow_run: FlowRun) -> bool:

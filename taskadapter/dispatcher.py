@@ -30,16 +30,20 @@ from prefect.client.schemas.objects import FlowRun, State, StateType, WorkPool
 from prefect.client.schemas.responses import OrchestrationResult, SetStateStatus
 from prefect.events import emit_event
 from prefect.exceptions import ObjectNotFound
+from prefect.logging.loggers import flow_run_logger
 from prefect.settings import get_current_settings
 from prefect.states import Cancelled, Crashed, Pending, Scheduled
 
 from taskadapter import progress, schedules
 from taskadapter.coordination.messages import Token
 from taskadapter.deployments import DeployedJob, Deployments
+from taskadapter.domain import PoolSize
 from taskadapter.errors import TokenLostError
 from taskadapter.hosts import Host, HostPool, Outcome
+from taskadapter.model import WaitingPolicy
 from taskadapter.runs import Assignment
 from taskadapter.schedules import Verdict
+from taskadapter.timetable import Timetable
 
 CLAIM_AHEAD = timedelta(seconds=1)
 """A run is claimed, and its host made ready, this long before its time."""
@@ -127,15 +131,16 @@ class Dispatcher:
         node: the agent.
         hosts: where they run.
         deployments: what they are runs of.
+        timetable: which ticks are owed; it learns here which are settled.
     """
 
-    def __init__(self, node: Node, hosts: HostPool, deployments: Deployments) -> None:
+    def __init__(self, node: Node, hosts: HostPool, deployments: Deployments, timetable: Timetable) -> None:
         self._node = node
         self._client = node.client
         self._log = node.log
         self._hosts = hosts
         self._deployments = deployments
-        self._room = asyncio.Semaphore(hosts.limit)
+        self._timetable = timetable
         self._upcoming: dict[UUID, FlowRun] = {}
         self._in_hand: dict[UUID, RunInHand] = {}
         self._handling: set[asyncio.Task[None]] = set()
@@ -156,6 +161,11 @@ class Dispatcher:
     def in_hand(self) -> frozenset[UUID]:
         """The runs between their claim and their end."""
         return frozenset(self._in_hand)
+
+    @property
+    def runs_in_hand(self) -> list[FlowRun]:
+        """The same, as they were found."""
+        return [run.flow_run for run in self._in_hand.values()]
 
     @property
     def is_busy(self) -> bool:
@@ -231,7 +241,6 @@ class Dispatcher:
     async def dispatch(self) -> None:
         """Take one run after another, each a little before its time, while there is room."""
         while True:
-            await self._room.acquire()
             flow_run = await self._next_due()
             run = self._in_hand[flow_run.id] = RunInHand(flow_run, self._node.token(flow_run))
             task = asyncio.create_task(self._handle(run))
@@ -241,7 +250,8 @@ class Dispatcher:
     async def _next_due(self) -> FlowRun:
         while True:
             wait = None
-            if free := [run for run in self._upcoming.values() if self._may_start(run)]:
+            has_room = len(self._in_hand) < self._hosts.limit
+            if free := [run for run in self._upcoming.values() if has_room and self._may_start(run)]:
                 first = min(free, key=_due)
                 wait = (_due(first) - CLAIM_AHEAD - datetime.now(UTC)).total_seconds()
                 if wait <= 0:
@@ -254,6 +264,8 @@ class Dispatcher:
     def _may_start(self, flow_run: FlowRun) -> bool:
         """Return whether the run's job goes on, here, with fewer runs in hand than it may have."""
         if self._deployments.is_ending(flow_run) or not self._node.may_run(flow_run):
+            return False
+        if self._timetable.is_held(flow_run):
             return False
         job = self._deployments.known(flow_run)
         limit = None if job is None else job.max_concurrent
@@ -276,7 +288,6 @@ class Dispatcher:
             await self._deployments.report(run.flow_run, Crashed(message=f"{exc}"))
         finally:
             del self._in_hand[run.flow_run.id]
-            self._room.release()
             self._news.set()
 
     async def _decide(self, run: RunInHand) -> None:
@@ -293,10 +304,13 @@ class Dispatcher:
             self._upcoming[flow_run.id] = flow_run
             return
         run.decided, run.finishes = True, job.finishes
-        if await self._is_put_away(run, job) or not self._node.may_run(flow_run):
+        if await self._is_paused(flow_run) or await self._is_put_away(run, job):
+            return
+        if not self._node.may_run(flow_run):
             return
         claim: OrchestrationResult[Any] = await self._client.set_flow_run_state(flow_run.id, Pending())
         if claim.status is SetStateStatus.ACCEPT:
+            self._timetable.settle(flow_run)
             # Ours check it themselves. And nobody starts a run before its time.
             asks = job.trigger is None and datetime.now(UTC) >= run.due
             if not (asks and await self._deployments.has_run_since(flow_run)):
@@ -304,16 +318,41 @@ class Dispatcher:
         else:
             self._log.info("Run %s is not to be had: %s", flow_run.name, claim.details)
 
-    async def _is_put_away(self, run: RunInHand, job: DeployedJob) -> bool:
-        """Return whether the tick is outside its trigger's start and end, and see to it then."""
-        if job.trigger is None or not run.flow_run.auto_scheduled:
+    async def _is_paused(self, flow_run: FlowRun) -> bool:
+        """Return whether the job of a tick is paused that Prefect's scheduler has not planned.
+
+        A pause deletes what the scheduler has planned, and nothing else: ask, just before the claim.
+        """
+        if flow_run.auto_scheduled or flow_run.deployment_id is None or not schedules.is_tick(flow_run):
             return False
-        judgement = schedules.judge(job.trigger, run.due)
-        if judgement.verdict is Verdict.EARLY:
-            await self._client.delete_flow_run(run.flow_run.id)
-        elif judgement.verdict is Verdict.END:
-            self._deployments.end(job, judgement.reason)
+        deployment = await self._client.read_deployment(flow_run.deployment_id)
+        if deployment.paused:
+            self._timetable.hold(deployment)
+        return deployment.paused
+
+    async def _is_put_away(self, run: RunInHand, job: DeployedJob) -> bool:
+        """Return whether the tick is not to run by its trigger or its policy, and see to it then."""
+        if job.trigger is None or not schedules.is_tick(run.flow_run):
+            return False
+        waiting_time = PoolSize.of(self._node.pool()).waiting_time
+        judgement = schedules.judge(job.trigger, run.due, now=datetime.now(UTC), waiting_time=waiting_time)
+        match judgement.verdict:
+            case Verdict.EARLY:
+                await self._client.delete_flow_run(run.flow_run.id)
+            case Verdict.END:
+                self._end_job(job, judgement.reason)
+            case Verdict.SKIP:
+                await self._skip(run, job, judgement.reason)
         return judgement.verdict is not Verdict.RUN
+
+    async def _skip(self, run: RunInHand, job: DeployedJob, reason: str) -> None:
+        """Skip a tick that is too late for its policy, with a line in the log if that asks for one."""
+        await self._deployments.skip(run.flow_run, reason)
+        self._timetable.settle(run.flow_run)
+        if job.policy.waiting_policy is WaitingPolicy.LOG_AND_IGNORE:
+            message = f"Job {job.name} skips its tick of {run.due.isoformat()}: {reason}."
+            self._log.warning("%s", message)
+            flow_run_logger(run.flow_run).warning("%s", message)
 
     # --- running ----------------------------------------------------------------------------------
 
@@ -390,8 +429,9 @@ class Dispatcher:
     def _end_job(self, job: DeployedJob, reason: str) -> None:
         """End a job for all nodes; its ticks that are claimed, but have not begun, do not begin."""
         self._deployments.end(job, reason)
+        self._timetable.end(job.deployment.id)
         for run in self._in_hand.values():
-            if run.flow_run.deployment_id == job.deployment.id and run.flow_run.auto_scheduled:
+            if run.flow_run.deployment_id == job.deployment.id and schedules.is_tick(run.flow_run):
                 run.over = reason
                 self._drop([run], reason)
 
@@ -422,13 +462,12 @@ class Dispatcher:
 
     async def run_now(self, flow_run: FlowRun) -> None:
         """Run a run that something other than a poll has claimed."""
-        async with self._room:
-            run = self._in_hand[flow_run.id] = RunInHand(flow_run, self._node.token(flow_run))
-            try:
-                job = await self._deployments.job_of(flow_run, self._node.pool(), None)
-                await self.run(run, job)
-            finally:
-                del self._in_hand[flow_run.id]
+        run = self._in_hand[flow_run.id] = RunInHand(flow_run, self._node.token(flow_run))
+        try:
+            job = await self._deployments.job_of(flow_run, self._node.pool(), None)
+            await self.run(run, job)
+        finally:
+            del self._in_hand[flow_run.id]
 
     # --- watching ---------------------------------------------------------------------------------
 

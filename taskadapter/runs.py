@@ -20,6 +20,7 @@ from taskadapter.coordination.messages import Token
 from taskadapter.errors import TaskError
 from taskadapter.jobs import JobId
 from taskadapter.model import TaskPolicy, TriggerConfiguration
+from taskadapter.schedules import is_tick
 
 
 class Workspace(BaseModel, frozen=True):
@@ -84,7 +85,7 @@ class Assignment(BaseModel, frozen=True):
     @property
     def max_count(self) -> int:
         """The executions that the trigger allows; -1 for a run that somebody started by hand."""
-        if self.trigger is None or not self.flow_run.auto_scheduled:
+        if self.trigger is None or not is_tick(self.flow_run):
             return -1
         return self.trigger.max_count
 

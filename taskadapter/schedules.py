@@ -8,17 +8,31 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
 from taskadapter.errors import DeclarationError
-from taskadapter.model import TriggerConfiguration
+from taskadapter.model import TriggerConfiguration, WaitingPolicy
+
+if TYPE_CHECKING:
+    from prefect.client.schemas.objects import FlowRun
+
+ONE_TIME = 100 * 365 * 86400.0
+"""The interval of a one-time job, in seconds: a century, so that no next tick ever limits its retries."""
 
 # Prefect's scheduler visits a new deployment within 5 s (its loop for recent deployments) and plans no
 # tick that has passed by then: a first tick "at once" is put far enough ahead to be planned.
 FIRST_TICK_LEAD = timedelta(seconds=10)
+
+
+WAITING_TIME = 5.0
+"""Seconds that a tick may be late before a policy that ignores late ones skips it, unless configured."""
+
+_TICK = "scheduled"
 
 
 class Verdict(Enum):
@@ -27,6 +41,7 @@ class Verdict(Enum):
     RUN = "run"
     EARLY = "early"
     END = "end"
+    SKIP = "skip"
 
 
 @dataclass(frozen=True)
@@ -74,6 +89,25 @@ def schedule(trigger: TriggerConfiguration, anchor: datetime | str) -> dict[str,
     }
 
 
+def tick_key(deployment_id: UUID, schedule_id: UUID | str, due: datetime) -> str:
+    """Return the idempotency key by which Prefect's scheduler knows the run of a tick.
+
+    Whoever is first to make a run with it makes the only one. A schedule of Prefect's is named by its
+    id; a one-time job has none, and "once" in its place.
+
+    Args:
+        deployment_id: the job.
+        schedule_id: what the tick is of.
+        due: the tick's scheduled time, aware.
+    """
+    return f"{_TICK} {deployment_id} {schedule_id} {due.astimezone(UTC).isoformat(sep=' ')}"
+
+
+def is_tick(flow_run: FlowRun) -> bool:
+    """Return whether a run is a tick of its job's trigger, and not one that somebody started."""
+    return flow_run.auto_scheduled or (flow_run.idempotency_key or "").startswith(f"{_TICK} ")
+
+
 def check_interval(interval: float, *, max_runs: int, loop_seconds: float) -> None:
     """Refuse an interval that Prefect's scheduler would leave holes in.
 
@@ -94,17 +128,39 @@ def check_interval(interval: float, *, max_runs: int, loop_seconds: float) -> No
         )
 
 
-def judge(trigger: TriggerConfiguration, due: datetime, *, run_count: int = 0) -> Judgement:
+def ticks(anchor: datetime, interval: float, *, after: datetime, until: datetime) -> Iterator[datetime]:
+    """Yield the moments of a schedule's ticks later than ``after`` and not later than ``until``.
+
+    Tick *n* is at ``anchor + n * interval``, from n = 0; nothing accumulates.
+    """
+    step = timedelta(seconds=interval)
+    number = max(0, (after - anchor) // step + 1)
+    while (tick := anchor + number * step) <= until:
+        yield tick
+        number += 1
+
+
+def judge(
+    trigger: TriggerConfiguration,
+    due: datetime,
+    *,
+    run_count: int = 0,
+    now: datetime | None = None,
+    waiting_time: float = WAITING_TIME,
+) -> Judgement:
     """Decide what becomes of the tick that is due at ``due``.
 
     Args:
         trigger: the job's trigger as deployed.
         due: the tick's scheduled time, aware.
         run_count: executions counted so far.
+        now: when it could start; None for on time.
+        waiting_time: seconds after which a tick is too late for the waiting policies that ignore it.
 
     Returns:
         EARLY for what Prefect planned before ``start_time`` (no tick of the job: it leaves no trace);
-        END, with the reason, after ``end_time`` or when the maximum is reached; else RUN.
+        END, with the reason, after ``end_time`` or when the maximum is reached; SKIP, with the reason,
+        when it is too late for the policy; else RUN.
     """
     if trigger.start_time is not None and due < trigger.start_time:
         return Judgement(Verdict.EARLY, f"before the start, {trigger.start_time.isoformat()}")
@@ -112,6 +168,10 @@ def judge(trigger: TriggerConfiguration, due: datetime, *, run_count: int = 0) -
         return Judgement(Verdict.END, f"the schedule ended at {trigger.end_time.isoformat()}")
     if 0 <= trigger.max_count <= run_count:
         return Judgement(Verdict.END, exhausted(trigger.max_count))
+    policy, late = trigger.policy.waiting_policy, (now - due).total_seconds() if now else 0.0
+    if policy is not WaitingPolicy.WAIT and late > waiting_time:
+        reason = f"it could start {late:.1f} s late, and {policy} allows {waiting_time:g} s"
+        return Judgement(Verdict.SKIP, reason)
     return Judgement(Verdict.RUN)
 
 

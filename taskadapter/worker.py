@@ -23,7 +23,9 @@ from typing import Any
 
 import anyio.abc
 import httpx
+from prefect.client.schemas.filters import WorkPoolFilter, WorkPoolFilterName
 from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.responses import DeploymentResponse
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_WORKER_QUERY_SECONDS, get_current_settings, temporary_settings
 from prefect.workers.base import BaseWorker, BaseWorkerResult
@@ -31,19 +33,26 @@ from prefect.workers.base import BaseWorker, BaseWorkerResult
 from taskadapter.coordination.messages import Gained, Lost, Refused, ResignAsked, Token
 from taskadapter.deployments import Deployments, WarmBackupJobConfiguration, WarmBackupVariables
 from taskadapter.dispatcher import Dispatcher, Node
-from taskadapter.domain import Domain
+from taskadapter.domain import Domain, PoolSize
 from taskadapter.errors import CoordinationError, TaskError
 from taskadapter.groups import Groups
 from taskadapter.hosts import HostPool
 from taskadapter.settings import TaskadapterSettings
 from taskadapter.takeover import Takeover
+from taskadapter.timetable import Timetable
 
 DEFAULT_QUEUE = "default"
 """The queue of jobs without a group: every agent polls it."""
 
-QUEUES_SECONDS = 10.0
-IDLE_QUEUES_SECONDS = 2.0
-"""How often the agent looks which queues, and so which groups, its pool has: at work, and idle."""
+VISIT_SECONDS = 10.0
+IDLE_VISIT_SECONDS = 2.0
+"""How often the agent looks at the queues, which are groups, and deployments of its pool: at work, idle."""
+
+BUSY_POLLS = 2
+"""At work, the agent looks for runs at every so-manieth time only: it sees them well ahead of their time."""
+
+PAGE = 200
+"""How many deployments the API returns at once."""
 
 SWEEP_SECONDS = 15.0
 """How often an active node looks for runs of its groups that are nobody's."""
@@ -68,17 +77,19 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._settings = TaskadapterSettings()
-        limit = self._limit or self._settings.worker_count
-        self._hosts = HostPool(limit, self._settings.runs_per_host)
+        self._hosts = HostPool(self._limit or self._settings.worker_count, self._settings.runs_per_host)
         self._groups: Groups | None = None
         self._database_url = self._settings.default_database_url()
         # The groups that this node is active for, once what former holders left is put in order.
         self._active: dict[str, Token] = {}
-        self._queues_read_at = float("-inf")
+        self._visited_at = float("-inf")
+        self._polled_at = float("-inf")
+        self._sees_held = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._faults = 0
         self._refused: str | None = None
         self._once = False
+        self._busy_poll_seconds = BUSY_POLLS * self._settings.poll_seconds
 
     # --- life cycle -------------------------------------------------------------------------------
 
@@ -91,8 +102,9 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         """Work until stopped; the arguments are those of `BaseWorker.start`."""
         self._once = run_once
         worker = get_current_settings().worker
-        configured = "query_seconds" in worker.model_fields_set
-        seconds = worker.query_seconds if configured else self._settings.poll_seconds
+        seconds = self._settings.poll_seconds
+        if "query_seconds" in worker.model_fields_set:
+            seconds, self._busy_poll_seconds = worker.query_seconds, 0.0
         with temporary_settings({PREFECT_WORKER_QUERY_SECONDS: seconds}):
             await super().start(run_once, with_healthcheck, printer)
 
@@ -102,6 +114,7 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         await super().setup()
         await nursery
         self._deployments = Deployments(self.client, self._logger)
+        self._timetable = Timetable(self.client, self._logger)
         node = Node(
             self.name,
             self.client,
@@ -112,7 +125,7 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
             database_url=lambda: self._database_url,
             board=lambda: self._groups.board if self._groups else None,
         )
-        self._dispatcher = Dispatcher(node, self._hosts, self._deployments)
+        self._dispatcher = Dispatcher(node, self._hosts, self._deployments, self._timetable)
         self._dispatching = asyncio.create_task(self._dispatcher.dispatch())
         self._watching = asyncio.create_task(self._dispatcher.watch())
 
@@ -180,8 +193,9 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         self._last_polled_time = datetime.now(UTC)
         if self._refused is not None:
             raise TaskError(self._refused)
-        if not self._has_successfully_synced:
+        if not self._has_successfully_synced or self._may_wait():
             return []
+        self._polled_at = time.monotonic()
         try:
             found = await self._look()
         except (httpx.HTTPError, TaskError) as fault:
@@ -198,6 +212,11 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         self._hosts.retire_idle()
         return found
 
+    def _may_wait(self) -> bool:
+        """Return whether this look is to be left out: what is due soon was seen at the last one."""
+        pause = self._busy_poll_seconds if self._dispatcher.is_busy else 0.0
+        return time.monotonic() - self._polled_at < pause * 0.9
+
     async def _back_off(self, fault: str) -> None:
         """Say once why, and wait longer each time."""
         if not self._faults:
@@ -206,25 +225,48 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         await asyncio.sleep(min(LONGEST_BACKOFF_SECONDS, 2.0 ** min(self._faults, 10) / 4))
 
     async def _look(self) -> list[FlowRun]:
-        pause = QUEUES_SECONDS if self._dispatcher.is_busy else IDLE_QUEUES_SECONDS
-        if time.monotonic() - self._queues_read_at > pause:
-            await self._stand_by()
-            self._queues_read_at = time.monotonic()
+        is_busy = self._dispatcher.is_busy and not self._sees_held
+        pause = VISIT_SECONDS if is_busy else IDLE_VISIT_SECONDS
+        if time.monotonic() - self._visited_at > pause:
+            await self._visit()
         wanted = [name for name in (DEFAULT_QUEUE, *self._active) if self._polls(name)]
         if not wanted:
             return []
-        before = datetime.now(UTC) + timedelta(seconds=self._prefetch_seconds)
+        now = datetime.now(UTC)
+        before = now + timedelta(seconds=self._prefetch_seconds)
         try:
             found = await self.client.get_scheduled_flow_runs_for_work_pool(
                 self._work_pool_name, work_queue_names=wanted, scheduled_before=before
             )
         except ObjectNotFound:
-            self._queues_read_at = float("-inf")  # a queue, or the pool, was deleted
+            self._visited_at = float("-inf")  # a queue, or the pool, was deleted
             return []
-        return [response.flow_run for response in found]
+        runs = [response.flow_run for response in found]
+        # Prefect plans nothing for a job that is paused: has it been resumed?
+        self._sees_held = any(map(self._timetable.is_held, runs))
+        return await self._timetable.complete(runs, wanted, self._dispatcher.runs_in_hand, now)
 
     def _polls(self, queue: str) -> bool:
         return not self._work_queues or queue in self._work_queues
+
+    async def _visit(self) -> None:
+        """Look at the pool's queues and deployments: at its groups, and at what its jobs are to do."""
+        await self._stand_by()
+        self._timetable.learn(await self._read_deployments())
+        size = PoolSize.of(self.work_pool)
+        self._hosts.limit = self._limit or size.worker_count or self._settings.worker_count
+        self._visited_at = time.monotonic()
+
+    async def _read_deployments(self) -> list[DeploymentResponse]:
+        ours = WorkPoolFilter(name=WorkPoolFilterName(any_=[self._work_pool_name]))
+        found: list[DeploymentResponse] = []
+        while page := await self.client.read_deployments(
+            work_pool_filter=ours, limit=PAGE, offset=len(found)
+        ):
+            found += page
+            if len(page) < PAGE:
+                break
+        return found
 
     async def _stand_by(self) -> None:
         """Stand by for the groups that the pool has, which are its queues."""
@@ -271,6 +313,7 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
             case Lost(token):
                 if self._active.get(token.group_id) == token:
                     del self._active[token.group_id]
+                    self._timetable.forget(token.group_id)
                 self._dispatcher.lose(token)
             case ResignAsked(token):
                 self._spawn(self._hand_over(token))
@@ -292,6 +335,7 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
             return
         self._active[token.group_id] = token
         # What was due meanwhile need not wait for the next poll.
+        self._polled_at = float("-inf")
         await self.get_and_submit_flow_runs()
         while self._holds(token):
             await asyncio.sleep(SWEEP_SECONDS)
@@ -316,6 +360,7 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
     async def _hand_over(self, token: Token) -> None:
         """Start nothing more of a group, let its runs end, and give its token to a standby."""
         self._active.pop(token.group_id, None)
+        self._timetable.forget(token.group_id)
         await self._dispatcher.drain(self._settings.drain_seconds, token.group_id)
         if self._groups is not None:
             self._groups.release(token.group_id)

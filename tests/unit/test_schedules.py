@@ -1,23 +1,27 @@
 """A trigger in Prefect's terms: slugs, schedules, the shortest interval, and the verdict on a tick."""
 
 from datetime import UTC, datetime, timedelta, timezone
+from uuid import UUID, uuid4
 
 import pytest
 from prefect.client.schemas.actions import DeploymentScheduleCreate
+from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.settings import get_current_settings
 
 from taskadapter.errors import DeclarationError
-from taskadapter.model import RetryConfiguration, TaskPolicy, TriggerConfiguration
+from taskadapter.model import RetryConfiguration, TaskPolicy, TriggerConfiguration, WaitingPolicy
 from taskadapter.schedules import (
     Judgement,
     Verdict,
     check_interval,
     exhausted,
     is_slug,
+    is_tick,
     judge,
     schedule,
     slug,
+    tick_key,
 )
 
 NOON = datetime(2030, 1, 1, 12, 0, tzinfo=UTC)
@@ -144,6 +148,35 @@ def test_prefect_loads_the_schedule():
     assert loaded.anchor_date == NOON
 
 
+# --- ticks ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("zone", [UTC, timezone(timedelta(hours=5, minutes=30))])
+def test_a_ticks_key_is_that_of_prefects_scheduler(zone):
+    """The key names job, schedule and moment, the latter in UTC with as many digits as it has."""
+    job = UUID(int=1)
+
+    assert tick_key(job, UUID(int=2), NOON.astimezone(zone)) == (
+        "scheduled 00000000-0000-0000-0000-000000000001 00000000-0000-0000-0000-000000000002 "
+        "2030-01-01 12:00:00+00:00"
+    )
+    assert tick_key(job, "once", NOON + MICROSECOND).endswith(" once 2030-01-01 12:00:00.000001+00:00")
+
+
+@pytest.mark.parametrize(
+    ("run", "expected"),
+    [
+        ({"auto_scheduled": True}, True),
+        ({"idempotency_key": tick_key(UUID(int=1), "once", NOON)}, True),
+        ({"idempotency_key": "by-hand"}, False),
+        ({}, False),
+    ],
+)
+def test_a_tick_is_told_from_a_run_that_somebody_started(run, expected):
+    """Ticks are what Prefect's scheduler has planned, and what has the key of one."""
+    assert is_tick(FlowRun(flow_id=uuid4(), **run)) is expected
+
+
 # --- the shortest interval ------------------------------------------------------------------------
 
 
@@ -209,6 +242,28 @@ def test_max_count(run_count, verdict):
 def test_no_max_count_is_for_ever(run_count):
     """A count of -1 ends nothing, and neither does a missing end."""
     assert judge(trigger(), NOON, run_count=run_count) == Judgement(Verdict.RUN)
+
+
+@pytest.mark.parametrize("policy", [WaitingPolicy.IGNORE, WaitingPolicy.LOG_AND_IGNORE])
+@pytest.mark.parametrize(("late", "verdict"), [(5 * SECOND, Verdict.RUN), (5.001 * SECOND, Verdict.SKIP)])
+def test_a_late_tick_is_skipped_where_the_policy_ignores_it(policy, late, verdict):
+    """A tick may be as late as the waiting time, and no later."""
+    ignoring = trigger(task_policy=TaskPolicy(waiting_policy=policy))
+
+    assert judge(ignoring, NOON, now=NOON + late, waiting_time=5).verdict is verdict
+
+
+def test_a_late_tick_waits_by_default():
+    """Under WAIT a tick is never too late."""
+    assert judge(trigger(), NOON, now=NOON + timedelta(days=365)).verdict is Verdict.RUN
+
+
+def test_the_reason_for_a_skip_says_how_late_and_by_what_policy():
+    """Who reads it in the UI learns the lateness, the policy and the time that was allowed."""
+    ignoring = trigger(task_policy=TaskPolicy(waiting_policy=WaitingPolicy.IGNORE))
+
+    reason = judge(ignoring, NOON, now=NOON + 12 * SECOND, waiting_time=7).reason
+    assert reason == "it could start 12.0 s late, and IGNORE allows 7 s"
 
 
 def test_zones_do_not_matter_to_a_verdict():

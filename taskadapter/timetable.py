@@ -1,0 +1,273 @@
+"""Which ticks of its jobs an agent owes, and those that nobody has planned.
+
+Prefect's scheduler plans ticks ahead of their time only. One that fell into an outage of the server, a
+pause, or the moment in which a deployment was changed, is never planned. An agent knows when ticks are
+due, sees which of them wait, and makes the missing ones; what then becomes of a late one, the waiting
+policy says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from itertools import islice
+from logging import Logger, LoggerAdapter
+from typing import Any
+from uuid import UUID
+
+from prefect.client.orchestration import PrefectClient
+from prefect.client.schemas.filters import (
+    DeploymentFilter,
+    DeploymentFilterId,
+    FlowRunFilter,
+    FlowRunFilterExpectedStartTime,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import DeploymentSchedule, FlowRun, StateType
+from prefect.client.schemas.responses import DeploymentResponse
+from prefect.client.schemas.schedules import IntervalSchedule
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.exceptions import ObjectNotFound
+
+from taskadapter import schedules
+from taskadapter.errors import DeclarationError
+from taskadapter.model import TriggerConfiguration, WaitingPolicy
+from taskadapter.ticks import create_tick
+
+MADE_AHEAD = 20
+"""How many late ticks of a job wait at most that the agent has made: the others follow in order."""
+
+SHOWN = 100
+"""How many ticks that a policy ignores are made, to be shown as skipped; those before are passed over."""
+
+POLL_LIMIT = 200
+"""How many runs the API returns at once; those that are due first."""
+
+
+@dataclass
+class Line:
+    """A job's schedule, and up to where its ticks are settled.
+
+    Attributes:
+        deployment_id: the job.
+        queue: its work queue.
+        schedule_id: its schedule.
+        anchor: the moment of tick 0.
+        trigger: as deployed.
+        through: every tick until then, itself included, is settled: claimed, skipped or ended.
+        settled: later ones that are.
+        held: whether the job is paused.
+    """
+
+    deployment_id: UUID
+    queue: str
+    schedule_id: UUID
+    anchor: datetime
+    trigger: TriggerConfiguration
+    through: datetime
+    settled: set[datetime] = field(default_factory=set)
+    held: bool = False
+
+    def owed(self, until: datetime) -> list[datetime]:
+        """Return the ticks until then that are not settled, oldest first, as many as are made ahead."""
+        end = self.trigger.end_time
+        until = until if end is None else min(until, end)
+        if self.trigger.policy.waiting_policy is not WaitingPolicy.WAIT:
+            ignored = timedelta(seconds=SHOWN * self.trigger.interval)
+            self.through = max(self.through, until - ignored)
+        ticks = schedules.ticks(self.anchor, self.trigger.interval, after=self.through, until=until)
+        return list(islice((tick for tick in ticks if tick not in self.settled), MADE_AHEAD))
+
+    def settle(self, tick: datetime) -> None:
+        """Take note that a tick has been claimed, skipped or ended."""
+        if tick <= self.through:
+            return
+        self.settled.add(tick)
+        upcoming = schedules.ticks(
+            self.anchor, self.trigger.interval, after=self.through, until=max(self.settled)
+        )
+        for following in upcoming:
+            if following not in self.settled:
+                break
+            self.settled.discard(following)
+            self.through = following
+
+
+class Timetable:
+    """The schedules of a pool's jobs, as one agent keeps them.
+
+    Args:
+        client: connected to the API.
+        log: the agent's.
+    """
+
+    def __init__(self, client: PrefectClient, log: Logger | LoggerAdapter[Any]) -> None:
+        self._client = client
+        self._log = log
+        self._deployments: dict[UUID, DeploymentResponse] = {}
+        self._lines: dict[UUID, Line] = {}
+
+    def learn(self, deployments: Iterable[DeploymentResponse]) -> None:
+        """Take note of all deployments of the pool as they are now."""
+        self._deployments = {deployment.id: deployment for deployment in deployments}
+        for deployment_id, line in list(self._lines.items()):
+            deployment = self._deployments.get(deployment_id)
+            schedule = None if deployment is None else _schedule(deployment)
+            if deployment is None or schedule is None or schedule.id != line.schedule_id:
+                # Gone, ended or changed. A schedule that is switched on again begins afresh.
+                del self._lines[deployment_id]
+            else:
+                line.held = deployment.paused
+
+    def is_held(self, flow_run: FlowRun) -> bool:
+        """Return whether a run is a tick of a job that was paused when it was last looked at."""
+        deployment = self._deployments.get(flow_run.deployment_id) if flow_run.deployment_id else None
+        return deployment is not None and deployment.paused and schedules.is_tick(flow_run)
+
+    def hold(self, deployment: DeploymentResponse) -> None:
+        """Take note of one deployment that has been found to be paused."""
+        self._deployments[deployment.id] = deployment
+
+    def end(self, deployment_id: UUID) -> None:
+        """Take note that a job is over: none of its ticks is owed any more."""
+        self._lines.pop(deployment_id, None)
+        self._deployments.pop(deployment_id, None)
+
+    def forget(self, queue: str) -> None:
+        """Forget how far the jobs of a queue are: from now on another agent runs them."""
+        self._lines = {id_: line for id_, line in self._lines.items() if line.queue != queue}
+
+    def settle(self, flow_run: FlowRun) -> None:
+        """Take note that a tick has been claimed, skipped or ended."""
+        line = self._lines.get(flow_run.deployment_id) if flow_run.deployment_id else None
+        if line is not None and (tick := _tick(flow_run)) is not None:
+            line.settle(tick)
+
+    async def complete(
+        self, found: list[FlowRun], queues: Collection[str], in_hand: Iterable[FlowRun], until: datetime
+    ) -> list[FlowRun]:
+        """Add the ticks that are due and that nobody has planned.
+
+        Args:
+            found: the runs that wait on the queues, those that are due first.
+            queues: the ones that this agent runs.
+            in_hand: the runs that it has taken and not finished.
+            until: the moment of the look.
+
+        Returns:
+            The runs to be started; without those of a job that has earlier ones still to be made.
+
+        Raises:
+            HTTPError: the API failed; the same call may be repeated.
+        """
+        await self._open_lines(queues)
+        if len(found) >= POLL_LIMIT:
+            until = min(until, max(filter(None, map(_tick, found)), default=until))
+        known: dict[UUID | None, set[datetime]] = {}
+        for run in (*found, *in_hand):
+            if (tick := _tick(run)) is not None:
+                known.setdefault(run.deployment_id, set()).add(tick)
+        for line in self._lines.values():
+            if line.queue in queues and not line.held:
+                found = await self._fill(line, found, known.get(line.deployment_id, set()), until)
+        return found
+
+    async def _fill(
+        self, line: Line, found: list[FlowRun], known: set[datetime], until: datetime
+    ) -> list[FlowRun]:
+        owed = line.owed(until)
+        made = [run for tick in owed if tick not in known and (run := await self._make(line, tick))]
+        if made:
+            self._log.info("%d tick(s) of %s had not been planned.", len(made), line.deployment_id)
+        if len(owed) < MADE_AHEAD:
+            return [*found, *made]
+        others = [run for run in found if run.deployment_id != line.deployment_id]
+        ours = [run for run in found if run.deployment_id == line.deployment_id]
+        return [*others, *(run for run in ours if (_tick(run) or until) <= owed[-1]), *made]
+
+    async def _make(self, line: Line, tick: datetime) -> FlowRun | None:
+        """Return the run of a tick if it waits: made now, unless somebody was quicker."""
+        try:
+            run = await create_tick(self._client, line.deployment_id, line.schedule_id, tick)
+        except ObjectNotFound:
+            line.held = True  # the deployment is gone
+            return None
+        if run.state is not None and run.state.is_scheduled():
+            return run
+        line.settle(tick)
+        return None
+
+    async def _open_lines(self, queues: Collection[str]) -> None:
+        for deployment in self._deployments.values():
+            queue = deployment.work_queue_name
+            if deployment.id in self._lines or queue is None or queue not in queues:
+                continue
+            trigger, schedule = _trigger(deployment), _schedule(deployment)
+            if trigger is None or schedule is None or not isinstance(schedule.schedule, IntervalSchedule):
+                continue
+            anchor = schedule.schedule.anchor_date.astimezone(UTC)
+            through = await self._settled_until(deployment, schedule, trigger, anchor)
+            self._lines[deployment.id] = Line(
+                deployment.id, queue, schedule.id, anchor, trigger, through, held=deployment.paused
+            )
+
+    async def _settled_until(
+        self,
+        deployment: DeploymentResponse,
+        schedule: DeploymentSchedule,
+        trigger: TriggerConfiguration,
+        anchor: datetime,
+    ) -> datetime:
+        """Return the moment until which the history shows that all ticks are settled.
+
+        Ticks of one job are claimed in order. Nothing is owed from before the schedule was made or last
+        switched on; but its first tick is, where that is to come at once.
+        """
+        created = schedule.created or datetime.now(UTC)
+        switched = schedule.updated or created
+        fresh = switched - created < timedelta(seconds=1)
+        start = min(created, anchor - timedelta(microseconds=1)) if trigger.start_time is None else created
+        last = await self._last_settled(deployment, schedule)
+        return max(start if fresh else switched, last or start)
+
+    async def _last_settled(
+        self, deployment: DeploymentResponse, schedule: DeploymentSchedule
+    ) -> datetime | None:
+        types = [kind for kind in StateType if kind is not StateType.SCHEDULED]
+        runs = await self._client.read_flow_runs(
+            deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[deployment.id])),
+            flow_run_filter=FlowRunFilter(
+                state=FlowRunFilterState(type=FlowRunFilterStateType(any_=types)),
+                expected_start_time=FlowRunFilterExpectedStartTime(before_=datetime.now(UTC)),
+            ),
+            sort=FlowRunSort.EXPECTED_START_TIME_DESC,
+            limit=POLL_LIMIT,
+        )
+        ours = f"scheduled {deployment.id} {schedule.id} "
+        ticks = (_tick(run) for run in runs if (run.idempotency_key or "").startswith(ours))
+        return next(filter(None, ticks), None)
+
+
+def _tick(flow_run: FlowRun) -> datetime | None:
+    """Return the tick that a run is of; None for a run that somebody started."""
+    due = flow_run.expected_start_time
+    return due.astimezone(UTC) if due is not None and schedules.is_tick(flow_run) else None
+
+
+def _trigger(deployment: DeploymentResponse) -> TriggerConfiguration | None:
+    """Return the trigger of a deployment of ours, None for others and for one edited into nonsense."""
+    variables = (deployment.job_variables or {}).get("trigger")
+    try:
+        return None if variables is None else TriggerConfiguration.model_validate(variables)
+    except DeclarationError:
+        return None  # a run of it will say so
+
+
+def _schedule(deployment: DeploymentResponse) -> DeploymentSchedule | None:
+    """Return the schedule of a job's trigger while it is switched on."""
+    trigger = _trigger(deployment)
+    slug = None if trigger is None else schedules.slug(trigger)
+    active = (found for found in deployment.schedules if found.slug == slug and found.active)
+    return next(active, None)

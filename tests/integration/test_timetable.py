@@ -1,0 +1,172 @@
+"""Ticks that Prefect's scheduler has not planned are made: once each, in order, and no others."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from prefect import flow
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import DeploymentScheduleCreate
+from prefect.client.schemas.schedules import IntervalSchedule
+from prefect.states import Pending
+
+from deployments.local import wait_until
+from taskadapter import schedules
+from taskadapter.model import TriggerConfiguration
+from taskadapter.pools import ensure_work_pool
+from taskadapter.ticks import create_tick
+from taskadapter.timetable import MADE_AHEAD, Timetable
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    from prefect.client.orchestration import SyncPrefectClient
+    from prefect.client.schemas.objects import FlowRun
+
+POOL = "test-timetable"
+QUEUES = ["default"]
+INTERVAL = timedelta(seconds=3600)
+
+
+@flow
+def idle() -> None: ...
+
+
+@pytest.fixture
+def job(prefect_client: SyncPrefectClient) -> UUID:
+    """A job due every hour, whose tick 0 was four and a half hours ago, deployed just now."""
+    ensure_work_pool(POOL)
+    return deployed(prefect_client, datetime.now(UTC) - 4.5 * INTERVAL)
+
+
+def deployed(client: SyncPrefectClient, anchor: datetime) -> UUID:
+    trigger = TriggerConfiguration(interval=INTERVAL)
+    return client.create_deployment(
+        client.create_flow(idle),
+        uuid.uuid4().hex,
+        work_pool_name=POOL,
+        job_variables={"trigger": trigger.model_dump(mode="json", exclude_defaults=True)},
+        schedules=[
+            DeploymentScheduleCreate(
+                schedule=IntervalSchedule(interval=INTERVAL, anchor_date=anchor, timezone="UTC"),
+                slug=schedules.slug(trigger),
+            )
+        ],
+    )
+
+
+def anchor_of(client: SyncPrefectClient, job: UUID) -> datetime:
+    (schedule,) = client.read_deployment(job).schedules
+    assert isinstance(schedule.schedule, IntervalSchedule)
+    return schedule.schedule.anchor_date.astimezone(UTC)
+
+
+def complete(job: UUID, *, found: list[FlowRun] | None = None) -> list[FlowRun]:
+    """What a new agent makes of what it finds."""
+
+    async def look() -> list[FlowRun]:
+        async with get_client() as client:
+            timetable = Timetable(client, logging.getLogger("test"))
+            timetable.learn([await client.read_deployment(job)])
+            return await timetable.complete(found or [], QUEUES, [], datetime.now(UTC))
+
+    return asyncio.run(look())
+
+
+def hours(runs: list[FlowRun], anchor: datetime) -> list[float]:
+    return [(run.expected_start_time - anchor) / INTERVAL for run in runs if run.expected_start_time]
+
+
+def test_missing_ticks_are_made(prefect_client: SyncPrefectClient, job: UUID) -> None:
+    """Every tick since the anchor that nobody has planned is made, in order, exactly at its time."""
+    made = complete(job)
+
+    assert hours(made, anchor_of(prefect_client, job)) == [0, 1, 2, 3, 4]
+    assert {run.state_name for run in made} <= {"Scheduled", "Late"}
+    assert all(schedules.is_tick(run) for run in made)
+
+
+def test_a_tick_is_made_once(job: UUID) -> None:
+    """Two agents that miss the same ticks get the same runs."""
+    assert [run.id for run in complete(job)] == [run.id for run in complete(job)]
+
+
+def test_what_waits_already_is_not_made(job: UUID) -> None:
+    """A tick that was found is kept as it is, and only the others are added."""
+    first, *others = complete(job)
+
+    assert [run.id for run in complete(job, found=[first])] == [first.id, *(run.id for run in others)]
+
+
+def test_what_was_claimed_is_settled(prefect_client: SyncPrefectClient, job: UUID) -> None:
+    """A new agent goes on behind the last tick that some agent has claimed."""
+    for run in complete(job)[:3]:
+        prefect_client.set_flow_run_state(run.id, Pending())
+
+    assert hours(complete(job), anchor_of(prefect_client, job)) == [3, 4]
+
+
+def test_a_paused_job_owes_nothing_until_it_is_resumed(
+    prefect_client: SyncPrefectClient, job: UUID
+) -> None:
+    """While a job is paused no tick of it is made; all of them are when it goes on."""
+    prefect_client.pause_deployment(job)
+    assert complete(job) == []
+
+    prefect_client.resume_deployment(job)
+    assert len(complete(job)) == 5
+
+
+def test_a_schedule_that_is_switched_on_again_begins_afresh(
+    prefect_client: SyncPrefectClient, job: UUID
+) -> None:
+    """What a job that had ended would have been due meanwhile is not made up for."""
+    (schedule,) = prefect_client.read_deployment(job).schedules
+    assert schedule.created is not None
+    created = schedule.created
+
+    def switched_on_later() -> bool:
+        for active in (False, True):
+            prefect_client.update_deployment_schedule(job, schedule.id, active=active)
+        (now,) = prefect_client.read_deployment(job).schedules
+        return now.updated is not None and now.updated - created > timedelta(seconds=1)
+
+    wait_until(switched_on_later, 20, "the schedule to be switched on a second after it was made")
+    assert complete(job) == []
+
+
+def test_the_scheduler_does_not_plan_what_is_made(prefect_client: SyncPrefectClient) -> None:
+    """A tick made ahead of its time has the scheduler's own key: there is one run of it."""
+    ensure_work_pool(POOL)
+    anchor = datetime.now(UTC) + timedelta(minutes=5)
+    job = deployed(prefect_client, anchor)
+    (schedule,) = prefect_client.read_deployment(job).schedules
+
+    async def make() -> FlowRun:
+        async with get_client() as client:
+            return await create_tick(client, job, schedule.id, anchor)
+
+    made = asyncio.run(make())
+    runs = wait_until(lambda: planned(prefect_client, job, 3), 60, "the scheduler to plan")
+    assert [run.id for run in runs if run.expected_start_time == anchor] == [made.id]
+
+
+def planned(client: SyncPrefectClient, job: UUID, count: int) -> list[FlowRun]:
+    from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
+
+    ours = DeploymentFilter(id=DeploymentFilterId(any_=[job]))
+    runs: list[Any] = client.read_flow_runs(deployment_filter=ours)
+    return runs if len(runs) >= count else []
+
+
+def test_many_are_made_in_portions(prefect_client: SyncPrefectClient) -> None:
+    """Of many missing ticks the oldest come first, and later ones wait until those are there."""
+    ensure_work_pool(POOL)
+    job = deployed(prefect_client, datetime.now(UTC) - 50.5 * INTERVAL)
+
+    assert hours(complete(job), anchor_of(prefect_client, job)) == list(range(MADE_AHEAD))
