@@ -128,6 +128,16 @@ def check_interval(interval: float, *, max_runs: int, loop_seconds: float) -> No
         )
 
 
+def in_utc(moment: datetime) -> datetime:
+    """Return a moment as a plain datetime in UTC.
+
+    What Prefect's client returns are pendulum's, which lose their zone in arithmetic once they are in
+    the standard library's UTC.
+    """
+    utc = moment.astimezone(UTC)
+    return datetime.combine(utc.date(), utc.timetz())
+
+
 def ticks(anchor: datetime, interval: float, *, after: datetime, until: datetime) -> Iterator[datetime]:
     """Yield the moments of a schedule's ticks later than ``after`` and not later than ``until``.
 

@@ -207,7 +207,7 @@ class Timetable:
             trigger, schedule = _trigger(deployment), _schedule(deployment)
             if trigger is None or schedule is None or not isinstance(schedule.schedule, IntervalSchedule):
                 continue
-            anchor = schedule.schedule.anchor_date.astimezone(UTC)
+            anchor = schedules.in_utc(schedule.schedule.anchor_date)
             through = await self._settled_until(deployment, schedule, trigger, anchor)
             self._lines[deployment.id] = Line(
                 deployment.id, queue, schedule.id, anchor, trigger, through, held=deployment.paused
@@ -253,7 +253,7 @@ class Timetable:
 def _tick(flow_run: FlowRun) -> datetime | None:
     """Return the tick that a run is of; None for a run that somebody started."""
     due = flow_run.expected_start_time
-    return due.astimezone(UTC) if due is not None and schedules.is_tick(flow_run) else None
+    return schedules.in_utc(due) if due is not None and schedules.is_tick(flow_run) else None
 
 
 def _trigger(deployment: DeploymentResponse) -> TriggerConfiguration | None:

@@ -3,6 +3,7 @@
 from datetime import UTC, datetime, timedelta, timezone
 from uuid import UUID, uuid4
 
+import pendulum
 import pytest
 from prefect.client.schemas.actions import DeploymentScheduleCreate
 from prefect.client.schemas.objects import FlowRun
@@ -16,6 +17,7 @@ from taskadapter.schedules import (
     Verdict,
     check_interval,
     exhausted,
+    in_utc,
     is_slug,
     is_tick,
     judge,
@@ -290,3 +292,13 @@ def test_one_run_and_several():
     """The reason counts in English."""
     assert exhausted(1) == "the maximum of 1 run is reached"
     assert exhausted(2) == "the maximum of 2 runs is reached"
+
+
+def test_a_moment_in_utc_can_be_computed_with():
+    """Whatever kind of datetime it was: it is the same moment, aware also after arithmetic."""
+    moment = pendulum.datetime(2026, 11, 24, 5, 30, 1, 250, tz="Asia/Colombo")
+    second = timedelta(seconds=1)
+
+    assert in_utc(moment) == moment
+    assert in_utc(moment) + second == datetime(2026, 11, 24, 0, 0, 2, 250, tzinfo=UTC)
+    assert (in_utc(moment + second) - in_utc(moment)) // second == 1
