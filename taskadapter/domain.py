@@ -91,7 +91,7 @@ class PoolSize:
     """
 
     worker_count: int | None = None
-    waiting_time: float = 5.0
+    waiting_time: float = schedules.WAITING_TIME
 
     @classmethod
     def of(cls, pool: WorkPool) -> Self:
@@ -137,23 +137,3 @@ def with_password(url: str, password: str) -> str:
     from sqlalchemy import make_url
 
     return make_url(url).set(password=password).render_as_string(hide_password=False)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PoolSize:
-    """How much each node of a pool runs, kept in the pool's variables.
-
-    Attributes:
-        worker_count: how many runs at once; None for each node's own setting.
-        waiting_time: seconds that a tick may be late before a policy that ignores late ones skips it.
-    """
-
-    worker_count: int | None = None
-    waiting_time: float = schedules.WAITING_TIME
-
-    @classmethod
-    def of(cls, pool: WorkPool) -> Self:
-        """Return the size as a work pool has it."""
-        properties = pool.base_job_template.get("variables", {}).get("properties", {})
-        defaults = {name: properties.get(name, {}).get("default") for name in asdict(cls())}
-        return cls(**{name: value for name, value in defaults.items() if value is not None})
