@@ -22,6 +22,26 @@ from taskadapter.model import (
 )
 from taskadapter.progress import fenced
 from taskadapter.runs import current_run
+from taskadapter.scheduler import (
+    aconfigure_worker_pool,
+    aget_running_jobs,
+    apause_all_jobs,
+    apause_job,
+    aresume_all_jobs,
+    aresume_job,
+    aschedule_job_recur_by_frequency,
+    aschedule_one_time_job,
+    aunschedule_job,
+    configure_worker_pool,
+    get_running_jobs,
+    pause_all_jobs,
+    pause_job,
+    resume_all_jobs,
+    resume_job,
+    schedule_job_recur_by_frequency,
+    schedule_one_time_job,
+    unschedule_job,
+)
 
 __all__ = [
     "Civil",
@@ -41,6 +61,24 @@ __all__ = [
     "WaitingPolicy",
     "WarmBackupConfig",
     "ZoneOffset",
+    "aconfigure_worker_pool",
+    "aget_running_jobs",
+    "apause_all_jobs",
+    "apause_job",
+    "aresume_all_jobs",
+    "aresume_job",
+    "aschedule_job_recur_by_frequency",
+    "aschedule_one_time_job",
+    "aunschedule_job",
+    "configure_worker_pool",
     "current_run",
     "fenced",
+    "get_running_jobs",
+    "pause_all_jobs",
+    "pause_job",
+    "resume_all_jobs",
+    "resume_job",
+    "schedule_job_recur_by_frequency",
+    "schedule_one_time_job",
+    "unschedule_job",
 ]

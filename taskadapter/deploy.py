@@ -174,19 +174,36 @@ def entrypoint(source: Any) -> str:
     is named as an importable module.
 
     Raises:
-        DeclarationError: it has no name in its module by which a node could import it.
+        DeclarationError: it has no name in its module by which a node could import it, or is of no file,
+            or of the script that is run and that lies outside.
     """
     if "<" in source.__qualname__:
         raise DeclarationError(
-            f"{source.__qualname__} in {inspect.getfile(source)} cannot be deployed: nodes import what "
+            f"{source.__qualname__} in {_file_of(source)} cannot be deployed: nodes import what "
             "they run, and cannot import a lambda, nor what is defined inside a function. Define it at "
             "module level."
         )
-    file = Path(inspect.getfile(source)).resolve()
+    file = _file_of(source)
     here = Path.cwd().resolve()
     if file.is_relative_to(here) and not file.is_relative_to(Path(sys.prefix).resolve()):
         return f"{file.relative_to(here).as_posix()}:{source.__qualname__}"
+    if source.__module__ == "__main__":
+        raise DeclarationError(
+            f"{source.__qualname__} in {file} cannot be deployed from {here}: nodes import what they run, "
+            "and this script lies outside the working directory. Start it in the project's folder, or move "
+            "the definition to a module that the nodes can import."
+        )
     return f"{source.__module__}.{source.__qualname__}"
+
+
+def _file_of(source: Any) -> Path:
+    try:
+        return Path(inspect.getfile(source)).resolve()
+    except (OSError, TypeError) as error:
+        raise DeclarationError(
+            f"{source.__qualname__} cannot be deployed: nodes import what they run, and it is in no file. "
+            "Define it in a module of the project."
+        ) from error
 
 
 async def prepare(job: str, slug: str) -> dict[str, str]:
@@ -207,15 +224,16 @@ async def prepare(job: str, slug: str) -> dict[str, str]:
         ``{"first_tick": ...}``, in ISO 8601 with its offset.
     """
     async with get_client() as client:
-        deployed = await _deployed(client, job)
+        deployed = await find(client, job, job)
         if deployed is not None:
             await _end_earlier_triggers(client, deployed, slug)
     return {"first_tick": _first_tick(deployed, slug).isoformat()}
 
 
-async def _deployed(client: PrefectClient, job: str) -> DeploymentResponse | None:
+async def find(client: PrefectClient, flow_name: str, name: str) -> DeploymentResponse | None:
+    """Return the deployment of that name of that flow; None where there is none."""
     try:
-        return await client.read_deployment_by_name(f"{job}/{job}")
+        return await client.read_deployment_by_name(f"{flow_name}/{name}")
     except ObjectNotFound:
         return None
 
@@ -251,31 +269,67 @@ async def deploy(listener: Listener) -> dict[str, JobId]:
 
 
 async def _deploy(client: PrefectClient, listener: Listener, declared: Declared) -> UUID:
-    """Create the deployment, or change it if it differs; returns its id."""
-    name, slug = declared.name, schedules.slug(listener.trigger)
+    slug = schedules.slug(listener.trigger)
+    deployed = await find(client, declared.flow.name, declared.name)
+    anchor = listener.trigger.start_time or _first_tick(deployed, slug)
+    wanted = wanted_of(declared, listener.work_pool, listener.group_id)
+    deployment_id, _ = await put(client, declared, deployed, wanted, anchor)
+    return deployment_id
+
+
+def wanted_of(declared: Declared, work_pool: str, group_id: str | None) -> dict[str, Any]:
+    """Return the fields that the deployment of a job is to have, its schedule aside.
+
+    Raises:
+        DeclarationError: nodes could not import what was declared.
+    """
     wanted: dict[str, Any] = {
         "entrypoint": entrypoint(declared.source),
         "description": description(declared),
         "tags": [TAG],
-        "work_pool_name": listener.work_pool,
-        "work_queue_name": listener.group_id or DEFAULT_QUEUE,
+        "work_pool_name": work_pool,
+        "work_queue_name": group_id or DEFAULT_QUEUE,
         "job_variables": _job_variables(declared),
         "parameter_openapi_schema": parameter_schema(declared.flow).model_dump(exclude_unset=True),
     }
-    deployed = await _deployed(client, name)
-    schedule = IntervalSchedule(
-        interval=timedelta(seconds=listener.trigger.interval),
-        anchor_date=listener.trigger.start_time or _first_tick(deployed, slug),
-        timezone="UTC",
-    )
+    return wanted if declared.parameters is None else wanted | {"parameters": declared.parameters}
+
+
+async def put(
+    client: PrefectClient,
+    declared: Declared,
+    deployed: DeploymentResponse | None,
+    wanted: dict[str, Any],
+    anchor: datetime | None,
+) -> tuple[UUID, bool]:
+    """Create the deployment of a job, or change it if it differs.
+
+    A schedule of its trigger that is there stays as it is, anchor and pause included; one of an earlier
+    trigger goes.
+
+    Args:
+        client: connected to the API.
+        declared: the job.
+        deployed: its deployment as it is, None where there is none.
+        wanted: what `wanted_of` says of it.
+        anchor: the moment of tick 0; None for a job without a schedule.
+
+    Returns:
+        Its id, and whether anything had to be done.
+    """
+    slug = schedules.slug(declared.trigger)
+    planned = None
+    if anchor is not None:
+        interval = timedelta(seconds=declared.trigger.interval)
+        planned = IntervalSchedule(interval=interval, anchor_date=anchor, timezone="UTC")
     if deployed is None:
         flow_id = await client.create_flow(declared.flow)
-        planned = DeploymentScheduleCreate(schedule=schedule, slug=slug)
-        return await client.create_deployment(flow_id, name, schedules=[planned], **wanted)
+        new = [] if planned is None else [DeploymentScheduleCreate(schedule=planned, slug=slug)]
+        return await client.create_deployment(flow_id, declared.name, schedules=new, **wanted), True
     await _end_earlier_triggers(client, deployed, slug)
-    # A schedule that is there stays as it is, anchor and pause included.
-    if slug not in [known.slug for known in deployed.schedules]:
-        wanted["schedules"] = [DeploymentScheduleUpdate(schedule=schedule, slug=slug)]
-    if any(getattr(deployed, field) != value for field, value in wanted.items()):
-        await client.update_deployment(deployed.id, DeploymentUpdate(**wanted))
-    return deployed.id
+    if planned is not None and slug not in [known.slug for known in deployed.schedules]:
+        wanted = wanted | {"schedules": [DeploymentScheduleUpdate(schedule=planned, slug=slug)]}
+    if all(getattr(deployed, field) == value for field, value in wanted.items()):
+        return deployed.id, False
+    await client.update_deployment(deployed.id, DeploymentUpdate(**wanted))
+    return deployed.id, True

@@ -89,6 +89,16 @@ class WarmBackupVariables(BaseVariables):
         title="Heartbeat frequency",
         description="Seconds between two heartbeats.",
     )
+    worker_count: int | None = Field(
+        default=None,
+        title="Worker count",
+        description="Runs at once on a node, unless its --limit says otherwise; by default its setting.",
+    )
+    waiting_time: float = Field(
+        default=5.0,
+        title="Waiting time",
+        description="Seconds after its time within which a tick is not yet late.",
+    )
 
 
 @dataclass(frozen=True)

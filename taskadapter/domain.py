@@ -1,7 +1,8 @@
-"""A coordination domain: what all nodes of one work pool share, kept in the pool's variables."""
+"""What all nodes of one work pool share, kept in the pool's variables: its domain and its size."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Self
 
@@ -48,16 +49,11 @@ class Domain:
     @classmethod
     def of(cls, pool: WorkPool) -> Self:
         """Return the domain as a work pool has it."""
-        properties = pool.base_job_template.get("variables", {}).get("properties", {})
-        defaults = {name: properties.get(name, {}).get("default") for name in asdict(cls())}
-        return cls(**{name: value for name, value in defaults.items() if value is not None})
+        return cls(**_read(pool, asdict(cls())))
 
     def put_into(self, template: dict[str, Any]) -> dict[str, Any]:
         """Return a base job template whose variables have this domain as their defaults."""
-        properties = dict(template["variables"]["properties"])
-        for name, value in asdict(self).items():
-            properties[name] = properties.get(name, {}) | {"default": value}
-        return template | {"variables": template["variables"] | {"properties": properties}}
+        return _write(template, asdict(self))
 
     async def database_url(self, settings: TaskadapterSettings) -> str:
         """Return the database's URL with its secret, from the node's environment or the block.
@@ -85,6 +81,43 @@ class Domain:
         return with_password(self.database, str(block.get()))
 
 
+@dataclass(frozen=True, kw_only=True)
+class PoolSize:
+    """How much each node of a pool runs at once, and how long a tick may wait for that.
+
+    Attributes:
+        worker_count: runs at once on a node; None for each node's own setting.
+        waiting_time: seconds after its time within which a tick is not yet late.
+    """
+
+    worker_count: int | None = None
+    waiting_time: float = schedules.WAITING_TIME
+
+    @classmethod
+    def of(cls, pool: WorkPool) -> Self:
+        """Return the size as a work pool has it."""
+        return cls(**_read(pool, asdict(cls())))
+
+    def put_into(self, template: dict[str, Any]) -> dict[str, Any]:
+        """Return a base job template whose variables have this size as their defaults."""
+        return _write(template, asdict(self))
+
+
+def _read(pool: WorkPool, names: Iterable[str]) -> dict[str, Any]:
+    """Return the defaults that a pool's variables have, without those that have none."""
+    properties = pool.base_job_template.get("variables", {}).get("properties", {})
+    defaults = {name: properties.get(name, {}).get("default") for name in names}
+    return {name: value for name, value in defaults.items() if value is not None}
+
+
+def _write(template: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Return a base job template with these defaults; its other variables stay as they are."""
+    properties = dict(template["variables"]["properties"])
+    for name, value in values.items():
+        properties[name] = properties.get(name, {}) | {"default": value}
+    return template | {"variables": template["variables"] | {"properties": properties}}
+
+
 def password_of(config: WarmBackupConfig) -> str | None:
     """Return the password that a listener declares, for the block that keeps it."""
     return _split(config)[1]
@@ -104,23 +137,3 @@ def with_password(url: str, password: str) -> str:
     from sqlalchemy import make_url
 
     return make_url(url).set(password=password).render_as_string(hide_password=False)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PoolSize:
-    """How much each node of a pool runs, kept in the pool's variables.
-
-    Attributes:
-        worker_count: how many runs at once; None for each node's own setting.
-        waiting_time: seconds that a tick may be late before a policy that ignores late ones skips it.
-    """
-
-    worker_count: int | None = None
-    waiting_time: float = schedules.WAITING_TIME
-
-    @classmethod
-    def of(cls, pool: WorkPool) -> Self:
-        """Return the size as a work pool has it."""
-        properties = pool.base_job_template.get("variables", {}).get("properties", {})
-        defaults = {name: properties.get(name, {}).get("default") for name in asdict(cls())}
-        return cls(**{name: value for name, value in defaults.items() if value is not None})

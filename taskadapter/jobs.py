@@ -124,13 +124,13 @@ class Service(Executable):
 ServiceT = TypeVar("ServiceT", bound=Service)
 
 
-def dump_state(service: Service) -> dict[str, Any]:
-    """Return the service's fields as JSON values, by name.
+def dump_state(executable: Executable) -> dict[str, Any]:
+    """Return the fields of a service, or of a job, as JSON values, by name.
 
     Raises:
         DeclarationError: a field holds a value that has no JSON form, or not its declared type.
     """
-    return _to_json(service)
+    return _to_json(executable)
 
 
 def load_state(service_class: type[ServiceT], data: Mapping[str, Any]) -> ServiceT:

@@ -12,18 +12,17 @@ from types import TracebackType
 from typing import Any, Self, TypeGuard
 
 from prefect import Flow
-from prefect.settings import get_current_settings
 from prefect.types.names import BANNED_CHARACTERS
 from pydantic import model_validator
 
 from taskadapter import flow as flows
-from taskadapter import prefect_private, schedules
+from taskadapter import prefect_private
 from taskadapter.background import BackgroundAgent
 from taskadapter.config import overridden, read_config
 from taskadapter.declaration import Declaration
 from taskadapter.domain import Domain, password_of
 from taskadapter.errors import DeclarationError, TaskError
-from taskadapter.jobs import Service, dump_state
+from taskadapter.jobs import Job, Service, dump_state
 from taskadapter.model import (
     RetryConfiguration,
     TaskPolicy,
@@ -31,10 +30,10 @@ from taskadapter.model import (
     WarmBackupConfig,
 )
 from taskadapter.pools import ensure_work_pool
-from taskadapter.settings import TaskadapterSettings
+from taskadapter.settings import TaskadapterSettings, check_interval
 from taskadapter.worker import DEFAULT_QUEUE
 
-Declarable = type[Service] | Callable[..., Any]
+Declarable = type[Job] | type[Service] | Callable[..., Any]
 
 listeners: set[Listener] = set()
 """The listeners of this process, for `taskadapter render`; a module need not keep its own."""
@@ -82,11 +81,13 @@ class Declared:
     """A service as a listener knows it.
 
     Attributes:
-        name: its name, and its flow's.
+        name: its name, and its deployment's.
         flow: what Prefect runs.
         trigger: the listener's, with what this service adds to it.
         source: the function or class that was declared.
         initial_state: the fields of an attached instance; None where a decorator declared it.
+        parameters: what its runs are given, kept as declared; None for the flow's defaults, which the UI
+            may change.
     """
 
     name: str
@@ -94,6 +95,7 @@ class Declared:
     source: Declarable
     trigger: TriggerConfiguration
     initial_state: dict[str, Any] | None = None
+    parameters: dict[str, Any] | None = None
 
 
 class Listener:
@@ -112,12 +114,7 @@ class Listener:
         self.trigger = self.configuration.effective_trigger
         self.services: dict[str, Declared] = {}
         self._agent: BackgroundAgent | None = None
-        scheduler = get_current_settings().server.services.scheduler
-        schedules.check_interval(
-            self.trigger.interval,
-            max_runs=scheduler.max_runs,
-            loop_seconds=scheduler.loop_seconds,
-        )
+        check_interval(self.trigger.interval)
         listeners.add(self)
         if prefect_private.is_being_deployed():
             self.ensure_work_pool()
@@ -310,9 +307,18 @@ def _check_name(name: object) -> None:
             f'{name!r} is no name for a service; write service("a-name") above it, and '
             'attach(instance, "a-name").'
         )
+    check_name(name, "service")
+
+
+def check_name(name: str, what: str) -> None:
+    """Refuse a text that Prefect does not accept as a name, of a service or a job.
+
+    Raises:
+        DeclarationError: it is blank, or holds a character that is banned.
+    """
     if not name.strip() or any(character in name for character in BANNED_CHARACTERS):
         raise DeclarationError(
-            f"{name!r} is no name for a service: it must not be blank, nor hold any of "
+            f"{name!r} is no name for a {what}: it must not be blank, nor hold any of "
             f"{' '.join(BANNED_CHARACTERS)}; choose another."
         )
 

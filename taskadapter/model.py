@@ -27,6 +27,7 @@ __all__ = [
     "DatabaseConfig",
     "ErrorPolicy",
     "MysqlConfig",
+    "NonNegativeSeconds",
     "PositiveSeconds",
     "PostgresqlConfig",
     "RetryConfiguration",
@@ -37,6 +38,7 @@ __all__ = [
     "TriggerConfiguration",
     "WaitingPolicy",
     "WarmBackupConfig",
+    "WorkerPoolConfiguration",
 ]
 
 _MIN_HEARTBEATS = 3
@@ -79,6 +81,18 @@ def _max_attempts(count: int) -> int:
     return count
 
 
+def _worker_count(count: int) -> int:
+    if count < 1:
+        raise ValueError("must be at least 1, or nothing runs; raise it")
+    return count
+
+
+def _not_negative(seconds: float) -> float:
+    if seconds < 0:
+        raise ValueError("must not be negative; choose 0 or more seconds")
+    return seconds
+
+
 def _max_concurrent(count: int) -> int:
     if count < 1:
         raise ValueError("must be at least 1; raise it, or leave it out for no limit")
@@ -99,6 +113,9 @@ Seconds = Annotated[float, BeforeValidator(_to_seconds)]
 
 PositiveSeconds = Annotated[Seconds, AfterValidator(_positive)]
 """`Seconds` greater than 0."""
+
+NonNegativeSeconds = Annotated[Seconds, AfterValidator(_not_negative)]
+"""`Seconds` of 0 or more."""
 
 _Identifier = Annotated[str, AfterValidator(_identifier)]
 _Port = Annotated[StrictInt, Field(ge=1, le=65535)]
@@ -225,6 +242,20 @@ class TriggerConfiguration(Declaration):
                 "choose a later end_time or leave it out"
             )
         return self
+
+
+class WorkerPoolConfiguration(Declaration):
+    """How much each node of a work pool runs at once.
+
+    `worker_count` is the number of runs; `waiting_time` is how long after its time a tick is not yet
+    late, in seconds.
+
+    Raises:
+        DeclarationError: a count below 1, or a negative time.
+    """
+
+    worker_count: Annotated[StrictInt, AfterValidator(_worker_count)] = 5
+    waiting_time: NonNegativeSeconds = 5.0
 
 
 class PostgresqlConfig(Declaration):

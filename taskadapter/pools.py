@@ -10,7 +10,7 @@ from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.utilities.asyncutils import run_coro_as_sync
 
-from taskadapter.domain import Domain
+from taskadapter.domain import Domain, PoolSize
 from taskadapter.errors import TaskError
 from taskadapter.worker import WarmBackupWorker
 
@@ -19,13 +19,20 @@ if TYPE_CHECKING:
     from prefect.client.schemas.objects import WorkPool
 
 
-def ensure_work_pool(name: str, domain: Domain | None = None, password: str | None = None) -> None:
-    """Make the work pool unless it is there, and keep its coordination as declared.
+def ensure_work_pool(
+    name: str,
+    domain: Domain | None = None,
+    password: str | None = None,
+    *,
+    size: PoolSize | None = None,
+) -> None:
+    """Make the work pool unless it is there, and keep its coordination and size as declared.
 
     Args:
         name: the pool's name.
         domain: the database and timing of its groups; None leaves them as they are.
         password: of that database, for the `Secret` block that the domain names.
+        size: what its nodes run at once; None leaves it as it is.
 
     Raises:
         TaskError: there is a pool of that name and another type: its workers would run the jobs
@@ -38,8 +45,12 @@ def ensure_work_pool(name: str, domain: Domain | None = None, password: str | No
                 f"work pool {name!r} is of type {pool.type!r}, and {WarmBackupWorker.type!r} is needed; "
                 "name another pool with work_pool=, or delete that one."
             )
+        template = pool.base_job_template
         if domain is not None and Domain.of(pool) != domain:
-            template = domain.put_into(pool.base_job_template)
+            template = domain.put_into(template)
+        if size is not None and PoolSize.of(pool) != size:
+            template = size.put_into(template)
+        if template is not pool.base_job_template:
             client.update_work_pool(name, WorkPoolUpdate(base_job_template=template))
     if domain is not None and domain.password_block is not None and password is not None:
         # Also called while an event loop is running, when `prefect deploy` imports a flow.

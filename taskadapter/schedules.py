@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 ONE_TIME = 100 * 365 * 86400.0
 """The interval of a one-time job, in seconds: a century, so that no next tick ever limits its retries."""
 
+ONCE = "once"
+"""What the tick of a one-time job is of, in the place of a schedule's id."""
+
 # Prefect's scheduler visits a new deployment within 5 s (its loop for recent deployments) and plans no
 # tick that has passed by then: a first tick "at once" is put far enough ahead to be planned.
 FIRST_TICK_LEAD = timedelta(seconds=10)

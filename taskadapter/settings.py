@@ -14,7 +14,22 @@ from prefect.settings.base import PrefectBaseSettings, build_settings_config
 from pydantic import Field, SecretStr
 from pydantic_settings import SettingsConfigDict
 
+from taskadapter import schedules
+
 DEFAULT_WORK_POOL = "taskadapter"
+
+
+def check_interval(interval: float) -> None:
+    """Refuse an interval that Prefect's scheduler would leave holes in, by its settings as known here.
+
+    Args:
+        interval: seconds between two ticks.
+
+    Raises:
+        DeclarationError: as `schedules.check_interval`.
+    """
+    scheduler = get_current_settings().server.services.scheduler
+    schedules.check_interval(interval, max_runs=scheduler.max_runs, loop_seconds=scheduler.loop_seconds)
 
 
 class TaskadapterSettings(PrefectBaseSettings):

@@ -225,8 +225,8 @@ class Timetable:
         Ticks of one job are claimed in order. Nothing is owed from before the schedule was made or last
         switched on; but its first tick is, where that is to come at once.
         """
-        created = schedule.created or datetime.now(UTC)
-        switched = schedule.updated or created
+        created = schedules.in_utc(schedule.created or datetime.now(UTC))
+        switched = schedules.in_utc(schedule.updated or created)
         fresh = switched - created < timedelta(seconds=1)
         start = min(created, anchor - timedelta(microseconds=1)) if trigger.start_time is None else created
         last = await self._last_settled(deployment, schedule)

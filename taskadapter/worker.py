@@ -49,7 +49,7 @@ IDLE_VISIT_SECONDS = 2.0
 """How often the agent looks at the queues, which are groups, and deployments of its pool: at work, idle."""
 
 BUSY_POLLS = 2
-"""At work, the agent looks for runs at every so-manieth time only: it sees them well ahead of their time."""
+"""At work, the agent looks for runs at each second time only: it sees them well ahead."""
 
 PAGE = 200
 """How many deployments the API returns at once."""

@@ -63,7 +63,7 @@ def deployed(client: SyncPrefectClient, anchor: datetime) -> UUID:
 def anchor_of(client: SyncPrefectClient, job: UUID) -> datetime:
     (schedule,) = client.read_deployment(job).schedules
     assert isinstance(schedule.schedule, IntervalSchedule)
-    return schedule.schedule.anchor_date.astimezone(UTC)
+    return schedules.in_utc(schedule.schedule.anchor_date)
 
 
 def complete(job: UUID, *, found: list[FlowRun] | None = None) -> list[FlowRun]:
@@ -79,7 +79,11 @@ def complete(job: UUID, *, found: list[FlowRun] | None = None) -> list[FlowRun]:
 
 
 def hours(runs: list[FlowRun], anchor: datetime) -> list[float]:
-    return [(run.expected_start_time - anchor) / INTERVAL for run in runs if run.expected_start_time]
+    return [
+        (schedules.in_utc(run.expected_start_time) - anchor) / INTERVAL
+        for run in runs
+        if run.expected_start_time
+    ]
 
 
 def test_missing_ticks_are_made(prefect_client: SyncPrefectClient, job: UUID) -> None:

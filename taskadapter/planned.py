@@ -1,0 +1,139 @@
+"""The jobs of a work pool and what is planned of them, as Prefect's API has it."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterable, Iterator
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from prefect.client.orchestration import PrefectClient
+from prefect.client.schemas.filters import (
+    DeploymentFilter,
+    DeploymentFilterId,
+    DeploymentFilterTags,
+    FlowRunFilter,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    WorkPoolFilter,
+    WorkPoolFilterName,
+)
+from prefect.client.schemas.objects import TERMINAL_STATES, FlowRun, State, StateType
+from prefect.client.schemas.responses import DeploymentResponse
+from prefect.client.schemas.sorting import DeploymentSort, FlowRunSort
+from prefect.exceptions import ObjectNotFound
+from prefect.states import Cancelled
+
+from taskadapter import schedules, ticks
+from taskadapter.deploy import TAG
+
+PAGE = 200
+"""As many as Prefect's API returns at a time."""
+
+
+async def jobs_of_pool(client: PrefectClient, work_pool: str) -> list[DeploymentResponse]:
+    """Return the deployments of a work pool that are ours."""
+    found: dict[UUID, DeploymentResponse] = {}
+    for offset in _offsets():
+        page = await client.read_deployments(
+            deployment_filter=DeploymentFilter(tags=DeploymentFilterTags(all_=[TAG])),
+            work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[work_pool])),
+            sort=DeploymentSort.CREATED_DESC,
+            limit=PAGE,
+            offset=offset,
+        )
+        found |= {deployment.id: deployment for deployment in page}
+        if len(page) < PAGE:
+            break
+    return list(found.values())
+
+
+async def unfinished(client: PrefectClient, job_ids: Iterable[UUID]) -> set[UUID]:
+    """Return those of the jobs that have a run which is planned, or goes on."""
+    states = [kind for kind in StateType if kind not in TERMINAL_STATES]
+    found = await _runs(client, job_ids, states)
+    return {flow_run.deployment_id for flow_run in found if flow_run.deployment_id is not None}
+
+
+async def remove_ticks(client: PrefectClient, job_id: UUID, *, recurring_only: bool = False) -> None:
+    """Delete the ticks that were made by us and that nobody has claimed; Prefect deletes its own.
+
+    Args:
+        client: connected to the API.
+        job_id: the job.
+        recurring_only: leave that of a one-time job.
+    """
+    for flow_run in await _ticks_of_ours(client, job_id):
+        if not recurring_only or _place(flow_run)[0] != schedules.ONCE:
+            await _delete(client, flow_run)
+
+
+async def remake_ticks(client: PrefectClient, job_id: UUID, schedule_id: UUID) -> None:
+    """Make anew the ticks that were made by us, for a deployment that has changed.
+
+    Those of schedules that it no longer has go.
+
+    Args:
+        client: connected to the API.
+        job_id: the job.
+        schedule_id: the schedule that it has.
+    """
+    for flow_run in await _ticks_of_ours(client, job_id):
+        of, due = _place(flow_run)
+        await _delete(client, flow_run)
+        if of == str(schedule_id):
+            await ticks.create_tick(client, job_id, schedule_id, due)
+
+
+async def end_planned(client: PrefectClient, job_id: UUID, reason: str) -> None:
+    """Have nothing more of a job begin: what is claimed is Skipped, what is not is deleted."""
+    for flow_run in await _runs(client, [job_id], [StateType.PENDING, StateType.SCHEDULED]):
+        if flow_run.state_type is StateType.PENDING:
+            state: State[Any] = Cancelled(name="Skipped", message=f"Skipped: {reason}.")
+            await client.set_flow_run_state(flow_run.id, state, force=True)
+        elif flow_run.state_name != "AwaitingRetry":  # that one has begun
+            await _delete(client, flow_run)
+
+
+async def _ticks_of_ours(client: PrefectClient, job_id: UUID) -> list[FlowRun]:
+    return [
+        flow_run
+        for flow_run in await _runs(client, [job_id], [StateType.SCHEDULED])
+        if schedules.is_tick(flow_run) and not flow_run.auto_scheduled and flow_run.run_count == 0
+    ]
+
+
+def _place(flow_run: FlowRun) -> tuple[str, datetime]:
+    """Return what a tick of ours is of, and its time, from its key."""
+    _, _, of, due = (flow_run.idempotency_key or "").split(" ", 3)
+    return of, datetime.fromisoformat(due)
+
+
+async def _runs(client: PrefectClient, job_ids: Iterable[UUID], states: list[StateType]) -> list[FlowRun]:
+    """Return the runs of jobs that are in one of some states."""
+    wanted, found = list(job_ids), dict[UUID, FlowRun]()
+    for offset in _offsets() if wanted else ():
+        page = await client.read_flow_runs(
+            deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=wanted)),
+            flow_run_filter=FlowRunFilter(
+                state=FlowRunFilterState(type=FlowRunFilterStateType(any_=states))
+            ),
+            sort=FlowRunSort.ID_DESC,
+            limit=PAGE,
+            offset=offset,
+        )
+        found |= {flow_run.id: flow_run for flow_run in page}
+        if len(page) < PAGE:
+            break
+    return list(found.values())
+
+
+def _offsets() -> Iterator[int]:
+    return itertools.count(0, PAGE)
+
+
+async def _delete(client: PrefectClient, flow_run: FlowRun) -> None:
+    with contextlib.suppress(ObjectNotFound):
+        await client.delete_flow_run(flow_run.id)

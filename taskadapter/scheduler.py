@@ -1,0 +1,438 @@
+"""Schedule jobs from a program: once, or again and again; pause, resume and end them.
+
+The functions are those of Ballerina's ``task`` module. Each has a twin for async code, with an ``a`` in
+front of its name; the others may be called anywhere, also while an event loop is running.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from typing import Any, TypeVar, cast
+from uuid import UUID, uuid4
+
+from prefect.client.orchestration import PrefectClient, get_client
+from prefect.client.schemas.responses import DeploymentResponse
+from prefect.exceptions import ObjectNotFound
+from prefect.utilities.asyncutils import run_coro_as_sync
+from prefect.utilities.slugify import slugify
+
+from taskadapter import flow as flows
+from taskadapter import schedules, ticks
+from taskadapter.civil import Civil, Instant
+from taskadapter.declaration import Declaration
+from taskadapter.deploy import TAG, find, put, wanted_of
+from taskadapter.domain import PoolSize
+from taskadapter.errors import TaskError
+from taskadapter.jobs import Job, JobId, dump_state
+from taskadapter.listener import Declared, check_name
+from taskadapter.model import TaskPolicy, TriggerConfiguration, WarmBackupConfig, WorkerPoolConfiguration
+from taskadapter.planned import end_planned, jobs_of_pool, remake_ticks, remove_ticks, unfinished
+from taskadapter.pools import ensure_work_pool
+from taskadapter.settings import TaskadapterSettings, check_interval
+
+When = Civil | datetime | str
+"""A moment: a `Civil`, an aware datetime, or an ISO 8601 string with its offset."""
+
+Interval = float | Decimal | timedelta
+"""A duration: seconds, or a timedelta."""
+
+DEFAULT_POLICY = TaskPolicy()
+
+T = TypeVar("T")
+
+
+class OneTime(Declaration):
+    """When a one-time job runs."""
+
+    trigger_time: Instant
+
+
+# --- scheduling -----------------------------------------------------------------------------------
+
+
+def schedule_one_time_job(
+    job: Job,
+    trigger_time: When,
+    *,
+    name: str | None = None,
+    task_policy: TaskPolicy = DEFAULT_POLICY,
+    group_id: str | None = None,
+    work_pool: str | None = None,
+) -> JobId:
+    """Have a job run once.
+
+    It runs also when no agent was there at its time, as soon as one is, unless its waiting policy says
+    otherwise.
+
+    Args:
+        job: what to run; its class must be one that the nodes can import, its fields are kept with it.
+        trigger_time: when, in the future.
+        name: its name among the jobs of its class. The same name again is the same job: what differs is
+            changed, and the same call changes nothing. Without one, each call makes another job.
+        task_policy: what an error means, and a late start.
+        group_id: the group whose active node alone runs it; None for every node.
+        work_pool: by default the one that the settings name; made on first use.
+
+    Returns:
+        The job's id.
+
+    Raises:
+        TaskError: the time has passed, a value is none that its rule allows, the job is no `Job` or of a
+            class that nodes cannot import, or the work pool is of another type. Nothing was made then.
+    """
+    return _wait(
+        aschedule_one_time_job(
+            job,
+            trigger_time,
+            name=name,
+            task_policy=task_policy,
+            group_id=group_id,
+            work_pool=work_pool,
+        )
+    )
+
+
+async def aschedule_one_time_job(
+    job: Job,
+    trigger_time: When,
+    *,
+    name: str | None = None,
+    task_policy: TaskPolicy = DEFAULT_POLICY,
+    group_id: str | None = None,
+    work_pool: str | None = None,
+) -> JobId:
+    """Do what `schedule_one_time_job` does, from async code."""
+    when = OneTime(trigger_time=cast("Any", trigger_time)).trigger_time
+    _refuse_past("trigger_time", when, datetime.now(UTC))
+    trigger = TriggerConfiguration(
+        interval=schedules.ONE_TIME, max_count=1, start_time=when, task_policy=task_policy
+    )
+    return await _schedule(job, trigger, name, group_id, work_pool, once=True)
+
+
+def schedule_job_recur_by_frequency(
+    job: Job,
+    interval: Interval,
+    max_count: int = -1,
+    start_time: When | None = None,
+    end_time: When | None = None,
+    task_policy: TaskPolicy = DEFAULT_POLICY,
+    *,
+    name: str | None = None,
+    group_id: str | None = None,
+    work_pool: str | None = None,
+) -> JobId:
+    """Have a job run again and again.
+
+    Args:
+        job: what to run; its class must be one that the nodes can import, its fields are kept with it.
+        interval: seconds between two ticks, or a timedelta; more than 0.
+        max_count: executions in all, -1 for no limit.
+        start_time: the first tick; None for at once.
+        end_time: no tick is after it; None for no end.
+        task_policy: what an error means, and a late start.
+        name: its name among the jobs of its class. The same name again is the same job: what differs is
+            changed, and the same call changes nothing. Without one, each call makes another job.
+        group_id: the group whose active node alone runs it; None for every node.
+        work_pool: by default the one that the settings name; made on first use.
+
+    Returns:
+        The job's id.
+
+    Raises:
+        TaskError: the end has passed or is not after the start, a value is none that its rule allows, the
+            job is no `Job` or of a class that nodes cannot import, or the work pool is of another type.
+            Nothing was made then.
+    """
+    return _wait(
+        aschedule_job_recur_by_frequency(
+            job,
+            interval,
+            max_count,
+            start_time,
+            end_time,
+            task_policy,
+            name=name,
+            group_id=group_id,
+            work_pool=work_pool,
+        )
+    )
+
+
+async def aschedule_job_recur_by_frequency(
+    job: Job,
+    interval: Interval,
+    max_count: int = -1,
+    start_time: When | None = None,
+    end_time: When | None = None,
+    task_policy: TaskPolicy = DEFAULT_POLICY,
+    *,
+    name: str | None = None,
+    group_id: str | None = None,
+    work_pool: str | None = None,
+) -> JobId:
+    """Do what `schedule_job_recur_by_frequency` does, from async code."""
+    trigger = TriggerConfiguration(
+        interval=cast("Any", interval),
+        max_count=max_count,
+        start_time=cast("Any", start_time),
+        end_time=cast("Any", end_time),
+        task_policy=task_policy,
+    )
+    if trigger.end_time is not None:
+        _refuse_past("end_time", trigger.end_time, datetime.now(UTC))
+    check_interval(trigger.interval)
+    return await _schedule(job, trigger, name, group_id, work_pool, once=False)
+
+
+def _refuse_past(name: str, when: datetime, now: datetime) -> None:
+    if when <= now:
+        raise TaskError(
+            f"{name}={when.isoformat()} has passed, it is {now.isoformat()} now; choose a later time."
+        )
+
+
+async def _schedule(
+    job: Job,
+    trigger: TriggerConfiguration,
+    name: str | None,
+    group_id: str | None,
+    work_pool: str | None,
+    *,
+    once: bool,
+) -> JobId:
+    """Deploy a job whose values have been checked, after checking what is left."""
+    declared = _declare(job, trigger, name)
+    if group_id is not None:
+        WarmBackupConfig(group_id=group_id)  # the rule for its name
+    pool = _pool(work_pool)
+    wanted = wanted_of(declared, pool, group_id)
+    await asyncio.to_thread(ensure_work_pool, pool)
+    async with get_client() as client:
+        known = None if name is None else await find(client, declared.flow.name, name)
+        if once:
+            return JobId(await _put_once(client, declared, known, wanted))
+        return JobId(await _put_recurring(client, declared, known, wanted))
+
+
+def _declare(job: Job, trigger: TriggerConfiguration, name: str | None) -> Declared:
+    if not isinstance(job, Job):
+        given = f"class {job.__name__}" if isinstance(job, type) else f"a {type(job).__name__}"
+        raise TaskError(
+            f"{given} cannot be scheduled: pass an instance of a subclass of Job; a Service or a function "
+            "is declared on a Listener."
+        )
+    cls = type(job)
+    if name is None:
+        name = f"{slugify(cls.__name__)}-{uuid4().hex[:8]}"
+    elif not isinstance(name, str):
+        raise TaskError(f"name={name!r} must be a string; choose one, or leave it out.")
+    check_name(name, "job")
+    flow = flows.job_flow(cls, cls.__name__, trigger)
+    return Declared(name, flow, cls, trigger, parameters=dump_state(job))
+
+
+async def _put_once(
+    client: PrefectClient, declared: Declared, known: DeploymentResponse | None, wanted: dict[str, Any]
+) -> UUID:
+    """Deploy a job without a schedule, and make its only tick."""
+    job_id, changed = await put(client, declared, known, wanted, None)
+    if known is not None and changed:
+        await remove_ticks(client, job_id)
+    when = cast("datetime", declared.trigger.start_time)
+    await ticks.create_tick(client, job_id, schedules.ONCE, when)
+    return job_id
+
+
+async def _put_recurring(
+    client: PrefectClient, declared: Declared, known: DeploymentResponse | None, wanted: dict[str, Any]
+) -> UUID:
+    """Deploy a job with its schedule; make the tick that is too near for Prefect's scheduler to plan."""
+    now, slug = datetime.now(UTC), schedules.slug(declared.trigger)
+    anchor = declared.trigger.start_time or now
+    job_id, changed = await put(client, declared, known, wanted, anchor)
+    if not changed:
+        return job_id
+    deployment = await client.read_deployment(job_id)
+    (schedule_id,) = (schedule.id for schedule in deployment.schedules if schedule.slug == slug)
+    if known is not None:
+        await remake_ticks(client, job_id, schedule_id)
+        if slug in [schedule.slug for schedule in known.schedules]:
+            return job_id
+    if not deployment.paused and now <= anchor <= now + schedules.FIRST_TICK_LEAD:
+        await ticks.create_tick(client, job_id, schedule_id, anchor)
+    return job_id
+
+
+# --- pausing and ending ---------------------------------------------------------------------------
+
+
+def unschedule_job(job_id: JobId) -> None:
+    """End a job at once: nothing of it starts any more. A run that has begun goes on; history stays.
+
+    Raises:
+        TaskError: there is no such job.
+    """
+    _wait(aunschedule_job(job_id))
+
+
+async def aunschedule_job(job_id: JobId) -> None:
+    """Do what `unschedule_job` does, from async code."""
+    async with get_client() as client:
+        deployment = await _read(client, job_id)
+        for schedule in deployment.schedules:
+            if schedule.active:
+                await client.update_deployment_schedule(deployment.id, schedule.id, active=False)
+        await end_planned(client, deployment.id, "the job was unscheduled")
+        await _known(client.delete_deployment(deployment.id), job_id)
+
+
+def pause_job(job_id: JobId) -> None:
+    """Pause a job on all nodes, until it is resumed. A one-time job that waits for its time still runs.
+
+    Raises:
+        TaskError: there is no such job.
+    """
+    _wait(apause_job(job_id))
+
+
+async def apause_job(job_id: JobId) -> None:
+    """Do what `pause_job` does, from async code."""
+    async with get_client() as client:
+        await _pause(client, await _read(client, job_id))
+
+
+def resume_job(job_id: JobId) -> None:
+    """Resume a job that is paused; for the ticks that it missed, its waiting policy says what happens.
+
+    Raises:
+        TaskError: there is no such job.
+    """
+    _wait(aresume_job(job_id))
+
+
+async def aresume_job(job_id: JobId) -> None:
+    """Do what `resume_job` does, from async code."""
+    async with get_client() as client:
+        deployment = await _read(client, job_id)
+        await client.resume_deployment(deployment.id)
+
+
+def pause_all_jobs(*, work_pool: str | None = None) -> None:
+    """Pause all jobs of a work pool, those of listeners too.
+
+    Args:
+        work_pool: by default the one that the settings name.
+    """
+    _wait(apause_all_jobs(work_pool=work_pool))
+
+
+async def apause_all_jobs(*, work_pool: str | None = None) -> None:
+    """Do what `pause_all_jobs` does, from async code."""
+    async with get_client() as client:
+        for deployment in await jobs_of_pool(client, _pool(work_pool)):
+            await _pause(client, deployment)
+
+
+def resume_all_jobs(*, work_pool: str | None = None) -> None:
+    """Resume all jobs of a work pool, those of listeners too.
+
+    Args:
+        work_pool: by default the one that the settings name.
+    """
+    _wait(aresume_all_jobs(work_pool=work_pool))
+
+
+async def aresume_all_jobs(*, work_pool: str | None = None) -> None:
+    """Do what `resume_all_jobs` does, from async code."""
+    async with get_client() as client:
+        for deployment in await jobs_of_pool(client, _pool(work_pool)):
+            await client.resume_deployment(deployment.id)
+
+
+async def _pause(client: PrefectClient, deployment: DeploymentResponse) -> None:
+    await client.pause_deployment(deployment.id)
+    await remove_ticks(client, deployment.id, recurring_only=True)
+
+
+async def _read(client: PrefectClient, job_id: JobId) -> DeploymentResponse:
+    if not isinstance(job_id, JobId):
+        job_id = JobId(job_id)
+    deployment = await _known(client.read_deployment(job_id.id), job_id)
+    if TAG not in deployment.tags:
+        raise TaskError(
+            f"{job_id} is the deployment {deployment.name!r}, which is none of ours; pass the id that "
+            "scheduling a job returned."
+        )
+    return deployment
+
+
+async def _known(call: Coroutine[Any, Any, T], job_id: JobId) -> T:
+    try:
+        return await call
+    except ObjectNotFound as gone:
+        raise TaskError(
+            f"there is no job {job_id}: it was never scheduled here, or has been unscheduled; "
+            "get_running_jobs() tells which there are."
+        ) from gone
+
+
+# --- looking, and the pool ------------------------------------------------------------------------
+
+
+def get_running_jobs(*, work_pool: str | None = None) -> list[JobId]:
+    """Return the jobs of a work pool that still have something to do, paused ones included.
+
+    Args:
+        work_pool: by default the one that the settings name.
+    """
+    return _wait(aget_running_jobs(work_pool=work_pool))
+
+
+async def aget_running_jobs(*, work_pool: str | None = None) -> list[JobId]:
+    """Do what `get_running_jobs` does, from async code."""
+    async with get_client() as client:
+        jobs = await jobs_of_pool(client, _pool(work_pool))
+        recurring = {
+            job.id: [schedule.active for schedule in job.schedules if schedules.is_slug(schedule.slug)]
+            for job in jobs
+        }
+        waiting = await unfinished(client, [job_id for job_id, ours in recurring.items() if not ours])
+    return [JobId(job_id) for job_id, ours in recurring.items() if any(ours) or job_id in waiting]
+
+
+def configure_worker_pool(
+    worker_count: int = 5, waiting_time: Interval = 5, *, work_pool: str | None = None
+) -> None:
+    """Set for all nodes of a work pool how much they run at once; it is made on first use.
+
+    Args:
+        worker_count: runs at once on a node, at least 1; a node's ``--limit`` overrides it.
+        waiting_time: seconds after its time, or a timedelta, within which a tick is not yet late; then its
+            waiting policy says what happens.
+        work_pool: by default the one that the settings name.
+
+    Raises:
+        TaskError: a value is none that its rule allows, or the work pool is of another type.
+    """
+    _wait(aconfigure_worker_pool(worker_count, waiting_time, work_pool=work_pool))
+
+
+async def aconfigure_worker_pool(
+    worker_count: int = 5, waiting_time: Interval = 5, *, work_pool: str | None = None
+) -> None:
+    """Do what `configure_worker_pool` does, from async code."""
+    given = WorkerPoolConfiguration(worker_count=worker_count, waiting_time=cast("Any", waiting_time))
+    size = PoolSize(worker_count=given.worker_count, waiting_time=given.waiting_time)
+    await asyncio.to_thread(ensure_work_pool, _pool(work_pool), size=size)
+
+
+def _pool(name: str | None) -> str:
+    return name or TaskadapterSettings().work_pool
+
+
+def _wait(work: Coroutine[Any, Any, T]) -> T:
+    return cast("T", run_coro_as_sync(work))
