@@ -340,7 +340,9 @@ class Dispatcher:
             case Verdict.EARLY:
                 await self._client.delete_flow_run(run.flow_run.id)
             case Verdict.END:
-                self._end_job(job, judgement.reason)
+                # Ticks before this one are in hand, perhaps, and are to run.
+                self._deployments.end(job, judgement.reason)
+                self._timetable.end(job.deployment.id)
             case Verdict.SKIP:
                 await self._skip(run, job, judgement.reason)
         return judgement.verdict is not Verdict.RUN

@@ -7,7 +7,8 @@ front of its name; the others may be called anywhere, also while an event loop i
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any, TypeVar, cast
@@ -281,13 +282,12 @@ def unschedule_job(job_id: JobId) -> None:
 
 async def aunschedule_job(job_id: JobId) -> None:
     """Do what `unschedule_job` does, from async code."""
-    async with get_client() as client:
-        deployment = await _read(client, job_id)
+    async with _job(job_id) as (client, deployment):
         for schedule in deployment.schedules:
             if schedule.active:
                 await client.update_deployment_schedule(deployment.id, schedule.id, active=False)
         await end_planned(client, deployment.id, "the job was unscheduled")
-        await _known(client.delete_deployment(deployment.id), job_id)
+        await client.delete_deployment(deployment.id)
 
 
 def pause_job(job_id: JobId) -> None:
@@ -301,8 +301,8 @@ def pause_job(job_id: JobId) -> None:
 
 async def apause_job(job_id: JobId) -> None:
     """Do what `pause_job` does, from async code."""
-    async with get_client() as client:
-        await _pause(client, await _read(client, job_id))
+    async with _job(job_id) as (client, deployment):
+        await _pause(client, deployment)
 
 
 def resume_job(job_id: JobId) -> None:
@@ -316,8 +316,7 @@ def resume_job(job_id: JobId) -> None:
 
 async def aresume_job(job_id: JobId) -> None:
     """Do what `resume_job` does, from async code."""
-    async with get_client() as client:
-        deployment = await _read(client, job_id)
+    async with _job(job_id) as (client, deployment):
         await client.resume_deployment(deployment.id)
 
 
@@ -358,26 +357,28 @@ async def _pause(client: PrefectClient, deployment: DeploymentResponse) -> None:
     await remove_ticks(client, deployment.id, recurring_only=True)
 
 
-async def _read(client: PrefectClient, job_id: JobId) -> DeploymentResponse:
-    if not isinstance(job_id, JobId):
-        job_id = JobId(job_id)
-    deployment = await _known(client.read_deployment(job_id.id), job_id)
+@asynccontextmanager
+async def _job(job_id: JobId) -> AsyncIterator[tuple[PrefectClient, DeploymentResponse]]:
+    """Yield a client and the deployment of a job, which may be gone any moment."""
+    known = job_id if isinstance(job_id, JobId) else JobId(job_id)
+    async with get_client() as client:
+        try:
+            deployment = await client.read_deployment(known.id)
+            _refuse_foreign(deployment)
+            yield client, deployment
+        except ObjectNotFound as gone:
+            raise TaskError(
+                f"there is no job {known}: it was never scheduled here, or has been unscheduled; "
+                "get_running_jobs() tells which there are."
+            ) from gone
+
+
+def _refuse_foreign(deployment: DeploymentResponse) -> None:
     if TAG not in deployment.tags:
         raise TaskError(
-            f"{job_id} is the deployment {deployment.name!r}, which is none of ours; pass the id that "
-            "scheduling a job returned."
+            f"{deployment.id} is the deployment {deployment.name!r}, which is none of ours; pass the id "
+            "that scheduling a job returned."
         )
-    return deployment
-
-
-async def _known(call: Coroutine[Any, Any, T], job_id: JobId) -> T:
-    try:
-        return await call
-    except ObjectNotFound as gone:
-        raise TaskError(
-            f"there is no job {job_id}: it was never scheduled here, or has been unscheduled; "
-            "get_running_jobs() tells which there are."
-        ) from gone
 
 
 # --- looking, and the pool ------------------------------------------------------------------------

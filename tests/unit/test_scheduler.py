@@ -35,6 +35,7 @@ from taskadapter import (
 PROJECT = Path(__file__).parents[2]
 PAST = datetime(2020, 1, 1, tzinfo=UTC)
 NOON = datetime(2090, 1, 1, 12, 0, tzinfo=UTC)
+OFFSET = ZoneOffset(hours=1)
 NAMES = [
     "configure_worker_pool",
     "get_running_jobs",
@@ -102,7 +103,7 @@ def test_a_recurring_job_with_an_invalid_value(arguments: dict[str, Any], parts:
     [
         (PAST, ["trigger_time=2020-01-01T00:00:00+00:00", "has passed, it is 20", "later"]),
         ("2020-01-01T00:00:00Z", ["trigger_time=2020-01-01T00:00:00+00:00", "has passed"]),
-        (Civil(year=2020, month=1, day=1, hour=0, minute=0, utc_offset=ZoneOffset(hours=1)), ["passed"]),
+        (Civil(year=2020, month=1, day=1, hour=0, minute=0, second=0, utc_offset=OFFSET), ["passed"]),
         ("2090-01-01T12:00:00+99:00", ["trigger_time='2090-01-01T12:00:00+99:00'"]),
         ("2090-01-01T12:00:00", ["trigger_time='2090-01-01T12:00:00'"]),
         (None, ["trigger_time=None"]),
