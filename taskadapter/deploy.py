@@ -30,6 +30,7 @@ from taskadapter.domain import Domain
 from taskadapter.errors import DeclarationError, TaskError
 from taskadapter.jobs import JobId
 from taskadapter.listener import Declared, Listener, listeners
+from taskadapter.ticks import create_tick
 from taskadapter.worker import DEFAULT_QUEUE
 
 TAG = "taskadapter"
@@ -244,11 +245,31 @@ async def _end_earlier_triggers(client: PrefectClient, deployed: DeploymentRespo
             await client.delete_deployment_schedule(deployed.id, schedule.id)
 
 
-def _first_tick(deployed: DeploymentResponse | None, slug: str) -> datetime:
+def _first_tick(
+    deployed: DeploymentResponse | None, slug: str, lead: timedelta = schedules.FIRST_TICK_LEAD
+) -> datetime:
     for schedule in [] if deployed is None else deployed.schedules:
         if schedule.slug == slug and isinstance(schedule.schedule, IntervalSchedule):
             return schedule.schedule.anchor_date.astimezone(UTC)
-    return datetime.now(UTC) + schedules.FIRST_TICK_LEAD
+    return datetime.now(UTC) + lead
+
+
+async def make_first_tick(
+    client: PrefectClient, job_id: UUID, slug: str, anchor: datetime, since: datetime
+) -> None:
+    """Make the first tick of a new schedule where it is too near for Prefect's scheduler to plan it.
+
+    Args:
+        client: connected to the API.
+        job_id: the job.
+        slug: the schedule's.
+        anchor: the moment of the tick.
+        since: when the schedule was asked for: what was due before is no tick of it.
+    """
+    deployment = await client.read_deployment(job_id)
+    (schedule_id,) = (schedule.id for schedule in deployment.schedules if schedule.slug == slug)
+    if not deployment.paused and since <= anchor <= since + schedules.FIRST_TICK_LEAD:
+        await create_tick(client, job_id, schedule_id, anchor)
 
 
 async def deploy(listener: Listener) -> dict[str, JobId]:
@@ -269,12 +290,14 @@ async def deploy(listener: Listener) -> dict[str, JobId]:
 
 
 async def _deploy(client: PrefectClient, listener: Listener, declared: Declared) -> UUID:
-    slug = schedules.slug(listener.trigger)
+    now, slug = datetime.now(UTC), schedules.slug(listener.trigger)
     deployed = await find(client, declared.flow.name, declared.name)
-    anchor = listener.trigger.start_time or _first_tick(deployed, slug)
+    anchor = listener.trigger.start_time or _first_tick(deployed, slug, lead=timedelta(0))
     wanted = wanted_of(declared, listener.work_pool, listener.group_id)
-    deployment_id, _ = await put(client, declared, deployed, wanted, anchor)
-    return deployment_id
+    job_id, _ = await put(client, declared, deployed, wanted, anchor)
+    if deployed is None or slug not in [schedule.slug for schedule in deployed.schedules]:
+        await make_first_tick(client, job_id, slug, anchor, now)
+    return job_id
 
 
 def wanted_of(declared: Declared, work_pool: str, group_id: str | None) -> dict[str, Any]:

@@ -91,8 +91,27 @@ def job_flow(cls: type[Job], name: str, trigger: TriggerConfiguration, **options
 
     def execute(**fields: Any) -> None: ...
 
-    execute.__signature__ = inspect.signature(cls)  # type: ignore[attr-defined]
+    execute.__signature__ = _signature(cls)  # type: ignore[attr-defined]
     return _class_flow(cls, execute, body, name, trigger, **options)
+
+
+def _signature(cls: type[Job]) -> inspect.Signature:
+    """Return the fields of a job class as parameters, by the names under which their values are kept.
+
+    A default that is made anew each time has no place in a deployment's schema, which is to stay the
+    same: such a field is required there, and a deployment gives it.
+    """
+    fields = cls.model_fields
+    names = {
+        alias: name for name, field in fields.items() for alias in (field.alias, field.validation_alias)
+    }
+    parameters = []
+    for parameter in inspect.signature(cls).parameters.values():
+        name = names.get(parameter.name, parameter.name)
+        made = name in fields and fields[name].default_factory is not None
+        default = inspect.Parameter.empty if made else parameter.default
+        parameters.append(parameter.replace(name=name, default=default))
+    return inspect.Signature(parameters)
 
 
 def _class_flow(

@@ -24,7 +24,7 @@ from taskadapter import flow as flows
 from taskadapter import schedules, ticks
 from taskadapter.civil import Civil, Instant
 from taskadapter.declaration import Declaration
-from taskadapter.deploy import TAG, find, put, wanted_of
+from taskadapter.deploy import TAG, find, make_first_tick, put, wanted_of
 from taskadapter.domain import PoolSize
 from taskadapter.errors import TaskError
 from taskadapter.jobs import Job, JobId, dump_state
@@ -257,14 +257,13 @@ async def _put_recurring(
     job_id, changed = await put(client, declared, known, wanted, anchor)
     if not changed:
         return job_id
-    deployment = await client.read_deployment(job_id)
-    (schedule_id,) = (schedule.id for schedule in deployment.schedules if schedule.slug == slug)
     if known is not None:
+        deployment = await client.read_deployment(job_id)
+        (schedule_id,) = (schedule.id for schedule in deployment.schedules if schedule.slug == slug)
         await remake_ticks(client, job_id, schedule_id)
         if slug in [schedule.slug for schedule in known.schedules]:
             return job_id
-    if not deployment.paused and now <= anchor <= now + schedules.FIRST_TICK_LEAD:
-        await ticks.create_tick(client, job_id, schedule_id, anchor)
+    await make_first_tick(client, job_id, slug, anchor, now)
     return job_id
 
 
@@ -291,7 +290,7 @@ async def aunschedule_job(job_id: JobId) -> None:
 
 
 def pause_job(job_id: JobId) -> None:
-    """Pause a job on all nodes, until it is resumed. A one-time job that waits for its time still runs.
+    """Pause a job on all nodes, until it is resumed; a run that has begun goes on.
 
     Raises:
         TaskError: there is no such job.

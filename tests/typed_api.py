@@ -33,7 +33,25 @@ from taskadapter import (
     WaitingPolicy,
     WarmBackupConfig,
     ZoneOffset,
+    aconfigure_worker_pool,
+    aget_running_jobs,
+    apause_all_jobs,
+    apause_job,
+    aresume_all_jobs,
+    aresume_job,
+    aschedule_job_recur_by_frequency,
+    aschedule_one_time_job,
+    aunschedule_job,
+    configure_worker_pool,
     current_run,
+    get_running_jobs,
+    pause_all_jobs,
+    pause_job,
+    resume_all_jobs,
+    resume_job,
+    schedule_job_recur_by_frequency,
+    schedule_one_time_job,
+    unschedule_job,
 )
 
 # --- declarations ---------------------------------------------------------------------------------
@@ -170,3 +188,42 @@ def ids_and_errors() -> None:
 
 
 Greeting(massage="hello")  # type: ignore[call-arg]  # a misspelled field
+
+# --- scheduling from a program --------------------------------------------------------------------
+
+
+def schedule() -> None:
+    greeting = Greeting(message="hello")
+    configure_worker_pool(worker_count=2, waiting_time=timedelta(seconds=1), work_pool="nightly")
+    once = schedule_one_time_job(greeting, start, name="once", task_policy=policy, group_id="group")
+    assert_type(once, JobId)
+    often = schedule_job_recur_by_frequency(
+        greeting, Decimal("2.5"), 5, start, "2031-01-01T00:00:00Z", policy
+    )
+    assert_type(often, JobId)
+    pause_job(once)
+    resume_job(once)
+    pause_all_jobs()
+    resume_all_jobs(work_pool="nightly")
+    unschedule_job(once)
+    assert_type(get_running_jobs(work_pool="nightly"), list[JobId])
+    schedule_one_time_job(Greeting, start)  # type: ignore[arg-type]  # a class
+    schedule_one_time_job(Counter, start)  # type: ignore[arg-type]  # a flow
+    schedule_one_time_job(Total(), start)  # type: ignore[arg-type]  # a service
+    schedule_one_time_job(greeting, start, "once")  # type: ignore[call-arg]  # the name is a keyword
+    pause_job("once")  # type: ignore[arg-type]  # no id
+
+
+async def schedule_async() -> None:
+    greeting = Greeting(message="hello")
+    await aconfigure_worker_pool(2)
+    once = await aschedule_one_time_job(greeting, "2031-01-01T00:00:00Z", work_pool="nightly")
+    assert_type(once, JobId)
+    often = await aschedule_job_recur_by_frequency(greeting, 2, end_time=datetime(2031, 1, 1, tzinfo=UTC))
+    assert_type(often, JobId)
+    await apause_job(often)
+    await aresume_job(often)
+    await apause_all_jobs()
+    await aresume_all_jobs()
+    await aunschedule_job(often)
+    assert_type(await aget_running_jobs(), list[JobId])

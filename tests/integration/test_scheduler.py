@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import uuid
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from prefect.client.schemas.filters import WorkPoolFilterName as PoolName
 from prefect.client.schemas.objects import StateType
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Completed, Pending, Running
+from pydantic import Field
 
 import taskadapter
 from deployments.local import PrefectServer, environment, wait_until
@@ -51,6 +52,7 @@ from taskadapter import (
 )
 from taskadapter.deploy import deploy
 from taskadapter.domain import Domain, PoolSize
+from taskadapter.flow import job_flow
 from taskadapter.pools import ensure_work_pool
 from taskadapter.schedules import ONE_TIME, is_tick, slug, tick_key
 
@@ -78,6 +80,15 @@ class Nightly(Job):
     day: str = "Monday"
 
     async def execute(self) -> None: ...
+
+
+class Letter(Job):
+    to: str = Field(alias="recipient")
+    day: date = date(2030, 1, 1)
+    lines: list[str] = Field(default_factory=list)
+    within: timedelta = timedelta(hours=1)
+
+    def execute(self) -> None: ...
 
 
 HELLO = Greeting(message="hello")
@@ -132,7 +143,7 @@ def test_a_recurring_job_is_a_deployment(prefect_client: SyncPrefectClient, pool
     assert (found.description, found.tags) == ("Says hello.", ["taskadapter"])
     assert (found.work_pool_name, found.work_queue_name) == (pool, f"group-of-{pool}")
     assert found.parameters == {"message": "hello", "times": 1}
-    assert [*found.parameter_openapi_schema["properties"]] == ["message", "times"]
+    assert {*found.parameter_openapi_schema["properties"]} == {"message", "times"}
     assert found.parameter_openapi_schema["required"] == ["message"]
     assert found.job_variables == {
         "trigger": {
@@ -218,6 +229,19 @@ def test_a_fraction_of_a_second_is_kept(prefect_client: SyncPrefectClient, pool:
     job_id = schedule_one_time_job(HELLO, when, work_pool=pool)
 
     assert only_run(prefect_client, job_id).expected_start_time == when
+
+
+def test_the_parameters_are_what_the_nodes_take(prefect_client: SyncPrefectClient, pool: str) -> None:
+    """Whatever a field's alias, type or default: what is kept as JSON is the job again on the node."""
+    letter = Letter(recipient="Ann", lines=["Hello,"])
+
+    job_id = schedule_one_time_job(letter, NOON, work_pool=pool)
+
+    kept = only_run(prefect_client, job_id).parameters
+    assert kept == {"to": "Ann", "day": "2030-01-01", "lines": ["Hello,"], "within": "PT1H"}
+    flow = job_flow(Letter, "Letter", TriggerConfiguration(interval=5))
+    assert Letter(**flow.validate_parameters(kept)) == letter
+    assert {*deployment(prefect_client, job_id).parameter_openapi_schema["properties"]} == {*kept}
 
 
 # --- twice ----------------------------------------------------------------------------------------

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 from prefect.client.schemas.objects import WorkPool
 
-from taskadapter.domain import Domain, password_of
+from taskadapter.domain import Domain, PoolSize, password_of
 from taskadapter.model import PostgresqlConfig, WarmBackupConfig
 from taskadapter.settings import TaskadapterSettings
 from taskadapter.worker import WarmBackupWorker
@@ -75,3 +76,26 @@ def test_without_a_database_each_node_has_its_own() -> None:
 def test_without_a_password_none_is_looked_for(database: str | None) -> None:
     """Where no block is named, the URL is used without a password and the API is not asked."""
     assert "@" not in url_with(Domain(database=database)).replace("tasks@", "")
+
+
+def test_a_pool_keeps_its_size_beside_its_domain() -> None:
+    """Size and domain are put into one template, in either order, and each is read as it was put."""
+    size, domain = PoolSize(worker_count=2, waiting_time=0.0), Domain.declared(CONFIG, "pool")
+    template = WarmBackupWorker.get_default_base_job_template()
+
+    for filled in (
+        domain.put_into(size.put_into(template)),
+        size.put_into(domain.put_into(template)),
+    ):
+        found = WorkPool(name="pool", type="warm-backup", base_job_template=filled)
+        assert (PoolSize.of(found), Domain.of(found)) == (size, domain)
+        properties = filled["variables"]["properties"]
+        assert properties["worker_count"]["title"] == "Worker count"
+
+
+@pytest.mark.parametrize("template", [{}, WarmBackupWorker.get_default_base_job_template()])
+def test_a_pool_without_a_size_has_the_defaults(template: dict[str, Any]) -> None:
+    """Each node has its own count, and a tick is late after five seconds."""
+    found = WorkPool(name="pool", type="warm-backup", base_job_template=template)
+
+    assert PoolSize.of(found) == PoolSize(worker_count=None, waiting_time=5.0)
