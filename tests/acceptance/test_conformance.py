@@ -15,7 +15,6 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterDeploymentId
 from prefect.client.schemas.objects import StateType
 
 from deployments.local import agent, wait_until
@@ -271,8 +270,7 @@ class Play:
 
     def runs(self, name: str, *states: str) -> list[FlowRun]:
         """Return a job's runs in any or the named states, in the order of their times."""
-        ours = FlowRunFilterDeploymentId(any_=[self.job_id(name).id])
-        found = self.prefect.client.read_flow_runs(flow_run_filter=FlowRunFilter(deployment_id=ours))
+        found = self.prefect.runs_of(self.job_id(name).id)
         return sorted((run for run in found if not states or run.state_name in states), key=due)
 
     def skipped(self, name: str) -> list[float]:

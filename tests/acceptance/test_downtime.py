@@ -127,7 +127,7 @@ def site(project: Project, server: PrefectServer) -> Iterator[Site]:
         database = stack.enter_context(postgres())
         env = {"PREFECT_INTEGRATIONS_TASKADAPTER_DATABASE_URL": database.url()}
         (project.folder / "flows").mkdir()
-        deploy(project, 1)
+        deploy(project, 2)
         names = ("node-1", "node-2")
         agents = [stack.enter_context(project.agent(name, "--limit", "4", env=env)) for name in names]
         yield Site(server, database, agents)
@@ -202,7 +202,7 @@ def number(prefect: Prefect, job: str, moment: float) -> int:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "interval"), [pytest.param(12, 1), pytest.param(60, 5, marks=pytest.mark.slow)]
+    ("seconds", "interval"), [pytest.param(12, 2), pytest.param(60, 5, marks=pytest.mark.slow)]
 )
 @pytest.mark.parametrize("part", ["server", "database", "agents"])
 def test_ticks_of_a_downtime_follow_the_waiting_policy(
