@@ -146,6 +146,7 @@ def ticks(anchor: datetime, interval: float, *, after: datetime, until: datetime
 
     Tick *n* is at ``anchor + n * interval``, from n = 0; nothing accumulates.
     """
+    anchor, after = in_utc(anchor), in_utc(after)
     step = timedelta(seconds=interval)
     number = max(0, (after - anchor) // step + 1)
     while (tick := anchor + number * step) <= until:

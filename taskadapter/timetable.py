@@ -169,8 +169,9 @@ class Timetable:
         for run in (*found, *in_hand):
             if (tick := _tick(run)) is not None:
                 known.setdefault(run.deployment_id, set()).add(tick)
-        for line in self._lines.values():
-            if line.queue in queues and not line.held:
+        for line in list(self._lines.values()):
+            still_open = line.deployment_id in self._lines  # its job may have ended meanwhile
+            if still_open and line.queue in queues and not line.held:
                 found = await self._fill(line, found, known.get(line.deployment_id, set()), until)
         return found
 
@@ -200,7 +201,7 @@ class Timetable:
         return None
 
     async def _open_lines(self, queues: Collection[str]) -> None:
-        for deployment in self._deployments.values():
+        for deployment in list(self._deployments.values()):
             queue = deployment.work_queue_name
             if deployment.id in self._lines or queue is None or queue not in queues:
                 continue

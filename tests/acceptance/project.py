@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefect.client.schemas.filters import (
-    DeploymentFilter,
-    DeploymentFilterId,
+    FlowRunFilter,
+    FlowRunFilterDeploymentId,
     LogFilter,
     LogFilterFlowRunId,
     TaskRunFilter,
@@ -30,6 +30,7 @@ from deployments.local import agent, environment, prefect_command, wait_until
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from contextlib import AbstractContextManager
+    from uuid import UUID
 
     from prefect.client.orchestration import SyncPrefectClient
     from prefect.client.schemas.objects import FlowRun, State
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
 
 PATIENCE = 60.0
 """Seconds for what takes one or two on an idle machine."""
+
+PAGE = 200
+"""How many runs the API returns at once."""
 
 _LEDGER = """
 import json, os, time
@@ -184,10 +188,17 @@ class Prefect:
 
     def runs(self, job: str, *names: str) -> list[FlowRun]:
         """Return the runs of a job, in the order of their scheduled times, in any or the named states."""
-        ours = DeploymentFilter(id=DeploymentFilterId(any_=[self.deployment(job).id]))
-        found = self.client.read_flow_runs(deployment_filter=ours)
+        found = self.runs_of(self.deployment(job).id)
         chosen = [run for run in found if not names or run.state_name in names]
         return sorted(chosen, key=due)
+
+    def runs_of(self, deployment_id: UUID) -> list[FlowRun]:
+        """Return all runs of a deployment, also of one that is gone."""
+        ours = FlowRunFilter(deployment_id=FlowRunFilterDeploymentId(any_=[deployment_id]))
+        found: list[FlowRun] = []
+        while page := self.client.read_flow_runs(flow_run_filter=ours, limit=PAGE, offset=len(found)):
+            found += page
+        return found
 
     def waiting(self, job: str) -> list[FlowRun]:
         """Return the runs that are still to come, or late."""

@@ -24,6 +24,7 @@ from taskadapter.schedules import (
     schedule,
     slug,
     tick_key,
+    ticks,
 )
 
 NOON = datetime(2030, 1, 1, 12, 0, tzinfo=UTC)
@@ -294,11 +295,24 @@ def test_one_run_and_several():
     assert exhausted(2) == "the maximum of 2 runs is reached"
 
 
-def test_a_moment_in_utc_can_be_computed_with():
-    """Whatever kind of datetime it was: it is the same moment, aware also after arithmetic."""
-    moment = pendulum.datetime(2026, 11, 24, 5, 30, 1, 250, tz="Asia/Colombo")
-    second = timedelta(seconds=1)
+@pytest.mark.parametrize("zone", [UTC, "UTC", "Asia/Colombo"])
+def test_ticks_of_pendulums_datetimes(zone):
+    """Anchor and limits as Prefect's client returns them give the same ticks, plain and in UTC."""
+    moment = (
+        pendulum.instance(NOON.astimezone(UTC))
+        if zone is UTC
+        else pendulum.instance(NOON).in_timezone(zone)
+    )
+    found = list(ticks(moment, 2, after=moment + 3 * SECOND, until=moment + 8 * SECOND))
 
-    assert in_utc(moment) == moment
-    assert in_utc(moment) + second == datetime(2026, 11, 24, 0, 0, 2, 250, tzinfo=UTC)
-    assert (in_utc(moment + second) - in_utc(moment)) // second == 1
+    assert found == [NOON + n * SECOND for n in (4, 6, 8)]
+    assert all(type(tick) is datetime and tick.tzinfo is UTC for tick in found)
+
+
+@pytest.mark.parametrize("zone", ["UTC", "Asia/Colombo"])
+def test_a_moment_in_utc_is_the_same_moment(zone):
+    """Of a pendulum datetime it is a plain one, with which Python computes as with any other."""
+    moment = in_utc(pendulum.instance(NOON).in_timezone(zone).astimezone(UTC))
+
+    assert type(moment) is datetime
+    assert moment - MICROSECOND == NOON - MICROSECOND
