@@ -339,7 +339,13 @@ class Dispatcher:
         if job.trigger is None or not schedules.is_tick(run.flow_run):
             return False
         waiting_time = PoolSize.of(self._node.pool()).waiting_time
-        judgement = schedules.judge(job.trigger, run.due, now=datetime.now(UTC), waiting_time=waiting_time)
+        judgement = schedules.judge(
+            job.trigger,
+            run.due,
+            now=datetime.now(UTC),
+            waiting_time=waiting_time,
+            paused=self._timetable.fell_into_pause(run.flow_run),
+        )
         match judgement.verdict:
             case Verdict.EARLY:
                 await self._client.delete_flow_run(run.flow_run.id)
