@@ -43,7 +43,7 @@ from taskadapter.hosts import Host, HostPool, Outcome
 from taskadapter.model import WaitingPolicy
 from taskadapter.runs import Assignment
 from taskadapter.schedules import Verdict
-from taskadapter.timetable import Timetable
+from taskadapter.timetable import Timetable, is_on
 
 CLAIM_AHEAD = timedelta(seconds=1)
 """A run is claimed, and its host made ready, this long before its time."""
@@ -308,7 +308,7 @@ class Dispatcher:
             self._upcoming[flow_run.id] = flow_run
             return
         run.decided, run.finishes = True, job.finishes
-        if await self._is_paused(flow_run) or await self._is_put_away(run, job):
+        if await self._is_off(flow_run) or await self._is_put_away(run, job):
             return
         if not self._node.may_run(flow_run):
             return
@@ -322,17 +322,19 @@ class Dispatcher:
         else:
             self._log.info("Run %s is not to be had: %s", flow_run.name, claim.details)
 
-    async def _is_paused(self, flow_run: FlowRun) -> bool:
-        """Return whether the job of a tick is paused that Prefect's scheduler has not planned.
+    async def _is_off(self, flow_run: FlowRun) -> bool:
+        """Return whether the job of a tick that Prefect's scheduler has not planned is paused or over.
 
-        A pause deletes what the scheduler has planned, and nothing else: ask, just before the claim.
+        Then Prefect deletes what the scheduler has planned, and nothing else: ask, just before the claim.
         """
         if flow_run.auto_scheduled or flow_run.deployment_id is None or not schedules.is_tick(flow_run):
             return False
         deployment = await self._client.read_deployment(flow_run.deployment_id)
         if deployment.paused:
             self._timetable.hold(deployment)
-        return deployment.paused
+        elif not is_on(deployment):
+            await self._deployments.skip(flow_run, "the job has ended")
+        return deployment.paused or not is_on(deployment)
 
     async def _is_put_away(self, run: RunInHand, job: DeployedJob) -> bool:
         """Return whether the tick is not to run by its trigger or its policy, and see to it then."""

@@ -110,10 +110,14 @@ class Timetable:
         self._log = log
         self._deployments: dict[UUID, DeploymentResponse] = {}
         self._lines: dict[UUID, Line] = {}
+        self._ended: set[UUID] = set()
 
     def learn(self, deployments: Iterable[DeploymentResponse]) -> None:
         """Take note of all deployments of the pool as they are now."""
-        self._deployments = {deployment.id: deployment for deployment in deployments}
+        known = {deployment.id: deployment for deployment in deployments}
+        # A job that has ended shows as active until the API has been told, and in what was read before.
+        self._ended = {id_ for id_ in self._ended if id_ in known and is_on(known[id_])}
+        self._deployments = {id_: known[id_] for id_ in known.keys() - self._ended}
         for deployment_id, line in list(self._lines.items()):
             deployment = self._deployments.get(deployment_id)
             schedule = None if deployment is None else _schedule(deployment)
@@ -147,6 +151,7 @@ class Timetable:
         """Take note that a job is over: none of its ticks is owed any more."""
         self._lines.pop(deployment_id, None)
         self._deployments.pop(deployment_id, None)
+        self._ended.add(deployment_id)
 
     def forget(self, queue: str) -> None:
         """Forget how far the jobs of a queue are: from now on another agent runs them."""
@@ -277,6 +282,11 @@ def _trigger(deployment: DeploymentResponse) -> TriggerConfiguration | None:
         return None if variables is None else TriggerConfiguration.model_validate(variables)
     except DeclarationError:
         return None  # a run of it will say so
+
+
+def is_on(deployment: DeploymentResponse) -> bool:
+    """Return whether a job goes on: a one-time job does until it has run, others until they are ended."""
+    return not deployment.schedules or _schedule(deployment) is not None
 
 
 def _schedule(deployment: DeploymentResponse) -> DeploymentSchedule | None:
