@@ -267,9 +267,13 @@ class Dispatcher:
             return False
         if self._timetable.is_held(flow_run):
             return False
-        job = self._deployments.known(flow_run)
-        limit = None if job is None else job.max_concurrent
-        return limit is None or len(self._siblings(flow_run)) < limit
+        job, siblings = self._deployments.known(flow_run), self._siblings(flow_run)
+        if job is not None and job.max_concurrent is not None and len(siblings) >= job.max_concurrent:
+            return False
+        if (job is not None and job.trigger is None) or _due(flow_run) > datetime.now(UTC):
+            return True
+        # Late ticks of a job begin in their order, though several may go on at once.
+        return all(run.begun for run in siblings if run.due < _due(flow_run))
 
     def _siblings(self, flow_run: FlowRun) -> list[RunInHand]:
         """Return the runs in hand of the same job, this one included."""
@@ -335,7 +339,13 @@ class Dispatcher:
         if job.trigger is None or not schedules.is_tick(run.flow_run):
             return False
         waiting_time = PoolSize.of(self._node.pool()).waiting_time
-        judgement = schedules.judge(job.trigger, run.due, now=datetime.now(UTC), waiting_time=waiting_time)
+        judgement = schedules.judge(
+            job.trigger,
+            run.due,
+            now=datetime.now(UTC),
+            waiting_time=waiting_time,
+            paused=self._timetable.fell_into_pause(run.flow_run),
+        )
         match judgement.verdict:
             case Verdict.EARLY:
                 await self._client.delete_flow_run(run.flow_run.id)
@@ -401,6 +411,7 @@ class Dispatcher:
     async def _on_a_host(self, run: RunInHand, assignment: Assignment, job: DeployedJob) -> Outcome:
         def on_progress(ended: str | None) -> None:
             run.begun, run.ended = True, ended
+            self._news.set()
             if ended is not None:
                 self._end_job(job, ended)
 

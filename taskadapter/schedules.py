@@ -161,6 +161,7 @@ def judge(
     run_count: int = 0,
     now: datetime | None = None,
     waiting_time: float = WAITING_TIME,
+    paused: bool = False,
 ) -> Judgement:
     """Decide what becomes of the tick that is due at ``due``.
 
@@ -170,6 +171,7 @@ def judge(
         run_count: executions counted so far.
         now: when it could start; None for on time.
         waiting_time: seconds after which a tick is too late for the waiting policies that ignore it.
+        paused: whether the job was paused when it was due: then those policies ignore it, late or not.
 
     Returns:
         EARLY for what Prefect planned before ``start_time`` (no tick of the job: it leaves no trace);
@@ -183,7 +185,11 @@ def judge(
     if 0 <= trigger.max_count <= run_count:
         return Judgement(Verdict.END, exhausted(trigger.max_count))
     policy, late = trigger.policy.waiting_policy, (now - due).total_seconds() if now else 0.0
-    if policy is not WaitingPolicy.WAIT and late > waiting_time:
+    if policy is WaitingPolicy.WAIT:
+        return Judgement(Verdict.RUN)
+    if paused:
+        return Judgement(Verdict.SKIP, f"the job was paused then, and {policy} makes up for nothing")
+    if late > waiting_time:
         reason = f"it could start {late:.1f} s late, and {policy} allows {waiting_time:g} s"
         return Judgement(Verdict.SKIP, reason)
     return Judgement(Verdict.RUN)

@@ -59,6 +59,7 @@ class Line:
         through: every tick until then, itself included, is settled: claimed, skipped or ended.
         settled: later ones that are.
         held: whether the job is paused.
+        resumed: when it was resumed last, as far as the agent has seen a pause.
     """
 
     deployment_id: UUID
@@ -69,6 +70,7 @@ class Line:
     through: datetime
     settled: set[datetime] = field(default_factory=set)
     held: bool = False
+    resumed: datetime | None = None
 
     def owed(self, until: datetime) -> list[datetime]:
         """Return the ticks until then that are not settled, oldest first, as many as are made ahead."""
@@ -119,6 +121,8 @@ class Timetable:
                 # Gone, ended or changed. A schedule that is switched on again begins afresh.
                 del self._lines[deployment_id]
             else:
+                if line.held and not deployment.paused:
+                    line.resumed = schedules.in_utc(deployment.updated or datetime.now(UTC))
                 line.held = deployment.paused
 
     def is_held(self, flow_run: FlowRun) -> bool:
@@ -126,9 +130,18 @@ class Timetable:
         deployment = self._deployments.get(flow_run.deployment_id) if flow_run.deployment_id else None
         return deployment is not None and deployment.paused and schedules.is_tick(flow_run)
 
+    def fell_into_pause(self, flow_run: FlowRun) -> bool:
+        """Return whether a tick was due while its job was paused."""
+        line, tick = self._lines.get(flow_run.deployment_id or UUID(int=0)), _tick(flow_run)
+        if line is None or line.resumed is None or tick is None:
+            return False
+        return not flow_run.auto_scheduled and tick <= line.resumed
+
     def hold(self, deployment: DeploymentResponse) -> None:
         """Take note of one deployment that has been found to be paused."""
         self._deployments[deployment.id] = deployment
+        if (line := self._lines.get(deployment.id)) is not None:
+            line.held = True
 
     def end(self, deployment_id: UUID) -> None:
         """Take note that a job is over: none of its ticks is owed any more."""

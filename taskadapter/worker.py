@@ -44,7 +44,7 @@ from taskadapter.timetable import Timetable
 DEFAULT_QUEUE = "default"
 """The queue of jobs without a group: every agent polls it."""
 
-VISIT_SECONDS = 10.0
+VISIT_SECONDS = 8.0
 IDLE_VISIT_SECONDS = 2.0
 """How often the agent looks at the queues, which are groups, and deployments of its pool: at work, idle."""
 

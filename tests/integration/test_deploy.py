@@ -204,14 +204,14 @@ def test_a_changed_trigger_is_another_schedule(
     job_id = deploy_function(name)
     if paused:
         pause(prefect_client, name)
-    changed = TriggerConfiguration(interval=7200)
+    changed, before = TriggerConfiguration(interval=7200), datetime.now(UTC)
 
     assert deploy_function(name, trigger=changed) == job_id
 
     after = schedule_of(prefect_client, name)
     assert (after.slug, after.active) == (slug(changed), True)
     assert after.schedule.interval == timedelta(hours=2)
-    assert datetime.now(UTC) < after.schedule.anchor_date
+    assert before < after.schedule.anchor_date
 
 
 def test_a_schedule_that_somebody_added_stays(prefect_client: SyncPrefectClient, name: str) -> None:

@@ -149,8 +149,8 @@ def test_a_recurring_job_is_a_deployment(prefect_client: SyncPrefectClient, pool
         "trigger": {
             "interval": 3600.0,
             "max_count": 5,
-            "start_time": "2090-01-01T12:00:00Z",
-            "end_time": "2090-01-01T21:00:00Z",
+            "start_time": "2090-01-01T12:00:00+00:00",
+            "end_time": "2090-01-01T21:00:00+00:00",
             "task_policy": {"error_policy": "CONTINUE"},
         }
     }

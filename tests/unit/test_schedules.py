@@ -256,6 +256,21 @@ def test_a_late_tick_is_skipped_where_the_policy_ignores_it(policy, late, verdic
     assert judge(ignoring, NOON, now=NOON + late, waiting_time=5).verdict is verdict
 
 
+@pytest.mark.parametrize(
+    ("policy", "verdict"),
+    [
+        (WaitingPolicy.WAIT, Verdict.RUN),
+        (WaitingPolicy.IGNORE, Verdict.SKIP),
+        (WaitingPolicy.LOG_AND_IGNORE, Verdict.SKIP),
+    ],
+)
+def test_a_tick_that_fell_into_a_pause_is_made_up_for_only_by_waiting(policy, verdict):
+    """However little late it is, a policy that ignores missed ticks ignores it."""
+    job = trigger(task_policy=TaskPolicy(waiting_policy=policy))
+
+    assert judge(job, NOON, now=NOON + SECOND, paused=True).verdict is verdict
+
+
 def test_a_late_tick_waits_by_default():
     """Under WAIT a tick is never too late."""
     assert judge(trigger(), NOON, now=NOON + timedelta(days=365)).verdict is Verdict.RUN
