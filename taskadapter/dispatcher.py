@@ -323,11 +323,13 @@ class Dispatcher:
             self._log.info("Run %s is not to be had: %s", flow_run.name, claim.details)
 
     async def _is_off(self, flow_run: FlowRun) -> bool:
-        """Return whether the job of a tick that Prefect's scheduler has not planned is paused or over.
+        """Return whether the job of a tick is paused or over: ask, just before the claim, where it may be.
 
-        Then Prefect deletes what the scheduler has planned, and nothing else: ask, just before the claim.
+        When a job is paused or ended Prefect deletes what its scheduler has planned, and nothing else.
         """
-        if flow_run.auto_scheduled or flow_run.deployment_id is None or not schedules.is_tick(flow_run):
+        if flow_run.deployment_id is None or not schedules.is_tick(flow_run):
+            return False
+        if flow_run.auto_scheduled and not self._timetable.may_be_over(flow_run):
             return False
         deployment = await self._client.read_deployment(flow_run.deployment_id)
         if deployment.paused:

@@ -134,6 +134,14 @@ class Timetable:
         deployment = self._deployments.get(flow_run.deployment_id) if flow_run.deployment_id else None
         return deployment is not None and deployment.paused and schedules.is_tick(flow_run)
 
+    def may_be_over(self, flow_run: FlowRun) -> bool:
+        """Return whether the job of a tick has ended, as far as is known here.
+
+        Prefect's scheduler may have been planning it at the moment in which its schedule was ended.
+        """
+        deployment = self._deployments.get(flow_run.deployment_id) if flow_run.deployment_id else None
+        return flow_run.deployment_id in self._ended or (deployment is not None and not is_on(deployment))
+
     def fell_into_pause(self, flow_run: FlowRun) -> bool:
         """Return whether a tick was due while its job was paused."""
         line, tick = self._lines.get(flow_run.deployment_id or UUID(int=0)), _tick(flow_run)
