@@ -39,6 +39,10 @@ from taskadapter.ticks import create_tick
 MADE_AHEAD = 20
 """How many late ticks of a job wait at most that the agent has made: the others follow in order."""
 
+LOOK_AHEAD = timedelta(seconds=3)
+"""A tick that nobody has planned this long before its time is made: longer than from one look of an agent
+to the next and the time by which it claims ahead, so that the ticks of a job are claimed in order."""
+
 SHOWN = 100
 """How many ticks that a policy ignores are made, to be shown as skipped; those before are passed over."""
 
@@ -174,7 +178,7 @@ class Timetable:
     async def complete(
         self, found: list[FlowRun], queues: Collection[str], in_hand: Iterable[FlowRun], until: datetime
     ) -> list[FlowRun]:
-        """Add the ticks that are due and that nobody has planned.
+        """Add the ticks that are due, or soon will be, and that nobody has planned.
 
         Args:
             found: the runs that wait on the queues, those that are due first.
@@ -189,6 +193,7 @@ class Timetable:
             HTTPError: the API failed; the same call may be repeated.
         """
         await self._open_lines(queues)
+        until += LOOK_AHEAD
         if len(found) >= POLL_LIMIT:
             until = min(until, max(filter(None, map(_tick, found)), default=until))
         known: dict[UUID | None, set[datetime]] = {}
