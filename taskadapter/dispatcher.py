@@ -251,7 +251,7 @@ class Dispatcher:
         while True:
             wait = None
             has_room = len(self._in_hand) < self._hosts.limit
-            if free := [run for run in self._upcoming.values() if has_room and self._may_start(run)]:
+            if free := [run for run in self._firsts() if has_room and self._may_start(run)]:
                 first = min(free, key=_due)
                 wait = (_due(first) - CLAIM_AHEAD - datetime.now(UTC)).total_seconds()
                 if wait <= 0:
@@ -260,6 +260,15 @@ class Dispatcher:
                 async with asyncio.timeout(wait):
                     await self._news.wait()
             self._news.clear()
+
+    def _firsts(self) -> list[FlowRun]:
+        """Return what may be next: of the ticks of one job that is the first, of other runs each."""
+        firsts: dict[UUID | None, FlowRun] = {}
+        for run in self._upcoming.values():
+            key = run.deployment_id if schedules.is_tick(run) else run.id
+            if key not in firsts or _due(run) < _due(firsts[key]):
+                firsts[key] = run
+        return list(firsts.values())
 
     def _may_start(self, flow_run: FlowRun) -> bool:
         """Return whether the run's job goes on, here, with fewer runs in hand than it may have."""
@@ -270,10 +279,11 @@ class Dispatcher:
         job, siblings = self._deployments.known(flow_run), self._siblings(flow_run)
         if job is not None and job.max_concurrent is not None and len(siblings) >= job.max_concurrent:
             return False
-        if (job is not None and job.trigger is None) or _due(flow_run) > datetime.now(UTC):
+        if job is not None and job.trigger is None:
             return True
-        # Late ticks of a job begin in their order, though several may go on at once.
-        return all(run.begun for run in siblings if run.due < _due(flow_run))
+        # Ticks of a job begin in their order, though several may go on at once.
+        now = datetime.now(UTC)
+        return not any(run.due < min(now, _due(flow_run)) and not run.begun for run in siblings)
 
     def _siblings(self, flow_run: FlowRun) -> list[RunInHand]:
         """Return the runs in hand of the same job, this one included."""
@@ -366,9 +376,8 @@ class Dispatcher:
         await self._deployments.skip(run.flow_run, reason)
         self._timetable.settle(run.flow_run)
         if job.policy.waiting_policy is WaitingPolicy.LOG_AND_IGNORE:
-            message = f"Job {job.name} skips its tick of {run.due.isoformat()}: {reason}."
-            self._log.warning("%s", message)
-            flow_run_logger(run.flow_run).warning("%s", message)
+            log = flow_run_logger(run.flow_run)
+            log.warning("Job %s skips its tick of %s: %s.", job.name, run.due.isoformat(), reason)
 
     # --- running ----------------------------------------------------------------------------------
 

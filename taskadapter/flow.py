@@ -153,10 +153,11 @@ def _as_flow(
             except Exception as exc:
                 if (wait := turn.failed(exc)) is None:
                     raise
-                again = time.monotonic() + wait  # what the API takes is part of the wait
+                pause = Pause(wait)
                 turn.announce(AwaitingRetry(scheduled_time=_in(wait), message=_in_words(exc)))
-                time.sleep(max(0.0, again - time.monotonic()))
+                time.sleep(pause.until_announced())
                 turn.announce(Retrying())
+                time.sleep(pause.rest())
                 turn.check(exc)
             else:
                 turn.settle(subject)
@@ -175,11 +176,12 @@ def _as_flow(
             except Exception as exc:
                 if (wait := await asyncio.to_thread(turn.failed, exc)) is None:
                     raise
-                again = time.monotonic() + wait
+                pause = Pause(wait)
                 retry: State[Any] = AwaitingRetry(scheduled_time=_in(wait), message=_in_words(exc))
                 await asyncio.to_thread(turn.announce, retry)
-                await asyncio.sleep(max(0.0, again - time.monotonic()))
+                await asyncio.sleep(pause.until_announced())
                 await asyncio.to_thread(turn.announce, Retrying())
+                await asyncio.sleep(pause.rest())
                 await asyncio.to_thread(turn.check, exc)
             else:
                 await asyncio.to_thread(turn.settle, subject)
@@ -187,6 +189,27 @@ def _as_flow(
 
     options = {"log_prints": True, **options}
     return flow(name=name, **options)(run_async if is_async else run)
+
+
+class Pause:
+    """A wait between two attempts, of which what the API takes is part.
+
+    Args:
+        seconds: how long it is, from now.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._start = time.monotonic()
+        self._end = self._start + seconds
+
+    def until_announced(self) -> float:
+        """Return the seconds until the end is to be announced: that takes as long as the beginning did."""
+        now = time.monotonic()
+        return max(0.0, self._end - (now - self._start) - now)
+
+    def rest(self) -> float:
+        """Return the seconds that are left."""
+        return max(0.0, self._end - time.monotonic())
 
 
 class Turn:

@@ -159,6 +159,15 @@ class Timetable:
         if (line := self._lines.get(deployment.id)) is not None:
             line.held = True
 
+    def has_held(self) -> bool:
+        """Return whether a job of this agent was paused when it was last looked at."""
+        return any(line.held for line in self._lines.values())
+
+    def strangers(self, found: Iterable[FlowRun]) -> set[UUID]:
+        """Return the jobs of some runs that were not there at the last look."""
+        known = self._deployments.keys() | self._ended
+        return {run.deployment_id for run in found if run.deployment_id is not None} - known
+
     def end(self, deployment_id: UUID) -> None:
         """Take note that a job is over: none of its ticks is owed any more."""
         self._lines.pop(deployment_id, None)

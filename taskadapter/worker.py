@@ -20,6 +20,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from uuid import UUID
 
 import anyio.abc
 import httpx
@@ -84,7 +85,7 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         self._active: dict[str, Token] = {}
         self._visited_at = float("-inf")
         self._polled_at = float("-inf")
-        self._sees_held = False
+        self._gone: set[UUID] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._faults = 0
         self._refused: str | None = None
@@ -225,7 +226,8 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         await asyncio.sleep(min(LONGEST_BACKOFF_SECONDS, 2.0 ** min(self._faults, 10) / 4))
 
     async def _look(self) -> list[FlowRun]:
-        is_busy = self._dispatcher.is_busy and not self._sees_held
+        # Has a job been resumed? Its missed ticks are late already.
+        is_busy = self._dispatcher.is_busy and not self._timetable.has_held()
         pause = VISIT_SECONDS if is_busy else IDLE_VISIT_SECONDS
         if time.monotonic() - self._visited_at > pause:
             await self._visit()
@@ -242,8 +244,10 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
             self._visited_at = float("-inf")  # a queue, or the pool, was deleted
             return []
         runs = [response.flow_run for response in found]
-        # Prefect plans nothing for a job that is paused: has it been resumed?
-        self._sees_held = any(map(self._timetable.is_held, runs))
+        # A new job's first ticks may not be planned: it must be known before one of them is started.
+        if self._timetable.strangers(runs) - self._gone:
+            await self._visit()
+            self._gone = self._timetable.strangers(runs)
         return await self._timetable.complete(runs, wanted, self._dispatcher.runs_in_hand, now)
 
     def _polls(self, queue: str) -> bool:

@@ -1,7 +1,7 @@
 """The semantics of ticks, a test for each rule: jobs that a program schedules, an agent that runs them.
 
-All jobs of the module are scheduled at once, by one program, and run side by side on one agent; the tests
-look at what they have entered into the ledger.
+One program schedules all jobs of the module, in a few acts, so that no more run side by side than a server
+on a small machine can follow; the tests look at what they have entered into the ledger.
 """
 
 from __future__ import annotations
@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 
 PROMPT = 1.5
 """Seconds within which a tick on a free host has begun."""
+
+CLAIMED = 1.0
+"""Seconds ahead of its time that a tick is claimed; then it begins, whatever happens to its job."""
 
 LATE_POOL = "acceptance-conformance-late"
 """A pool whose agent starts after its jobs were due."""
@@ -120,7 +123,7 @@ PROGRAM = """
 
     from flows.conformance import Tick
     from taskadapter import (
-        Civil, ErrorPolicy, TaskError, TaskPolicy, WaitingPolicy, ZoneOffset,
+        Civil, ErrorPolicy, TaskError, TaskPolicy, WaitingPolicy, ZoneOffset, get_running_jobs,
         schedule_job_recur_by_frequency, schedule_one_time_job,
     )
     from taskadapter.deploy import deploy
@@ -151,11 +154,14 @@ PROGRAM = """
     def at(seconds):
         return datetime.now(UTC) + timedelta(seconds=seconds)
 
+    def end_of_act():
+        ours = {{job["id"] for job in scheduled.values()}}
+        patience = time.monotonic() + 60
+        while ours & set(map(str, get_running_jobs())) and time.monotonic() < patience:
+            time.sleep(0.2)
+
     recur("five", 1, 5)
-    # The first tick is about an idle agent: the others wait for it.
-    patience = time.monotonic() + 30
-    while not Path(".ledger").exists() and time.monotonic() < patience:
-        time.sleep(0.05)
+    end_of_act()  # the first tick is about an idle agent
 
     moment = at(8)
     once("once", moment)
@@ -173,15 +179,16 @@ PROGRAM = """
     for policy in ErrorPolicy:
         failing = {{"fails": True}}
         recur(f"fails-{{policy}}", 1.5, 3, fields=failing, error_policy=policy)
+    end_of_act()
 
     for policy, count in (("WAIT", 5), ("IGNORE", 4), ("LOG_AND_IGNORE", 4)):
-        busy = {{"first_seconds": 9.5}}
+        busy = {{"first_seconds": 8.3}}
         recur(f"busy-{{policy}}", 3, count, fields=busy, waiting_policy=policy, max_concurrent=1)
 
-    late_start = at(8)  # after the others: there are only so many hosts
+    end_of_act()
+
+    late_start = at(5)
     Path("flows/start").write_text(late_start.isoformat())
-    recur("overlapping", 1, 3, start=late_start, fields={{"seconds": 2.5}})
-    recur("single", 1, 3, start=late_start, fields={{"seconds": 1.5}}, max_concurrent=1)
 
     for policy in ("WAIT", "IGNORE"):
         moment = at(1)
@@ -198,6 +205,13 @@ PROGRAM = """
     for listener in list(listeners):
         for name, job_id in asyncio.run(deploy(listener)).items():
             note(name, time.time(), job_id, start=late_start.timestamp())
+    end_of_act()
+
+    for name, fields, policy in (
+        ("overlapping", {{"seconds": 2.5}}, {{}}), ("single", {{"seconds": 1.5}}, {{"max_concurrent": 1}})
+    ):
+        recur(name, 1, 3, start=at(3), fields=fields, **policy)
+    end_of_act()
 
     recur("paused-WAIT", 5, 5, waiting_policy="WAIT")
     recur("paused-IGNORE", 5, 4, waiting_policy="IGNORE")
@@ -298,7 +312,7 @@ def play(project: Project, prefect: Prefect) -> Iterator[Play]:
     prefect_pool(project)
     with project.agent("node-1", "--limit", "10") as node:
         wait_until(lambda: "started!" in node.output(), PATIENCE, "the agent to start")
-        answer = json.loads(project.run(sys.executable, "program.py"))
+        answer = json.loads(project.run(sys.executable, "program.py", within=240))
         played = Play(project, prefect, node, **answer)
         played.at_first = get_running_jobs(work_pool=project.pool)
         act(played)
@@ -468,6 +482,7 @@ def test_only_log_and_ignore_logs(play: Play) -> None:
     skips = [line for line in log if "skips its tick" in line]
 
     assert len(skips) == 1
+    assert "busy-LOG_AND_IGNORE" in skips[0]
     assert "allows 5 s" in skips[0]
 
 
@@ -495,10 +510,10 @@ def test_missed_ticks_of_a_pause_are_ignored(play: Play) -> None:
 
 
 def assert_paused(play: Play, policy: str) -> None:
-    """Nothing ran during the pause."""
+    """Nothing ran during the pause that was not claimed before it."""
     paused, resumed = play.times["paused"], play.times[f"resumed-{policy}"]
-    entries = play.began(f"paused-{policy}")
-    assert [entry for entry in entries if paused < entry.at < resumed] == []
+    entries = [entry for entry in play.began(f"paused-{policy}") if entry["due"] > paused + CLAIMED]
+    assert [entry for entry in entries if entry.at < resumed] == []
 
 
 def test_an_unscheduled_job_stops_at_once(play: Play) -> None:
@@ -581,11 +596,11 @@ def test_the_state_of_a_service_goes_on(play: Play) -> None:
 
 
 def test_running_jobs_are_those_that_have_something_to_do(play: Play) -> None:
-    """Every scheduled job is listed at first, once; those that have ended are not."""
+    """The jobs of the last act are listed at its beginning, once; those that have ended are not."""
     ours = {name for name in play.scheduled if not name.startswith("late-")}
     assert len(play.at_first) == len(set(play.at_first))
-    lasting = ours - {"five", "fails-LOG_AND_TERMINATE", "fails-TERMINATE"}
-    assert {play.job_id(name) for name in lasting} <= set(play.at_first)
+    lasting = {"paused-WAIT", "paused-IGNORE", "gone"}
+    assert set(play.at_first) == {play.job_id(name) for name in lasting}
     for name in ours:
         if name != "gone":
             play.wait_for_end(name)
@@ -602,7 +617,7 @@ def test_all_jobs_can_be_paused_and_resumed(play: Play) -> None:
     paused = time.time()
     assert set(ids) <= set(get_running_jobs(work_pool=pool))
     let_pass(paused + 4)
-    assert [entry for name in names for entry in play.began(name) if entry.at > paused] == []
+    assert [entry for name in names for entry in play.began(name) if entry["due"] > paused + CLAIMED] == []
 
     resume_all_jobs(work_pool=pool)
     resumed = time.time()
