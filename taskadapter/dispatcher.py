@@ -57,6 +57,9 @@ CANCEL_GRACE_SECONDS = 30.0
 TERMINATE_GRACE_SECONDS = 5.0
 """How long a run may take to end when its agent has to, before its process is killed."""
 
+JUST_READ_SECONDS = 0.5
+"""A deployment that was read so shortly before is as it was."""
+
 PAUSE_SECONDS = 5.0
 """How long to wait before a run is tried again that no process could be started for."""
 
@@ -318,7 +321,7 @@ class Dispatcher:
             self._upcoming[flow_run.id] = flow_run
             return
         run.decided, run.finishes = True, job.finishes
-        if await self._is_off(flow_run) or await self._is_put_away(run, job):
+        if await self._is_off(flow_run, job) or await self._is_put_away(run, job):
             return
         if not self._node.may_run(flow_run):
             return
@@ -332,7 +335,7 @@ class Dispatcher:
         else:
             self._log.info("Run %s is not to be had: %s", flow_run.name, claim.details)
 
-    async def _is_off(self, flow_run: FlowRun) -> bool:
+    async def _is_off(self, flow_run: FlowRun, job: DeployedJob) -> bool:
         """Return whether the job of a tick is paused or over: ask, just before the claim, where it may be.
 
         When a job is paused or ended Prefect deletes what its scheduler has planned, and nothing else.
@@ -341,7 +344,9 @@ class Dispatcher:
             return False
         if flow_run.auto_scheduled and not self._timetable.may_be_over(flow_run):
             return False
-        deployment = await self._client.read_deployment(flow_run.deployment_id)
+        deployment = job.deployment
+        if time.monotonic() - job.read_at > JUST_READ_SECONDS:
+            deployment = await self._client.read_deployment(flow_run.deployment_id)
         if deployment.paused:
             self._timetable.hold(deployment)
         elif not is_on(deployment):

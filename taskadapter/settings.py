@@ -58,11 +58,11 @@ class TaskadapterSettings(PrefectBaseSettings):
         description="How many runs a node executes at once, unless its --limit says otherwise.",
     )
     poll_seconds: float = Field(
-        default=0.8,
+        default=0.6,
         gt=0,
         description=(
             "Seconds between two looks for new runs of an idle agent; one that has something to run "
-            "takes twice as long. PREFECT_WORKER_QUERY_SECONDS, where set, wins for both."
+            "takes three times as long. PREFECT_WORKER_QUERY_SECONDS, where set, wins for both."
         ),
     )
     runs_per_host: int = Field(

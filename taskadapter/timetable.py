@@ -16,6 +16,7 @@ from logging import Logger, LoggerAdapter
 from typing import Any
 from uuid import UUID
 
+import httpx
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.filters import (
     DeploymentFilter,
@@ -29,7 +30,6 @@ from prefect.client.schemas.objects import DeploymentSchedule, FlowRun, StateTyp
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.client.schemas.sorting import FlowRunSort
-from prefect.exceptions import ObjectNotFound
 
 from taskadapter import schedules
 from taskadapter.errors import DeclarationError
@@ -64,6 +64,7 @@ class Line:
         settled: later ones that are.
         held: whether the job is paused.
         resumed: when it was resumed last, as far as the agent has seen a pause.
+        is_new: whether the agent has not looked after it before.
     """
 
     deployment_id: UUID
@@ -75,6 +76,7 @@ class Line:
     settled: set[datetime] = field(default_factory=set)
     held: bool = False
     resumed: datetime | None = None
+    is_new: bool = True
 
     def owed(self, until: datetime) -> list[datetime]:
         """Return the ticks until then that are not settled, oldest first, as many as are made ahead."""
@@ -202,7 +204,6 @@ class Timetable:
             HTTPError: the API failed; the same call may be repeated.
         """
         await self._open_lines(queues)
-        until += LOOK_AHEAD
         if len(found) >= POLL_LIMIT:
             until = min(until, max(filter(None, map(_tick, found)), default=until))
         known: dict[UUID | None, set[datetime]] = {}
@@ -212,7 +213,10 @@ class Timetable:
         for line in list(self._lines.values()):
             still_open = line.deployment_id in self._lines  # its job may have ended meanwhile
             if still_open and line.queue in queues and not line.held:
-                found = await self._fill(line, found, known.get(line.deployment_id, set()), until)
+                # What a new job is due to do at once need not wait for what is to follow.
+                ahead = timedelta(0) if line.is_new else LOOK_AHEAD
+                line.is_new = False
+                found = await self._fill(line, found, known.get(line.deployment_id, set()), until + ahead)
         return found
 
     async def _fill(
@@ -232,7 +236,9 @@ class Timetable:
         """Return the run of a tick if it waits: made now, unless somebody was quicker."""
         try:
             run = await create_tick(self._client, line.deployment_id, line.schedule_id, tick)
-        except ObjectNotFound:
+        except httpx.HTTPStatusError as fault:
+            if fault.response.status_code != httpx.codes.NOT_FOUND:
+                raise
             line.held = True  # the deployment is gone
             return None
         if run.state is not None and run.state.is_scheduled():

@@ -49,8 +49,8 @@ VISIT_SECONDS = 8.0
 IDLE_VISIT_SECONDS = 2.0
 """How often the agent looks at the queues, which are groups, and deployments of its pool: at work, idle."""
 
-BUSY_POLLS = 2
-"""At work, the agent looks for runs at each second time only: it sees them well ahead."""
+BUSY_POLLS = 3
+"""At work, the agent looks for runs at each third time only: it sees them well ahead."""
 
 PAGE = 200
 """How many deployments the API returns at once."""

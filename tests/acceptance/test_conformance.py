@@ -163,7 +163,7 @@ PROGRAM = """
     recur("five", 1, 5)
     end_of_act()  # the first tick is about an idle agent
 
-    moment = at(8)
+    moment = at(15)  # when the others have ended
     once("once", moment)
     scheduled["once"]["start"] = moment.timestamp()
     local = (moment + timedelta(hours=5, minutes=30)).replace(tzinfo=None)
@@ -182,12 +182,12 @@ PROGRAM = """
     end_of_act()
 
     for policy, count in (("WAIT", 5), ("IGNORE", 4), ("LOG_AND_IGNORE", 4)):
-        busy = {{"first_seconds": 8.3}}
-        recur(f"busy-{{policy}}", 3, count, fields=busy, waiting_policy=policy, max_concurrent=1)
+        busy = {{"first_seconds": 11.5}}
+        recur(f"busy-{{policy}}", 6, count, fields=busy, waiting_policy=policy, max_concurrent=1)
 
     end_of_act()
 
-    late_start = at(5)
+    late_start = at(12)
     Path("flows/start").write_text(late_start.isoformat())
 
     for policy in ("WAIT", "IGNORE"):
@@ -455,7 +455,7 @@ def test_a_tick_waits_for_a_busy_job(play: Play) -> None:
     play.wait_for_end("busy-WAIT")
 
     dues = play.dues("busy-WAIT")
-    assert_ticks(dues, ticks(dues[0], 3, [0, 1, 2, 3, 4]))
+    assert_ticks(dues, ticks(dues[0], 6, [0, 1, 2, 3, 4]))
 
 
 @pytest.mark.parametrize("policy", ["IGNORE", "LOG_AND_IGNORE"])
@@ -465,9 +465,9 @@ def test_a_tick_that_waits_too_long_is_ignored(play: Play, policy: str) -> None:
     play.wait_for_end(name)
 
     dues = play.dues(name)
-    assert_ticks(dues, ticks(dues[0], 3, [0, 2, 3, 4]))
+    assert_ticks(dues, ticks(dues[0], 6, [0, 2, 3, 4]))
     late, *beyond = play.wait_for_skipped(name, 1)
-    assert_ticks([late], ticks(dues[0], 3, [1]))
+    assert_ticks([late], ticks(dues[0], 6, [1]))
     assert all(moment > dues[-1] for moment in beyond)
     run = play.runs(name, "Skipped")[0]
     assert run.state_type is StateType.CANCELLED

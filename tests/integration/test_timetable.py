@@ -174,3 +174,16 @@ def test_many_are_made_in_portions(prefect_client: SyncPrefectClient) -> None:
     job = deployed(prefect_client, datetime.now(UTC) - 50.5 * INTERVAL)
 
     assert hours(complete(job), anchor_of(prefect_client, job)) == list(range(MADE_AHEAD))
+
+
+def test_a_job_that_is_gone_holds_nothing_up(prefect_client: SyncPrefectClient, job: UUID) -> None:
+    """A deployment that was deleted since it was read owes nothing, and is no error."""
+
+    async def look() -> list[FlowRun]:
+        async with get_client() as client:
+            timetable = Timetable(client, logging.getLogger("test"))
+            timetable.learn([await client.read_deployment(job)])
+            await client.delete_deployment(job)
+            return await timetable.complete([], QUEUES, [], datetime.now(UTC))
+
+    assert asyncio.run(look()) == []

@@ -20,7 +20,7 @@ def test_defaults():
     assert settings.work_pool == "taskadapter"
     assert settings.database_url is None
     assert settings.worker_count == 5
-    assert settings.poll_seconds == 0.8
+    assert settings.poll_seconds == 0.6
     assert settings.runs_per_host == 500
     assert settings.drain_seconds == 30
 
