@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from deployments.local import Postgres, PrefectServer, Program
 
+pytestmark = pytest.mark.slow
+
 WAITING_TIME = 5.0
 """Seconds that a tick may be late before a policy ignores it."""
 
@@ -201,9 +203,7 @@ def number(prefect: Prefect, job: str, moment: float) -> int:
     return nearest
 
 
-@pytest.mark.parametrize(
-    ("seconds", "interval"), [pytest.param(14, 2), pytest.param(60, 5, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("seconds", "interval"), [(60, 5)])
 @pytest.mark.parametrize("part", ["server", "database", "agents"])
 def test_ticks_of_a_downtime_follow_the_waiting_policy(
     project: Project, prefect: Prefect, site: Site, part: str, seconds: float, interval: int
