@@ -3,6 +3,9 @@
 Its field survives runs, restarts and failover. Every two seconds, five times; then the job has ended.
 """
 
+import signal
+from contextlib import suppress
+
 from taskadapter import Listener, Service, TriggerConfiguration, WarmBackupConfig
 
 task_listener = Listener(
@@ -23,3 +26,8 @@ class Counter(Service):
         """Print the number, and remember the next."""
         print("Counter:", self.i)
         self.i += 1
+
+
+if __name__ == "__main__":  # `python flows/counter.py` deploys it, and is its node until Ctrl-C
+    with task_listener, suppress(KeyboardInterrupt):
+        signal.pause()

@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
     from deployments.local import PrefectServer, Program
 
-PATIENCE = 60.0
-"""Seconds for what takes one or two on an idle machine."""
+PATIENCE = 150.0
+"""Seconds for what takes one or two on an idle machine, and a minute on one that is busy elsewhere."""
 
 PAGE = 200
 """How many runs the API returns at once."""

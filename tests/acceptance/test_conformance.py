@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import statistics
 import sys
 import time
 from dataclasses import dataclass, field
@@ -39,8 +40,8 @@ if TYPE_CHECKING:
 # A server on a small machine cannot follow when this is played faster.
 pytestmark = pytest.mark.slow
 
-PROMPT = 1.5
-"""Seconds within which a tick on a free host has begun."""
+PROMPT = 3.0
+"""Seconds within which a tick on a free host has begun, also on a machine that is busy elsewhere."""
 
 CLAIMED = 1.0
 """Seconds ahead of its time that a tick is claimed; then it begins, whatever happens to its job."""
@@ -165,6 +166,9 @@ PROGRAM = """
 
     recur("five", 1, 5)
     end_of_act()  # the first tick is about an idle agent
+    for name in ("prompt-1", "prompt-2"):
+        recur(name, 60, 1)
+        end_of_act()
 
     moment = at(15)  # when the others have ended
     once("once", moment)
@@ -371,12 +375,15 @@ def test_a_job_runs_as_often_as_its_maximum_says(play: Play) -> None:
 
 
 def test_the_first_tick_is_at_once(play: Play) -> None:
-    """Without a start a job begins within two seconds of the call, on an agent that was idle."""
-    called = play.scheduled["five"]["called"]
-    first = play.project.wait_for("five", "began")[0]
+    """Without a start a job begins within two seconds of the call on an idle agent: the median of three."""
+    delays = []
+    for name in ("five", "prompt-1", "prompt-2"):
+        called = play.scheduled[name]["called"]
+        first = play.project.wait_for(name, "began")[0]
+        assert called <= first["due"] <= called + 1
+        delays.append(first.at - called)
 
-    assert called <= first["due"] <= called + 1
-    assert first.at - called < 2
+    assert statistics.median(delays) < 2, delays
 
 
 def test_scheduling_again_by_the_same_name_does_not_reset_the_count(play: Play) -> None:
@@ -496,7 +503,7 @@ def test_missed_ticks_of_a_pause_are_run(play: Play) -> None:
 
     first = entries[0]["due"]
     assert_ticks(play.dues("paused-WAIT"), ticks(first, 5, [0, 1, 2, 3, 4]))
-    assert entries[-1].at < first + 21 + PROMPT
+    assert entries[-1].at < first + 21 + PROMPT, "the last of them is due in second 20"
     assert_paused(play, "WAIT")
 
 
