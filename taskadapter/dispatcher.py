@@ -146,6 +146,7 @@ class Dispatcher:
         self._timetable = timetable
         self._upcoming: dict[UUID, FlowRun] = {}
         self._in_hand: dict[UUID, RunInHand] = {}
+        self._through: dict[UUID, float] = {}
         self._handling: set[asyncio.Task[None]] = set()
         self._waits: set[asyncio.Timeout] = set()
         self._newest_run: datetime | None = None
@@ -153,9 +154,16 @@ class Dispatcher:
 
     # --- what the agent tells ---------------------------------------------------------------------
 
-    def found(self, runs: list[FlowRun]) -> None:
-        """Take note of all runs that are due soon or late; they replace those that were known."""
-        self._upcoming = {run.id: run for run in runs if run.id not in self._in_hand}
+    def found(self, runs: list[FlowRun], asked: float) -> None:
+        """Take note of all runs that are due soon or late; they replace those that were known.
+
+        Args:
+            runs: as the API had them.
+            asked: when it was asked, on the monotonic clock: what has been through since is no news.
+        """
+        self._through = {run_id: when for run_id, when in self._through.items() if when >= asked}
+        through = self._in_hand.keys() | self._through.keys()
+        self._upcoming = {run.id: run for run in runs if run.id not in through}
         made = [run.created for run in runs if run.created is not None]
         self._newest_run = max([*made, self._newest_run] if self._newest_run else made, default=None)
         self._news.set()
@@ -305,6 +313,7 @@ class Dispatcher:
             await self._deployments.report(run.flow_run, Crashed(message=f"{exc}"))
         finally:
             del self._in_hand[run.flow_run.id]
+            self._through[run.flow_run.id] = time.monotonic()
             self._news.set()
 
     async def _decide(self, run: RunInHand) -> None:

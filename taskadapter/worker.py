@@ -85,6 +85,7 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         self._active: dict[str, Token] = {}
         self._visited_at = float("-inf")
         self._polled_at = float("-inf")
+        self._looking = asyncio.Lock()
         self._gone: set[UUID] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._faults = 0
@@ -196,7 +197,11 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
             raise TaskError(self._refused)
         if not self._has_successfully_synced or self._may_wait():
             return []
-        self._polled_at = time.monotonic()
+        async with self._looking:  # a takeover looks at once, perhaps in the middle of another look
+            return await self._look_once()
+
+    async def _look_once(self) -> list[FlowRun]:
+        asked = self._polled_at = time.monotonic()
         try:
             found = await self._look()
         except (httpx.HTTPError, TaskError) as fault:
@@ -209,7 +214,7 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         if self._faults:
             self._logger.info("Looking for runs succeeds again, after %d failures.", self._faults)
             self._faults = 0
-        self._dispatcher.found(found)
+        self._dispatcher.found(found, asked)
         self._hosts.retire_idle()
         return found
 
