@@ -359,7 +359,8 @@ class Dispatcher:
         if deployment.paused:
             self._timetable.hold(deployment)
         elif not is_on(deployment):
-            await self._deployments.skip(flow_run, "the job has ended")
+            # Perhaps one of many that were being planned when the job ended.
+            self._deployments.end(job, "it ended before")
         return deployment.paused or not is_on(deployment)
 
     async def _is_put_away(self, run: RunInHand, job: DeployedJob) -> bool:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from prefect import flow
+from prefect.client.schemas.filters import FlowFilter, FlowFilterName
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.flow_engine import run_flow
 from prefect.settings import (
@@ -186,9 +187,9 @@ def test_a_direct_call_is_retried(prefect_client: SyncPrefectClient, name: str, 
 
 
 def runs_of(client: SyncPrefectClient, name: str) -> list[uuid.UUID]:
-    flow_id = client.read_flow_by_name(name).id
-    everything = client.read_flow_runs(sort=FlowRunSort.EXPECTED_START_TIME_DESC)
-    return [run.id for run in everything if run.flow_id == flow_id]
+    ours = FlowFilter(name=FlowFilterName(any_=[name]))
+    found = client.read_flow_runs(flow_filter=ours, sort=FlowRunSort.EXPECTED_START_TIME_DESC)
+    return [run.id for run in found]
 
 
 def states(client: SyncPrefectClient, flow_run: uuid.UUID) -> list[str | None]:
