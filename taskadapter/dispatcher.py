@@ -434,6 +434,7 @@ class Dispatcher:
             trigger_slug=job.slug,
             trigger=job.trigger,
             initial_state=job.configuration.initial_state,
+            waiting_time=PoolSize.of(self._node.pool()).waiting_time,
         )
 
     async def _on_a_host(self, run: RunInHand, assignment: Assignment, job: DeployedJob) -> Outcome:

@@ -32,7 +32,7 @@ from prefect.states import AwaitingRetry, Cancelled, Retrying, Scheduled
 from taskadapter import progress, retries, runs, schedules
 from taskadapter.errors import AlreadyStartedError, CoordinationError, TaskError, TokenLostError
 from taskadapter.jobs import Job, JobId, Service
-from taskadapter.model import ErrorPolicy, TriggerConfiguration
+from taskadapter.model import ErrorPolicy, TriggerConfiguration, WaitingPolicy
 
 TERMINATING = (ErrorPolicy.LOG_AND_TERMINATE, ErrorPolicy.TERMINATE)
 LOGGING = (ErrorPolicy.LOG_AND_TERMINATE, ErrorPolicy.LOG_AND_CONTINUE)
@@ -271,6 +271,8 @@ class Turn:
         assignment = self.execution.assignment
         if (over := self.execution.over()) is not None:
             return Cancelled(name="Skipped", message=f"Skipped: {over}.")
+        if (skipped := self._too_late(assignment)) is not None:
+            return skipped
         if self.flow_run is not None and self.flow_run.run_count > assignment.flow_run.run_count + 1:
             self._restore()
             raise Abort("the run has been run since it was claimed")
@@ -292,6 +294,24 @@ class Turn:
         late = (self.started - assignment.due).total_seconds()
         self.log.info("Run %d of %r on %s, %.3f s after its time", count, self.name, assignment.node, late)
         return None
+
+    def _too_late(self, assignment: runs.Assignment) -> State[Any] | None:
+        """Return the state of a tick that was claimed in time, and begins too late for its policy."""
+        if assignment.trigger is None or not schedules.is_tick(assignment.flow_run):
+            return None
+        judgement = schedules.judge(
+            assignment.trigger,
+            assignment.due,
+            now=datetime.now(UTC),
+            waiting_time=assignment.waiting_time,
+        )
+        if judgement.verdict is not schedules.Verdict.SKIP:
+            return None
+        if self.policy.waiting_policy is WaitingPolicy.LOG_AND_IGNORE:
+            self.log.warning(
+                "Job %s skips its tick of %s: %s.", self.name, assignment.due, judgement.reason
+            )
+        return Cancelled(name="Skipped", message=f"Skipped: {judgement.reason}.")
 
     def _restore(self) -> None:
         """Give the run its final state back.

@@ -20,7 +20,7 @@ from taskadapter.coordination.messages import Token
 from taskadapter.errors import TaskError
 from taskadapter.jobs import JobId
 from taskadapter.model import TaskPolicy, TriggerConfiguration
-from taskadapter.schedules import is_tick
+from taskadapter.schedules import WAITING_TIME, is_tick
 
 
 class Workspace(BaseModel, frozen=True):
@@ -52,6 +52,7 @@ class Assignment(BaseModel, frozen=True):
         trigger_slug: names the trigger, for the count.
         trigger: as deployed; None for a deployment that is not of ours.
         initial_state: of an attached service.
+        waiting_time: seconds that it may be late where its policy ignores late ticks.
     """
 
     flow_run: FlowRun
@@ -66,6 +67,7 @@ class Assignment(BaseModel, frozen=True):
     trigger_slug: str | None = None
     trigger: TriggerConfiguration | None = None
     initial_state: dict[str, Any] | None = None
+    waiting_time: float = WAITING_TIME
 
     @field_serializer("database_url", when_used="json")
     def _reveal(self, value: SecretStr) -> str:

@@ -6,7 +6,7 @@ import asyncio
 import gc
 import uuid
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 import pytest
@@ -31,6 +31,7 @@ from taskadapter import (
     Service,
     TaskPolicy,
     TriggerConfiguration,
+    WaitingPolicy,
     current_run,
     progress,
     runs,
@@ -330,15 +331,18 @@ class Agent:
     on: Listener
     job: Flow[..., object]
 
-    def run(self, *, auto_scheduled: bool = False) -> tuple[State[object], Execution]:
-        """Start a run of the job now; returns its final state and what the flow tells the agent."""
+    def run(self, *, auto_scheduled: bool = False, late: float = 0.0) -> tuple[State[object], Execution]:
+        """Start a run of the job now, so many seconds after its time.
+
+        Returns its final state and what the flow tells the agent.
+        """
         deployment_id = asyncio.run(deploy(self.on))[self.name].id
         flow_run = self.client.create_flow_run_from_deployment(deployment_id)
         trigger = self.on.services[self.name].trigger
         execution = Execution(
             Assignment(
                 flow_run=flow_run.model_copy(update={"auto_scheduled": auto_scheduled}),
-                due=datetime.now(UTC),
+                due=datetime.now(UTC) - timedelta(seconds=late),
                 flow_name=self.name,
                 entrypoint="",
                 workspace=Workspace(),
@@ -394,6 +398,22 @@ def test_the_last_of_the_counted_runs_ends_the_job(given: Callable[..., Agent]) 
     assert (skipped.name, execution.ended) == ("Skipped", "the maximum of 1 run is reached")
     assert skipped.message == "Skipped: the maximum of 1 run is reached."
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize(
+    ("policy", "ran"),
+    [(WaitingPolicy.WAIT, 1), (WaitingPolicy.IGNORE, 0), (WaitingPolicy.LOG_AND_IGNORE, 0)],
+)
+def test_a_tick_that_was_claimed_in_time_and_begins_too_late(
+    given: Callable[..., Agent], policy: WaitingPolicy, ran: int
+) -> None:
+    """What held up its process counts too: the policy decides, and a skipped tick is not counted."""
+    agent = given(look, task_policy=TaskPolicy(waiting_policy=policy))
+
+    state, execution = agent.run(auto_scheduled=True, late=6)
+
+    assert state.name == ("Completed" if ran else "Skipped")
+    assert len(seen) == execution.count == ran
 
 
 def test_a_services_state_is_saved(given: Callable[..., Agent]) -> None:
