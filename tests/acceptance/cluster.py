@@ -503,8 +503,19 @@ class Cluster:
             after_=datetime.fromtimestamp(tick - 0.6, UTC), before_=datetime.fromtimestamp(tick + 0.6, UTC)
         )
         runs = self.prefect.client.read_flow_runs(flow_run_filter=FlowRunFilter(expected_start_time=near))
-        states = [f"{run.name}, {due(run)}: {run.state_name}, {message(run)}" for run in runs]
-        return f"{datetime.fromtimestamp(tick, UTC)}: {states}"
+        return "\n".join([f"{datetime.fromtimestamp(tick, UTC)}:", *map(self._history, runs)])
+
+    def _history(self, run: FlowRun) -> str:
+        """Return the states a run has been in, and what the nodes have logged of it."""
+        states = sorted(self.prefect.client.read_flow_run_states(run.id), key=lambda state: state.timestamp)
+        history = [f"{state.timestamp:%T.%f} {state.name}: {state.message or ''}" for state in states]
+        logged = [
+            f"{name}: {line}"
+            for name, node in self.nodes.items()
+            for line in node.log.splitlines()
+            if run.name in line
+        ]
+        return "\n".join([f"{run.name}, due {due(run)}, made {run.created}", *history, *logged])
 
     def counted(self) -> list[int | None]:
         """Return the counter's field in the order of executions.
