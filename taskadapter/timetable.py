@@ -27,9 +27,10 @@ from prefect.client.schemas.filters import (
     FlowRunFilterStateType,
 )
 from prefect.client.schemas.objects import DeploymentSchedule, FlowRun, StateType
-from prefect.client.schemas.responses import DeploymentResponse
+from prefect.client.schemas.responses import DeploymentResponse, OrchestrationResult, SetStateStatus
 from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.client.schemas.sorting import FlowRunSort
+from prefect.states import Pending
 
 from taskadapter import schedules
 from taskadapter.errors import DeclarationError
@@ -56,7 +57,8 @@ class Line:
 
     Attributes:
         deployment_id: the job.
-        queue: its work queue.
+        queue: its work queue's name.
+        queue_id: that queue, of this pool.
         schedule_id: its schedule.
         anchor: the moment of tick 0.
         trigger: as deployed.
@@ -69,6 +71,7 @@ class Line:
 
     deployment_id: UUID
     queue: str
+    queue_id: UUID | None
     schedule_id: UUID
     anchor: datetime
     trigger: TriggerConfiguration
@@ -127,8 +130,11 @@ class Timetable:
         for deployment_id, line in list(self._lines.items()):
             deployment = self._deployments.get(deployment_id)
             schedule = None if deployment is None else _schedule(deployment)
-            if deployment is None or schedule is None or schedule.id != line.schedule_id:
-                # Gone, ended or changed. A schedule that is switched on again begins afresh.
+            place = (
+                None if deployment is None or schedule is None else (schedule.id, deployment.work_queue_id)
+            )
+            if deployment is None or place != (line.schedule_id, line.queue_id):
+                # Gone, ended, changed or moved. A schedule that is switched on again begins afresh.
                 del self._lines[deployment_id]
             else:
                 if line.held and not deployment.paused:
@@ -242,9 +248,24 @@ class Timetable:
             line.held = True  # the deployment is gone
             return None
         if run.state is not None and run.state.is_scheduled():
-            return run
+            if run.work_queue_id == line.queue_id:
+                return run
+            if await self._withdraw(run):
+                return await create_tick(self._client, line.deployment_id, line.schedule_id, tick)
         line.settle(tick)
         return None
+
+    async def _withdraw(self, run: FlowRun) -> bool:
+        """Take a tick back from the queue that its job was on before; False if an agent there has it.
+
+        When a deployment moves to another queue or pool, Prefect makes its future ticks anew, but leaves
+        the late ones where they are. Perhaps nobody looks there any more; and were they claimed from
+        here, a takeover would not find them.
+        """
+        claim: OrchestrationResult[Any] = await self._client.set_flow_run_state(run.id, Pending())
+        if claim.status is SetStateStatus.ACCEPT:
+            await self._client.delete_flow_run(run.id)
+        return claim.status is SetStateStatus.ACCEPT
 
     async def _open_lines(self, queues: Collection[str]) -> None:
         for deployment in list(self._deployments.values()):
@@ -257,7 +278,14 @@ class Timetable:
             anchor = schedules.in_utc(schedule.schedule.anchor_date)
             through = await self._settled_until(deployment, schedule, trigger, anchor)
             self._lines[deployment.id] = Line(
-                deployment.id, queue, schedule.id, anchor, trigger, through, held=deployment.paused
+                deployment.id,
+                queue,
+                deployment.work_queue_id,
+                schedule.id,
+                anchor,
+                trigger,
+                through,
+                held=deployment.paused,
             )
 
     async def _settled_until(

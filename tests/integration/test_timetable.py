@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from prefect import flow
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.actions import DeploymentScheduleCreate
+from prefect.client.schemas.actions import DeploymentScheduleCreate, DeploymentUpdate
 from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.states import Pending
 
@@ -113,6 +113,25 @@ def test_what_was_claimed_is_settled(prefect_client: SyncPrefectClient, job: UUI
         prefect_client.set_flow_run_state(run.id, Pending())
 
     assert hours(complete(job), anchor_of(prefect_client, job)) == [3, 4]
+
+
+def test_a_job_that_moves_takes_its_late_ticks_along(prefect_client: SyncPrefectClient, job: UUID) -> None:
+    """Ticks that wait on its former queue are made anew on the one it is on now; claimed ones stay."""
+    claimed, *waiting = complete(job)
+    prefect_client.set_flow_run_state(claimed.id, Pending())
+    elsewhere = f"{POOL}-elsewhere"
+    ensure_work_pool(elsewhere)
+    prefect_client.update_deployment(
+        job, DeploymentUpdate(work_pool_name=elsewhere, work_queue_name="default")
+    )
+
+    moved = complete(job)
+
+    assert hours(moved, anchor_of(prefect_client, job)) == [1, 2, 3, 4]
+    assert {run.work_queue_id for run in moved} == {prefect_client.read_deployment(job).work_queue_id}
+    left = {run.id for run in planned(prefect_client, job, 1)} & {run.id for run in [claimed, *waiting]}
+    assert left == {claimed.id}
+    assert [run.id for run in complete(job)] == [run.id for run in moved]
 
 
 def test_a_paused_job_owes_nothing_until_it_is_resumed(
