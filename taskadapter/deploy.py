@@ -30,10 +30,9 @@ from taskadapter.domain import Domain
 from taskadapter.errors import DeclarationError, TaskError
 from taskadapter.jobs import JobId
 from taskadapter.listener import Declared, Listener, listeners
+from taskadapter.planned import TAG
 from taskadapter.ticks import create_tick
 from taskadapter.worker import DEFAULT_QUEUE
-
-TAG = "taskadapter"
 
 HEADER = """\
 # Made by `taskadapter render` from the declarations in {flows}/: change those, not this file.

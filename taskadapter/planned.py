@@ -13,7 +13,6 @@ from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.filters import (
     DeploymentFilter,
     DeploymentFilterId,
-    DeploymentFilterTags,
     FlowRunFilter,
     FlowRunFilterState,
     FlowRunFilterStateType,
@@ -27,18 +26,19 @@ from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled
 
 from taskadapter import schedules, ticks
-from taskadapter.deploy import TAG
+
+TAG = "taskadapter"
+"""What every deployment of ours is tagged with."""
 
 PAGE = 200
 """As many as Prefect's API returns at a time."""
 
 
-async def jobs_of_pool(client: PrefectClient, work_pool: str) -> list[DeploymentResponse]:
-    """Return the deployments of a work pool that are ours."""
+async def deployments_of_pool(client: PrefectClient, work_pool: str) -> list[DeploymentResponse]:
+    """Return the deployments of a work pool."""
     found: dict[UUID, DeploymentResponse] = {}
     for offset in _offsets():
         page = await client.read_deployments(
-            deployment_filter=DeploymentFilter(tags=DeploymentFilterTags(all_=[TAG])),
             work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[work_pool])),
             sort=DeploymentSort.CREATED_DESC,
             limit=PAGE,
@@ -48,6 +48,11 @@ async def jobs_of_pool(client: PrefectClient, work_pool: str) -> list[Deployment
         if len(page) < PAGE:
             break
     return list(found.values())
+
+
+async def jobs_of_pool(client: PrefectClient, work_pool: str) -> list[DeploymentResponse]:
+    """Return those of them that are ours."""
+    return [found for found in await deployments_of_pool(client, work_pool) if TAG in found.tags]
 
 
 async def unfinished(client: PrefectClient, job_ids: Iterable[UUID]) -> set[UUID]:

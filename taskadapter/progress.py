@@ -19,6 +19,8 @@ from taskadapter.jobs import Service, dump_state, load_state
 from taskadapter.runs import Assignment
 
 if TYPE_CHECKING:
+    from uuid import UUID
+
     from sqlalchemy import Connection, Engine
 
     from taskadapter.coordination.jobs import RunInFlight
@@ -178,6 +180,14 @@ def end_flight(database_url: str, flow_run_id: str) -> None:
 
     with _transaction(database_url) as connection:
         jobs.end_flight(connection, flow_run_id, "Crashed")
+
+
+def forget(database_url: str, job_id: UUID) -> None:
+    """Remove the count and the state of a job that is gone."""
+    from taskadapter.coordination import jobs
+
+    with _transaction(database_url) as connection:
+        jobs.forget(connection, str(job_id))
 
 
 def fenced(connection: Connection) -> None:

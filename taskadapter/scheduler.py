@@ -24,13 +24,13 @@ from taskadapter import flow as flows
 from taskadapter import schedules, ticks
 from taskadapter.civil import Civil, Instant
 from taskadapter.declaration import Declaration
-from taskadapter.deploy import TAG, find, make_first_tick, put, wanted_of
+from taskadapter.deploy import find, make_first_tick, put, wanted_of
 from taskadapter.domain import PoolSize
 from taskadapter.errors import TaskError
 from taskadapter.jobs import Job, JobId, dump_state
 from taskadapter.listener import Declared, check_name
 from taskadapter.model import TaskPolicy, TriggerConfiguration, WarmBackupConfig, WorkerPoolConfiguration
-from taskadapter.planned import end_planned, jobs_of_pool, remake_ticks, remove_ticks, unfinished
+from taskadapter.planned import TAG, end_planned, jobs_of_pool, remake_ticks, remove_ticks, unfinished
 from taskadapter.pools import ensure_work_pool
 from taskadapter.settings import TaskadapterSettings, check_interval
 

@@ -121,9 +121,10 @@ class Timetable:
         self._lines: dict[UUID, Line] = {}
         self._ended: set[UUID] = set()
 
-    def learn(self, deployments: Iterable[DeploymentResponse]) -> None:
-        """Take note of all deployments of the pool as they are now."""
+    def learn(self, deployments: Iterable[DeploymentResponse]) -> set[UUID]:
+        """Take note of all deployments of the pool as they are now; returns those that are gone."""
         known = {deployment.id: deployment for deployment in deployments}
+        gone = (self._deployments.keys() | self._ended) - known.keys()
         # A job that has ended shows as active until the API has been told, and in what was read before.
         self._ended = {id_ for id_ in self._ended if id_ in known and is_on(known[id_])}
         self._deployments = {id_: known[id_] for id_ in known.keys() - self._ended}
@@ -140,6 +141,7 @@ class Timetable:
                 if line.held and not deployment.paused:
                     line.resumed = schedules.in_utc(deployment.updated or datetime.now(UTC))
                 line.held = deployment.paused
+        return gone
 
     def is_held(self, flow_run: FlowRun) -> bool:
         """Return whether a run is a tick of a job that was paused when it was last looked at."""

@@ -17,20 +17,19 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
 import anyio.abc
 import httpx
-from prefect.client.schemas.filters import WorkPoolFilter, WorkPoolFilterName
 from prefect.client.schemas.objects import FlowRun
-from prefect.client.schemas.responses import DeploymentResponse
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_WORKER_QUERY_SECONDS, get_current_settings, temporary_settings
 from prefect.workers.base import BaseWorker, BaseWorkerResult
 
+from taskadapter import planned, progress
 from taskadapter.coordination.messages import Gained, Lost, Refused, ResignAsked, Token
 from taskadapter.deployments import Deployments, WarmBackupJobConfiguration, WarmBackupVariables
 from taskadapter.dispatcher import Dispatcher, Node
@@ -51,9 +50,6 @@ IDLE_VISIT_SECONDS = 2.0
 
 BUSY_POLLS = 3
 """At work, the agent looks for runs at each third time only: it sees them well ahead."""
-
-PAGE = 200
-"""How many deployments the API returns at once."""
 
 SWEEP_SECONDS = 15.0
 """How often an active node looks for runs of its groups that are nobody's."""
@@ -261,21 +257,20 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
     async def _visit(self) -> None:
         """Look at the pool's queues and deployments: at its groups, and at what its jobs are to do."""
         await self._stand_by()
-        self._timetable.learn(await self._read_deployments())
+        found = await planned.deployments_of_pool(self.client, self._work_pool_name)
+        for job_id in self._timetable.learn(found):
+            await self._forget(job_id)
         size = PoolSize.of(self.work_pool)
         self._hosts.limit = self._limit or size.worker_count or self._settings.worker_count
         self._visited_at = time.monotonic()
 
-    async def _read_deployments(self) -> list[DeploymentResponse]:
-        ours = WorkPoolFilter(name=WorkPoolFilterName(any_=[self._work_pool_name]))
-        found: list[DeploymentResponse] = []
-        while page := await self.client.read_deployments(
-            work_pool_filter=ours, limit=PAGE, offset=len(found)
-        ):
-            found += page
-            if len(page) < PAGE:
-                break
-        return found
+    async def _forget(self, job_id: UUID) -> None:
+        """Forget the count and the state of a job that was deleted, or unscheduled."""
+        try:
+            await self.client.read_deployment(job_id)
+        except ObjectNotFound:
+            with suppress(CoordinationError):  # what is left in the table means nothing to anybody
+                await asyncio.to_thread(progress.forget, self._database_url, job_id)
 
     async def _stand_by(self) -> None:
         """Stand by for the groups that the pool has, which are its queues."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import sqlite3
 import statistics
 import sys
 import time
@@ -538,6 +539,19 @@ def test_an_unscheduled_job_stops_at_once(play: Play) -> None:
     runs = play.runs("gone")
     assert len([run for run in runs if run.state_name == "Completed"]) == len(entries)
     assert {run.state_name for run in runs} <= {"Completed", "Skipped"}
+
+
+def test_an_unscheduled_job_is_forgotten(play: Play) -> None:
+    """Its count goes from the coordination database; that of a job which has ended stays with it."""
+
+    def counts() -> dict[str, int]:
+        with sqlite3.connect(play.project.home / "taskadapter.db") as connection:
+            return dict(connection.execute("SELECT job_id, run_count FROM taskadapter_job").fetchall())
+
+    play.wait_for_end("five")
+    gone = str(play.job_id("gone"))
+    wait_until(lambda: gone not in counts(), PATIENCE, "the count of an unscheduled job to go")
+    assert counts()[str(play.job_id("five"))] == 5
 
 
 def test_fixed_retries_fill_the_interval(play: Play) -> None:
