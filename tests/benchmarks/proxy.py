@@ -57,9 +57,10 @@ class CountingProxy:
     async def _listen(self, listening: threading.Event) -> None:
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
-        await asyncio.start_server(self._serve, HOST, self.port)
+        server = await asyncio.start_server(self._serve, HOST, self.port)
         listening.set()
-        await self._stop.wait()  # connections that are still open end with the loop
+        await self._stop.wait()
+        server.close()  # connections that are still open end with the loop
 
     async def _serve(self, client: StreamReader, answer: StreamWriter) -> None:
         """Handle one connection until either side ends it."""
