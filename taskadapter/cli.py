@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import httpx
 from cyclopts import App, Parameter
 from prefect.exceptions import ObjectNotFound
 from rich.console import Console, Group
@@ -138,8 +139,7 @@ def sql(*, pool: Pool = None) -> None:
 
 def _domain(pool: str | None) -> tuple[Domain, Engine]:
     """Return a pool's domain, and an engine on its database."""
-    from prefect.client.orchestration import get_client
-
+    from taskadapter.api import api_client
     from taskadapter.coordination.dialects import open_engine
     from taskadapter.domain import Domain
     from taskadapter.settings import TaskadapterSettings
@@ -148,7 +148,7 @@ def _domain(pool: str | None) -> tuple[Domain, Engine]:
     name = pool or settings.work_pool
 
     async def read() -> tuple[Domain, str]:
-        async with get_client() as client:
+        async with api_client() as client:
             try:
                 domain = Domain.of(await client.read_work_pool(name))
             except ObjectNotFound:
@@ -210,7 +210,7 @@ def main() -> None:
     sys.path.insert(0, str(Path.cwd()))
     try:
         app(sys.argv[1:])
-    except TaskError as error:
+    except (TaskError, httpx.HTTPStatusError) as error:
         print(f"taskadapter: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:

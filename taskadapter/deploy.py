@@ -13,7 +13,7 @@ from typing import Any
 from uuid import UUID
 
 import yaml
-from prefect.client.orchestration import PrefectClient, get_client
+from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.actions import (
     DeploymentScheduleCreate,
     DeploymentScheduleUpdate,
@@ -26,6 +26,7 @@ from prefect.utilities.callables import parameter_schema
 from prefect.utilities.importtools import load_script_as_module
 
 from taskadapter import schedules
+from taskadapter.api import api_client
 from taskadapter.domain import Domain
 from taskadapter.errors import DeclarationError, TaskError
 from taskadapter.jobs import JobId
@@ -223,7 +224,7 @@ async def prepare(job: str, slug: str) -> dict[str, str]:
     Returns:
         ``{"first_tick": ...}``, in ISO 8601 with its offset.
     """
-    async with get_client() as client:
+    async with api_client() as client:
         deployed = await find(client, job, job)
         if deployed is not None:
             await _end_earlier_triggers(client, deployed, slug)
@@ -281,7 +282,7 @@ async def deploy(listener: Listener) -> dict[str, JobId]:
         TaskError: the work pool is of another type.
     """
     await asyncio.to_thread(listener.ensure_work_pool)
-    async with get_client() as client:
+    async with api_client() as client:
         return {
             name: JobId(await _deploy(client, listener, declared))
             for name, declared in listener.services.items()

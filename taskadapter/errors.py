@@ -15,6 +15,10 @@ class DeclarationError(TaskError, ValueError):
     """A declaration holds a value that its rule forbids; raised when it is constructed."""
 
 
+class ApiUnavailableError(TaskError):
+    """Prefect's API did not answer; the same call may succeed later."""
+
+
 class CoordinationError(TaskError):
     """The coordination database could not be used as asked."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import socket
 from collections.abc import Callable
@@ -12,7 +11,9 @@ from types import TracebackType
 from typing import Any, Self, TypeGuard
 
 from prefect import Flow
+from prefect.settings import get_current_settings
 from prefect.types.names import BANNED_CHARACTERS
+from prefect.utilities.asyncutils import run_coro_as_sync
 from pydantic import model_validator
 
 from taskadapter import flow as flows
@@ -257,7 +258,8 @@ class Listener:
         """Deploy the services, and run this node's agent in the background of this program.
 
         Raises:
-            TaskError: it is started already, nothing is declared, or the work pool is of another type.
+            TaskError: it is started already, nothing is declared, the work pool is of another type, or
+                Prefect's API is not named or does not answer.
         """
         from taskadapter.deploy import deploy
 
@@ -265,7 +267,12 @@ class Listener:
             raise TaskError("the listener is started already; stop it before it is started again.")
         if not self.services:
             raise TaskError("the listener has no service to run; declare one with service().")
-        asyncio.run(deploy(self))
+        if get_current_settings().api.url is None:
+            raise TaskError(
+                "PREFECT_API_URL is not set, and an agent needs a server that stays: start one with "
+                "`prefect server start`, and set PREFECT_API_URL to its address."
+            )
+        run_coro_as_sync(deploy(self))
         backup = self.configuration.warm_backup_config
         queue = self.group_id or DEFAULT_QUEUE
         name = socket.gethostname() if backup is None else backup.task_id

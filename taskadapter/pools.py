@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from prefect.blocks.system import Secret
-from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.utilities.asyncutils import run_coro_as_sync
 
+from taskadapter.api import sync_api_client
 from taskadapter.domain import Domain, PoolSize
 from taskadapter.errors import TaskError
 from taskadapter.worker import WarmBackupWorker
@@ -38,7 +38,7 @@ def ensure_work_pool(
         TaskError: there is a pool of that name and another type: its workers would run the jobs
             without coordination.
     """
-    with get_client(sync_client=True) as client:
+    with sync_api_client() as client:
         pool = _read_or_make(client, name, domain or Domain())
         if pool.type != WarmBackupWorker.type:
             raise TaskError(

@@ -14,7 +14,7 @@ from decimal import Decimal
 from typing import Any, TypeVar, cast
 from uuid import UUID, uuid4
 
-from prefect.client.orchestration import PrefectClient, get_client
+from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.exceptions import ObjectNotFound
 from prefect.utilities.asyncutils import run_coro_as_sync
@@ -22,6 +22,7 @@ from prefect.utilities.slugify import slugify
 
 from taskadapter import flow as flows
 from taskadapter import schedules, ticks
+from taskadapter.api import api_client
 from taskadapter.civil import Civil, Instant
 from taskadapter.declaration import Declaration
 from taskadapter.deploy import find, make_first_tick, put, wanted_of
@@ -212,7 +213,7 @@ async def _schedule(
     pool = _pool(work_pool)
     wanted = wanted_of(declared, pool, group_id)
     await asyncio.to_thread(ensure_work_pool, pool)
-    async with get_client() as client:
+    async with api_client() as client:
         known = None if name is None else await find(client, declared.flow.name, name)
         if once:
             return JobId(await _put_once(client, declared, known, wanted))
@@ -330,7 +331,7 @@ def pause_all_jobs(*, work_pool: str | None = None) -> None:
 
 async def apause_all_jobs(*, work_pool: str | None = None) -> None:
     """Do what `pause_all_jobs` does, from async code."""
-    async with get_client() as client:
+    async with api_client() as client:
         for deployment in await jobs_of_pool(client, _pool(work_pool)):
             await _pause(client, deployment)
 
@@ -346,7 +347,7 @@ def resume_all_jobs(*, work_pool: str | None = None) -> None:
 
 async def aresume_all_jobs(*, work_pool: str | None = None) -> None:
     """Do what `resume_all_jobs` does, from async code."""
-    async with get_client() as client:
+    async with api_client() as client:
         for deployment in await jobs_of_pool(client, _pool(work_pool)):
             await client.resume_deployment(deployment.id)
 
@@ -360,7 +361,7 @@ async def _pause(client: PrefectClient, deployment: DeploymentResponse) -> None:
 async def _job(job_id: JobId) -> AsyncIterator[tuple[PrefectClient, DeploymentResponse]]:
     """Yield a client and the deployment of a job, which may be gone any moment."""
     known = job_id if isinstance(job_id, JobId) else JobId(job_id)
-    async with get_client() as client:
+    async with api_client() as client:
         try:
             deployment = await client.read_deployment(known.id)
             _refuse_foreign(deployment)
@@ -394,7 +395,7 @@ def get_running_jobs(*, work_pool: str | None = None) -> list[JobId]:
 
 async def aget_running_jobs(*, work_pool: str | None = None) -> list[JobId]:
     """Do what `get_running_jobs` does, from async code."""
-    async with get_client() as client:
+    async with api_client() as client:
         jobs = await jobs_of_pool(client, _pool(work_pool))
         recurring = {
             job.id: [schedule.active for schedule in job.schedules if schedules.is_slug(schedule.slug)]

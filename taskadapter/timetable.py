@@ -57,6 +57,7 @@ class Line:
 
     Attributes:
         deployment_id: the job.
+        name: its deployment's name.
         queue: its work queue's name.
         queue_id: that queue, of this pool.
         schedule_id: its schedule.
@@ -70,6 +71,7 @@ class Line:
     """
 
     deployment_id: UUID
+    name: str
     queue: str
     queue_id: UUID | None
     schedule_id: UUID
@@ -112,6 +114,9 @@ class Timetable:
     Args:
         client: connected to the API.
         log: the agent's.
+
+    Attributes:
+        has_new: whether only the first ticks of a job have been made, and others are to follow.
     """
 
     def __init__(self, client: PrefectClient, log: Logger | LoggerAdapter[Any]) -> None:
@@ -120,6 +125,7 @@ class Timetable:
         self._deployments: dict[UUID, DeploymentResponse] = {}
         self._lines: dict[UUID, Line] = {}
         self._ended: set[UUID] = set()
+        self.has_new = False
 
     def learn(self, deployments: Iterable[DeploymentResponse]) -> set[UUID]:
         """Take note of all deployments of the pool as they are now; returns those that are gone."""
@@ -218,11 +224,13 @@ class Timetable:
         for run in (*found, *in_hand):
             if (tick := _tick(run)) is not None:
                 known.setdefault(run.deployment_id, set()).add(tick)
+        self.has_new = False
         for line in list(self._lines.values()):
             still_open = line.deployment_id in self._lines  # its job may have ended meanwhile
             if still_open and line.queue in queues and not line.held:
                 # What a new job is due to do at once need not wait for what is to follow.
                 ahead = timedelta(0) if line.is_new else LOOK_AHEAD
+                self.has_new |= line.is_new
                 line.is_new = False
                 found = await self._fill(line, found, known.get(line.deployment_id, set()), until + ahead)
         return found
@@ -233,7 +241,7 @@ class Timetable:
         owed = line.owed(until)
         made = [run for tick in owed if tick not in known and (run := await self._make(line, tick))]
         if made:
-            self._log.info("%d tick(s) of %s had not been planned.", len(made), line.deployment_id)
+            self._log.info("%d tick(s) of job %s had not been planned.", len(made), line.name)
         if len(owed) < MADE_AHEAD:
             return [*found, *made]
         others = [run for run in found if run.deployment_id != line.deployment_id]
@@ -281,6 +289,7 @@ class Timetable:
             through = await self._settled_until(deployment, schedule, trigger, anchor)
             self._lines[deployment.id] = Line(
                 deployment.id,
+                deployment.name,
                 queue,
                 deployment.work_queue_id,
                 schedule.id,

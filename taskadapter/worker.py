@@ -109,8 +109,15 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
     async def setup(self) -> None:
         """Connect to the API, and make the hosts' nursery ready meanwhile."""
         nursery = asyncio.create_task(self._hosts.start())
-        await super().setup()
-        await nursery
+        try:
+            await super().setup()
+            await asyncio.shield(nursery)
+        except BaseException:
+            # Half started it would wait for us, and we for it.
+            with suppress(OSError, EOFError):
+                await nursery
+            await self._hosts.close()
+            raise
         self._deployments = Deployments(self.client, self._logger)
         self._timetable = Timetable(self.client, self._logger)
         node = Node(
@@ -216,7 +223,8 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
 
     def _may_wait(self) -> bool:
         """Return whether this look is to be left out: what is due soon was seen at the last one."""
-        pause = self._busy_poll_seconds if self._dispatcher.is_busy else 0.0
+        may_pause = self._dispatcher.is_busy and not self._timetable.has_new
+        pause = self._busy_poll_seconds if may_pause else 0.0
         return time.monotonic() - self._polled_at < pause * 0.9
 
     async def _back_off(self, fault: str) -> None:

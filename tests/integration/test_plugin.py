@@ -5,8 +5,10 @@ import subprocess
 import sys
 from importlib.metadata import entry_points
 
+import psutil
 from prefect.workers.base import BaseWorker
 
+from taskadapter.background import BackgroundAgent
 from taskadapter.worker import WarmBackupWorker
 
 
@@ -47,6 +49,15 @@ def test_the_template_has_our_variables():
     ours = {"working_dir", "trigger", "initial_state"}
     assert ours <= {*template["variables"]["properties"]}
     assert ours <= {*template["job_configuration"]}
+
+
+def test_an_agent_that_cannot_start_leaves_no_process():
+    """Prefect refuses a worker without a server; the process that was to fork its hosts ends then."""
+    agent = BackgroundAgent("no-server", "default", "node-1")
+    agent.drain()
+
+    children = psutil.Process().children(recursive=True)
+    assert [child.pid for child in children if "taskadapter.host" in child.cmdline()] == []
 
 
 def test_importing_the_worker_is_cheap():

@@ -442,6 +442,15 @@ def test_a_listener_without_a_service_does_not_start():
         listener().start()
 
 
+def test_a_listener_without_a_server_does_not_start():
+    """A temporary server, which Prefect's client starts where none is named, is not for an agent."""
+    on = listener()
+    on.service("job-1")(Counter)
+
+    with pytest.raises(TaskError, match=r"PREFECT_API_URL is not set.*prefect server start"):
+        on.start()
+
+
 @pytest.mark.parametrize("stop", ["graceful_stop", "immediate_stop"])
 def test_what_is_not_started_cannot_be_stopped(stop):
     """Stopping a listener that is not started is an error that says so."""

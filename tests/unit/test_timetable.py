@@ -16,7 +16,7 @@ ID = UUID(int=1)
 
 def line(through=NOON - SECOND, **changes):
     trigger = TriggerConfiguration(**({"interval": 5} | changes))
-    return Line(ID, "default", ID, ID, NOON, trigger, through)
+    return Line(ID, "job", "default", ID, ID, NOON, trigger, through)
 
 
 def at(*seconds):

@@ -1,0 +1,85 @@
+"""Prefect's API is out of reach: every function and command says so in one line, and where it looked."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+
+import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from deployments.local import free_port
+from taskadapter import (
+    JobId,
+    Listener,
+    TaskError,
+    TriggerConfiguration,
+    aget_running_jobs,
+    cli,
+    configure_worker_pool,
+    get_running_jobs,
+    pause_all_jobs,
+    resume_job,
+    schedule_one_time_job,
+    unschedule_job,
+)
+from tests.integration.test_scheduler import HELLO
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+@pytest.fixture
+def nowhere() -> Iterator[str]:
+    """An address at which nothing answers, and which the settings name as that of the API."""
+    url = f"http://127.0.0.1:{free_port()}/api"
+    with temporary_settings({PREFECT_API_URL: url}):
+        yield url
+
+
+def idle() -> None: ...
+
+
+def start() -> None:
+    listener = Listener(trigger=TriggerConfiguration(interval=60))
+    listener.service("idle")(idle)
+    listener.start()
+
+
+CALLS = [
+    start,
+    lambda: schedule_one_time_job(HELLO, datetime.now(UTC) + timedelta(hours=1)),
+    lambda: unschedule_job(JobId(uuid.uuid4())),
+    lambda: resume_job(JobId(uuid.uuid4())),
+    pause_all_jobs,
+    get_running_jobs,
+    configure_worker_pool,
+    lambda: asyncio.run(aget_running_jobs()),
+]
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_function_names_the_address_and_the_remedy(nowhere: str, call: Callable[[], object]) -> None:
+    """It raises one clear error of ours."""
+    with pytest.raises(TaskError, match=f"{nowhere} does not answer.*prefect server start"):
+        call()
+
+
+@pytest.mark.parametrize("command", [["status"], ["resign", "a-group"], ["db", "init"]])
+def test_a_command_says_so_in_one_line(
+    nowhere: str,
+    command: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It is no traceback, and the exit status is 1."""
+    monkeypatch.setattr("sys.argv", ["taskadapter", *command])
+
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+
+    assert ended.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"taskadapter: Prefect's API at {nowhere} does not answer")
