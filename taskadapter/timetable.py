@@ -8,7 +8,7 @@ policy says.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from itertools import islice
@@ -51,17 +51,33 @@ POLL_LIMIT = 200
 """How many runs the API returns at once; those that are due first."""
 
 
-@dataclass
-class Line:
-    """A job's schedule, and up to where its ticks are settled.
+@dataclass(frozen=True)
+class Plan:
+    """When a job is due and where its runs wait, as Prefect has it: somebody may have edited it there.
 
     Attributes:
-        deployment_id: the job.
-        name: its deployment's name.
         queue: its work queue's name.
         queue_id: that queue, of this pool.
         schedule_id: its schedule.
         anchor: the moment of tick 0.
+        interval: seconds between two ticks.
+    """
+
+    queue: str
+    queue_id: UUID | None
+    schedule_id: UUID
+    anchor: datetime
+    interval: float
+
+
+@dataclass
+class Line:
+    """A job's plan, and up to where its ticks are settled.
+
+    Attributes:
+        deployment_id: the job.
+        name: its deployment's name.
+        plan: its schedule and queue.
         trigger: as deployed.
         through: every tick until then, itself included, is settled: claimed, skipped or ended.
         settled: later ones that are.
@@ -72,10 +88,7 @@ class Line:
 
     deployment_id: UUID
     name: str
-    queue: str
-    queue_id: UUID | None
-    schedule_id: UUID
-    anchor: datetime
+    plan: Plan
     trigger: TriggerConfiguration
     through: datetime
     settled: set[datetime] = field(default_factory=set)
@@ -88,9 +101,9 @@ class Line:
         end = self.trigger.end_time
         until = until if end is None else min(until, end)
         if self.trigger.policy.waiting_policy is not WaitingPolicy.WAIT:
-            ignored = timedelta(seconds=SHOWN * self.trigger.interval)
+            ignored = timedelta(seconds=SHOWN * self.plan.interval)
             self.through = max(self.through, until - ignored)
-        ticks = schedules.ticks(self.anchor, self.trigger.interval, after=self.through, until=until)
+        ticks = self._ticks(until)
         return list(islice((tick for tick in ticks if tick not in self.settled), MADE_AHEAD))
 
     def settle(self, tick: datetime) -> None:
@@ -98,14 +111,14 @@ class Line:
         if tick <= self.through:
             return
         self.settled.add(tick)
-        upcoming = schedules.ticks(
-            self.anchor, self.trigger.interval, after=self.through, until=max(self.settled)
-        )
-        for following in upcoming:
+        for following in self._ticks(max(self.settled)):
             if following not in self.settled:
                 break
             self.settled.discard(following)
             self.through = following
+
+    def _ticks(self, until: datetime) -> Iterator[datetime]:
+        return schedules.ticks(self.plan.anchor, self.plan.interval, after=self.through, until=until)
 
 
 class Timetable:
@@ -136,17 +149,14 @@ class Timetable:
         self._deployments = {id_: known[id_] for id_ in known.keys() - self._ended}
         for deployment_id, line in list(self._lines.items()):
             deployment = self._deployments.get(deployment_id)
-            schedule = None if deployment is None else _schedule(deployment)
-            place = (
-                None if deployment is None or schedule is None else (schedule.id, deployment.work_queue_id)
-            )
-            if deployment is None or place != (line.schedule_id, line.queue_id):
+            if deployment is None or _plan(deployment) != line.plan:
                 # Gone, ended, changed or moved. A schedule that is switched on again begins afresh.
                 del self._lines[deployment_id]
-            else:
-                if line.held and not deployment.paused:
-                    line.resumed = schedules.in_utc(deployment.updated or datetime.now(UTC))
-                line.held = deployment.paused
+                continue
+            line.trigger = _trigger(deployment) or line.trigger
+            if line.held and not deployment.paused:
+                line.resumed = schedules.in_utc(deployment.updated or datetime.now(UTC))
+            line.held = deployment.paused
         return gone
 
     def is_held(self, flow_run: FlowRun) -> bool:
@@ -192,7 +202,7 @@ class Timetable:
 
     def forget(self, queue: str) -> None:
         """Forget how far the jobs of a queue are: from now on another agent runs them."""
-        self._lines = {id_: line for id_, line in self._lines.items() if line.queue != queue}
+        self._lines = {id_: line for id_, line in self._lines.items() if line.plan.queue != queue}
 
     def settle(self, flow_run: FlowRun) -> None:
         """Take note that a tick has been claimed, skipped or ended."""
@@ -227,7 +237,7 @@ class Timetable:
         self.has_new = False
         for line in list(self._lines.values()):
             still_open = line.deployment_id in self._lines  # its job may have ended meanwhile
-            if still_open and line.queue in queues and not line.held:
+            if still_open and line.plan.queue in queues and not line.held:
                 # What a new job is due to do at once need not wait for what is to follow.
                 ahead = timedelta(0) if line.is_new else LOOK_AHEAD
                 self.has_new |= line.is_new
@@ -251,17 +261,17 @@ class Timetable:
     async def _make(self, line: Line, tick: datetime) -> FlowRun | None:
         """Return the run of a tick if it waits: made now, unless somebody was quicker."""
         try:
-            run = await create_tick(self._client, line.deployment_id, line.schedule_id, tick)
+            run = await create_tick(self._client, line.deployment_id, line.plan.schedule_id, tick)
         except httpx.HTTPStatusError as fault:
             if fault.response.status_code != httpx.codes.NOT_FOUND:
                 raise
             line.held = True  # the deployment is gone
             return None
         if run.state is not None and run.state.is_scheduled():
-            if run.work_queue_id == line.queue_id:
+            if run.work_queue_id == line.plan.queue_id:
                 return run
             if await self._withdraw(run):
-                return await create_tick(self._client, line.deployment_id, line.schedule_id, tick)
+                return await create_tick(self._client, line.deployment_id, line.plan.schedule_id, tick)
         line.settle(tick)
         return None
 
@@ -279,24 +289,14 @@ class Timetable:
 
     async def _open_lines(self, queues: Collection[str]) -> None:
         for deployment in list(self._deployments.values()):
-            queue = deployment.work_queue_name
-            if deployment.id in self._lines or queue is None or queue not in queues:
+            if deployment.id in self._lines or deployment.work_queue_name not in queues:
                 continue
-            trigger, schedule = _trigger(deployment), _schedule(deployment)
-            if trigger is None or schedule is None or not isinstance(schedule.schedule, IntervalSchedule):
+            trigger, schedule, plan = _trigger(deployment), _schedule(deployment), _plan(deployment)
+            if trigger is None or schedule is None or plan is None:
                 continue
-            anchor = schedules.in_utc(schedule.schedule.anchor_date)
-            through = await self._settled_until(deployment, schedule, trigger, anchor)
+            through = await self._settled_until(deployment, schedule, trigger, plan.anchor)
             self._lines[deployment.id] = Line(
-                deployment.id,
-                deployment.name,
-                queue,
-                deployment.work_queue_id,
-                schedule.id,
-                anchor,
-                trigger,
-                through,
-                held=deployment.paused,
+                deployment.id, deployment.name, plan, trigger, through, held=deployment.paused
             )
 
     async def _settled_until(
@@ -362,3 +362,18 @@ def _schedule(deployment: DeploymentResponse) -> DeploymentSchedule | None:
     slug = None if trigger is None else schedules.slug(trigger)
     active = (found for found in deployment.schedules if found.slug == slug and found.active)
     return next(active, None)
+
+
+def _plan(deployment: DeploymentResponse) -> Plan | None:
+    """Return a job's plan while its schedule is switched on."""
+    schedule = _schedule(deployment)
+    if schedule is None or not isinstance(schedule.schedule, IntervalSchedule):
+        return None
+    anchor, interval = schedules.in_utc(schedule.schedule.anchor_date), schedule.schedule.interval
+    return Plan(
+        deployment.work_queue_name or "",
+        deployment.work_queue_id,
+        schedule.id,
+        anchor,
+        interval.total_seconds(),
+    )

@@ -78,9 +78,9 @@ def complete(job: UUID, *, found: list[FlowRun] | None = None) -> list[FlowRun]:
     return asyncio.run(look())
 
 
-def hours(runs: list[FlowRun], anchor: datetime) -> list[float]:
+def hours(runs: list[FlowRun], anchor: datetime, interval: timedelta = INTERVAL) -> list[float]:
     return [
-        (schedules.in_utc(run.expected_start_time) - anchor) / INTERVAL
+        (schedules.in_utc(run.expected_start_time) - anchor) / interval
         for run in runs
         if run.expected_start_time
     ]
@@ -132,6 +132,38 @@ def test_a_job_that_moves_takes_its_late_ticks_along(prefect_client: SyncPrefect
     left = {run.id for run in planned(prefect_client, job, 1)} & {run.id for run in [claimed, *waiting]}
     assert left == {claimed.id}
     assert [run.id for run in complete(job)] == [run.id for run in moved]
+
+
+def test_a_schedule_that_was_edited_in_the_ui_holds(prefect_client: SyncPrefectClient, job: UUID) -> None:
+    """The ticks made are those of the schedule that Prefect has, from the moment of the edit."""
+    deployment = prefect_client.read_deployment(job)
+    (schedule,) = deployment.schedules
+    assert schedule.created is not None
+    wait_until(lambda: datetime.now(UTC) > schedule.created + timedelta(seconds=1), 20, "a second to pass")
+    edited = IntervalSchedule(
+        interval=timedelta(seconds=7), anchor_date=anchor_of(prefect_client, job), timezone="UTC"
+    )
+
+    async def look() -> list[list[FlowRun]]:
+        async with get_client() as client:
+            timetable = Timetable(client, logging.getLogger("test"))
+            found = []
+            for change in (False, True):
+                if change:
+                    await client.update_deployment_schedule(job, schedule.id, schedule=edited)
+                timetable.learn([await client.read_deployment(job)])
+                until = datetime.now(UTC) + timedelta(seconds=change * 21)
+                found.append(await timetable.complete([], QUEUES, [], until))
+            return found
+
+    before, after = asyncio.run(look())
+
+    anchor = anchor_of(prefect_client, job)
+    assert hours(before, anchor) == [0, 1, 2, 3, 4]
+    first, *others = hours(after, anchor, timedelta(seconds=7))
+    assert others
+    assert others == [first + number for number in range(1, len(after))]
+    assert first == int(first)
 
 
 def test_a_paused_job_owes_nothing_until_it_is_resumed(

@@ -7,7 +7,7 @@ import pytest
 
 from taskadapter.model import TaskPolicy, TriggerConfiguration, WaitingPolicy
 from taskadapter.schedules import ticks
-from taskadapter.timetable import MADE_AHEAD, SHOWN, Line
+from taskadapter.timetable import MADE_AHEAD, SHOWN, Line, Plan
 
 NOON = datetime(2030, 1, 1, 12, 0, tzinfo=UTC)
 SECOND = timedelta(seconds=1)
@@ -16,7 +16,7 @@ ID = UUID(int=1)
 
 def line(through=NOON - SECOND, **changes):
     trigger = TriggerConfiguration(**({"interval": 5} | changes))
-    return Line(ID, "job", "default", ID, ID, NOON, trigger, through)
+    return Line(ID, "job", Plan("default", ID, ID, NOON, trigger.interval), trigger, through)
 
 
 def at(*seconds):
