@@ -16,6 +16,7 @@ from prefect.exceptions import ObjectNotFound
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from taskadapter.errors import TaskError
 
@@ -33,14 +34,16 @@ Pool = Annotated[
     str | None, Parameter(name=["--pool", "-p"], help="The work pool; by default the settings' one.")
 ]
 
+Flows = Annotated[Path, Parameter(help="The folder of flow modules.")]
+
+RENDERED = Path("deployments/prefect.yaml")
+
 
 @app.command
 def render(
     *,
-    flows: Annotated[Path, Parameter(help="The folder of flow modules.")] = Path("flows"),
-    output: Annotated[Path, Parameter(name=["--output", "-o"], help="The file to write.")] = Path(
-        "deployments/prefect.yaml"
-    ),
+    flows: Flows = Path("flows"),
+    output: Annotated[Path, Parameter(name=["--output", "-o"], help="The file to write.")] = RENDERED,
     check: Annotated[
         bool, Parameter(help="Write nothing; exit with 1 if the file is not up to date.")
     ] = False,
@@ -99,6 +102,32 @@ def resign(group: str, /, *, pool: Pool = None) -> None:
     with transaction(engine) as connection:
         asked = request_resign(connection, group)
     print(f"Asked node {asked.task_id!r}, which holds {group!r} in term {asked.term}, to hand over.")
+
+
+@app.command
+def doctor(
+    *,
+    pool: Pool = None,
+    flows: Flows = Path("flows"),
+    file: Annotated[Path, Parameter(name=["--file", "-f"], help="The rendered file.")] = RENDERED,
+) -> None:
+    """Look at what jobs need, say what is wrong and how to put it right; exit with 1 at an error."""
+    from taskadapter.doctor import Level, examine
+    from taskadapter.settings import TaskadapterSettings
+
+    colours = {Level.OK: "green", Level.WARNING: "yellow", Level.ERROR: "red"}
+    console = Console(highlight=False)
+
+    async def look() -> bool:
+        is_well = True
+        async for finding in examine(pool or TaskadapterSettings().work_pool, flows, file):
+            mark = Text(f"{finding.level:8}", style=colours[finding.level])
+            console.print(mark + Text(finding.text), soft_wrap=True)
+            is_well &= finding.level is not Level.ERROR
+        return is_well
+
+    if not asyncio.run(look()):
+        sys.exit(1)
 
 
 @database.command
