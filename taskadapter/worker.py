@@ -97,13 +97,22 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         with_healthcheck: bool = False,
         printer: Callable[..., None] = print,
     ) -> None:
-        """Work until stopped; the arguments are those of `BaseWorker.start`."""
+        """Work until stopped, by SIGTERM or Ctrl-C; the arguments are those of `BaseWorker.start`."""
         self._once = run_once
         worker = get_current_settings().worker
         seconds = self._settings.poll_seconds
         if "query_seconds" in worker.model_fields_set:
             seconds, self._busy_poll_seconds = worker.query_seconds, 0.0
-        with temporary_settings({PREFECT_WORKER_QUERY_SECONDS: seconds}):
+        task = asyncio.current_task()
+
+        def stop() -> None:
+            self._logger.info("Asked to stop.")
+            if task is not None:
+                task.cancel()
+
+        # Prefect's command turns SIGTERM into an interrupt, which a process ignores that a script has
+        # started in the background.
+        with temporary_settings({PREFECT_WORKER_QUERY_SECONDS: seconds}), _at_a_signal(stop):
             await super().start(run_once, with_healthcheck, printer)
 
     async def setup(self) -> None:

@@ -15,7 +15,8 @@ import pytest
 from prefect.client.schemas.objects import StateType
 from prefect.states import Scheduled
 
-from deployments.local import wait_until
+from deployments.local import prefect_command, wait_until
+from deployments.program import Program, environment, running
 from taskadapter.pools import ensure_work_pool
 from tests.acceptance.project import PATIENCE, Prefect, Project, due, is_alive, state_of
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
     from prefect.client.schemas.objects import FlowRun
 
-    from deployments.local import Program
 
 PLAIN = """
     import os
@@ -162,6 +162,27 @@ def test_sigterm_drains_the_agent(project: Project, prefect: Prefect, tmp_path: 
     assert state_of(prefect.client.read_flow_run(slow.id)).name == "Completed"
     assert state_of(prefect.client.read_flow_run(waiting.id)).type.value == "SCHEDULED"
     assert str(waiting.id) not in {entry["run"] for entry in project.entries("quick")}
+
+
+def test_sigterm_stops_an_agent_that_a_script_has_started(project: Project) -> None:
+    """In the background of a shell script interrupts are ignored; the agent ends in order all the same."""
+    agent = [prefect_command(), "worker", "start", "--pool", project.pool, "--type", "warm-backup"]
+    program = Program(
+        "agent scripted",
+        ["sh", "-c", 'trap "" INT; exec "$@"', "sh", *agent, "--name", "scripted"],
+        log=project.home / "scripted.log",
+        cwd=project.folder,
+        env=environment({"PYTHONUNBUFFERED": "1"}, project.env),
+    )
+    with running(program):
+        wait_until(lambda: "started" in program.output(), PATIENCE, "the agent to start")
+        processes = tree(program)
+        send(program, signal.SIGTERM)
+        status = process_of(program).wait(PATIENCE)
+
+    assert status == 0
+    assert gone(processes)
+    assert "stopped" in program.output()
 
 
 def test_a_stopping_agent_gives_back_what_has_not_begun(project: Project, prefect: Prefect) -> None:
