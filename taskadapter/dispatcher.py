@@ -374,6 +374,7 @@ class Dispatcher:
             now=datetime.now(UTC),
             waiting_time=waiting_time,
             paused=self._timetable.fell_into_pause(run.flow_run),
+            begun=run.flow_run.run_count > 0,
         )
         match judgement.verdict:
             case Verdict.EARLY:

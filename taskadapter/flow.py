@@ -304,6 +304,7 @@ class Turn:
             assignment.due,
             now=datetime.now(UTC),
             waiting_time=assignment.waiting_time,
+            begun=assignment.flow_run.run_count > 0,
         )
         if judgement.verdict is not schedules.Verdict.SKIP:
             return None

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, TypeVar
 
-from taskadapter import runs
+from taskadapter import runs, schedules
 from taskadapter.coordination.board import DeadlineBoard, clock
 from taskadapter.errors import DatabaseUnavailableError, TaskError, TokenLostError
 from taskadapter.jobs import Service, dump_state, load_state
@@ -60,8 +60,7 @@ def begin(assignment: Assignment) -> int | None:
                 connection,
                 flight,
                 rerun=assignment.policy.on_takeover == "rerun",
-                # What the UI's "Retry" makes of a run that has ended.
-                retried=assignment.flow_run.empirical_policy.retry_type == "reschedule",
+                retried=schedules.is_retry(assignment.flow_run),
             )
         count = jobs.begin_run(
             connection, str(assignment.job_id), assignment.trigger_slug or "", assignment.max_count

@@ -107,8 +107,14 @@ def tick_key(deployment_id: UUID, schedule_id: UUID | str, due: datetime) -> str
 
 
 def is_tick(flow_run: FlowRun) -> bool:
-    """Return whether a run is a tick of its job's trigger, and not one that somebody started."""
-    return flow_run.auto_scheduled or (flow_run.idempotency_key or "").startswith(f"{_TICK} ")
+    """Return whether a run is a tick of its job's trigger, and not one that somebody asks for."""
+    planned = flow_run.auto_scheduled or (flow_run.idempotency_key or "").startswith(f"{_TICK} ")
+    return planned and not is_retry(flow_run)
+
+
+def is_retry(flow_run: FlowRun) -> bool:
+    """Return whether somebody asks for a run that has ended, as with the UI's "Retry"."""
+    return flow_run.empirical_policy.retry_type == "reschedule"
 
 
 def check_interval(interval: float, *, max_runs: int, loop_seconds: float) -> None:
@@ -158,34 +164,32 @@ def judge(
     trigger: TriggerConfiguration,
     due: datetime,
     *,
-    run_count: int = 0,
     now: datetime | None = None,
     waiting_time: float = WAITING_TIME,
     paused: bool = False,
+    begun: bool = False,
 ) -> Judgement:
     """Decide what becomes of the tick that is due at ``due``.
 
     Args:
         trigger: the job's trigger as deployed.
         due: the tick's scheduled time, aware.
-        run_count: executions counted so far.
         now: when it could start; None for on time.
         waiting_time: seconds after which a tick is too late for the waiting policies that ignore it.
         paused: whether the job was paused when it was due: then those policies ignore it, late or not.
+        begun: whether it has begun before, on a node that was lost: then it was not too late.
 
     Returns:
         EARLY for what Prefect planned before ``start_time`` (no tick of the job: it leaves no trace);
-        END, with the reason, after ``end_time`` or when the maximum is reached; SKIP, with the reason,
-        when it is too late for the policy; else RUN.
+        END, with the reason, after ``end_time``; SKIP, with the reason, when it is too late for the
+        policy; else RUN.
     """
     if trigger.start_time is not None and due < trigger.start_time:
         return Judgement(Verdict.EARLY, f"before the start, {trigger.start_time.isoformat()}")
     if trigger.end_time is not None and due > trigger.end_time:
         return Judgement(Verdict.END, f"the schedule ended at {trigger.end_time.isoformat()}")
-    if 0 <= trigger.max_count <= run_count:
-        return Judgement(Verdict.END, exhausted(trigger.max_count))
     policy, late = trigger.policy.waiting_policy, (now - due).total_seconds() if now else 0.0
-    if policy is WaitingPolicy.WAIT:
+    if policy is WaitingPolicy.WAIT or begun:
         return Judgement(Verdict.RUN)
     if paused:
         return Judgement(Verdict.SKIP, f"the job was paused then, and {policy} makes up for nothing")

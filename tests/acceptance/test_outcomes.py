@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from prefect.client.schemas.objects import StateType
-from prefect.states import Cancelling
+from prefect.states import Cancelling, Scheduled
 
 from tests.acceptance.project import Prefect, Project, due, is_alive, state_of
 
@@ -282,6 +282,20 @@ def test_an_error_ends_a_job_that_runs_one_at_a_time_at_once(project: Project, p
 
     assert len(project.entries("ends", "ran")) == 1
     assert len(prefect.executed("ends")) == 1
+
+
+def test_a_run_that_somebody_retries_runs_though_its_job_has_ended(
+    project: Project, prefect: Prefect
+) -> None:
+    """The UI's "Retry" of a failed run is a person's wish, and no tick of the job."""
+    prefect.wait_for_put_away("ends")
+    (failed,) = prefect.executed("ends")
+    prefect.client.set_flow_run_state(failed.id, Scheduled(message="Retry from the UI"))
+    project.wait_for("ends", "ran", 2)
+    ended = prefect.wait_for_end(failed)
+
+    assert (ended.state_name, ended.run_count) == ("Failed", failed.run_count + 1)
+    assert not prefect.is_active("ends")
 
 
 def test_an_error_does_not_end_a_job_that_is_to_continue(project: Project, prefect: Prefect) -> None:

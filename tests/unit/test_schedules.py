@@ -13,7 +13,6 @@ from prefect.settings import get_current_settings
 from taskadapter.errors import DeclarationError
 from taskadapter.model import RetryConfiguration, TaskPolicy, TriggerConfiguration, WaitingPolicy
 from taskadapter.schedules import (
-    Judgement,
     Verdict,
     check_interval,
     exhausted,
@@ -173,10 +172,12 @@ def test_a_ticks_key_is_that_of_prefects_scheduler(zone):
         ({"idempotency_key": tick_key(UUID(int=1), "once", NOON)}, True),
         ({"idempotency_key": "by-hand"}, False),
         ({}, False),
+        ({"auto_scheduled": True, "empirical_policy": {"retry_type": "in_process"}}, True),
+        ({"auto_scheduled": True, "empirical_policy": {"retry_type": "reschedule"}}, False),
     ],
 )
-def test_a_tick_is_told_from_a_run_that_somebody_started(run, expected):
-    """Ticks are what Prefect's scheduler has planned, and what has the key of one."""
+def test_a_tick_is_told_from_a_run_that_somebody_asks_for(run, expected):
+    """Ticks are what Prefect's scheduler has planned, and what has the key of one; not the UI's "Retry"."""
     assert is_tick(FlowRun(flow_id=uuid4(), **run)) is expected
 
 
@@ -232,21 +233,6 @@ def test_end(due, verdict):
     assert judge(trigger(end_time=NOON), due).verdict is verdict
 
 
-@pytest.mark.parametrize(
-    ("run_count", "verdict"),
-    [(0, Verdict.RUN), (4, Verdict.RUN), (5, Verdict.END), (6, Verdict.END)],
-)
-def test_max_count(run_count, verdict):
-    """After four of five executions there is another, after five there is none."""
-    assert judge(trigger(max_count=5), NOON, run_count=run_count).verdict is verdict
-
-
-@pytest.mark.parametrize("run_count", [0, 1, 10**9])
-def test_no_max_count_is_for_ever(run_count):
-    """A count of -1 ends nothing, and neither does a missing end."""
-    assert judge(trigger(), NOON, run_count=run_count) == Judgement(Verdict.RUN)
-
-
 @pytest.mark.parametrize("policy", [WaitingPolicy.IGNORE, WaitingPolicy.LOG_AND_IGNORE])
 @pytest.mark.parametrize(("late", "verdict"), [(5 * SECOND, Verdict.RUN), (5.001 * SECOND, Verdict.SKIP)])
 def test_a_late_tick_is_skipped_where_the_policy_ignores_it(policy, late, verdict):
@@ -269,6 +255,14 @@ def test_a_tick_that_fell_into_a_pause_is_made_up_for_only_by_waiting(policy, ve
     job = trigger(task_policy=TaskPolicy(waiting_policy=policy))
 
     assert judge(job, NOON, now=NOON + SECOND, paused=True).verdict is verdict
+
+
+@pytest.mark.parametrize("policy", list(WaitingPolicy))
+def test_what_has_begun_before_is_never_too_late(policy):
+    """A tick that is run again, because its node was lost, did start in time."""
+    job = trigger(task_policy=TaskPolicy(waiting_policy=policy, on_takeover="rerun"))
+
+    assert judge(job, NOON, now=NOON + timedelta(days=1), begun=True).verdict is Verdict.RUN
 
 
 def test_a_late_tick_waits_by_default():
@@ -296,12 +290,11 @@ def test_zones_do_not_matter_to_a_verdict():
 
 def test_a_reason_is_given_for_what_does_not_run():
     """The reason names the bound that was reached; a tick that runs needs none."""
-    bounded = trigger(start_time=NOON, end_time=NOON + SECOND, max_count=1)
+    bounded = trigger(start_time=NOON, end_time=NOON + SECOND)
 
     assert judge(bounded, NOON - SECOND).reason == "before the start, 2030-01-01T12:00:00+00:00"
     assert judge(bounded, NOON).reason == ""
     assert judge(bounded, NOON + 2 * SECOND).reason == "the schedule ended at 2030-01-01T12:00:01+00:00"
-    assert judge(bounded, NOON, run_count=1).reason == "the maximum of 1 run is reached"
 
 
 def test_one_run_and_several():
