@@ -275,19 +275,21 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         """Look at the pool's queues and deployments: at its groups, and at what its jobs are to do."""
         await self._stand_by()
         found = await planned.deployments_of_pool(self.client, self._work_pool_name)
-        for job_id in self._timetable.learn(found):
-            await self._forget(job_id)
+        if gone := self._timetable.learn(found):
+            self._spawn(self._forget(gone))
         size = PoolSize.of(self.work_pool)
         self._hosts.limit = self._limit or size.worker_count or self._settings.worker_count
         self._visited_at = time.monotonic()
 
-    async def _forget(self, job_id: UUID) -> None:
-        """Forget the count and the state of a job that was deleted, or unscheduled."""
-        try:
-            await self.client.read_deployment(job_id)
-        except ObjectNotFound:
-            with suppress(CoordinationError):  # what is left in the table means nothing to anybody
-                await asyncio.to_thread(progress.forget, self._database_url, job_id)
+    async def _forget(self, job_ids: set[UUID]) -> None:
+        """Forget the counts and states of jobs that were deleted, or unscheduled."""
+        for job_id in job_ids:
+            # What a fault leaves in the table means nothing to anybody.
+            with suppress(httpx.HTTPError, CoordinationError):
+                try:
+                    await self.client.read_deployment(job_id)
+                except ObjectNotFound:
+                    await asyncio.to_thread(progress.forget, self._database_url, job_id)
 
     async def _stand_by(self) -> None:
         """Stand by for the groups that the pool has, which are its queues."""
