@@ -406,6 +406,12 @@ def test_a_node_without_its_database_steps_down(cluster: Cluster, prefect: Prefe
         cluster.wait_for_execution(successor.term)
     finally:
         lonely.gate.thaw()
+    # What it had sent before it gave up arrives now, so that others see a heartbeat of it already.
+    wait_until(
+        lambda: any("answers again" in line for line in lonely.log.splitlines()[lines:]),
+        PATIENCE,
+        "the node to reach its database again",
+    )
     ended = prefect.wait_for_end(slow)
     cluster.ready(nodes=3)
 
