@@ -61,6 +61,9 @@ class Plan:
         schedule_id: its schedule.
         anchor: the moment of tick 0.
         interval: seconds between two ticks.
+        trigger: as deployed.
+        created: when the schedule was made.
+        switched: when it was last touched, as by switching it on.
     """
 
     queue: str
@@ -68,6 +71,10 @@ class Plan:
     schedule_id: UUID
     anchor: datetime
     interval: float
+    # Deploying again touches these, and leaves the ticks what they are.
+    trigger: TriggerConfiguration = field(compare=False)
+    created: datetime = field(compare=False)
+    switched: datetime = field(compare=False)
 
 
 @dataclass
@@ -78,7 +85,6 @@ class Line:
         deployment_id: the job.
         name: its deployment's name.
         plan: its schedule and queue.
-        trigger: as deployed.
         through: every tick until then, itself included, is settled: claimed, skipped or ended.
         settled: later ones that are.
         held: whether the job is paused.
@@ -89,7 +95,6 @@ class Line:
     deployment_id: UUID
     name: str
     plan: Plan
-    trigger: TriggerConfiguration
     through: datetime
     settled: set[datetime] = field(default_factory=set)
     held: bool = False
@@ -98,9 +103,9 @@ class Line:
 
     def owed(self, until: datetime) -> list[datetime]:
         """Return the ticks until then that are not settled, oldest first, as many as are made ahead."""
-        end = self.trigger.end_time
+        end = self.plan.trigger.end_time
         until = until if end is None else min(until, end)
-        if self.trigger.policy.waiting_policy is not WaitingPolicy.WAIT:
+        if self.plan.trigger.policy.waiting_policy is not WaitingPolicy.WAIT:
             ignored = timedelta(seconds=SHOWN * self.plan.interval)
             self.through = max(self.through, until - ignored)
         ticks = self._ticks(until)
@@ -136,6 +141,8 @@ class Timetable:
         self._client = client
         self._log = log
         self._deployments: dict[UUID, DeploymentResponse] = {}
+        # Read from them once for each visit: most jobs of a pool may be over, and each look goes over all.
+        self._plans: dict[UUID, Plan] = {}
         self._lines: dict[UUID, Line] = {}
         self._ended: set[UUID] = set()
         self.has_new = False
@@ -147,13 +154,15 @@ class Timetable:
         # A job that has ended shows as active until the API has been told, and in what was read before.
         self._ended = {id_ for id_ in self._ended if id_ in known and is_on(known[id_])}
         self._deployments = {id_: known[id_] for id_ in known.keys() - self._ended}
+        plans = {id_: _plan(deployment) for id_, deployment in self._deployments.items()}
+        self._plans = {id_: plan for id_, plan in plans.items() if plan is not None}
         for deployment_id, line in list(self._lines.items()):
-            deployment = self._deployments.get(deployment_id)
-            if deployment is None or _plan(deployment) != line.plan:
+            plan = self._plans.get(deployment_id)
+            if plan is None or plan != line.plan:
                 # Gone, ended, changed or moved. A schedule that is switched on again begins afresh.
                 del self._lines[deployment_id]
                 continue
-            line.trigger = _trigger(deployment) or line.trigger
+            deployment, line.plan = self._deployments[deployment_id], plan
             if line.held and not deployment.paused:
                 line.resumed = schedules.in_utc(deployment.updated or datetime.now(UTC))
             line.held = deployment.paused
@@ -198,6 +207,7 @@ class Timetable:
         """Take note that a job is over: none of its ticks is owed any more."""
         self._lines.pop(deployment_id, None)
         self._deployments.pop(deployment_id, None)
+        self._plans.pop(deployment_id, None)
         self._ended.add(deployment_id)
 
     def forget(self, queue: str) -> None:
@@ -283,47 +293,39 @@ class Timetable:
         here, a takeover would not find them.
         """
         claim: OrchestrationResult[Any] = await self._client.set_flow_run_state(run.id, Pending())
-        if claim.status is SetStateStatus.ACCEPT:
-            await self._client.delete_flow_run(run.id)
-        return claim.status is SetStateStatus.ACCEPT
+        if claim.status is not SetStateStatus.ACCEPT:
+            return False
+        await self._client.delete_flow_run(run.id)
+        return True
 
     async def _open_lines(self, queues: Collection[str]) -> None:
-        for deployment in list(self._deployments.values()):
-            if deployment.id in self._lines or deployment.work_queue_name not in queues:
+        for deployment_id, plan in list(self._plans.items()):
+            if deployment_id in self._lines or plan.queue not in queues:
                 continue
-            trigger, schedule, plan = _trigger(deployment), _schedule(deployment), _plan(deployment)
-            if trigger is None or schedule is None or plan is None:
-                continue
-            through = await self._settled_until(deployment, schedule, trigger, plan.anchor)
-            self._lines[deployment.id] = Line(
-                deployment.id, deployment.name, plan, trigger, through, held=deployment.paused
-            )
+            through = await self._settled_until(deployment_id, plan)
+            # It may have ended meanwhile.
+            if (deployment := self._deployments.get(deployment_id)) is not None:
+                self._lines[deployment_id] = Line(
+                    deployment_id, deployment.name, plan, through, held=deployment.paused
+                )
 
-    async def _settled_until(
-        self,
-        deployment: DeploymentResponse,
-        schedule: DeploymentSchedule,
-        trigger: TriggerConfiguration,
-        anchor: datetime,
-    ) -> datetime:
+    async def _settled_until(self, deployment_id: UUID, plan: Plan) -> datetime:
         """Return the moment until which the history shows that all ticks are settled.
 
         Ticks of one job are claimed in order. Nothing is owed from before the schedule was made or last
         switched on; but its first tick is, where that is to come at once.
         """
-        created = schedules.in_utc(schedule.created or datetime.now(UTC))
-        switched = schedules.in_utc(schedule.updated or created)
-        fresh = switched - created < timedelta(seconds=1)
-        start = min(created, anchor - timedelta(microseconds=1)) if trigger.start_time is None else created
-        last = await self._last_settled(deployment, schedule)
-        return max(start if fresh else switched, last or start)
+        fresh = plan.switched - plan.created < timedelta(seconds=1)
+        start = plan.created
+        if plan.trigger.start_time is None:
+            start = min(start, plan.anchor - timedelta(microseconds=1))
+        last = await self._last_settled(deployment_id, plan.schedule_id)
+        return max(start if fresh else plan.switched, last or start)
 
-    async def _last_settled(
-        self, deployment: DeploymentResponse, schedule: DeploymentSchedule
-    ) -> datetime | None:
+    async def _last_settled(self, deployment_id: UUID, schedule_id: UUID) -> datetime | None:
         types = [kind for kind in StateType if kind is not StateType.SCHEDULED]
         runs = await self._client.read_flow_runs(
-            deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[deployment.id])),
+            deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[deployment_id])),
             flow_run_filter=FlowRunFilter(
                 state=FlowRunFilterState(type=FlowRunFilterStateType(any_=types)),
                 expected_start_time=FlowRunFilterExpectedStartTime(before_=datetime.now(UTC)),
@@ -331,7 +333,7 @@ class Timetable:
             sort=FlowRunSort.EXPECTED_START_TIME_DESC,
             limit=POLL_LIMIT,
         )
-        ours = f"scheduled {deployment.id} {schedule.id} "
+        ours = f"scheduled {deployment_id} {schedule_id} "
         ticks = (_tick(run) for run in runs if (run.idempotency_key or "").startswith(ours))
         return next(filter(None, ticks), None)
 
@@ -353,12 +355,13 @@ def _trigger(deployment: DeploymentResponse) -> TriggerConfiguration | None:
 
 def is_on(deployment: DeploymentResponse) -> bool:
     """Return whether a job goes on: a one-time job does until it has run, others until they are ended."""
-    return not deployment.schedules or _schedule(deployment) is not None
+    return not deployment.schedules or _schedule(deployment, _trigger(deployment)) is not None
 
 
-def _schedule(deployment: DeploymentResponse) -> DeploymentSchedule | None:
+def _schedule(
+    deployment: DeploymentResponse, trigger: TriggerConfiguration | None
+) -> DeploymentSchedule | None:
     """Return the schedule of a job's trigger while it is switched on."""
-    trigger = _trigger(deployment)
     slug = None if trigger is None else schedules.slug(trigger)
     active = (found for found in deployment.schedules if found.slug == slug and found.active)
     return next(active, None)
@@ -366,14 +369,18 @@ def _schedule(deployment: DeploymentResponse) -> DeploymentSchedule | None:
 
 def _plan(deployment: DeploymentResponse) -> Plan | None:
     """Return a job's plan while its schedule is switched on."""
-    schedule = _schedule(deployment)
-    if schedule is None or not isinstance(schedule.schedule, IntervalSchedule):
+    trigger = _trigger(deployment)
+    schedule = _schedule(deployment, trigger)
+    if trigger is None or schedule is None or not isinstance(schedule.schedule, IntervalSchedule):
         return None
-    anchor, interval = schedules.in_utc(schedule.schedule.anchor_date), schedule.schedule.interval
+    created = schedules.in_utc(schedule.created or datetime.now(UTC))
     return Plan(
-        deployment.work_queue_name or "",
-        deployment.work_queue_id,
-        schedule.id,
-        anchor,
-        interval.total_seconds(),
+        queue=deployment.work_queue_name or "",
+        queue_id=deployment.work_queue_id,
+        schedule_id=schedule.id,
+        anchor=schedules.in_utc(schedule.schedule.anchor_date),
+        interval=schedule.schedule.interval.total_seconds(),
+        trigger=trigger,
+        created=created,
+        switched=schedules.in_utc(schedule.updated or created),
     )

@@ -16,7 +16,8 @@ ID = UUID(int=1)
 
 def line(through=NOON - SECOND, **changes):
     trigger = TriggerConfiguration(**({"interval": 5} | changes))
-    return Line(ID, "job", Plan("default", ID, ID, NOON, trigger.interval), trigger, through)
+    plan = Plan("default", ID, ID, NOON, trigger.interval, trigger, created=NOON, switched=NOON)
+    return Line(ID, "job", plan, through)
 
 
 def at(*seconds):
