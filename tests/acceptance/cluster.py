@@ -507,7 +507,7 @@ class Cluster:
 
     def _history(self, run: FlowRun) -> str:
         """Return the states a run has been in, and what the nodes have logged of it."""
-        states = sorted(self.prefect.client.read_flow_run_states(run.id), key=lambda state: state.timestamp)
+        states = self.prefect.history(run)
         history = [f"{state.timestamp:%T.%f} {state.name}: {state.message or ''}" for state in states]
         logged = [
             f"{name}: {line}"

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
@@ -15,16 +16,18 @@ import pytest
 from prefect.client.schemas.objects import StateType
 from prefect.states import Scheduled
 
-from deployments.local import prefect_command, wait_until
-from deployments.program import Program, environment, running
+from deployments.local import wait_until
 from taskadapter.pools import ensure_work_pool
 from tests.acceptance.project import PATIENCE, Prefect, Project, due, is_alive, state_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
     from uuid import UUID
 
     from prefect.client.schemas.objects import FlowRun
+
+    from deployments.local import Program
 
 
 PLAIN = """
@@ -166,23 +169,25 @@ def test_sigterm_drains_the_agent(project: Project, prefect: Prefect, tmp_path: 
 
 def test_sigterm_stops_an_agent_that_a_script_has_started(project: Project) -> None:
     """In the background of a shell script interrupts are ignored; the agent ends in order all the same."""
-    agent = [prefect_command(), "worker", "start", "--pool", project.pool, "--type", "warm-backup"]
-    program = Program(
-        "agent scripted",
-        ["sh", "-c", 'trap "" INT; exec "$@"', "sh", *agent, "--name", "scripted"],
-        log=project.home / "scripted.log",
-        cwd=project.folder,
-        env=environment({"PYTHONUNBUFFERED": "1"}, project.env),
-    )
-    with running(program):
-        wait_until(lambda: "started" in program.output(), PATIENCE, "the agent to start")
-        processes = tree(program)
-        send(program, signal.SIGTERM)
-        status = process_of(program).wait(PATIENCE)
+    with interrupts_ignored(), project.agent("scripted") as agent:
+        wait_until(lambda: "started" in agent.output(), PATIENCE, "the agent to start")
+        processes = tree(agent)
+        send(agent, signal.SIGTERM)
+        status = process_of(agent).wait(PATIENCE)
 
     assert status == 0
     assert gone(processes)
-    assert "stopped" in program.output()
+    assert "stopped" in agent.output()
+
+
+@contextmanager
+def interrupts_ignored() -> Iterator[None]:
+    """Ignore interrupts, as what is started meanwhile then does too."""
+    former = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, former)
 
 
 def test_a_stopping_agent_gives_back_what_has_not_begun(project: Project, prefect: Prefect) -> None:
