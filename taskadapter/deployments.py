@@ -22,7 +22,6 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import FlowRun, State, StateType, WorkPool
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.exceptions import ObjectNotFound
-from prefect.states import Cancelled
 from prefect.workers.base import BaseJobConfiguration, BaseVariables
 from pydantic import Field
 
@@ -303,8 +302,7 @@ class Deployments:
 
     async def skip(self, flow_run: FlowRun, reason: str) -> None:
         """Record that a tick was not run, and why."""
-        state: State[Any] = Cancelled(name="Skipped", message=f"Skipped: {reason}.")
-        await self._client.set_flow_run_state(flow_run.id, state, force=True)
+        await self._client.set_flow_run_state(flow_run.id, schedules.skipped(reason), force=True)
 
     async def settle(self) -> None:
         """Wait until every job that is over has been put away, but not for an API that is away."""

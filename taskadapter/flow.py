@@ -27,7 +27,7 @@ from prefect.client.schemas.responses import SetStateStatus
 from prefect.context import FlowRunContext
 from prefect.exceptions import Abort
 from prefect.logging import get_run_logger
-from prefect.states import AwaitingRetry, Cancelled, Retrying, Scheduled
+from prefect.states import AwaitingRetry, Retrying, Scheduled
 
 from taskadapter import progress, retries, runs, schedules
 from taskadapter.errors import AlreadyStartedError, CoordinationError, TaskError, TokenLostError
@@ -270,7 +270,7 @@ class Turn:
             return None
         assignment = self.execution.assignment
         if (over := self.execution.over()) is not None:
-            return Cancelled(name="Skipped", message=f"Skipped: {over}.")
+            return schedules.skipped(over)
         if (skipped := self._too_late(assignment)) is not None:
             return skipped
         if self.flow_run is not None and self.flow_run.run_count > assignment.flow_run.run_count + 1:
@@ -285,7 +285,7 @@ class Turn:
             raise Abort(str(started)) from started
         if count is None:
             self.execution.ended = schedules.exhausted(assignment.max_count)
-            return Cancelled(name="Skipped", message=f"Skipped: {self.execution.ended}.")
+            return schedules.skipped(self.execution.ended)
         self.execution.count = count
         if count == assignment.max_count:
             self.execution.ended = schedules.exhausted(assignment.max_count)
@@ -312,7 +312,7 @@ class Turn:
             self.log.warning(
                 "Job %s skips its tick of %s: %s.", self.name, assignment.due, judgement.reason
             )
-        return Cancelled(name="Skipped", message=f"Skipped: {judgement.reason}.")
+        return schedules.skipped(judgement.reason)
 
     def _restore(self) -> None:
         """Give the run its final state back.

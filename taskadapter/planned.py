@@ -6,7 +6,6 @@ import contextlib
 import itertools
 from collections.abc import Iterable, Iterator
 from datetime import datetime
-from typing import Any
 from uuid import UUID
 
 from prefect.client.orchestration import PrefectClient
@@ -19,11 +18,10 @@ from prefect.client.schemas.filters import (
     WorkPoolFilter,
     WorkPoolFilterName,
 )
-from prefect.client.schemas.objects import TERMINAL_STATES, FlowRun, State, StateType
+from prefect.client.schemas.objects import TERMINAL_STATES, FlowRun, StateType
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.sorting import DeploymentSort, FlowRunSort
 from prefect.exceptions import ObjectNotFound
-from prefect.states import Cancelled
 
 from taskadapter import schedules, ticks
 
@@ -96,8 +94,7 @@ async def end_planned(client: PrefectClient, job_id: UUID, reason: str) -> None:
     """Have nothing more of a job begin: what is claimed is Skipped, what is not is deleted."""
     for flow_run in await _runs(client, [job_id], [StateType.PENDING, StateType.SCHEDULED]):
         if flow_run.state_type is StateType.PENDING:
-            state: State[Any] = Cancelled(name="Skipped", message=f"Skipped: {reason}.")
-            await client.set_flow_run_state(flow_run.id, state, force=True)
+            await client.set_flow_run_state(flow_run.id, schedules.skipped(reason), force=True)
         elif flow_run.state_name != "AwaitingRetry":  # that one has begun
             await _delete(client, flow_run)
 

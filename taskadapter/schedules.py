@@ -15,11 +15,13 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
+from prefect.states import Cancelled
+
 from taskadapter.errors import DeclarationError
 from taskadapter.model import TriggerConfiguration, WaitingPolicy
 
 if TYPE_CHECKING:
-    from prefect.client.schemas.objects import FlowRun
+    from prefect.client.schemas.objects import FlowRun, State
 
 ONE_TIME = 100 * 365 * 86400.0
 """The interval of a one-time job, in seconds: a century, so that no next tick ever limits its retries."""
@@ -197,6 +199,11 @@ def judge(
         reason = f"it could start {late:.1f} s late, and {policy} allows {waiting_time:g} s"
         return Judgement(Verdict.SKIP, reason)
     return Judgement(Verdict.RUN)
+
+
+def skipped(reason: str) -> State[Any]:
+    """Return the state of a tick that is not run: never a failure."""
+    return Cancelled(name="Skipped", message=f"Skipped: {reason}.")
 
 
 def exhausted(max_count: int) -> str:
