@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, event, text
 
+from deployments.local import wait_until
 from taskadapter.coordination.board import NEVER, DeadlineBoard, clock
 from taskadapter.coordination.dialects import open_engine, transaction
 from taskadapter.coordination.heartbeat import Change, Heartbeat
@@ -130,7 +131,7 @@ def test_deadlines_are_published(start: Start) -> None:
     node.wait_for(Gained)
     token = node.last(Gained).token
     before = node.deadlines[token]
-    time.sleep(2.5 * FREQUENCY)
+    wait_until(lambda: before < node.deadlines[token], INTERVAL, "the deadline to move")
     assert before < node.deadlines[token]
     assert clock() < node.deadlines[token] < clock() + INTERVAL
 
