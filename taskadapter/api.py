@@ -1,15 +1,24 @@
-"""Clients of Prefect's API for our functions and commands: one line says that it is out of reach."""
+"""How our functions and commands call Prefect's API: one line says that it is out of reach."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from typing import Any, TypeVar, cast
 
 import httpx
-from prefect.client.orchestration import PrefectClient, SyncPrefectClient, get_client
+from prefect.client.orchestration import PrefectClient, get_client
 from prefect.settings import get_current_settings
+from prefect.utilities.asyncutils import run_coro_as_sync
 
 from taskadapter.errors import ApiUnavailableError
+
+T = TypeVar("T")
+
+
+def run_sync(work: Coroutine[Any, Any, T]) -> T:
+    """Return what a coroutine does, from code that is not async; also while an event loop is running."""
+    return cast("T", run_coro_as_sync(work))
 
 
 @asynccontextmanager
@@ -22,13 +31,6 @@ async def api_client() -> AsyncIterator[PrefectClient]:
     with _told():
         async with get_client() as client:
             yield client
-
-
-@contextmanager
-def sync_api_client() -> Iterator[SyncPrefectClient]:
-    """Yield a client for code that is not async; as `api_client`."""
-    with _told(), get_client(sync_client=True) as client:
-        yield client
 
 
 @contextmanager

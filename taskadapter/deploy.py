@@ -2,36 +2,34 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import httpx
 import yaml
 from prefect.client.orchestration import PrefectClient
-from prefect.client.schemas.actions import (
-    DeploymentScheduleCreate,
-    DeploymentScheduleUpdate,
-    DeploymentUpdate,
-)
+from prefect.client.schemas.actions import DeploymentScheduleCreate, DeploymentUpdate
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.exceptions import ObjectNotFound, ScriptError
 from prefect.utilities.callables import parameter_schema
 from prefect.utilities.importtools import load_script_as_module
 
-from taskadapter import schedules
+from taskadapter import attached, schedules
 from taskadapter.api import api_client
-from taskadapter.domain import Domain
 from taskadapter.errors import DeclarationError, TaskError
 from taskadapter.jobs import JobId
-from taskadapter.listener import Declared, Listener, listeners
-from taskadapter.planned import TAG
+from taskadapter.listener import Declared, Listener, declared_meanwhile, refuse_disagreement
+from taskadapter.locks import lock
+from taskadapter.planned import DETACHED, TAG
 from taskadapter.ticks import create_tick
 from taskadapter.worker import DEFAULT_QUEUE
 
@@ -56,14 +54,16 @@ def render(flows: Path, file: Path) -> str:
     """
     if not flows.is_dir():
         raise DeclarationError(f"{flows}/ is no folder; name the one with the flow modules.")
+    found = []
     for module in sorted(flows.glob("*.py")):
-        _import(module)
-    found = [(listener, declared) for listener in listeners for declared in listener.services.values()]
+        with declared_meanwhile() as listeners:
+            _import(module)
+        found += [(on, declared) for on in listeners for declared in on.services.values()]
     if not found:
         raise DeclarationError(f"{flows}/ declares no job; decorate one with a listener's service().")
     found = _once_each(found)
     _refuse_duplicates(declared for _, declared in found)
-    _refuse_disagreement(listener for listener, _ in found)
+    refuse_disagreement(listener for listener, _ in found)
     content = {
         "pull": [],
         "deployments": [_entry(listener, declared) for listener, declared in found],
@@ -73,7 +73,7 @@ def render(flows: Path, file: Path) -> str:
 
 def _once_each(found: list[tuple[Listener, Declared]]) -> list[tuple[Listener, Declared]]:
     """Return the jobs by name; one whose module another one imports is declared twice, and is one."""
-    places = {(declared.name, entrypoint(declared.source)): (on, declared) for on, declared in found}
+    places = {(declared.name, entrypoint(declared)): (on, declared) for on, declared in found}
     return [places[key] for key in sorted(places)]
 
 
@@ -99,7 +99,7 @@ def _refuse_duplicates(found: Iterable[Declared]) -> None:
     seen: dict[str, Declared] = {}
     for declared in found:
         if declared.name in seen:
-            places = f"{entrypoint(seen[declared.name].source)} and {entrypoint(declared.source)}"
+            places = f"{entrypoint(seen[declared.name])} and {entrypoint(declared)}"
             raise DeclarationError(
                 f"service {declared.name!r} is declared twice, in {places}; its name is its "
                 "deployment's, so give one another name."
@@ -107,27 +107,12 @@ def _refuse_duplicates(found: Iterable[Declared]) -> None:
         seen[declared.name] = declared
 
 
-def _refuse_disagreement(found: Iterable[Listener]) -> None:
-    domains: dict[str, Domain] = {}
-    for listener in found:
-        domain = listener.domain
-        if domain is None:
-            continue
-        other = domains.setdefault(listener.work_pool, domain)
-        if other != domain:
-            raise DeclarationError(
-                f"two listeners disagree about work pool {listener.work_pool!r}, whose nodes share one "
-                f"database and timing: {other} and {domain}; declare the same for both, or give one "
-                "another work_pool."
-            )
-
-
 def _entry(listener: Listener, declared: Declared) -> dict[str, Any]:
     slug = schedules.slug(listener.trigger)
     _refuse_templates(declared, description(declared), declared.initial_state)
     entry: dict[str, Any] = {
         "name": declared.name,
-        "entrypoint": entrypoint(declared.source),
+        "entrypoint": entrypoint(declared),
         "description": description(declared),
         "tags": [TAG],
         "work_pool": {
@@ -136,7 +121,10 @@ def _entry(listener: Listener, declared: Declared) -> dict[str, Any]:
             "job_variables": _job_variables(declared),
         },
     }
-    step = {"job": declared.name, "slug": slug, "id": "prepared"}
+    step: dict[str, Any] = {"job": declared.name, "slug": slug, "interval": listener.trigger.interval}
+    if listener.trigger.start_time is not None:
+        step["start_time"] = listener.trigger.start_time.isoformat()
+    step["id"] = "prepared"
     entry["build"] = [{"taskadapter.deploy.prepare": step}]
     anchor = listener.trigger.start_time or "{{ prepared.first_tick }}"
     entry["schedules"] = [schedules.schedule(listener.trigger, anchor)]
@@ -165,11 +153,23 @@ def description(declared: Declared) -> str:
     if own := inspect.cleandoc(declared.source.__doc__ or ""):
         return own
     # Of an empty one `prefect deploy` would make "None".
-    return f"Job {declared.name} in {entrypoint(declared.source)}"
+    return f"Job {declared.name} in {place_of(declared.source)}"
 
 
-def entrypoint(source: Any) -> str:
-    """Return where Prefect finds a function or class: ``flows/counter.py:Counter``.
+def entrypoint(declared: Declared) -> str:
+    """Return where Prefect finds the flow of a service: ``flows/counter.py:Counter``.
+
+    For an attached instance that is its class, and the service's name.
+
+    Raises:
+        DeclarationError: as `place_of`.
+    """
+    place = place_of(declared.source)
+    return place if declared.initial_state is None else attached.entrypoint(place, declared.name)
+
+
+def place_of(source: Any) -> str:
+    """Return where nodes find a function or class: ``flows/counter.py:Counter``.
 
     Relative to the working directory, so that nodes may have the project elsewhere; what lies outside
     is named as an importable module.
@@ -194,7 +194,7 @@ def entrypoint(source: Any) -> str:
             "and this script lies outside the working directory. Start it in the project's folder, or move "
             "the definition to a module that the nodes can import."
         )
-    return f"{source.__module__}.{source.__qualname__}"
+    return f"{source.__module__}:{source.__qualname__}"
 
 
 def _file_of(source: Any) -> Path:
@@ -207,11 +207,18 @@ def _file_of(source: Any) -> Path:
         ) from error
 
 
-async def prepare(job: str, slug: str) -> dict[str, str]:
+async def prepare(
+    job: str, slug: str, interval: float | None = None, start_time: str | None = None
+) -> dict[str, str]:
     """A build step of ``prefect.yaml``, before a deployment is made or changed.
 
-    It ends the triggers that the job had before: Prefect adds a schedule whose slug is new, and leaves
-    those it knows, so that the job would go on by both. Schedules that somebody else has added stay.
+    It makes a deployment that is new, with its schedule, so that of two machines which deploy at once one
+    makes it and the other finds it: ``prefect deploy`` would make it anew. Until that has told it its work
+    pool, nobody runs it.
+
+    Of one that is there it ends the triggers that the job had before: Prefect adds a schedule whose slug
+    is new, and leaves those it knows, so that the job would go on by both. Schedules that somebody else
+    has added stay.
 
     It also finds the moment of tick 0 of a trigger without start time. That is when it is first
     deployed (and a little more, see `schedules.FIRST_TICK_LEAD`); each further deploy finds it on the
@@ -220,15 +227,44 @@ async def prepare(job: str, slug: str) -> dict[str, str]:
     Args:
         job: the name of the flow and of its deployment.
         slug: the slug of the trigger's schedule.
+        interval: the trigger's, in seconds; without it, as in files of earlier versions, nothing is made.
+        start_time: the trigger's, in ISO 8601, if it has one.
 
     Returns:
         ``{"first_tick": ...}``, in ISO 8601 with its offset.
     """
+    first_tick = datetime.now(UTC) + schedules.FIRST_TICK_LEAD
+    if start_time is not None:
+        first_tick = datetime.fromisoformat(start_time)
     async with api_client() as client:
         deployed = await find(client, job, job)
-        if deployed is not None:
+        if deployed is None and interval is not None:
+            deployed = await _make_alone(client, job, job, _schedule(interval, first_tick, slug))
+        elif deployed is not None:
             await _end_earlier_triggers(client, deployed, slug)
-    return {"first_tick": _first_tick(deployed, slug).isoformat()}
+    known = None if deployed is None else _anchor(deployed, slug)
+    return {"first_tick": (known or first_tick).isoformat()}
+
+
+async def _make_alone(
+    client: PrefectClient, flow_name: str, name: str, schedule: DeploymentScheduleCreate
+) -> DeploymentResponse | None:
+    async with lock(client, _lock_name(flow_name, name)):
+        if (found := await find(client, flow_name, name)) is None:
+            flow_id = await client.create_flow_from_name(flow_name)
+            await client.create_deployment(flow_id, name, schedules=[schedule], tags=[TAG])
+            found = await find(client, flow_name, name)
+    return found
+
+
+def _lock_name(flow_name: str, name: str) -> str:
+    return f"deployment {flow_name}/{name}"
+
+
+def _schedule(interval: float, anchor: datetime, slug: str) -> DeploymentScheduleCreate:
+    seconds = timedelta(seconds=interval)
+    planned = IntervalSchedule(interval=seconds, anchor_date=anchor, timezone="UTC")
+    return DeploymentScheduleCreate(schedule=planned, slug=slug)
 
 
 async def find(client: PrefectClient, flow_name: str, name: str) -> DeploymentResponse | None:
@@ -240,18 +276,24 @@ async def find(client: PrefectClient, flow_name: str, name: str) -> DeploymentRe
 
 
 async def _end_earlier_triggers(client: PrefectClient, deployed: DeploymentResponse, slug: str) -> None:
+    """Delete the schedules of other triggers of ours, and that of a service which was detached."""
     for schedule in deployed.schedules:
-        if schedule.slug != slug and schedules.is_slug(schedule.slug):
-            await client.delete_deployment_schedule(deployed.id, schedule.id)
+        if schedules.is_slug(schedule.slug) and (schedule.slug != slug or DETACHED in deployed.tags):
+            with suppress(ObjectNotFound):
+                await client.delete_deployment_schedule(deployed.id, schedule.id)
 
 
-def _first_tick(
-    deployed: DeploymentResponse | None, slug: str, lead: timedelta = schedules.FIRST_TICK_LEAD
-) -> datetime:
-    for schedule in [] if deployed is None else deployed.schedules:
+def has_schedule(deployed: DeploymentResponse, slug: str) -> bool:
+    """Return whether a deployment has the schedule; that of a detached service is none any more."""
+    return DETACHED not in deployed.tags and slug in [known.slug for known in deployed.schedules]
+
+
+def _anchor(deployed: DeploymentResponse, slug: str) -> datetime | None:
+    """Return the moment of tick 0 of a schedule; None where a deployment does not have it."""
+    for schedule in deployed.schedules if has_schedule(deployed, slug) else ():
         if schedule.slug == slug and isinstance(schedule.schedule, IntervalSchedule):
             return schedule.schedule.anchor_date.astimezone(UTC)
-    return datetime.now(UTC) + lead
+    return None
 
 
 async def make_first_tick(
@@ -267,13 +309,19 @@ async def make_first_tick(
         since: when the schedule was asked for: what was due before is no tick of it.
     """
     deployment = await client.read_deployment(job_id)
-    (schedule_id,) = (schedule.id for schedule in deployment.schedules if schedule.slug == slug)
-    if not deployment.paused and since <= anchor <= since + schedules.FIRST_TICK_LEAD:
-        await create_tick(client, job_id, schedule_id, anchor)
+    if deployment.paused or not since <= anchor <= since + schedules.FIRST_TICK_LEAD:
+        return
+    for schedule in deployment.schedules:
+        if schedule.slug == slug:
+            await create_tick(client, job_id, schedule.id, anchor)
 
 
-async def deploy(listener: Listener) -> dict[str, JobId]:
+async def deploy(listener: Listener, names: Collection[str] | None = None) -> dict[str, JobId]:
     """Deploy a listener's services to the server, as ``prefect deploy`` would.
+
+    Args:
+        listener: the listener.
+        names: which of its services; None for all.
 
     Returns:
         The job ids, by the services' names.
@@ -281,23 +329,19 @@ async def deploy(listener: Listener) -> dict[str, JobId]:
     Raises:
         TaskError: the work pool is of another type.
     """
-    await asyncio.to_thread(listener.ensure_work_pool)
+    await listener.aensure_work_pool()
+    wanted = [listener.services[name] for name in listener.services if names is None or name in names]
     async with api_client() as client:
-        return {
-            name: JobId(await _deploy(client, listener, declared))
-            for name, declared in listener.services.items()
-        }
+        return {declared.name: JobId(await _deploy(client, listener, declared)) for declared in wanted}
 
 
 async def _deploy(client: PrefectClient, listener: Listener, declared: Declared) -> UUID:
-    now, slug = datetime.now(UTC), schedules.slug(listener.trigger)
-    deployed = await find(client, declared.flow.name, declared.name)
-    anchor = listener.trigger.start_time or _first_tick(deployed, slug, lead=timedelta(0))
-    wanted = wanted_of(declared, listener.work_pool, listener.group_id)
-    job_id, _ = await put(client, declared, deployed, wanted, anchor)
-    if deployed is None or slug not in [schedule.slug for schedule in deployed.schedules]:
-        await make_first_tick(client, job_id, slug, anchor, now)
-    return job_id
+    now = datetime.now(UTC)
+    anchor = listener.trigger.start_time or now
+    done = await put(client, declared, wanted_of(declared, listener.work_pool, listener.group_id), anchor)
+    if done.has_new_schedule:
+        await make_first_tick(client, done.job_id, schedules.slug(listener.trigger), anchor, now)
+    return done.job_id
 
 
 def wanted_of(declared: Declared, work_pool: str, group_id: str | None) -> dict[str, Any]:
@@ -307,7 +351,7 @@ def wanted_of(declared: Declared, work_pool: str, group_id: str | None) -> dict[
         DeclarationError: nodes could not import what was declared.
     """
     wanted: dict[str, Any] = {
-        "entrypoint": entrypoint(declared.source),
+        "entrypoint": entrypoint(declared),
         "description": description(declared),
         "tags": [TAG],
         "work_pool_name": work_pool,
@@ -318,41 +362,75 @@ def wanted_of(declared: Declared, work_pool: str, group_id: str | None) -> dict[
     return wanted if declared.parameters is None else wanted | {"parameters": declared.parameters}
 
 
+@dataclass(frozen=True)
+class Put:
+    """What `put` has done.
+
+    Attributes:
+        job_id: the deployment's id.
+        was_there: whether there was a deployment before.
+        has_changed: whether anything had to be done.
+        has_new_schedule: whether it was given the schedule of its trigger here and now, and by nobody else.
+    """
+
+    job_id: UUID
+    was_there: bool
+    has_changed: bool
+    has_new_schedule: bool
+
+
 async def put(
-    client: PrefectClient,
-    declared: Declared,
-    deployed: DeploymentResponse | None,
-    wanted: dict[str, Any],
-    anchor: datetime | None,
-) -> tuple[UUID, bool]:
+    client: PrefectClient, declared: Declared, wanted: dict[str, Any], anchor: datetime | None
+) -> Put:
     """Create the deployment of a job, or change it if it differs.
 
-    A schedule of its trigger that is there stays as it is, anchor and pause included; one of an earlier
-    trigger goes.
+    Of several that do the same at once, one creates it, or gives it its new schedule, and the others find
+    that. A schedule of its trigger that is there stays as it is, anchor and pause included, unless the
+    service was detached; one of an earlier trigger goes.
 
     Args:
         client: connected to the API.
         declared: the job.
-        deployed: its deployment as it is, None where there is none.
         wanted: what `wanted_of` says of it.
-        anchor: the moment of tick 0; None for a job without a schedule.
-
-    Returns:
-        Its id, and whether anything had to be done.
+        anchor: the moment of tick 0, if the schedule is new; None for a job without a schedule.
     """
-    slug = schedules.slug(declared.trigger)
-    planned = None
-    if anchor is not None:
-        interval = timedelta(seconds=declared.trigger.interval)
-        planned = IntervalSchedule(interval=interval, anchor_date=anchor, timezone="UTC")
-    if deployed is None:
-        flow_id = await client.create_flow(declared.flow)
-        new = [] if planned is None else [DeploymentScheduleCreate(schedule=planned, slug=slug)]
-        return await client.create_deployment(flow_id, declared.name, schedules=new, **wanted), True
+    slug, flow_name = schedules.slug(declared.trigger), declared.flow.name
+    planned = [] if anchor is None else [_schedule(declared.trigger.interval, anchor, slug)]
+    if (deployed := await find(client, flow_name, declared.name)) is None:
+        async with lock(client, _lock_name(flow_name, declared.name)):
+            deployed = await find(client, flow_name, declared.name)
+            if deployed is None:
+                flow_id = await client.create_flow(declared.flow)
+                job_id = await client.create_deployment(flow_id, declared.name, schedules=planned, **wanted)
+                return Put(job_id, False, True, bool(planned))
+    return await _change(client, deployed, wanted, planned, slug)
+
+
+async def _change(
+    client: PrefectClient,
+    deployed: DeploymentResponse,
+    wanted: dict[str, Any],
+    planned: list[DeploymentScheduleCreate],
+    slug: str,
+) -> Put:
     await _end_earlier_triggers(client, deployed, slug)
-    if planned is not None and slug not in [known.slug for known in deployed.schedules]:
-        wanted = wanted | {"schedules": [DeploymentScheduleUpdate(schedule=planned, slug=slug)]}
-    if all(getattr(deployed, field) == value for field, value in wanted.items()):
-        return deployed.id, False
-    await client.update_deployment(deployed.id, DeploymentUpdate(**wanted))
-    return deployed.id, True
+    differs = any(getattr(deployed, field) != value for field, value in wanted.items())
+    if differs:
+        await client.update_deployment(deployed.id, DeploymentUpdate(**wanted))
+    # After that: agents know a job's schedule by its trigger, which is among these fields.
+    lacks = bool(planned) and not has_schedule(deployed, slug)
+    is_ours = lacks and await _add_schedules(client, deployed.id, planned)
+    return Put(deployed.id, True, differs or lacks, is_ours)
+
+
+async def _add_schedules(
+    client: PrefectClient, job_id: UUID, planned: list[DeploymentScheduleCreate]
+) -> bool:
+    """Give a deployment its schedules; returns False if somebody else was quicker."""
+    try:
+        await client.create_deployment_schedules(job_id, planned)
+    except httpx.HTTPStatusError as fault:
+        if fault.response.status_code != httpx.codes.CONFLICT:
+            raise
+        return False
+    return True

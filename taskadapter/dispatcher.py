@@ -64,6 +64,15 @@ PAUSE_SECONDS = 5.0
 """How long to wait before a run is tried again that no process could be started for."""
 
 
+Which = Callable[[FlowRun], bool]
+"""Says of a run whether it is meant."""
+
+
+def any_run(_: FlowRun) -> bool:
+    """Mean every run."""
+    return True
+
+
 @dataclass
 class RunInHand:
     """A run between its claim and its end.
@@ -78,6 +87,7 @@ class RunInHand:
         killed: whether the agent has ended its process, knowing of no beginning.
         ended: why its job is over, once that is known.
         over: why it is not to begin: its job has ended since it was claimed.
+        dropped: whether it is given back, unless its body has begun.
         lost: whether the token was lost: what becomes of the run, the group's next holder says.
         cancelled: when it was cancelled, on the monotonic clock.
         heartbeat: when its last heartbeat was, on the monotonic clock.
@@ -92,6 +102,7 @@ class RunInHand:
     killed: bool = False
     ended: str | None = None
     over: str | None = None
+    dropped: bool = False
     lost: bool = False
     cancelled: float | None = None
     heartbeat: float = field(default_factory=time.monotonic)
@@ -183,27 +194,41 @@ class Dispatcher:
         """Whether there is something to run, now or soon."""
         return bool(self._upcoming or self._in_hand)
 
-    def forget(self) -> None:
-        """Start nothing more of what is known; what waits for its moment goes back."""
-        self._upcoming.clear()
-        self._drop(self._in_hand.values())
+    def forget(self, which: Which = any_run) -> None:
+        """Start nothing more of what is known, or of some of it; what waits for its moment goes back."""
+        self._upcoming = {id_: run for id_, run in self._upcoming.items() if not which(run)}
+        self._drop(self._those(which))
+
+    def _those(self, which: Which) -> list[RunInHand]:
+        return [run for run in self._in_hand.values() if which(run.flow_run)]
 
     def _drop(self, runs: Iterable[RunInHand], over: str | None = None) -> None:
         for run in runs:
+            run.dropped = True
             if run.host is not None:
                 run.host.drop(over)
 
-    async def drain(self, seconds: float, group_id: str | None = None) -> None:
-        """Let runs end, those of one group or all, for so long; then end them.
+    def call_off(self, job_id: UUID, reason: str) -> None:
+        """Have no tick of a job begin any more, which is over; one that was claimed is Skipped."""
+
+        def is_tick_of_it(run: FlowRun) -> bool:
+            return run.deployment_id == job_id and schedules.is_tick(run)
+
+        for run in self._those(is_tick_of_it):
+            run.over = reason
+            self._drop([run], reason)
+
+    async def drain(self, seconds: float, which: Which = any_run) -> None:
+        """Let runs end, all or some, for so long; then end them.
 
         What has not begun goes back to be claimed by another node.
         """
-        runs = [run for run in self._in_hand.values() if group_id is None or _group(run) == group_id]
+        runs = self._those(which)
         if runs:
             self._log.info("%d run(s) may still end, within %g s.", len(runs), seconds)
         self._drop(runs)
         await self._until_gone(runs, seconds)
-        self.end(runs)
+        self._end(runs)
         await self._until_gone(runs, TERMINATE_GRACE_SECONDS)
 
     async def _until_gone(self, runs: list[RunInHand], seconds: float) -> None:
@@ -228,9 +253,12 @@ class Dispatcher:
         while self._upcoming or self._handling:
             await asyncio.wait(self._handling or [asyncio.create_task(asyncio.sleep(0.1))])
 
-    def end(self, runs: Iterable[RunInHand] | None = None) -> None:
-        """End runs that go on, by default all: each shows as Crashed, unless its body has not begun."""
-        for run in list(self._in_hand.values()) if runs is None else runs:
+    def end(self, which: Which = any_run) -> None:
+        """End runs that go on, all or some: each shows as Crashed, unless its body has not begun."""
+        self._end(self._those(which))
+
+    def _end(self, runs: Iterable[RunInHand]) -> None:
+        for run in runs:
             if run.host is not None:
                 # A process that is still on its way to the body must not report an end of the run.
                 run.killed = run.token is not None and not run.begun
@@ -452,7 +480,7 @@ class Dispatcher:
                 self._log.warning("No process can be started for runs: %s", fault or "it ended at once")
                 await asyncio.sleep(PAUSE_SECONDS)
                 return Outcome("dropped")
-            if run.over is not None or run.lost:
+            if run.dropped or run.lost:
                 self._hosts.give_back(host)
                 return Outcome("dropped")
             run.host = host
@@ -473,10 +501,7 @@ class Dispatcher:
         """End a job for all nodes; its ticks that are claimed, but have not begun, do not begin."""
         self._deployments.end(job, reason)
         self._timetable.end(job.deployment.id)
-        for run in self._in_hand.values():
-            if run.flow_run.deployment_id == job.deployment.id and schedules.is_tick(run.flow_run):
-                run.over = reason
-                self._drop([run], reason)
+        self.call_off(job.deployment.id, reason)
 
     async def _put_back(self, run: RunInHand) -> None:
         """Give a claimed run that has not begun to the next agent, or skip it if its job is over."""
@@ -574,10 +599,6 @@ def _due(flow_run: FlowRun) -> datetime:
     """Return when a run is to start: its scheduled time, or when it was made."""
     due = flow_run.next_scheduled_start_time or flow_run.expected_start_time or flow_run.created
     return due if due is not None else datetime.now(UTC)
-
-
-def _group(run: RunInHand) -> str | None:
-    return None if run.token is None else run.token.group_id
 
 
 def _resource(kind: str, object_id: UUID | None) -> dict[str, str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
+import time
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from logging import Logger, LoggerAdapter
@@ -27,7 +28,10 @@ if TYPE_CHECKING:
     from taskadapter.coordination.heartbeat import Change, Heartbeat
 
 STOP_SECONDS = 10.0
-"""How long the release of the tokens may take when the agent stops."""
+"""How long the release of tokens may take when the agent stops, or leaves a group."""
+
+PAUSE_SECONDS = 0.02
+"""How long to wait between two looks whether a token is released."""
 
 
 class Groups:
@@ -76,6 +80,8 @@ class Groups:
         if self._heartbeat is not None:
             self._heartbeat.join(wanted)
             return
+        if not wanted:
+            return
         from taskadapter.coordination.heartbeat import Heartbeat
 
         self._heartbeat = Heartbeat(
@@ -89,6 +95,30 @@ class Groups:
             log=self._log,
         )
         self._heartbeat.start()
+
+    def is_registered(self, name: str) -> bool:
+        """Return whether this node is entered in the database as one that stands by for a group."""
+        return self._heartbeat is not None and name in self._heartbeat.registered
+
+    @property
+    def fault(self) -> str:
+        """What the database answers instead, or why it does not; empty while it answers well."""
+        return "" if self._heartbeat is None else self._heartbeat.fault
+
+    @property
+    def waits_for_its_predecessor(self) -> bool:
+        """Whether a process of this node's name, which may be dead, was seen lately."""
+        return self._heartbeat is not None and self._heartbeat.waits_for_its_predecessor
+
+    async def leave(self, name: str) -> None:
+        """Stand by for a group no longer; returns when its token is released, if the database answers."""
+        self.names -= {name}
+        if self._heartbeat is not None:
+            self._heartbeat.join(self.names)
+            end = time.monotonic() + STOP_SECONDS
+            # Its lease changes in another thread.
+            while not self._heartbeat.has_left(name) and time.monotonic() < end:  # noqa: ASYNC110
+                await asyncio.sleep(PAUSE_SECONDS)
 
     def token(self, name: str) -> Token | None:
         """Return the token of a group if this node may trust now that it holds it."""

@@ -7,13 +7,14 @@ import json
 from abc import abstractmethod
 from dataclasses import dataclass
 from types import FunctionType
-from typing import TYPE_CHECKING, Any, Self, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, get_args, get_origin
 from uuid import UUID
 
 from pydantic import BaseModel, ConfigDict, Secret, create_model
 from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import PydanticSerializationError
 
+from taskadapter.attached import AsService
 from taskadapter.declaration import Validated
 from taskadapter.errors import DeclarationError
 
@@ -119,6 +120,9 @@ class Service(Executable):
     """
 
     model_config = ConfigDict(validate_assignment=True)
+
+    as_service: ClassVar[AsService] = AsService()
+    """Where `prefect deploy` finds the flow of an attached instance; no field may have this name."""
 
 
 ServiceT = TypeVar("ServiceT", bound=Service)

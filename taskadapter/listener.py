@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeGuard
+from typing import Any, Self, TypeGuard, cast
+from weakref import WeakSet
 
 from prefect import Flow
 from prefect.settings import get_current_settings
 from prefect.types.names import BANNED_CHARACTERS
-from prefect.utilities.asyncutils import run_coro_as_sync
 from pydantic import model_validator
 
 from taskadapter import flow as flows
 from taskadapter import prefect_private
-from taskadapter.background import BackgroundAgent
+from taskadapter.api import run_sync
 from taskadapter.config import overridden, read_config
 from taskadapter.declaration import Declaration
 from taskadapter.domain import Domain, password_of
@@ -30,14 +32,36 @@ from taskadapter.model import (
     TriggerConfiguration,
     WarmBackupConfig,
 )
-from taskadapter.pools import ensure_work_pool
+from taskadapter.planned import detach_job
+from taskadapter.pools import aensure_work_pool
+from taskadapter.program import Part, ProgramAgent, agents, stop_all
 from taskadapter.settings import TaskadapterSettings, check_interval
+from taskadapter.signals import at_a_signal
 from taskadapter.worker import DEFAULT_QUEUE
+
+REASON = "the service was detached"
 
 Declarable = type[Job] | type[Service] | Callable[..., Any]
 
-listeners: set[Listener] = set()
-"""The listeners of this process, for `taskadapter render`; a module need not keep its own."""
+listeners: WeakSet[Listener] = WeakSet()
+"""The listeners of this program: those that somebody keeps."""
+
+_new: list[list[Listener]] = []
+
+
+@contextmanager
+def declared_meanwhile() -> Iterator[list[Listener]]:
+    """Collect the listeners that are declared in the block, in their order, also those nobody keeps.
+
+    They need not agree with those that were declared before: a module of flows is a program of its own.
+    """
+    listeners.clear()
+    found: list[Listener] = []
+    _new.append(found)
+    try:
+        yield found
+    finally:
+        _new.remove(found)
 
 
 class ListenerConfiguration(Declaration):
@@ -87,6 +111,7 @@ class Declared:
         trigger: the listener's, with what this service adds to it.
         source: the function or class that was declared.
         initial_state: the fields of an attached instance; None where a decorator declared it.
+        instance: that instance.
         parameters: what its runs are given, kept as declared; None for the flow's defaults, which the UI
             may change.
     """
@@ -96,6 +121,7 @@ class Declared:
     source: Declarable
     trigger: TriggerConfiguration
     initial_state: dict[str, Any] | None = None
+    instance: Service | None = None
     parameters: dict[str, Any] | None = None
 
 
@@ -107,18 +133,24 @@ class Listener:
             Ballerina's spelling.
 
     Raises:
-        DeclarationError: a value breaks its rule; the message names both, and the remedy.
+        DeclarationError: a value breaks its rule; the message names both, and the remedy. Or it names this
+            node otherwise than another listener of the program on the same work pool.
     """
 
     def __init__(self, **configuration: Any) -> None:
         self.configuration = ListenerConfiguration(**configuration)
         self.trigger = self.configuration.effective_trigger
         self.services: dict[str, Declared] = {}
-        self._agent: BackgroundAgent | None = None
+        self._agent: ProgramAgent | None = None
+        self._part: Part | None = None
         check_interval(self.trigger.interval)
-        listeners.add(self)
         if prefect_private.is_being_deployed():
-            self.ensure_work_pool()
+            run_sync(self.aensure_work_pool())
+        else:
+            self._check_task_id()
+        listeners.add(self)
+        for found in _new:
+            found.append(self)
 
     @classmethod
     def from_config(cls, path: str | Path, *, table: str | None = None, **configuration: Any) -> Self:
@@ -153,21 +185,37 @@ class Listener:
         backup = self.configuration.warm_backup_config
         return None if backup is None else Domain.declared(backup, self.work_pool)
 
-    def ensure_work_pool(self) -> None:
-        """Make the work pool unless it is there, with the database and timing of this listener.
+    async def aensure_work_pool(self) -> None:
+        """Make the work pool unless it is there, with the database, timing and queue of this listener.
 
         Raises:
             TaskError: there is a pool of that name and another type.
         """
         backup = self.configuration.warm_backup_config
         password = None if backup is None else password_of(backup)
-        ensure_work_pool(self.work_pool, self.domain, password)
+        await aensure_work_pool(self.work_pool, self.domain, password, queue=self.group_id)
 
     @property
     def group_id(self) -> str | None:
         """The coordination group, which is the work queue; None for jobs that every node may run."""
         backup = self.configuration.warm_backup_config
         return None if backup is None else backup.group_id
+
+    @property
+    def task_id(self) -> str | None:
+        """The name that it gives this node; None if it leaves that to the host's."""
+        backup = self.configuration.warm_backup_config
+        return backup.task_id if backup is not None and "task_id" in backup.model_fields_set else None
+
+    def _check_task_id(self) -> None:
+        for other in listeners:
+            names = {self.task_id, other.task_id} - {None}
+            if len(names) > 1 and other.work_pool == self.work_pool:
+                raise DeclarationError(
+                    f"task_id={self.task_id!r}: another listener of this program on work pool "
+                    f"{self.work_pool!r} has task_id={other.task_id!r}, and a program is one node of its "
+                    "pool; give both the same, or give one another work_pool."
+                )
 
     def service(self, name: str, **options: Any) -> Callable[[Declarable], Flow[..., Any]]:
         """Declare a service: decorates a `Service` class or a function, sync or async.
@@ -179,7 +227,7 @@ class Listener:
                 ``retries``, which a `RetryConfiguration` declares.
 
         Returns:
-            A decorator that returns the `prefect.Flow`.
+            A decorator that returns the `prefect.Flow`. On a listener that is started it also deploys it.
 
         Raises:
             DeclarationError: the name is taken or none that Prefect accepts, an option is one that
@@ -202,12 +250,16 @@ class Listener:
                     f"{source!r} cannot be service {name!r}: decorate a subclass of Service, or a function."
                 )
             self._add(Declared(name, flow, source, trigger))
+            if self.is_started:
+                run_sync(self._bring_up(name))
             return flow
 
         return declare
 
     def attach(self, service: Service, name: str) -> Flow[..., Any]:
         """Declare an instance as a service; its field values are the initial state on every node.
+
+        On a listener that is started it is deployed, and runs at once.
 
         Args:
             service: of a class that the nodes can import.
@@ -219,7 +271,21 @@ class Listener:
         Raises:
             DeclarationError: the name is taken or none that Prefect accepts, or what is attached is no
                 service, or its class cannot be imported by its name.
+            TaskError: it could not be deployed; then it is not attached.
         """
+        flow = self._attach(service, name)
+        if self.is_started:
+            run_sync(self._bring_up(name))
+        return flow
+
+    async def aattach(self, service: Service, name: str) -> Flow[..., Any]:
+        """Do what `attach` does, from async code."""
+        flow = self._attach(service, name)
+        if self.is_started:
+            await self._bring_up(name)
+        return flow
+
+    def _attach(self, service: Service, name: str) -> Flow[..., Any]:
         _check_name(name)
         cls = type(service)
         if not issubclass(cls, Service):
@@ -233,37 +299,100 @@ class Listener:
             )
         trigger = _one_writer(cls, self.trigger)
         flow = flows.service_flow(service, name, trigger)
-        self._add(Declared(name, flow, cls, trigger, dump_state(service)))
+        self._add(Declared(name, flow, cls, trigger, dump_state(service), service))
         return flow
 
-    def detach(self, name: str) -> None:
-        """Take a service off this listener; what is deployed already is left as it is.
+    def detach(self, service: str | Service) -> None:
+        """Take a service off this listener.
+
+        On a listener that is started it is unscheduled too: nothing of it begins any more, on any node,
+        until it is attached or deployed again. A run that has begun goes on; the history stays.
+
+        Args:
+            service: the service's name, or the instance that was attached.
 
         Raises:
-            TaskError: there is no such service.
+            TaskError: there is no such service, or it could not be unscheduled.
         """
-        if self.services.pop(name, None) is None:
-            raise TaskError(f"no service {name!r} is attached; there are {sorted(self.services)}.")
+        run_sync(self.adetach(service))
+
+    async def adetach(self, service: str | Service) -> None:
+        """Do what `detach` does, from async code."""
+        name = self._name_of(service)
+        if self._agent is not None and self._part is not None and self.is_started:
+            job_id = self._part.jobs[name]
+            await self._agent.call_off(job_id, REASON)
+            await detach_job(job_id, REASON)
+            del self._part.jobs[name]
+        del self.services[name]
+
+    def _name_of(self, service: str | Service) -> str:
+        for name, declared in self.services.items():
+            if declared.instance is service or name == service:
+                return name
+        raise TaskError(f"no service {service!r} is attached; there are {sorted(self.services)}.")
 
     def _add(self, declared: Declared) -> None:
         if declared.name in self.services:
             raise DeclarationError(
                 f"service {declared.name!r} is declared twice on one listener; give one another name."
             )
+        if self.is_started:
+            self._refuse_namesakes([declared.name])
         self.services[declared.name] = declared
+
+    def _refuse_namesakes(self, names: Iterable[str]) -> None:
+        """Refuse services that are, by their names, the deployments of another listener that runs here."""
+        for other in listeners:
+            taken = sorted(set(names) & set(other.services))
+            if taken and other is not self and other.is_started:
+                raise TaskError(
+                    f"service {taken[0]!r} is run by another listener of this program already; its name is "
+                    "its deployment's, so give one another name."
+                )
 
     # --- running ----------------------------------------------------------------------------------
 
+    @property
+    def is_started(self) -> bool:
+        """Whether it has been started, and neither been stopped nor lost its agent since."""
+        return self._part is not None and not self._part.over.done()
+
+    @property
+    def failed(self) -> TaskError | None:
+        """What has ended the agent that runs the services here; None as long as nothing has."""
+        if self._part is None or not self._part.over.done():
+            return None
+        return cast("TaskError | None", self._part.over.exception())
+
     def start(self) -> None:
-        """Deploy the services, and run this node's agent in the background of this program.
+        """Deploy the services, and run them in the background of this program, as a node of their pool.
+
+        It returns when this node takes part: it runs the services, or stands by for the active node of
+        their group. All listeners of a program on one work pool share one agent.
 
         Raises:
-            TaskError: it is started already, nothing is declared, the work pool is of another type, or
-                Prefect's API is not named or does not answer.
+            TaskError: it is started already, nothing is declared, another listener of the program runs a
+                service of that name, the work pool is of another type or has another database or timing,
+                another live process has this node's name, or Prefect's API or the coordination database is
+                not named or does not answer (it is given some seconds).
         """
+        run_sync(self.astart())
+
+    async def astart(self) -> None:
+        """Do what `start` does, from async code."""
         from taskadapter.deploy import deploy
 
-        if self._agent is not None:
+        self._check_start()
+        jobs = await deploy(self)
+        part = Part(self.group_id or DEFAULT_QUEUE, {name: job_id.id for name, job_id in jobs.items()})
+        names = [other.task_id for other in listeners if other.work_pool == self.work_pool]
+        name = next(filter(None, names), None)
+        self._agent = await ProgramAgent.take_part(self.work_pool, name, socket.gethostname(), part)
+        self._part = part
+
+    def _check_start(self) -> None:
+        if self.is_started:
             raise TaskError("the listener is started already; stop it before it is started again.")
         if not self.services:
             raise TaskError("the listener has no service to run; declare one with service().")
@@ -272,25 +401,87 @@ class Listener:
                 "PREFECT_API_URL is not set, and an agent needs a server that stays: start one with "
                 "`prefect server start`, and set PREFECT_API_URL to its address."
             )
-        run_coro_as_sync(deploy(self))
-        backup = self.configuration.warm_backup_config
-        queue = self.group_id or DEFAULT_QUEUE
-        name = socket.gethostname() if backup is None else backup.task_id
-        self._agent = BackgroundAgent(self.work_pool, queue, name)
+        self._refuse_namesakes(self.services)
+        refuse_disagreement([self, *(other for other in listeners if other.is_started)])
+
+    async def _bring_up(self, name: str) -> None:
+        """Deploy a service that was declared on this listener after its start, and run it at once."""
+        from taskadapter.deploy import deploy
+
+        part, agent = self._part, self._agent
+        if part is None or agent is None:
+            return
+        try:
+            part.jobs |= {name: job_id.id for name, job_id in (await deploy(self, [name])).items()}
+            await agent.look_again(part)
+        except BaseException:
+            del self.services[name]
+            raise
 
     def graceful_stop(self) -> None:
-        """Let the running jobs finish, then end the agent; no tick starts any more."""
-        self._stop(BackgroundAgent.drain)
+        """Start no tick of its services here any more, let the running ones finish, then hand over.
+
+        Other listeners of the program go on; the last one that stops ends the agent. It does nothing where
+        the listener has stopped already, as at a signal in `wait`.
+
+        Raises:
+            TaskError: it was never started.
+        """
+        run_sync(self.agraceful_stop())
+
+    async def agraceful_stop(self) -> None:
+        """Do what `graceful_stop` does, from async code."""
+        await self._stop(end_runs=False)
 
     def immediate_stop(self) -> None:
-        """End the agent and the jobs it is running, which show as Crashed."""
-        self._stop(BackgroundAgent.abort)
+        """Do as `graceful_stop`, but end what is running: it shows as Crashed."""
+        run_sync(self.aimmediate_stop())
 
-    def _stop(self, how: Callable[[BackgroundAgent], None]) -> None:
-        agent, self._agent = self._agent, None
-        if agent is None:
+    async def aimmediate_stop(self) -> None:
+        """Do what `immediate_stop` does, from async code."""
+        await self._stop(end_runs=True)
+
+    async def _stop(self, *, end_runs: bool) -> None:
+        part, agent = self._started()
+        await agent.leave([part], end_runs=end_runs)
+
+    def _started(self) -> tuple[Part, ProgramAgent]:
+        if self._part is None or self._agent is None:
             raise TaskError("the listener is not started; call start() first.")
-        how(agent)
+        return self._part, self._agent
+
+    def wait(self) -> None:
+        """Wait until the listener is stopped.
+
+        In the main thread SIGTERM and Ctrl-C stop all listeners of the program meanwhile, in order: what is
+        running finishes, and the groups are handed over; a second signal ends what is running.
+
+        Raises:
+            TaskError: its agent has failed, with this error; or it was never started.
+        """
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            asyncio.run(self.await_())
+        else:
+            run_sync(self.await_())
+
+    async def await_(self) -> None:
+        """Do what `wait` does, from async code."""
+        part, _ = self._started()
+        stopping: list[asyncio.Task[None]] = []
+
+        def stop() -> None:
+            if stopping:
+                for agent in agents():
+                    agent.hurry()
+            else:
+                stopping.append(asyncio.create_task(stop_all()))
+
+        with at_a_signal(stop):
+            await asyncio.wait([asyncio.wrap_future(part.over)])
+            await asyncio.gather(*stopping)
+        part.over.result()
 
     def __enter__(self) -> Self:
         """Start the listener."""
@@ -305,6 +496,40 @@ class Listener:
     ) -> None:
         """Stop it gracefully."""
         self.graceful_stop()
+
+    async def __aenter__(self) -> Self:
+        """Start the listener."""
+        await self.astart()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Stop it gracefully."""
+        await self.agraceful_stop()
+
+
+def refuse_disagreement(found: Iterable[Listener]) -> None:
+    """Refuse listeners that give one work pool several databases or timings.
+
+    Raises:
+        DeclarationError: two do; the message names both.
+    """
+    domains: dict[str, Domain] = {}
+    for listener in found:
+        domain = listener.domain
+        if domain is None:
+            continue
+        other = domains.setdefault(listener.work_pool, domain)
+        if other != domain:
+            raise DeclarationError(
+                f"two listeners disagree about work pool {listener.work_pool!r}, whose nodes share one "
+                f"database and timing: {other} and {domain}; declare the same for both, or give one "
+                "another work_pool."
+            )
 
 
 def _check_name(name: object) -> None:

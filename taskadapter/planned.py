@@ -9,6 +9,7 @@ from datetime import datetime
 from uuid import UUID
 
 from prefect.client.orchestration import PrefectClient
+from prefect.client.schemas.actions import DeploymentUpdate
 from prefect.client.schemas.filters import (
     DeploymentFilter,
     DeploymentFilterId,
@@ -24,9 +25,13 @@ from prefect.client.schemas.sorting import DeploymentSort, FlowRunSort
 from prefect.exceptions import ObjectNotFound
 
 from taskadapter import schedules, ticks
+from taskadapter.api import api_client
 
 TAG = "taskadapter"
 """What every deployment of ours is tagged with."""
+
+DETACHED = "detached"
+"""What the deployment of a detached service is tagged with: the next deploy switches it on again."""
 
 PAGE = 200
 """As many as Prefect's API returns at a time."""
@@ -90,7 +95,30 @@ async def remake_ticks(client: PrefectClient, job_id: UUID, schedule_id: UUID) -
             await ticks.create_tick(client, job_id, schedule_id, due)
 
 
-async def end_planned(client: PrefectClient, job_id: UUID, reason: str) -> None:
+async def switch_off(client: PrefectClient, deployment: DeploymentResponse, reason: str) -> None:
+    """Switch the schedules of a job off, and have nothing of it begin that is planned."""
+    for schedule in deployment.schedules:
+        if schedule.active:
+            with contextlib.suppress(ObjectNotFound):
+                await client.update_deployment_schedule(deployment.id, schedule.id, active=False)
+    await _end_planned(client, deployment.id, reason)
+
+
+async def detach_job(job_id: UUID, reason: str) -> None:
+    """Unschedule a job whose deployment stays, and say so there.
+
+    Raises:
+        ApiUnavailableError: the API did not answer.
+    """
+    async with api_client() as client:
+        with contextlib.suppress(ObjectNotFound):
+            deployment = await client.read_deployment(job_id)
+            tags = [*deployment.tags, *({DETACHED} - set(deployment.tags))]
+            await client.update_deployment(job_id, DeploymentUpdate(tags=tags))
+            await switch_off(client, deployment, reason)
+
+
+async def _end_planned(client: PrefectClient, job_id: UUID, reason: str) -> None:
     """Have nothing more of a job begin: what is claimed is Skipped, what is not is deleted."""
     for flow_run in await _runs(client, [job_id], [StateType.PENDING, StateType.SCHEDULED]):
         if flow_run.state_type is StateType.PENDING:

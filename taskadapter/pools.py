@@ -1,21 +1,21 @@
-"""The work pool: made on first use, by whoever comes first."""
+"""The work pool and its queues: made on first use, by whoever comes first."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prefect.blocks.system import Secret
 from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
-from prefect.utilities.asyncutils import run_coro_as_sync
 
-from taskadapter.api import sync_api_client
+from taskadapter.api import api_client, run_sync
 from taskadapter.domain import Domain, PoolSize
 from taskadapter.errors import TaskError
+from taskadapter.locks import lock
 from taskadapter.worker import WarmBackupWorker
 
 if TYPE_CHECKING:
-    from prefect.client.orchestration import SyncPrefectClient
+    from prefect.client.orchestration import PrefectClient
     from prefect.client.schemas.objects import WorkPool
 
 
@@ -25,6 +25,19 @@ def ensure_work_pool(
     password: str | None = None,
     *,
     size: PoolSize | None = None,
+    queue: str | None = None,
+) -> None:
+    """Do what `aensure_work_pool` does, from code that is not async."""
+    run_sync(aensure_work_pool(name, domain, password, size=size, queue=queue))
+
+
+async def aensure_work_pool(
+    name: str,
+    domain: Domain | None = None,
+    password: str | None = None,
+    *,
+    size: PoolSize | None = None,
+    queue: str | None = None,
 ) -> None:
     """Make the work pool unless it is there, and keep its coordination and size as declared.
 
@@ -33,37 +46,73 @@ def ensure_work_pool(
         domain: the database and timing of its groups; None leaves them as they are.
         password: of that database, for the `Secret` block that the domain names.
         size: what its nodes run at once; None leaves it as it is.
+        queue: a queue that it is to have; None for none but its default one.
 
     Raises:
         TaskError: there is a pool of that name and another type: its workers would run the jobs
             without coordination.
     """
-    with sync_api_client() as client:
-        pool = _read_or_make(client, name, domain or Domain())
+    async with api_client() as client:
+        pool = await _read_or_make(client, name, domain or Domain())
         if pool.type != WarmBackupWorker.type:
             raise TaskError(
                 f"work pool {name!r} is of type {pool.type!r}, and {WarmBackupWorker.type!r} is needed; "
                 "name another pool with work_pool=, or delete that one."
             )
-        template = pool.base_job_template
-        if domain is not None and Domain.of(pool) != domain:
-            template = domain.put_into(template)
-        if size is not None and PoolSize.of(pool) != size:
-            template = size.put_into(template)
-        if template is not pool.base_job_template:
-            client.update_work_pool(name, WorkPoolUpdate(base_job_template=template))
-    if domain is not None and domain.password_block is not None and password is not None:
-        # Also called while an event loop is running, when `prefect deploy` imports a flow.
-        run_coro_as_sync(Secret(value=password).asave(domain.password_block, overwrite=True))
+        if _differs(pool, domain, size):
+            async with lock(client, f"the template of work pool {name}"):
+                await _change(client, name, domain, size)
+        if domain is not None and domain.password_block is not None and password is not None:
+            await _keep_password(client, domain.password_block, password)
+        if queue is not None:
+            await _ensure_queue(client, name, queue)
 
 
-def _read_or_make(client: SyncPrefectClient, name: str, domain: Domain) -> WorkPool:
+async def _read_or_make(client: PrefectClient, name: str, domain: Domain) -> WorkPool:
     try:
-        return client.read_work_pool(name)
+        return await client.read_work_pool(name)
     except ObjectNotFound:
         template = domain.put_into(WarmBackupWorker.get_default_base_job_template())
         pool = WorkPoolCreate(name=name, type=WarmBackupWorker.type, base_job_template=template)
     try:
-        return client.create_work_pool(pool)
+        return await client.create_work_pool(pool)
     except ObjectAlreadyExists:
-        return client.read_work_pool(name)
+        return await client.read_work_pool(name)
+
+
+def _differs(pool: WorkPool, domain: Domain | None, size: PoolSize | None) -> bool:
+    return domain not in (None, Domain.of(pool)) or size not in (None, PoolSize.of(pool))
+
+
+async def _change(client: PrefectClient, name: str, domain: Domain | None, size: PoolSize | None) -> None:
+    """Change the pool's template, of which somebody else may have changed another part."""
+    template = (await client.read_work_pool(name)).base_job_template
+    if domain is not None:
+        template = domain.put_into(template)
+    if size is not None:
+        template = size.put_into(template)
+    await client.update_work_pool(name, WorkPoolUpdate(base_job_template=template))
+
+
+async def _keep_password(client: PrefectClient, block: str, password: str) -> None:
+    if await _kept_password(block) != password:
+        async with lock(client, f"block {block}"):
+            await Secret(value=password).asave(block, overwrite=True)
+
+
+async def _kept_password(block: str) -> str | None:
+    try:
+        kept: Any = await Secret.aload(block)
+    except ValueError:  # there is no such block
+        return None
+    return str(kept.get())
+
+
+async def _ensure_queue(client: PrefectClient, pool: str, queue: str) -> None:
+    try:
+        await client.read_work_queue_by_name(queue, pool)
+    except ObjectNotFound:
+        try:
+            await client.create_work_queue(queue, work_pool_name=pool)
+        except ObjectAlreadyExists:
+            return

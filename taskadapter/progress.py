@@ -189,6 +189,27 @@ def forget(database_url: str, job_id: UUID) -> None:
         jobs.forget(connection, str(job_id))
 
 
+def require_database(database_url: str, within: float) -> None:
+    """Check that the database is there, and has or gets its tables.
+
+    Args:
+        database_url: the coordination database.
+        within: for how many seconds it is asked again while it does not answer.
+
+    Raises:
+        CoordinationError: it cannot be used.
+    """
+    end = time.monotonic() + within
+    while True:
+        try:
+            with _transaction(database_url):
+                return
+        except DatabaseUnavailableError:
+            if time.monotonic() >= end:
+                raise
+            time.sleep(RETRY_SECONDS)
+
+
 def fenced(connection: Connection) -> None:
     """Join a transaction of the caller's to the token of the run that is going on.
 
@@ -235,7 +256,7 @@ def _transaction(database_url: str) -> Iterator[Connection]:
         yield connection
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=8)
 def _engine(url: str) -> Engine:
     """Return this process's engine, with the tables in place.
 

@@ -6,33 +6,31 @@ front of its name; the others may be called anywhere, also while an event loop i
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 from uuid import UUID, uuid4
 
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.exceptions import ObjectNotFound
-from prefect.utilities.asyncutils import run_coro_as_sync
 from prefect.utilities.slugify import slugify
 
 from taskadapter import flow as flows
 from taskadapter import schedules, ticks
-from taskadapter.api import api_client
+from taskadapter.api import api_client, run_sync
 from taskadapter.civil import Civil, Instant
 from taskadapter.declaration import Declaration
-from taskadapter.deploy import find, make_first_tick, put, wanted_of
+from taskadapter.deploy import find, has_schedule, make_first_tick, put, wanted_of
 from taskadapter.domain import PoolSize
 from taskadapter.errors import TaskError
 from taskadapter.jobs import Job, JobId, dump_state
 from taskadapter.listener import Declared, check_name
 from taskadapter.model import TaskPolicy, TriggerConfiguration, WarmBackupConfig, WorkerPoolConfiguration
-from taskadapter.planned import TAG, end_planned, jobs_of_pool, remake_ticks, remove_ticks, unfinished
-from taskadapter.pools import ensure_work_pool
+from taskadapter.planned import TAG, jobs_of_pool, remake_ticks, remove_ticks, switch_off, unfinished
+from taskadapter.pools import aensure_work_pool
 from taskadapter.settings import TaskadapterSettings, check_interval
 
 When = Civil | datetime | str
@@ -42,8 +40,6 @@ Interval = float | Decimal | timedelta
 """A duration: seconds, or a timedelta."""
 
 DEFAULT_POLICY = TaskPolicy()
-
-T = TypeVar("T")
 
 
 class OneTime(Declaration):
@@ -85,7 +81,7 @@ def schedule_one_time_job(
         TaskError: the time has passed, a value is none that its rule allows, the job is no `Job` or of a
             class that nodes cannot import, or the work pool is of another type. Nothing was made then.
     """
-    return _wait(
+    return run_sync(
         aschedule_one_time_job(
             job,
             trigger_time,
@@ -133,7 +129,8 @@ def schedule_job_recur_by_frequency(
         job: what to run; its class must be one that the nodes can import, its fields are kept with it.
         interval: seconds between two ticks, or a timedelta; more than 0.
         max_count: executions in all, -1 for no limit.
-        start_time: the first tick; None for at once.
+        start_time: the first tick, in the future; None for at once. Of a job that has a name and this very
+            trigger already, it may have passed.
         end_time: no tick is after it; None for no end.
         task_policy: what an error means, and a late start.
         name: its name among the jobs of its class. The same name again is the same job: what differs is
@@ -145,11 +142,11 @@ def schedule_job_recur_by_frequency(
         The job's id.
 
     Raises:
-        TaskError: the end has passed or is not after the start, a value is none that its rule allows, the
-            job is no `Job` or of a class that nodes cannot import, or the work pool is of another type.
-            Nothing was made then.
+        TaskError: the start or the end has passed, the end is not after the start, a value is none that its
+            rule allows, the job is no `Job` or of a class that nodes cannot import, or the work pool is of
+            another type. Nothing was made then.
     """
-    return _wait(
+    return run_sync(
         aschedule_job_recur_by_frequency(
             job,
             interval,
@@ -212,12 +209,20 @@ async def _schedule(
         WarmBackupConfig(group_id=group_id)  # the rule for its name
     pool = _pool(work_pool)
     wanted = wanted_of(declared, pool, group_id)
-    await asyncio.to_thread(ensure_work_pool, pool)
+    start, now = trigger.start_time, datetime.now(UTC)
+    if start is not None and start <= now and (name is None or not await _is_deployed(declared)):
+        _refuse_past("start_time", start, now)
+    await aensure_work_pool(pool, queue=group_id)
     async with api_client() as client:
-        known = None if name is None else await find(client, declared.flow.name, name)
-        if once:
-            return JobId(await _put_once(client, declared, known, wanted))
-        return JobId(await _put_recurring(client, declared, known, wanted))
+        put_it = _put_once if once else _put_recurring
+        return JobId(await put_it(client, declared, wanted))
+
+
+async def _is_deployed(declared: Declared) -> bool:
+    """Return whether the job has this very trigger already: then its start has passed in its time."""
+    async with api_client() as client:
+        known = await find(client, declared.flow.name, declared.name)
+    return known is not None and has_schedule(known, schedules.slug(declared.trigger))
 
 
 def _declare(job: Job, trigger: TriggerConfiguration, name: str | None) -> Declared:
@@ -237,35 +242,29 @@ def _declare(job: Job, trigger: TriggerConfiguration, name: str | None) -> Decla
     return Declared(name, flow, cls, trigger, parameters=dump_state(job))
 
 
-async def _put_once(
-    client: PrefectClient, declared: Declared, known: DeploymentResponse | None, wanted: dict[str, Any]
-) -> UUID:
+async def _put_once(client: PrefectClient, declared: Declared, wanted: dict[str, Any]) -> UUID:
     """Deploy a job without a schedule, and make its only tick."""
-    job_id, changed = await put(client, declared, known, wanted, None)
-    if known is not None and changed:
-        await remove_ticks(client, job_id)
+    done = await put(client, declared, wanted, None)
+    if done.was_there and done.has_changed:
+        await remove_ticks(client, done.job_id)
     when = cast("datetime", declared.trigger.start_time)
-    await ticks.create_tick(client, job_id, schedules.ONCE, when)
-    return job_id
+    await ticks.create_tick(client, done.job_id, schedules.ONCE, when)
+    return done.job_id
 
 
-async def _put_recurring(
-    client: PrefectClient, declared: Declared, known: DeploymentResponse | None, wanted: dict[str, Any]
-) -> UUID:
+async def _put_recurring(client: PrefectClient, declared: Declared, wanted: dict[str, Any]) -> UUID:
     """Deploy a job with its schedule; make the tick that is too near for Prefect's scheduler to plan."""
     now, slug = datetime.now(UTC), schedules.slug(declared.trigger)
     anchor = declared.trigger.start_time or now
-    job_id, changed = await put(client, declared, known, wanted, anchor)
-    if not changed:
-        return job_id
-    if known is not None:
-        deployment = await client.read_deployment(job_id)
-        (schedule_id,) = (schedule.id for schedule in deployment.schedules if schedule.slug == slug)
-        await remake_ticks(client, job_id, schedule_id)
-        if slug in [schedule.slug for schedule in known.schedules]:
-            return job_id
-    await make_first_tick(client, job_id, slug, anchor, now)
-    return job_id
+    done = await put(client, declared, wanted, anchor)
+    if done.was_there and done.has_changed:
+        deployment = await client.read_deployment(done.job_id)
+        for schedule in deployment.schedules:
+            if schedule.slug == slug:
+                await remake_ticks(client, done.job_id, schedule.id)
+    if done.has_new_schedule:
+        await make_first_tick(client, done.job_id, slug, anchor, now)
+    return done.job_id
 
 
 # --- pausing and ending ---------------------------------------------------------------------------
@@ -277,16 +276,13 @@ def unschedule_job(job_id: JobId) -> None:
     Raises:
         TaskError: there is no such job.
     """
-    _wait(aunschedule_job(job_id))
+    run_sync(aunschedule_job(job_id))
 
 
 async def aunschedule_job(job_id: JobId) -> None:
     """Do what `unschedule_job` does, from async code."""
     async with _job(job_id) as (client, deployment):
-        for schedule in deployment.schedules:
-            if schedule.active:
-                await client.update_deployment_schedule(deployment.id, schedule.id, active=False)
-        await end_planned(client, deployment.id, "the job was unscheduled")
+        await switch_off(client, deployment, "the job was unscheduled")
         await client.delete_deployment(deployment.id)
 
 
@@ -296,7 +292,7 @@ def pause_job(job_id: JobId) -> None:
     Raises:
         TaskError: there is no such job.
     """
-    _wait(apause_job(job_id))
+    run_sync(apause_job(job_id))
 
 
 async def apause_job(job_id: JobId) -> None:
@@ -311,7 +307,7 @@ def resume_job(job_id: JobId) -> None:
     Raises:
         TaskError: there is no such job.
     """
-    _wait(aresume_job(job_id))
+    run_sync(aresume_job(job_id))
 
 
 async def aresume_job(job_id: JobId) -> None:
@@ -326,7 +322,7 @@ def pause_all_jobs(*, work_pool: str | None = None) -> None:
     Args:
         work_pool: by default the one that the settings name.
     """
-    _wait(apause_all_jobs(work_pool=work_pool))
+    run_sync(apause_all_jobs(work_pool=work_pool))
 
 
 async def apause_all_jobs(*, work_pool: str | None = None) -> None:
@@ -342,7 +338,7 @@ def resume_all_jobs(*, work_pool: str | None = None) -> None:
     Args:
         work_pool: by default the one that the settings name.
     """
-    _wait(aresume_all_jobs(work_pool=work_pool))
+    run_sync(aresume_all_jobs(work_pool=work_pool))
 
 
 async def aresume_all_jobs(*, work_pool: str | None = None) -> None:
@@ -390,7 +386,7 @@ def get_running_jobs(*, work_pool: str | None = None) -> list[JobId]:
     Args:
         work_pool: by default the one that the settings name.
     """
-    return _wait(aget_running_jobs(work_pool=work_pool))
+    return run_sync(aget_running_jobs(work_pool=work_pool))
 
 
 async def aget_running_jobs(*, work_pool: str | None = None) -> list[JobId]:
@@ -419,7 +415,7 @@ def configure_worker_pool(
     Raises:
         TaskError: a value is none that its rule allows, or the work pool is of another type.
     """
-    _wait(aconfigure_worker_pool(worker_count, waiting_time, work_pool=work_pool))
+    run_sync(aconfigure_worker_pool(worker_count, waiting_time, work_pool=work_pool))
 
 
 async def aconfigure_worker_pool(
@@ -428,12 +424,8 @@ async def aconfigure_worker_pool(
     """Do what `configure_worker_pool` does, from async code."""
     given = WorkerPoolConfiguration(worker_count=worker_count, waiting_time=cast("Any", waiting_time))
     size = PoolSize(worker_count=given.worker_count, waiting_time=given.waiting_time)
-    await asyncio.to_thread(ensure_work_pool, _pool(work_pool), size=size)
+    await aensure_work_pool(_pool(work_pool), size=size)
 
 
 def _pool(name: str | None) -> str:
     return name or TaskadapterSettings().work_pool
-
-
-def _wait(work: Coroutine[Any, Any, T]) -> T:
-    return cast("T", run_coro_as_sync(work))

@@ -205,10 +205,19 @@ class Timetable:
 
     def end(self, deployment_id: UUID) -> None:
         """Take note that a job is over: none of its ticks is owed any more."""
-        self._lines.pop(deployment_id, None)
-        self._deployments.pop(deployment_id, None)
-        self._plans.pop(deployment_id, None)
+        self.leave_out([deployment_id])
         self._ended.add(deployment_id)
+
+    def leave_out(self, job_ids: Iterable[UUID]) -> None:
+        """Take note that this agent does not run some jobs any more, whatever their queue."""
+        for job_id in job_ids:
+            self._lines.pop(job_id, None)
+            self._deployments.pop(job_id, None)
+            self._plans.pop(job_id, None)
+
+    def jobs_of(self, queues: Collection[str]) -> list[UUID]:
+        """Return the jobs of some queues that this agent runs."""
+        return [id_ for id_, found in self._deployments.items() if found.work_queue_name in queues]
 
     def forget(self, queue: str) -> None:
         """Forget how far the jobs of a queue are: from now on another agent runs them."""

@@ -13,11 +13,9 @@ the queue ``default``, and leaves the rest to its `Dispatcher`.
 from __future__ import annotations
 
 import asyncio
-import signal
-import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Coroutine
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -34,12 +32,13 @@ from taskadapter.coordination.messages import Gained, Lost, Refused, ResignAsked
 from taskadapter.deployments import Deployments, WarmBackupJobConfiguration, WarmBackupVariables
 from taskadapter.dispatcher import Dispatcher, Node
 from taskadapter.domain import Domain, PoolSize
-from taskadapter.errors import CoordinationError, TaskError
+from taskadapter.errors import ApiUnavailableError, CoordinationError, TaskError
 from taskadapter.groups import Groups
 from taskadapter.hosts import HostPool
 from taskadapter.settings import TaskadapterSettings
+from taskadapter.signals import at_a_signal
 from taskadapter.takeover import Takeover
-from taskadapter.timetable import Timetable
+from taskadapter.timetable import POLL_LIMIT, Timetable
 
 DEFAULT_QUEUE = "default"
 """The queue of jobs without a group: every agent polls it."""
@@ -56,6 +55,10 @@ SWEEP_SECONDS = 15.0
 
 LONGEST_BACKOFF_SECONDS = 15.0
 """How long the agent waits at most between two tries of an API that does not answer."""
+
+
+JOIN_SECONDS = 0.02
+"""How long to wait between two looks whether this node takes part already."""
 
 
 class WarmBackupResult(BaseWorkerResult):
@@ -79,6 +82,9 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         self._database_url = self._settings.default_database_url()
         # The groups that this node is active for, once what former holders left is put in order.
         self._active: dict[str, Token] = {}
+        # Jobs of its queues that this node leaves to others.
+        self._left_out: set[UUID] = set()
+        self._is_up = asyncio.Event()
         self._visited_at = float("-inf")
         self._polled_at = float("-inf")
         self._looking = asyncio.Lock()
@@ -112,7 +118,7 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
 
         # Prefect's command turns SIGTERM into an interrupt, which a process ignores that a script has
         # started in the background.
-        with temporary_settings({PREFECT_WORKER_QUERY_SECONDS: seconds}), _at_a_signal(stop):
+        with temporary_settings({PREFECT_WORKER_QUERY_SECONDS: seconds}), at_a_signal(stop):
             await super().start(run_once, with_healthcheck, printer)
 
     async def setup(self) -> None:
@@ -134,7 +140,7 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
             self.client,
             self._logger,
             pool=lambda: self.work_pool,
-            token=lambda flow_run: self._active.get(flow_run.work_queue_name or DEFAULT_QUEUE),
+            token=lambda flow_run: self._active.get(_queue_of(flow_run)),
             may_run=self._may_run,
             database_url=lambda: self._database_url,
             board=lambda: self._groups.board if self._groups else None,
@@ -142,6 +148,7 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         self._dispatcher = Dispatcher(node, self._hosts, self._deployments, self._timetable)
         self._dispatching = asyncio.create_task(self._dispatcher.dispatch())
         self._watching = asyncio.create_task(self._dispatcher.watch())
+        self._is_up.set()
 
     async def teardown(self, *exc_info: Any) -> None:
         """Let runs finish for a while, give back what has not begun, hand over, end the hosts.
@@ -157,7 +164,7 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
             await self._dispatcher.finish()
         self._dispatching.cancel()
         self._dispatcher.forget()
-        with _at_a_signal(self._dispatcher.hurry):
+        with at_a_signal(self.hurry):
             await self._stop(*exc_info)
 
     async def _stop(self, *exc_info: Any) -> None:
@@ -174,6 +181,106 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
     def end_runs(self) -> None:
         """End what is running now: each run shows as Crashed."""
         self._dispatcher.end()
+
+    def hurry(self) -> None:
+        """End the runs that are being waited for, and wait no longer than they take to end."""
+        self._dispatcher.hurry()
+
+    # --- queues that come and go, as the listeners of a program do --------------------------------
+
+    async def join(self, queue: str, job_ids: Collection[UUID], within: float) -> None:
+        """Take part for one more queue; returns when this node runs its jobs, or may stand by for them.
+
+        Args:
+            queue: the queue, which is there.
+            job_ids: its jobs that are run here from now on, if they were left out before.
+            within: how many seconds that may take.
+
+        Raises:
+            TaskError: what keeps this node from taking part.
+        """
+        await self._is_up.wait()
+        self._work_queues.add(queue)
+        self._left_out -= set(job_ids)
+        end = time.monotonic() + within
+        await self._look_at_once(end)
+        if queue != DEFAULT_QUEUE:
+            await self._until_registered(queue, end)
+        else:
+            await asyncio.to_thread(progress.require_database, self._database_url, within)
+
+    async def look_again(self, job_ids: Collection[UUID]) -> None:
+        """Look at once for what jobs that are new, or were left out before, are to do."""
+        self._left_out -= set(job_ids)
+        with suppress(ApiUnavailableError):  # then the next look will see it
+            await self._look_at_once(time.monotonic())
+
+    def call_off(self, job_id: UUID, reason: str) -> None:
+        """Begin nothing more of a job, which is over; what is running goes on."""
+        self._left_out.add(job_id)
+        self._timetable.leave_out([job_id])
+        self._dispatcher.call_off(job_id, reason)
+
+    async def _look_at_once(self, end: float) -> None:
+        """Look for jobs and runs now; repeat it until then while the API does not answer.
+
+        Raises:
+            ApiUnavailableError: it has not answered.
+        """
+        while True:
+            try:
+                if self._has_successfully_synced:
+                    async with self._looking:
+                        await self._visit()
+                    break
+                fault = ""
+            except httpx.HTTPError as exc:
+                fault = f": {exc}"
+            if time.monotonic() >= end:
+                raise ApiUnavailableError(f"Prefect's API does not answer{fault}.")
+            await asyncio.sleep(JOIN_SECONDS)
+        self._polled_at = float("-inf")
+        await self.get_and_submit_flow_runs()
+
+    async def _until_registered(self, queue: str, end: float) -> None:
+        groups = self._groups
+        while groups is not None and not groups.is_registered(queue):
+            if self._refused is not None:
+                raise CoordinationError(self._refused)
+            if time.monotonic() >= end:
+                if groups.waits_for_its_predecessor:
+                    return
+                fault = groups.fault or "the coordination database does not answer"
+                raise CoordinationError(f"group {queue!r} cannot be joined: {fault}")
+            await asyncio.sleep(JOIN_SECONDS)
+
+    async def leave(self, queue: str | None, job_ids: Collection[UUID], drain_seconds: float) -> None:
+        """Leave jobs to other nodes: begin nothing more of them, let what is running end, hand over.
+
+        Args:
+            queue: a queue that is left as a whole; None if others of its jobs go on here.
+            job_ids: the jobs.
+            drain_seconds: how long runs may go on before they are ended.
+        """
+        self._left_out |= set(job_ids)
+        self._timetable.leave_out(job_ids)
+        if queue is not None:
+            self._work_queues.discard(queue)
+            self._active.pop(queue, None)
+            self._timetable.forget(queue)
+
+        def is_left(run: FlowRun) -> bool:
+            return run.deployment_id in job_ids or _queue_of(run) == queue
+
+        self._dispatcher.forget(is_left)
+        await self._dispatcher.drain(drain_seconds, is_left)
+        if queue is not None and self._groups is not None:
+            await self._groups.leave(queue)
+
+    async def resign(self, queue: str) -> None:
+        """Hand a group over, if this node is active for it, to one that runs all of its jobs."""
+        if (token := self._active.get(queue)) is not None:
+            await self._hand_over(token)
 
     async def run(
         self,
@@ -202,11 +309,11 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         """Look for runs once; the dispatcher starts them. No fault of the API ends the agent.
 
         Raises:
-            TaskError: another live process uses this node's name.
+            CoordinationError: another live process uses this node's name.
         """
         self._last_polled_time = datetime.now(UTC)
         if self._refused is not None:
-            raise TaskError(self._refused)
+            raise CoordinationError(self._refused)
         if not self._has_successfully_synced or self._may_wait():
             return []
         async with self._looking:  # a takeover looks at once, perhaps in the middle of another look
@@ -261,12 +368,20 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         except ObjectNotFound:
             self._visited_at = float("-inf")  # a queue, or the pool, was deleted
             return []
-        runs = [response.flow_run for response in found]
+        runs = [response.flow_run for response in found if self._runs_job_of(response.flow_run)]
+        if len(runs) < len(found) >= POLL_LIMIT:
+            # Those that are left out could fill the list for ever.
+            ours = self._timetable.jobs_of(wanted)
+            runs = await self.client.get_scheduled_flow_runs_for_deployments(ours, before)
+            runs = [run for run in runs if _queue_of(run) in wanted]
         # A new job's first ticks may not be planned: it must be known before one of them is started.
         if self._timetable.strangers(runs) - self._gone:
             await self._visit()
             self._gone = self._timetable.strangers(runs)
         return await self._timetable.complete(runs, wanted, self._dispatcher.runs_in_hand, now)
+
+    def _runs_job_of(self, flow_run: FlowRun) -> bool:
+        return flow_run.deployment_id not in self._left_out
 
     def _polls(self, queue: str) -> bool:
         return not self._work_queues or queue in self._work_queues
@@ -275,6 +390,7 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         """Look at the pool's queues and deployments: at its groups, and at what its jobs are to do."""
         await self._stand_by()
         found = await planned.deployments_of_pool(self.client, self._work_pool_name)
+        found = [deployment for deployment in found if deployment.id not in self._left_out]
         if gone := self._timetable.learn(found):
             self._spawn(self._forget(gone))
         size = PoolSize.of(self.work_pool)
@@ -299,8 +415,7 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         # Whoever declares a new group may have declared another database or timing with it.
         if groups is None or names != groups.names or Domain.of(self.work_pool) != groups.domain:
             groups = await self._groups_as_declared()
-        if names:
-            groups.stand_by(names, self._database_url)
+        groups.stand_by(names, self._database_url)
 
     async def _groups_as_declared(self) -> Groups:
         """Return the pool's groups with the database and timing that the pool has now."""
@@ -313,7 +428,7 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
             self._logger.info("Database or timing of the pool has changed: %s", domain)
             for name in list(self._active):
                 self._active.pop(name)
-                await self._dispatcher.drain(self._settings.drain_seconds, name)
+                await self._dispatcher.drain(self._settings.drain_seconds, _is_on(name))
             await self._groups.stop()
         self._database_url = database_url
         self._groups = Groups(self.name, pool, self.client, self._logger, self._on_change)
@@ -322,8 +437,10 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
     # --- coordination -----------------------------------------------------------------------------
 
     def _may_run(self, flow_run: FlowRun) -> bool:
-        """Return whether a run is this node's to run: it has no group, or the token is trusted."""
-        name = flow_run.work_queue_name or DEFAULT_QUEUE
+        """Return whether a run is this node's to run, which holds the token if it has a group."""
+        name = _queue_of(flow_run)
+        if not self._polls(name) or not self._runs_job_of(flow_run):
+            return False
         if name == DEFAULT_QUEUE:
             return True
         token = self._active.get(name)
@@ -354,7 +471,7 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
             self.client, self._deployments, self._work_pool_name, self._database_url, self._logger
         )
         await self._persist(token, lambda: takeover.clean_up(token))
-        if not self._holds(token):
+        if not self._holds(token) or not self._polls(token.group_id):
             return
         self._active[token.group_id] = token
         # What was due meanwhile need not wait for the next poll.
@@ -384,24 +501,14 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         """Start nothing more of a group, let its runs end, and give its token to a standby."""
         self._active.pop(token.group_id, None)
         self._timetable.forget(token.group_id)
-        await self._dispatcher.drain(self._settings.drain_seconds, token.group_id)
+        await self._dispatcher.drain(self._settings.drain_seconds, _is_on(token.group_id))
         if self._groups is not None:
             self._groups.release(token.group_id)
 
 
-@contextmanager
-def _at_a_signal(act: Callable[[], None]) -> Iterator[None]:
-    """Do something at SIGTERM and Ctrl-C; Prefect's command would kill the agent at the second."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals are for whoever runs the agent in the background
-        return
-    loop = asyncio.get_running_loop()
-    former = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    for number in former:
-        loop.add_signal_handler(number, act)
-    try:
-        yield
-    finally:
-        for number, handler in former.items():
-            loop.remove_signal_handler(number)
-            signal.signal(number, handler)
+def _queue_of(flow_run: FlowRun) -> str:
+    return flow_run.work_queue_name or DEFAULT_QUEUE
+
+
+def _is_on(queue: str) -> Callable[[FlowRun], bool]:
+    return lambda flow_run: _queue_of(flow_run) == queue

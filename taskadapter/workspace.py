@@ -23,8 +23,10 @@ from prefect.results import get_default_result_storage
 from prefect.settings import get_current_settings
 from prefect.utilities.importtools import import_object
 
+from taskadapter import attached
 from taskadapter import flow as flows
 from taskadapter.jobs import Job, Service, load_state
+from taskadapter.listener import listeners
 
 if TYPE_CHECKING:
     from taskadapter.runs import Assignment, Workspace
@@ -102,10 +104,12 @@ class Desk:
 
 def _load(assignment: Assignment) -> Flow[..., Any]:
     """Import what the entrypoint names: a flow, or the function or class that a job is made of."""
+    listeners.clear()  # what modules of several programs declare here need not agree
+    place = attached.place_of(assignment.entrypoint)
     try:
-        return load_flow_from_entrypoint(assignment.entrypoint, use_placeholder_flow=False)
+        return load_flow_from_entrypoint(place, use_placeholder_flow=False)
     except MissingFlowError:
-        named = import_object(assignment.entrypoint)
+        named = import_object(place)
     trigger, name = assignment.trigger, assignment.flow_name
     if trigger is not None and isinstance(named, type) and issubclass(named, Service):
         return flows.service_flow(load_state(named, assignment.initial_state or {}), name, trigger)
@@ -113,7 +117,7 @@ def _load(assignment: Assignment) -> Flow[..., Any]:
         return flows.job_flow(named, name, trigger)
     if trigger is not None and inspect.isfunction(named):
         return flows.function_flow(named, name, trigger)
-    return load_function_and_convert_to_flow(assignment.entrypoint)
+    return load_function_and_convert_to_flow(place)
 
 
 def _sources() -> Iterator[Path]:

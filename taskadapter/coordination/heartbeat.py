@@ -142,6 +142,29 @@ class Heartbeat:
         lease = self._lease
         return lease.held[group_id].token if lease.trusts(group_id, clock()) else None
 
+    @property
+    def registered(self) -> frozenset[str]:
+        """The groups that the node is entered for; none as long as it is not."""
+        lease = self._lease
+        return lease.group_ids if lease.registered else frozenset()
+
+    @property
+    def fault(self) -> str:
+        """What the last call failed with; empty if it did not."""
+        return self._lease.fault
+
+    @property
+    def waits_for_its_predecessor(self) -> bool:
+        """Whether another process has the node's name, which may be dead and becomes stale then."""
+        return self._lease.other_stale_at is not None
+
+    def has_left(self, group_id: str) -> bool:
+        """Return whether the node does not stand by for a group, and has released its token."""
+        lease = self._lease
+        releasing = (token.group_id for token in lease.releasing)
+        left = group_id not in lease.group_ids and group_id not in releasing
+        return left or lease.stopped
+
     def _decide(self) -> None:
         while not self._lease.stopped or self._lease.held:
             try:

@@ -25,7 +25,7 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import StateType
 
-from deployments.local import agent, environment, prefect_command, wait_until
+from deployments.local import Program, agent, environment, prefect_command, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from prefect.client.schemas.objects import FlowRun, State
     from prefect.client.schemas.responses import DeploymentResponse
 
-    from deployments.local import PrefectServer, Program
+    from deployments.local import PrefectServer
 
 PATIENCE = 150.0
 """Seconds for what takes one or two on an idle machine, and a minute on one that is busy elsewhere."""
@@ -99,6 +99,7 @@ class Project:
             "PREFECT_PROFILES_PATH": str(self.home / "profiles.toml"),
             "PREFECT_INTEGRATIONS_TASKADAPTER_WORK_POOL": pool,
         }
+        self._programs = 0
         self._ledger = folder / ".ledger"
         self.home.mkdir()
         self.write("ledger.py", _LEDGER.format(file=str(self._ledger)))
@@ -145,6 +146,17 @@ class Project:
     ) -> AbstractContextManager[Program]:
         """Run `prefect worker start --type warm-backup` in the folder."""
         return agent(name, self.pool, self.env | dict(env or {}), self.folder, *args)
+
+    def program(self, script: str, *args: str, env: Mapping[str, str] | None = None) -> Program:
+        """Return a program of the project that runs in the background; each has a log of its own."""
+        self._programs += 1
+        return Program(
+            f"{script} {' '.join(args)}",
+            [sys.executable, script, *args],
+            log=self.home / f"program-{self._programs}.log",
+            cwd=self.folder,
+            env=environment({"PYTHONUNBUFFERED": "1"}, self.env, env or {}),
+        )
 
     def entries(self, job: str, what: str | None = None) -> list[Entry]:
         """Return what a job has entered into the ledger so far, in the order of writing."""

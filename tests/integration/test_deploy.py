@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
+from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate
+from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
 from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.exceptions import ObjectNotFound
 
@@ -22,18 +24,24 @@ from taskadapter import (
     Job,
     JobId,
     Listener,
+    PostgresqlConfig,
     RetryConfiguration,
     Service,
     TaskError,
     TriggerConfiguration,
     WarmBackupConfig,
+    aschedule_job_recur_by_frequency,
+    aschedule_one_time_job,
+    locks,
 )
 from taskadapter.deploy import deploy, prepare
-from taskadapter.pools import ensure_work_pool
+from taskadapter.domain import Domain, PoolSize
+from taskadapter.planned import detach_job
+from taskadapter.pools import aensure_work_pool, ensure_work_pool
 from taskadapter.schedules import FIRST_TICK_LEAD, slug
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Coroutine, Iterable, Iterator
 
     from prefect.client.orchestration import SyncPrefectClient
     from prefect.client.schemas.objects import DeploymentSchedule
@@ -279,6 +287,136 @@ def test_a_pool_that_is_there_is_left_alone(prefect_client: SyncPrefectClient, n
     ensure_work_pool(f"pool-of-{name}")
 
     assert prefect_client.read_work_pool(f"pool-of-{name}") == before
+
+
+# --- several at once ------------------------------------------------------------------------------
+
+
+def at_once(works: Iterable[Coroutine[Any, Any, Any]]) -> list[Any]:
+    """Do several things at the same time, as several nodes do."""
+
+    async def together() -> list[Any]:
+        return await asyncio.gather(*works)
+
+    return asyncio.run(together())
+
+
+def ticks_of_ours(client: SyncPrefectClient, name: str) -> list[datetime | None]:
+    """Return the times of the ticks of a job that we have made, and not Prefect's scheduler."""
+    ours = DeploymentFilter(id=DeploymentFilterId(any_=[deployed(client, name).id]))
+    found = client.read_flow_runs(deployment_filter=ours)
+    return [run.expected_start_time for run in found if not run.auto_scheduled]
+
+
+@pytest.mark.parametrize("group", [True, False])
+def test_nodes_that_deploy_at_once(prefect_client: SyncPrefectClient, name: str, group: bool) -> None:
+    """On a server that has nothing one makes pool, queue, block, deployment, schedule and first tick."""
+
+    def node() -> Listener:
+        url = PostgresqlConfig(host="db", user="tasks", password="secret", database="tasks")
+        backup = WarmBackupConfig(group_id=f"group-of-{name}", database_config=url)
+        on = Listener(
+            trigger=TRIGGER, work_pool=f"pool-of-{name}", warm_backup_config=backup if group else None
+        )
+        on.service(name)(check_inbox)
+        return on
+
+    ids = at_once(deploy(on) for on in [node() for _ in range(6)])
+
+    assert {job_id for found in ids for job_id in found.values()} == {
+        JobId(deployed(prefect_client, name).id)
+    }
+    anchor = schedule_of(prefect_client, name).schedule.anchor_date
+    assert ticks_of_ours(prefect_client, name) == [anchor]
+
+
+def test_nodes_that_deploy_a_changed_trigger_at_once(prefect_client: SyncPrefectClient, name: str) -> None:
+    """One gives the deployment its new schedule and the first tick of that; the old one is gone."""
+    deploy_function(name)
+    changed = TriggerConfiguration(interval=7200)
+
+    def node() -> Listener:
+        on = listener(changed)
+        on.service(name)(check_inbox)
+        return on
+
+    at_once(deploy(on) for on in [node() for _ in range(6)])
+
+    schedule = schedule_of(prefect_client, name)
+    assert schedule.slug == slug(changed)
+    assert schedule.schedule.anchor_date in ticks_of_ours(prefect_client, name)
+    assert len(ticks_of_ours(prefect_client, name)) == 2
+
+
+def test_programs_that_schedule_a_named_job_at_once(prefect_client: SyncPrefectClient, name: str) -> None:
+    """The same call on several nodes makes one job, with one first tick, or its only one."""
+    later = datetime.now(UTC) + timedelta(hours=1)
+    recurring = [
+        aschedule_job_recur_by_frequency(Greeting(), 3600, name=name, group_id=name, work_pool=POOL)
+        for _ in range(4)
+    ]
+    once = [
+        aschedule_one_time_job(Greeting(), later, name=f"{name}-once", work_pool=POOL) for _ in range(4)
+    ]
+
+    ids = at_once([*recurring, *once])
+
+    assert len(set(ids)) == 2
+    for job_id in set(ids):
+        ours = DeploymentFilter(id=DeploymentFilterId(any_=[job_id.id]))
+        runs = prefect_client.read_flow_runs(deployment_filter=ours)
+        assert len([run for run in runs if not run.auto_scheduled]) == 1
+
+
+def test_a_lock_of_a_process_that_died_is_taken(
+    prefect_client: SyncPrefectClient, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left of it on the server holds nobody up for long, and is gone at the end."""
+    monkeypatch.setattr(locks, "STALE_SECONDS", 0.5)
+
+    async def die() -> None:
+        async with get_client() as client:
+            await locks.lock(client, f"deployment {name}/{name}").__aenter__()
+
+    asyncio.run(die())
+    left = [variable.name for variable in prefect_client.read_variables()]
+    deploy_function(name)
+
+    assert deployed(prefect_client, name).name == name
+    assert set(left) & {variable.name for variable in prefect_client.read_variables()} == set()
+
+
+def test_settings_of_a_pool_do_not_undo_each_other(prefect_client: SyncPrefectClient, name: str) -> None:
+    """Size and timing are parts of one template, which several programs change at the same moment."""
+    domain, size = Domain(liveness_check_interval=12), PoolSize(worker_count=2)
+    ensure_work_pool(name)
+
+    at_once(
+        aensure_work_pool(name, domain) if k % 2 else aensure_work_pool(name, size=size) for k in range(6)
+    )
+
+    pool = prefect_client.read_work_pool(name)
+    assert (Domain.of(pool), PoolSize.of(pool)) == (domain, size)
+
+
+def test_a_detached_job_is_switched_on_by_the_next_deploy(
+    prefect_client: SyncPrefectClient, name: str
+) -> None:
+    """Detached, it stays, with its schedule off and nothing planned; deployed again, it begins afresh."""
+    job_id = deploy_function(name)
+    before = schedule_of(prefect_client, name)
+
+    asyncio.run(detach_job(job_id.id, "the service was detached"))
+    assert schedule_of(prefect_client, name).active is False
+    assert ticks_of_ours(prefect_client, name) == []
+    assert "detached" in deployed(prefect_client, name).tags
+
+    assert deploy_function(name) == job_id
+    after = schedule_of(prefect_client, name)
+    assert (after.active, after.slug) == (True, before.slug)
+    assert ticks_of_ours(prefect_client, name) == [after.schedule.anchor_date]
+    assert after.schedule.anchor_date > before.schedule.anchor_date
+    assert deployed(prefect_client, name).tags == ["taskadapter"]
 
 
 # --- the build step -------------------------------------------------------------------------------

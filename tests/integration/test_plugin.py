@@ -1,5 +1,6 @@
 """Prefect finds the agent as a plugin, and does not pay for it until it runs."""
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from importlib.metadata import entry_points
 import psutil
 from prefect.workers.base import BaseWorker
 
-from taskadapter.background import BackgroundAgent
+from taskadapter.program import ProgramAgent
 from taskadapter.worker import WarmBackupWorker
 
 
@@ -53,8 +54,8 @@ def test_the_template_has_our_variables():
 
 def test_an_agent_that_cannot_start_leaves_no_process():
     """Prefect refuses a worker without a server; the process that was to fork its hosts ends then."""
-    agent = BackgroundAgent("no-server", "default", "node-1")
-    agent.drain()
+    agent = ProgramAgent("no-server", "node-1", "default")
+    asyncio.run(agent.gone())
 
     children = psutil.Process().children(recursive=True)
     assert [child.pid for child in children if "taskadapter.host" in child.cmdline()] == []

@@ -21,7 +21,6 @@ from taskadapter import (
     WarmBackupConfig,
 )
 from taskadapter.errors import DeclarationError
-from taskadapter.listener import listeners
 
 RETRY = RetryConfiguration(max_attempts=1, retry_interval=1)
 POLICY = TaskPolicy(error_policy=ErrorPolicy.CONTINUE)
@@ -424,6 +423,17 @@ def test_detach():
     assert on.service("job-1")(check_inbox).name == "job-1"
 
 
+def test_detach_of_the_instance():
+    """As in Ballerina, the service itself names what is detached."""
+    on, counter = listener(), Counter()
+    on.attach(counter, "job-1")
+    on.attach(Counter(), "job-2")
+
+    on.detach(counter)
+
+    assert [*on.services] == ["job-2"]
+
+
 def test_detach_of_an_unknown_name():
     """What is not attached cannot be detached; the message names what is."""
     on = listener()
@@ -458,16 +468,63 @@ def test_what_is_not_started_cannot_be_stopped(stop):
         getattr(listener(), stop)()
 
 
-# --- for `taskadapter render` ---------------------------------------------------------------------
+# --- one program, one node -----------------------------------------------------------------------
 
 
-def test_a_listener_nobody_keeps_is_still_rendered():
-    """A flow module may declare a job without giving the listener a name."""
-    name = "kept-by-nobody"
-    listener().service(name)(check_inbox)
+def backup(**names):
+    return WarmBackupConfig(group_id="g-1", **names)
+
+
+def test_a_program_names_its_node_once():
+    """Two listeners of one pool that name the node differently are refused; the message has both names."""
+    one = listener(warm_backup_config=backup(task_id="node-1"))
+
+    message = refused(listener, warm_backup_config=backup(task_id="node-2"))
+
+    assert one.task_id == "node-1"
+    assert "'node-1'" in message
+    assert "'node-2'" in message
+    assert "work_pool" in message
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"warm_backup_config": backup(task_id="node-1")},
+        {"warm_backup_config": backup()},
+        {"warm_backup_config": None},
+        {"warm_backup_config": backup(task_id="node-2"), "work_pool": "another"},
+    ],
+    ids=["the same", "the host's", "no group", "another pool"],
+)
+def test_what_agrees_about_the_node_is_declared(changes):
+    """The same name, no name, or another name for another pool contradict nothing."""
+    one = listener(warm_backup_config=backup(task_id="node-1"))
+
+    assert listener(**changes).task_id in {"node-1", "node-2", None}
+    assert one.task_id == "node-1"
+
+
+def test_a_listener_that_is_gone_is_no_part_of_the_program():
+    """What a notebook declares again may have another name for the node."""
+    one = listener(warm_backup_config=backup(task_id="node-1"))
+    del one
     gc.collect()
 
-    assert [one for one in listeners if name in one.services] != []
+    assert listener(warm_backup_config=backup(task_id="node-2")).task_id == "node-2"
+
+
+def test_what_was_never_started_cannot_be_waited_for():
+    """It would wait for ever."""
+    with pytest.raises(TaskError, match="not started"):
+        listener().wait()
+
+
+def test_what_was_never_started_has_not_failed():
+    """Nothing has gone wrong, and nothing runs."""
+    on = listener()
+
+    assert (on.failed, on.is_started) == (None, False)
 
 
 def test_the_signature_that_users_see():
@@ -475,13 +532,20 @@ def test_the_signature_that_users_see():
     public = {name for name, _ in inspect.getmembers(Listener, inspect.isfunction) if name[0] != "_"}
 
     assert public == {
+        "aattach",
+        "adetach",
+        "aensure_work_pool",
+        "agraceful_stop",
+        "aimmediate_stop",
+        "astart",
         "attach",
+        "await_",
         "detach",
-        "ensure_work_pool",
         "graceful_stop",
         "immediate_stop",
         "service",
         "start",
+        "wait",
     }
 
 

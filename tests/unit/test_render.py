@@ -7,8 +7,9 @@ from textwrap import dedent, indent
 
 import pytest
 import yaml
+from prefect.flows import load_flow_from_entrypoint
 
-from taskadapter import TriggerConfiguration, cli
+from taskadapter import TriggerConfiguration, attached, cli
 from taskadapter.deploy import render
 from taskadapter.errors import DeclarationError
 from taskadapter.listener import listeners
@@ -96,6 +97,7 @@ def test_the_whole_file(project):
           - taskadapter.deploy.prepare:
               job: counter
               slug: {every}
+              interval: 2.0
               id: prepared
           schedules:
           - interval: 2.0
@@ -167,7 +169,52 @@ def test_an_attached_class_is_named_where_it_is_defined(project):
     )
     module(project, "counter.py", 'from library import Counter\non.attach(Counter(i=10), "counter")\n')
 
-    assert deployment("counter")["entrypoint"] == "library.py:Counter"
+    assert deployment("counter")["entrypoint"] == "library.py:Counter.as_service.counter"
+
+
+def test_a_listener_nobody_keeps_is_still_rendered(project):
+    """A flow module may declare a job without giving the listener a name."""
+    module(project, "counter.py", COUNTER.replace("@on.service", "@Listener(trigger=on.trigger).service"))
+    module(
+        project,
+        "ten.py",
+        """
+        from flows.counters import Counter
+        Listener(trigger=TriggerConfiguration(interval=2)).attach(Counter(i=10), "ten")
+    """,
+    )
+    (project / FLOWS / "counters.py").write_text(
+        "from taskadapter import Service\nclass Counter(Service):\n    i: int\n    def execute(self): ...\n"
+    )
+
+    assert {entry["name"] for entry in rendered()["deployments"]} == {"counter", "ten"}
+
+
+def test_flow_modules_need_not_agree_about_the_node(project):
+    """Each may be a program of its own, on a machine of its own."""
+    backup = 'WarmBackupConfig(group_id="g", task_id="{0}")'
+    for name in ("one", "two"):
+        body = f"""
+            on = Listener(trigger=on.trigger, warm_backup_config={backup.format(name)})
+            @on.service("{name}")
+            def job(): ...
+        """
+        module(project, f"{name}.py", body)
+
+    assert {entry["name"] for entry in rendered()["deployments"]} == {"one", "two"}
+
+
+@pytest.mark.parametrize("name", ["ten", "counts to 10", "v1.2", "a:b"])
+def test_prefect_finds_the_flow_of_an_attached_instance(project, name):
+    """The entrypoint leads to a flow of the service's name, also where its class asks for values."""
+    (project / "library.py").write_text(
+        "from taskadapter import Service\nclass Counter(Service):\n    i: int\n    def execute(self): ...\n"
+    )
+    module(project, "ten.py", f'from library import Counter\non.attach(Counter(i=10), "{name}")\n')
+
+    flow = load_flow_from_entrypoint(deployment(name)["entrypoint"])
+
+    assert (flow.name, attached.place_of(deployment(name)["entrypoint"])) == (name, "library.py:Counter")
 
 
 @pytest.mark.parametrize(

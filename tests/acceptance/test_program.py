@@ -1,0 +1,492 @@
+"""Programs with listeners: the same one on several nodes, several listeners in one, SIGTERM and kill -9.
+
+What ran, when, where and in which term is read from the ledger that the jobs keep.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import time
+import uuid
+from collections import Counter, defaultdict
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+import psutil
+import pytest
+
+from deployments.local import free_port, running, wait_until
+from tests.acceptance.project import PATIENCE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from deployments.local import Postgres, Program
+    from tests.acceptance.project import Entry, Prefect, Project
+
+INTERVAL = 2
+LIVENESS = 3.0
+
+MOMENT = 0.2
+"""What a body may take between its begin and its entry, in seconds."""
+
+NODE = """
+    import sys
+    import time
+
+    from ledger import note
+    from prefect.runtime import flow_run
+    from taskadapter import Listener, Service, TriggerConfiguration, WarmBackupConfig, current_run
+
+    def enter(job, what="ran", **details):
+        run = current_run()
+        note(job, what, due=run.scheduled_time.timestamp(), node=run.task_id, term=run.fencing_token,
+             count=run.count, run=flow_run.id, **details)
+
+    class Counter(Service):
+        job: str
+        i: int = 1
+
+        def execute(self) -> None:
+            enter(self.job, i=self.i)
+            self.i += 1
+
+    def listener(node, group=None, interval=2):
+        backup = group and WarmBackupConfig(
+            group_id=group, task_id=node, liveness_check_interval=3, heartbeat_frequency=0.5
+        )
+        return Listener(trigger=TriggerConfiguration(interval=interval), warm_backup_config=backup)
+
+    def wait_for(path):
+        while not Path(path).exists():
+            time.sleep(0.05)
+"""
+
+MANY = """
+    # argv: the node, what all names begin with, how many listeners with a group, and how many without
+    from node import *
+
+    if __name__ == "__main__":
+        node, prefix, grouped, others, interval = sys.argv[1], sys.argv[2], *map(float, sys.argv[3:])
+        listeners = [
+            listener(node, f"{prefix}-{k}" if k < grouped else None, interval)
+            for k in range(int(grouped + others))
+        ]
+        for k, one in enumerate(listeners):
+            one.attach(Counter(job=f"{prefix}-{k}"), f"{prefix}-{k}")
+        begun = time.monotonic()
+        for one in listeners:
+            one.start()
+        note(prefix, "started", node=node, seconds=time.monotonic() - begun)
+        listeners[0].wait()
+        note(prefix, "stopped", node=node)
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def node_module(project: Project) -> None:
+    """What the programs of this module share."""
+    project.write("node.py", NODE)
+    project.write("many.py", MANY)
+
+
+@pytest.fixture
+def prefix() -> str:
+    """What the names of a test's jobs and groups begin with."""
+    return f"t{uuid.uuid4().hex[:6]}"
+
+
+@pytest.fixture
+def database(postgres_server: Postgres, prefix: str) -> dict[str, str]:
+    """The setting that names a coordination database which has nothing."""
+    postgres_server.create_database(prefix)
+    return {
+        "PREFECT_INTEGRATIONS_TASKADAPTER_DATABASE_URL": postgres_server.url(prefix),
+        "PREFECT_INTEGRATIONS_TASKADAPTER_WORK_POOL": f"pool-{prefix}",
+    }
+
+
+@pytest.fixture
+def nodes(project: Project, prefix: str, database: dict[str, str]) -> Iterator[dict[str, Program]]:
+    """Three nodes of one program with three groups and one listener without, started at the same moment."""
+    programs = {
+        name: project.program("many.py", name, prefix, "3", "1", str(INTERVAL), env=database)
+        for name in ("node-a", "node-b", "node-c")
+    }
+    with ExitStack() as stack:
+        for program in programs.values():
+            stack.enter_context(running(program))
+        project.wait_for(prefix, "started", 3)
+        yield programs
+
+
+def jobs_of(prefix: str) -> list[str]:
+    return [f"{prefix}-{k}" for k in range(4)]
+
+
+def ran(project: Project, job: str) -> list[Entry]:
+    return project.entries(job, "ran")
+
+
+def send(program: Program, number: signal.Signals) -> None:
+    """Signal the program alone, and none of its children."""
+    os.kill(program.pid, number)
+
+
+def nurseries(program: Program) -> list[psutil.Process]:
+    """Return the processes of a program that fork hosts."""
+    children = psutil.Process(program.pid).children()
+    return [child for child in children if "taskadapter.host" in child.cmdline()]
+
+
+def wait_for_ticks(project: Project, prefix: str, count: int) -> None:
+    for job in jobs_of(prefix):
+        project.wait_for(job, "ran", count)
+
+
+def judge(project: Project, prefix: str, interval: float = INTERVAL) -> None:
+    """Each job's ticks ran once, without a gap; those of a group on one node in each term, in order."""
+    for job in jobs_of(prefix):
+        entries = sorted(ran(project, job), key=lambda entry: entry["due"])
+        due = [entry["due"] for entry in entries]
+        assert [when for when, times in Counter(due).items() if times > 1] == [], job
+        steps = [round((later - earlier) / interval, 2) for earlier, later in itertools.pairwise(due)]
+        assert set(steps) <= {1.0}, (job, steps)
+        if entries[0]["term"] is None:
+            continue  # of no group: whichever node is quicker has the next
+        holders = defaultdict(set)
+        for entry in entries:
+            holders[entry["term"]].add(entry["node"])
+        assert [len(names) for names in holders.values()] == [1] * len(holders), (job, holders)
+        assert [entry["i"] for entry in entries] == [*range(1, len(entries) + 1)], job
+
+
+def test_nodes_that_start_together_share_the_jobs(
+    project: Project, prefix: str, nodes: dict[str, Program]
+) -> None:
+    """Nobody fails, each has one nursery, and each tick runs once; at the end each hands over."""
+    wait_for_ticks(project, prefix, 3)
+
+    assert {name: len(nurseries(program)) for name, program in nodes.items()} == dict.fromkeys(nodes, 1)
+    for name, program in nodes.items():
+        send(program, signal.SIGTERM)
+        assert program.process is not None
+        assert program.process.wait(PATIENCE) == 0, name
+    assert [entry["node"] for entry in project.entries(prefix, "stopped")] == [*nodes]
+    assert [program.output() for program in nodes.values() if "Traceback" in program.output()] == []
+    judge(project, prefix)
+
+
+def test_a_node_dies_and_another_is_stopped(
+    project: Project, prefix: str, nodes: dict[str, Program]
+) -> None:
+    """Standbys take over all groups of a node that is killed, and at once those of one that is stopped."""
+    wait_for_ticks(project, prefix, 2)
+    for kill, within in ((True, LIVENESS + 1), (False, 1.0)):
+        active = most_active(project, prefix)
+        held = [job for job in jobs_of(prefix)[:3] if ran(project, job)[-1]["node"] == active]
+        send(nodes[active], signal.SIGKILL if kill else signal.SIGTERM)
+        gone = time.time()
+        first = [first_elsewhere(project, job, active, gone) for job in held]
+        # What was due meanwhile is late; of a job that was not due, the next tick is the first to be seen.
+        assert max(first) - gone < within + INTERVAL + 2, held
+        del nodes[active]
+    wait_for_ticks(project, prefix, 8)
+
+    # What the killed node was executing is Crashed, and saved nothing: the ledger shows its number twice.
+    for job in jobs_of(prefix):
+        due = [entry["due"] for entry in ran(project, job)]
+        assert len(due) == len(set(due)), job
+
+
+def most_active(project: Project, prefix: str) -> str:
+    """Return the node that runs most of the groups."""
+    holders = Counter(ran(project, job)[-1]["node"] for job in jobs_of(prefix)[:3])
+    return str(holders.most_common()[0][0])
+
+
+def first_elsewhere(project: Project, job: str, node: str, since: float) -> float:
+    """Wait until a job runs on another node, and return when it did first."""
+
+    def elsewhere() -> list[float]:
+        return [entry.at for entry in ran(project, job) if entry["node"] != node and entry.at > since]
+
+    return min(wait_until(elsewhere, PATIENCE, f"{job} to run on another node than {node}"))
+
+
+# --- listeners that come and go -------------------------------------------------------------------
+
+LIFE = """
+    # argv: what all names begin with
+    import asyncio
+    from node import *
+
+    gap = 0.0
+
+    async def watch_the_loop():
+        global gap
+        while True:
+            before = time.monotonic()
+            await asyncio.sleep(0.01)
+            gap = max(gap, time.monotonic() - before)
+
+    {define} wait_until(what):
+        while not Path(prefix + what).exists():
+            {pause}(0.05)
+
+    {define} main():
+        {watch}
+        first, second = listener(None, interval=1), listener(None, interval=1)
+        late = Counter(job=prefix + "late")
+        first.attach(Counter(job=prefix + "first"), prefix + "first")
+        second.attach(Counter(job=prefix + "second"), prefix + "second")
+        {call}start(first)
+        {call}start(second)
+        note(prefix, "started", gap=gap)
+        {wait}wait_until("attach")
+        {call}attach(first, late, prefix + "late")
+        note(prefix, "attached")
+        {wait}wait_until("detach")
+        {call}detach(first, late)
+        note(prefix, "detached")
+        {wait}wait_until("stop")
+        {call}graceful_stop(second)
+        note(prefix, "stopped")
+        {wait}wait_until("again")
+        {call}start(second)
+        {call}attach(first, late, prefix + "late")
+        note(prefix, "again")
+        {wait}wait_until("end")
+        {call}immediate_stop(first)
+        {call}graceful_stop(second)
+        note(prefix, "ended", gap=gap)
+
+    if __name__ == "__main__":
+        prefix = sys.argv[1]
+        {run}
+"""
+
+SYNC = {
+    "define": "def",
+    "pause": "time.sleep",
+    "watch": "",
+    "call": "Listener.",
+    "wait": "",
+    "run": "main()",
+}
+ASYNC = {
+    "define": "async def",
+    "pause": "await asyncio.sleep",
+    "watch": "watching = asyncio.create_task(watch_the_loop())",
+    "call": "await Listener.a",
+    "wait": "await ",
+    "run": "asyncio.run(main())",
+}
+
+
+@pytest.mark.parametrize("kind", [SYNC, ASYNC], ids=["sync", "async"])
+def test_listeners_and_services_come_and_go(
+    project: Project, prefect: Prefect, prefix: str, database: dict[str, str], kind: dict[str, str]
+) -> None:
+    """What is attached runs, what is detached or stopped does not, what is started again goes on."""
+    project.write("life.py", LIFE.format(**kind))
+    first, second, late = (prefix + name for name in ("first", "second", "late"))
+
+    def step(name: str, done: str) -> float:
+        (project.folder / f"{prefix}{name}").touch()
+        return project.wait_for(prefix, done)[-1].at
+
+    with running(project.program("life.py", prefix, env=database)) as program:
+        project.wait_for(first, "ran", 2)
+        project.wait_for(second, "ran", 2)
+        children = len(psutil.Process(program.pid).children())
+
+        step("attach", "attached")
+        project.wait_for(late, "ran", 2)
+
+        detached = step("detach", "detached")
+        project.wait_for(first, "ran", len(ran(project, first)) + 3)
+        assert [entry for entry in ran(project, late) if entry.at > detached + MOMENT] == []
+        assert not prefect.is_active(late)
+        assert prefect.waiting(late) == []
+        assert prefect.runs(late, "Completed") != []
+
+        stopped = step("stop", "stopped")
+        project.wait_for(first, "ran", len(ran(project, first)) + 3)
+        assert [entry for entry in ran(project, second) if entry.at > stopped] == []
+        assert prefect.is_active(second)
+        assert len(nurseries(program)) == len(psutil.Process(program.pid).children()) == children == 1
+
+        before = {job: len(ran(project, job)) for job in (second, late)}
+        step("again", "again")
+        for job, count in before.items():
+            project.wait_for(job, "ran", count + 3)
+        step("end", "ended")
+        assert program.process is not None
+        assert program.process.wait(PATIENCE) == 0
+
+    for job in (first, second, late):
+        due = [entry["due"] for entry in ran(project, job)]
+        assert len(due) == len(set(due)), job
+        assert [entry["count"] for entry in ran(project, job)] == [*range(1, len(due) + 1)], job
+    due = [entry["due"] for entry in ran(project, second)]
+    assert {round(later - earlier, 2) for earlier, later in itertools.pairwise(due)} == {1.0}
+    assert project.entries(prefix, "ended")[0]["gap"] < 1.0
+    assert "Traceback" not in program.output()
+
+
+SHARED = """
+    # argv: the node, the group, what all names begin with
+    from node import *
+
+    if __name__ == "__main__":
+        node, group, prefix = sys.argv[1:]
+        one, other = listener(node, group, 1), listener(node, group, 1)
+        one.attach(Counter(job=prefix + "one"), prefix + "one")
+        other.attach(Counter(job=prefix + "other"), prefix + "other")
+        with one, other:
+            note(prefix, "started", node=node)
+            wait_for(prefix + node)
+            one.graceful_stop()
+            note(prefix, "stopped", node=node)
+            other.wait()
+"""
+
+
+def test_two_listeners_share_a_group(project: Project, prefix: str, database: dict[str, str]) -> None:
+    """Where one of them stops on the active node, a node that runs both takes the group over."""
+    project.write("shared.py", SHARED)
+    one, other = prefix + "one", prefix + "other"
+    with ExitStack() as stack:
+        programs = {}
+        for name in ("node-a", "node-b"):
+            program = project.program("shared.py", name, f"g-{prefix}", prefix, env=database)
+            programs[name] = stack.enter_context(running(program))
+            project.wait_for(prefix, "started", len(programs))
+        project.wait_for(one, "ran", 2)
+        assert {entry["node"] for entry in ran(project, one)} == {"node-a"}
+
+        (project.folder / f"{prefix}node-a").touch()
+        stopped = project.wait_for(prefix, "stopped")[0].at
+        for job in (one, other):
+            first_elsewhere(project, job, "node-a", stopped)
+        assert [e for e in ran(project, one) if e["node"] == "node-a" and e.at > stopped] == []
+
+        # Where nobody runs it any more, the other one goes on.
+        (project.folder / f"{prefix}node-b").touch()
+        stopped = project.wait_for(prefix, "stopped", 2)[1].at
+        before = len(ran(project, other))
+        project.wait_for(other, "ran", before + 3)
+        assert [entry for entry in ran(project, one) if entry.at > stopped] == []
+        for program in programs.values():
+            send(program, signal.SIGINT)
+            assert program.process is not None
+            assert program.process.wait(PATIENCE) == 0
+
+    for job in (one, other):
+        due = [entry["due"] for entry in ran(project, job)]
+        assert len(due) == len(set(due)), job
+
+
+# --- what keeps a node from taking part -----------------------------------------------------------
+
+REFUSED = """
+    # argv: the node, the job
+    from node import *
+    from taskadapter import TaskError
+
+    if __name__ == "__main__":
+        node, job = sys.argv[1:]
+        one = listener(node, "g-" + job)
+        one.attach(Counter(job=job), job)
+        begun = time.monotonic()
+        try:
+            one.start()
+            note(job, "started", node=node)
+            one.wait()
+        except TaskError as error:
+            failed = one.failed
+            note(job, "refused", error=type(error).__name__, message=str(error),
+                 failed=failed and str(failed), seconds=time.monotonic() - begun)
+            sys.exit(3)
+"""
+
+
+def refusal(project: Project, job: str, program: Program) -> Entry:
+    """Return what a program says that was refused; it has ended, and so have its processes."""
+    (entry,) = project.wait_for(job, "refused")
+    assert program.process is not None
+    assert program.process.wait(PATIENCE) == 3
+    assert "Traceback" not in program.output()
+    return entry
+
+
+@pytest.fixture
+def refused(project: Project) -> None:
+    project.write("refused.py", REFUSED)
+
+
+@pytest.mark.usefixtures("refused")
+def test_start_says_that_there_is_no_database(
+    project: Project, prefix: str, database: dict[str, str]
+) -> None:
+    """It raises within seconds what the database answers, and leaves no process."""
+    nowhere = f"postgresql+psycopg://nobody@127.0.0.1:{free_port()}/nothing"
+    env = database | {"PREFECT_INTEGRATIONS_TASKADAPTER_DATABASE_URL": nowhere}
+    with running(project.program("refused.py", "node-a", prefix, env=env)) as program:
+        entry = refusal(project, prefix, program)
+
+    assert "connection" in entry["message"].lower()
+    assert entry["failed"] is None
+    assert ran(project, prefix) == []
+
+
+@pytest.mark.usefixtures("refused")
+def test_start_says_that_the_name_is_in_use(
+    project: Project, prefix: str, database: dict[str, str]
+) -> None:
+    """A second process of a live node's name is refused, and told which one has it."""
+    with running(project.program("refused.py", "node-a", prefix, env=database)) as first:
+        project.wait_for(prefix, "ran")
+        with running(project.program("refused.py", "node-a", prefix, env=database)) as second:
+            entry = refusal(project, prefix, second)
+        assert f"'node-a' is in use by process {first.pid}" in entry["message"]
+        project.wait_for(prefix, "ran", len(ran(project, prefix)) + 2)
+
+
+@pytest.mark.usefixtures("refused")
+def test_a_program_learns_that_its_agent_has_failed(
+    project: Project, prefix: str, database: dict[str, str]
+) -> None:
+    """A frozen node whose name another process took meanwhile ends: `wait` raises, `failed` says why."""
+    with running(project.program("refused.py", "node-a", prefix, env=database)) as frozen:
+        project.wait_for(prefix, "ran")
+        frozen.pause()
+        with running(project.program("refused.py", "node-a", prefix, env=database)):
+            project.wait_for(prefix, "started", 2)
+            frozen.resume()
+            entry = refusal(project, prefix, frozen)
+
+    assert "'node-a'" in entry["message"]
+    assert entry["failed"] == entry["message"]
+
+
+def test_forty_listeners_have_one_agent(
+    project: Project, prefix: str, database: dict[str, str], postgres_server: Postgres
+) -> None:
+    """Whatever their number: one nursery, one name, one heartbeat's connection; and all jobs run."""
+    with running(project.program("many.py", "node-a", prefix, "39", "1", "60", env=database)) as program:
+        (started,) = project.wait_for(prefix, "started")
+        print(f"forty listeners have started within {started['seconds']:.1f} s")
+        for k in range(40):
+            project.wait_for(f"{prefix}-{k}", "ran")
+        assert len(nurseries(program)) == 1
+        with postgres_server.connect(prefix) as connection:
+            (nodes,) = connection.execute("SELECT count(*) FROM taskadapter_node").fetchone() or (0,)
+            (held,) = connection.execute("SELECT count(*) FROM token_holder").fetchone() or (0,)
+            listening = "SELECT count(*) FROM pg_stat_activity WHERE datname = %s AND query LIKE %s"
+            (hearts,) = connection.execute(listening, (prefix, "%token_holder%")).fetchone() or (0,)
+        assert (nodes, held) == (1, 39)
+        assert hearts <= 3
