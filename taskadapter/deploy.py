@@ -329,9 +329,9 @@ async def deploy(listener: Listener, names: Collection[str] | None = None) -> di
     Raises:
         TaskError: the work pool is of another type.
     """
-    await listener.aensure_work_pool()
     wanted = [listener.services[name] for name in listener.services if names is None or name in names]
     async with api_client() as client:
+        await listener.aensure_work_pool(client)
         return {declared.name: JobId(await _deploy(client, listener, declared)) for declared in wanted}
 
 

@@ -125,7 +125,10 @@ class Host:
         self._writer.write(json.dumps(message).encode() + b"\n")
 
     async def _event(self) -> dict[str, Any]:
-        line = await self._reader.readline()
+        try:
+            line = await self._reader.readline()
+        except ConnectionError as reset:  # it was killed before it had read everything
+            raise EOFError from reset
         if not line:
             raise EOFError
         event: dict[str, Any] = json.loads(line)

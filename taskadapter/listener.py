@@ -14,13 +14,14 @@ from typing import Any, Self, TypeGuard, cast
 from weakref import WeakSet
 
 from prefect import Flow
+from prefect.client.orchestration import PrefectClient
 from prefect.settings import get_current_settings
 from prefect.types.names import BANNED_CHARACTERS
 from pydantic import model_validator
 
 from taskadapter import flow as flows
 from taskadapter import prefect_private
-from taskadapter.api import run_sync
+from taskadapter.api import api_client, run_sync
 from taskadapter.config import overridden, read_config
 from taskadapter.declaration import Declaration
 from taskadapter.domain import Domain, password_of
@@ -34,7 +35,7 @@ from taskadapter.model import (
 )
 from taskadapter.planned import detach_job
 from taskadapter.pools import aensure_work_pool
-from taskadapter.program import Part, ProgramAgent, agents, stop_all
+from taskadapter.program import Part, ProgramAgent, agents, done, stop_all
 from taskadapter.settings import TaskadapterSettings, check_interval
 from taskadapter.signals import at_a_signal
 from taskadapter.worker import DEFAULT_QUEUE
@@ -145,7 +146,7 @@ class Listener:
         self._part: Part | None = None
         check_interval(self.trigger.interval)
         if prefect_private.is_being_deployed():
-            run_sync(self.aensure_work_pool())
+            self.ensure_work_pool()
         else:
             self._check_task_id()
         listeners.add(self)
@@ -185,15 +186,27 @@ class Listener:
         backup = self.configuration.warm_backup_config
         return None if backup is None else Domain.declared(backup, self.work_pool)
 
-    async def aensure_work_pool(self) -> None:
+    def ensure_work_pool(self) -> None:
+        """Do what `aensure_work_pool` does, from code that is not async."""
+
+        async def ensure() -> None:
+            async with api_client() as client:
+                await self.aensure_work_pool(client)
+
+        run_sync(ensure())
+
+    async def aensure_work_pool(self, client: PrefectClient) -> None:
         """Make the work pool unless it is there, with the database, timing and queue of this listener.
+
+        Args:
+            client: connected to the API.
 
         Raises:
             TaskError: there is a pool of that name and another type.
         """
         backup = self.configuration.warm_backup_config
         password = None if backup is None else password_of(backup)
-        await aensure_work_pool(self.work_pool, self.domain, password, queue=self.group_id)
+        await aensure_work_pool(client, self.work_pool, self.domain, password, queue=self.group_id)
 
     @property
     def group_id(self) -> str | None:
@@ -385,7 +398,8 @@ class Listener:
 
         self._check_start()
         jobs = await deploy(self)
-        part = Part(self.group_id or DEFAULT_QUEUE, {name: job_id.id for name, job_id in jobs.items()})
+        ids = {name: job_id.id for name, job_id in jobs.items()}
+        part = Part(self.group_id or DEFAULT_QUEUE, self.domain, ids)
         names = [other.task_id for other in listeners if other.work_pool == self.work_pool]
         name = next(filter(None, names), None)
         self._agent = await ProgramAgent.take_part(self.work_pool, name, socket.gethostname(), part)
@@ -479,7 +493,7 @@ class Listener:
                 stopping.append(asyncio.create_task(stop_all()))
 
         with at_a_signal(stop):
-            await asyncio.wait([asyncio.wrap_future(part.over)])
+            await done(part.over)
             await asyncio.gather(*stopping)
         part.over.result()
 

@@ -53,6 +53,12 @@ async def deployments_of_pool(client: PrefectClient, work_pool: str) -> list[Dep
     return list(found.values())
 
 
+async def deployments_of(client: PrefectClient, ids: Iterable[UUID]) -> list[DeploymentResponse]:
+    """Return some deployments, without those that are gone."""
+    ids_filter = DeploymentFilter(id=DeploymentFilterId(any_=list(ids)))
+    return await client.read_deployments(deployment_filter=ids_filter, limit=PAGE)
+
+
 async def jobs_of_pool(client: PrefectClient, work_pool: str) -> list[DeploymentResponse]:
     """Return those of them that are ours."""
     return [found for found in await deployments_of_pool(client, work_pool) if TAG in found.tags]

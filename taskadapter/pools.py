@@ -28,10 +28,16 @@ def ensure_work_pool(
     queue: str | None = None,
 ) -> None:
     """Do what `aensure_work_pool` does, from code that is not async."""
-    run_sync(aensure_work_pool(name, domain, password, size=size, queue=queue))
+
+    async def ensure() -> None:
+        async with api_client() as client:
+            await aensure_work_pool(client, name, domain, password, size=size, queue=queue)
+
+    run_sync(ensure())
 
 
 async def aensure_work_pool(
+    client: PrefectClient,
     name: str,
     domain: Domain | None = None,
     password: str | None = None,
@@ -42,6 +48,7 @@ async def aensure_work_pool(
     """Make the work pool unless it is there, and keep its coordination and size as declared.
 
     Args:
+        client: connected to the API.
         name: the pool's name.
         domain: the database and timing of its groups; None leaves them as they are.
         password: of that database, for the `Secret` block that the domain names.
@@ -52,20 +59,19 @@ async def aensure_work_pool(
         TaskError: there is a pool of that name and another type: its workers would run the jobs
             without coordination.
     """
-    async with api_client() as client:
-        pool = await _read_or_make(client, name, domain or Domain())
-        if pool.type != WarmBackupWorker.type:
-            raise TaskError(
-                f"work pool {name!r} is of type {pool.type!r}, and {WarmBackupWorker.type!r} is needed; "
-                "name another pool with work_pool=, or delete that one."
-            )
-        if _differs(pool, domain, size):
-            async with lock(client, f"the template of work pool {name}"):
-                await _change(client, name, domain, size)
-        if domain is not None and domain.password_block is not None and password is not None:
-            await _keep_password(client, domain.password_block, password)
-        if queue is not None:
-            await _ensure_queue(client, name, queue)
+    pool = await _read_or_make(client, name, domain or Domain())
+    if pool.type != WarmBackupWorker.type:
+        raise TaskError(
+            f"work pool {name!r} is of type {pool.type!r}, and {WarmBackupWorker.type!r} is needed; "
+            "name another pool with work_pool=, or delete that one."
+        )
+    if _differs(pool, domain, size):
+        async with lock(client, f"the template of work pool {name}"):
+            await _change(client, name, domain, size)
+    if domain is not None and domain.password_block is not None and password is not None:
+        await _keep_password(client, domain.password_block, password)
+    if queue is not None:
+        await _ensure_queue(client, name, queue)
 
 
 async def _read_or_make(client: PrefectClient, name: str, domain: Domain) -> WorkPool:

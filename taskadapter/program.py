@@ -18,6 +18,7 @@ from uuid import UUID
 
 from prefect.logging import get_logger
 
+from taskadapter.domain import Domain
 from taskadapter.errors import TaskError
 from taskadapter.settings import TaskadapterSettings
 from taskadapter.worker import DEFAULT_QUEUE, WarmBackupWorker
@@ -34,11 +35,13 @@ class Part:
 
     Attributes:
         queue: its queue.
+        domain: the database and timing that it declares; None if it declares no group.
         jobs: the ids of its jobs by the names of its services.
         over: done when the listener is stopped, or with the error that its agent has ended with.
     """
 
     queue: str
+    domain: Domain | None
     jobs: dict[str, UUID]
     over: Future[None] = field(default_factory=Future)
 
@@ -107,7 +110,7 @@ class ProgramAgent:
                 return False
             self._parts.add(part)
             try:
-                await self._or_end(self._worker.join(part.queue, part.job_ids, START_SECONDS))
+                await self._or_end(self._worker.join(part.queue, part.job_ids, part.domain, START_SECONDS))
             except BaseException:
                 await self._take_off([part], 0.0)
                 raise
@@ -211,7 +214,7 @@ class ProgramAgent:
 
     async def look_again(self, part: Part) -> None:
         """Look at once for what new jobs of a listener are to do."""
-        await self._in_thread(self._worker.look_again(part.job_ids))
+        await self._in_thread(self._worker.look_again(part.queue, part.job_ids))
 
     async def call_off(self, job_id: UUID, reason: str) -> None:
         """Begin nothing more of a job here, which is over; what is running goes on."""
@@ -235,11 +238,11 @@ class ProgramAgent:
             except TaskError:
                 await self.gone()
         for part in parts:
-            await asyncio.wait([asyncio.wrap_future(part.over)])
+            await done(part.over)
 
     async def gone(self) -> None:
         """Wait until the agent has ended, in whatever way."""
-        await asyncio.wait([asyncio.wrap_future(self.ended)])
+        await done(self.ended)
 
     def hurry(self) -> None:
         """End the runs that are being waited for, now."""
@@ -248,6 +251,13 @@ class ProgramAgent:
     async def stop(self) -> None:
         """Let every listener of this agent leave."""
         await self.leave(list(self._parts), end_runs=False)
+
+
+async def done(future: Future[None]) -> None:
+    """Wait until something is over, in whatever way."""
+    waiting = asyncio.wrap_future(future)
+    await asyncio.wait([waiting])
+    waiting.exception()  # it is told to whoever asks for it
 
 
 async def stop_all() -> None:

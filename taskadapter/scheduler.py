@@ -212,8 +212,8 @@ async def _schedule(
     start, now = trigger.start_time, datetime.now(UTC)
     if start is not None and start <= now and (name is None or not await _is_deployed(declared)):
         _refuse_past("start_time", start, now)
-    await aensure_work_pool(pool, queue=group_id)
     async with api_client() as client:
+        await aensure_work_pool(client, pool, queue=group_id)
         put_it = _put_once if once else _put_recurring
         return JobId(await put_it(client, declared, wanted))
 
@@ -424,7 +424,8 @@ async def aconfigure_worker_pool(
     """Do what `configure_worker_pool` does, from async code."""
     given = WorkerPoolConfiguration(worker_count=worker_count, waiting_time=cast("Any", waiting_time))
     size = PoolSize(worker_count=given.worker_count, waiting_time=given.waiting_time)
-    await aensure_work_pool(_pool(work_pool), size=size)
+    async with api_client() as client:
+        await aensure_work_pool(client, _pool(work_pool), size=size)
 
 
 def _pool(name: str | None) -> str:

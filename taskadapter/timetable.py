@@ -44,6 +44,9 @@ LOOK_AHEAD = timedelta(seconds=3)
 """A tick that nobody has planned this long before its time is made: longer than from one look of an agent
 to the next and the time by which it claims ahead, so that the ticks of a job are claimed in order."""
 
+NEW = timedelta(seconds=5)
+"""The history of a schedule that was made so shortly before is not asked for."""
+
 SHOWN = 100
 """How many ticks that a policy ignores are made, to be shown as skipped; those before are passed over."""
 
@@ -167,6 +170,14 @@ class Timetable:
                 line.resumed = schedules.in_utc(deployment.updated or datetime.now(UTC))
             line.held = deployment.paused
         return gone
+
+    def add(self, deployments: Iterable[DeploymentResponse]) -> None:
+        """Take note of some deployments as they are now, which may be new."""
+        for deployment in deployments:
+            if deployment.id not in self._ended:
+                self._deployments[deployment.id] = deployment
+                if (plan := _plan(deployment)) is not None:
+                    self._plans[deployment.id] = plan
 
     def is_held(self, flow_run: FlowRun) -> bool:
         """Return whether a run is a tick of a job that was paused when it was last looked at."""
@@ -328,6 +339,8 @@ class Timetable:
         start = plan.created
         if plan.trigger.start_time is None:
             start = min(start, plan.anchor - timedelta(microseconds=1))
+        if fresh and datetime.now(UTC) - plan.created < NEW:
+            return start  # its few ticks show for themselves whether they are settled
         last = await self._last_settled(deployment_id, plan.schedule_id)
         return max(start if fresh else plan.switched, last or start)
 

@@ -82,6 +82,8 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         self._database_url = self._settings.default_database_url()
         # The groups that this node is active for, once what former holders left is put in order.
         self._active: dict[str, Token] = {}
+        # The pool's queues, as they were last looked at.
+        self._queues: set[str] = {DEFAULT_QUEUE}
         # Jobs of its queues that this node leaves to others.
         self._left_out: set[UUID] = set()
         self._is_up = asyncio.Event()
@@ -188,12 +190,15 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
 
     # --- queues that come and go, as the listeners of a program do --------------------------------
 
-    async def join(self, queue: str, job_ids: Collection[UUID], within: float) -> None:
+    async def join(
+        self, queue: str, job_ids: Collection[UUID], domain: Domain | None, within: float
+    ) -> None:
         """Take part for one more queue; returns when this node runs its jobs, or may stand by for them.
 
         Args:
             queue: the queue, which is there.
             job_ids: its jobs that are run here from now on, if they were left out before.
+            domain: what is declared for it; None for a queue that is no group.
             within: how many seconds that may take.
 
         Raises:
@@ -203,17 +208,19 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         self._work_queues.add(queue)
         self._left_out -= set(job_ids)
         end = time.monotonic() + within
-        await self._look_at_once(end)
+        if self._groups is not None and domain not in (None, self._groups.domain):
+            self._visited_at = float("-inf")  # nobody has declared one before
+        await self._look_at_once(queue, job_ids, end)
         if queue != DEFAULT_QUEUE:
             await self._until_registered(queue, end)
         else:
             await asyncio.to_thread(progress.require_database, self._database_url, within)
 
-    async def look_again(self, job_ids: Collection[UUID]) -> None:
+    async def look_again(self, queue: str, job_ids: Collection[UUID]) -> None:
         """Look at once for what jobs that are new, or were left out before, are to do."""
         self._left_out -= set(job_ids)
         with suppress(ApiUnavailableError):  # then the next look will see it
-            await self._look_at_once(time.monotonic())
+            await self._look_at_once(queue, job_ids, time.monotonic())
 
     def call_off(self, job_id: UUID, reason: str) -> None:
         """Begin nothing more of a job, which is over; what is running goes on."""
@@ -221,8 +228,8 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         self._timetable.leave_out([job_id])
         self._dispatcher.call_off(job_id, reason)
 
-    async def _look_at_once(self, end: float) -> None:
-        """Look for jobs and runs now; repeat it until then while the API does not answer.
+    async def _look_at_once(self, queue: str, job_ids: Collection[UUID], end: float) -> None:
+        """Look at a queue, at jobs and for runs now; repeat it until then while the API does not answer.
 
         Raises:
             ApiUnavailableError: it has not answered.
@@ -231,7 +238,7 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
             try:
                 if self._has_successfully_synced:
                     async with self._looking:
-                        await self._visit()
+                        await self._learn(queue, job_ids)
                     break
                 fault = ""
             except httpx.HTTPError as exc:
@@ -239,8 +246,19 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
             if time.monotonic() >= end:
                 raise ApiUnavailableError(f"Prefect's API does not answer{fault}.")
             await asyncio.sleep(JOIN_SECONDS)
-        self._polled_at = float("-inf")
-        await self.get_and_submit_flow_runs()
+        self._polled_at = float("-inf")  # the next poll is not left out
+
+    async def _learn(self, queue: str, job_ids: Collection[UUID]) -> None:
+        """Look at one queue of the pool and some of its jobs, as a visit does at all of them."""
+        groups = self._groups
+        if groups is None or self._visited_at == float("-inf"):
+            await self._visit()
+            return
+        self._queues.add(queue)
+        groups.stand_by(groups.names | {queue} - {DEFAULT_QUEUE}, self._database_url)
+        self._timetable.add(await planned.deployments_of(self.client, job_ids))
+        # To list all deployments is dear, and many may join one after the other.
+        self._visited_at = time.monotonic()
 
     async def _until_registered(self, queue: str, end: float) -> None:
         groups = self._groups
@@ -362,13 +380,16 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         now = datetime.now(UTC)
         before = now + timedelta(seconds=self._prefetch_seconds)
         try:
+            # The server looks up each queue by its name, but not those of the whole pool.
+            names = None if self._queues <= set(wanted) else wanted
             found = await self.client.get_scheduled_flow_runs_for_work_pool(
-                self._work_pool_name, work_queue_names=wanted, scheduled_before=before
+                self._work_pool_name, work_queue_names=names, scheduled_before=before
             )
         except ObjectNotFound:
             self._visited_at = float("-inf")  # a queue, or the pool, was deleted
             return []
-        runs = [response.flow_run for response in found if self._runs_job_of(response.flow_run)]
+        runs = [response.flow_run for response in found if _queue_of(response.flow_run) in wanted]
+        runs = [run for run in runs if self._runs_job_of(run)]
         if len(runs) < len(found) >= POLL_LIMIT:
             # Those that are left out could fill the list for ever.
             ours = self._timetable.jobs_of(wanted)
@@ -410,7 +431,8 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
     async def _stand_by(self) -> None:
         """Stand by for the groups that the pool has, which are its queues."""
         queues = await self.client.read_work_queues(work_pool_name=self._work_pool_name)
-        names = {queue.name for queue in queues if self._polls(queue.name)} - {DEFAULT_QUEUE}
+        self._queues = {queue.name for queue in queues}
+        names = {name for name in self._queues if self._polls(name)} - {DEFAULT_QUEUE}
         groups = self._groups
         # Whoever declares a new group may have declared another database or timing with it.
         if groups is None or names != groups.names or Domain.of(self.work_pool) != groups.domain:
@@ -474,9 +496,9 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         if not self._holds(token) or not self._polls(token.group_id):
             return
         self._active[token.group_id] = token
-        # What was due meanwhile need not wait for the next poll.
-        self._polled_at = float("-inf")
-        await self.get_and_submit_flow_runs()
+        self._polled_at = float("-inf")  # the next poll is not left out
+        if token.term > 1:
+            await self.get_and_submit_flow_runs()  # what was due meanwhile need not even wait for that
         while self._holds(token):
             await asyncio.sleep(SWEEP_SECONDS)
             await self._persist(token, lambda: takeover.sweep(token, lambda: self._dispatcher.in_hand))

@@ -35,6 +35,7 @@ MOMENT = 0.2
 NODE = """
     import sys
     import time
+    from pathlib import Path
 
     from ledger import note
     from prefect.runtime import flow_run
@@ -93,9 +94,13 @@ def node_module(project: Project) -> None:
 
 
 @pytest.fixture
-def prefix() -> str:
-    """What the names of a test's jobs and groups begin with."""
-    return f"t{uuid.uuid4().hex[:6]}"
+def prefix(prefect: Prefect) -> Iterator[str]:
+    """What the names of a test's jobs and groups begin with; its jobs are gone at the end."""
+    name = f"t{uuid.uuid4().hex[:6]}"
+    yield name
+    for deployment in prefect.client.read_deployments(limit=200):
+        if deployment.name.startswith(name):
+            prefect.client.delete_deployment(deployment.id)
 
 
 @pytest.fixture

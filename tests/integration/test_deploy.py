@@ -391,9 +391,11 @@ def test_settings_of_a_pool_do_not_undo_each_other(prefect_client: SyncPrefectCl
     domain, size = Domain(liveness_check_interval=12), PoolSize(worker_count=2)
     ensure_work_pool(name)
 
-    at_once(
-        aensure_work_pool(name, domain) if k % 2 else aensure_work_pool(name, size=size) for k in range(6)
-    )
+    async def change(**part: Any) -> None:
+        async with get_client() as client:
+            await aensure_work_pool(client, name, **part)
+
+    at_once(change(domain=domain) if k % 2 else change(size=size) for k in range(6))
 
     pool = prefect_client.read_work_pool(name)
     assert (Domain.of(pool), PoolSize.of(pool)) == (domain, size)

@@ -541,6 +541,7 @@ def test_the_signature_that_users_see():
         "attach",
         "await_",
         "detach",
+        "ensure_work_pool",
         "graceful_stop",
         "immediate_stop",
         "service",
