@@ -137,9 +137,9 @@ class Project:
         command = Path(prefect_command()).with_name("taskadapter")
         self.run(command, "render", "--output", "prefect.yaml")
 
-    def deploy(self) -> None:
+    def deploy(self, env: Mapping[str, str] | None = None) -> None:
         """Deploy every listener of `flows/` from Python."""
-        self.run(sys.executable, "-c", _DEPLOY)
+        self.run(sys.executable, "-c", _DEPLOY, env=env)
 
     def agent(
         self, name: str, *args: str, env: Mapping[str, str] | None = None

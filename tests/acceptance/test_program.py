@@ -55,8 +55,9 @@ NODE = """
             self.i += 1
 
     def listener(node, group=None, interval=2):
+        names = {"task_id": node} if node else {}
         backup = group and WarmBackupConfig(
-            group_id=group, task_id=node, liveness_check_interval=3, heartbeat_frequency=0.5
+            group_id=group, liveness_check_interval=3, heartbeat_frequency=0.5, **names
         )
         return Listener(trigger=TriggerConfiguration(interval=interval), warm_backup_config=backup)
 
@@ -476,6 +477,67 @@ def test_a_program_learns_that_its_agent_has_failed(
 
     assert "'node-a'" in entry["message"]
     assert entry["failed"] == entry["message"]
+
+
+RULES = """
+    # argv: what all names begin with
+    from node import *
+    from taskadapter import TaskError
+
+    def refused(call):
+        try:
+            call()
+        except TaskError as error:
+            return str(error)
+
+    if __name__ == "__main__":
+        prefix = sys.argv[1]
+        one = listener(None, "g-" + prefix, 60)
+        one.attach(Counter(job=prefix), prefix)
+        one.start()
+        again = refused(one.start)
+        namesake = listener(None, None, 60)
+        namesake.attach(Counter(job=prefix), prefix)
+        backup = WarmBackupConfig(group_id="h-" + prefix, liveness_check_interval=9)
+        other_timing = Listener(trigger=one.trigger, warm_backup_config=backup)
+        other_timing.attach(Counter(job="other"), prefix + "-other")
+        named_late = listener("another-name", "h-" + prefix, 60)
+        named_late.attach(Counter(job="late"), prefix + "-late")
+        note(
+            prefix, "refused", again=again, namesake=refused(namesake.start),
+            timing=refused(other_timing.start), name=refused(named_late.start),
+            attach=refused(lambda: one.attach(Counter(job=prefix), prefix)),
+        )
+        one.graceful_stop()
+        one.graceful_stop()  # it has stopped already
+        one.wait()
+"""
+
+
+def test_what_does_not_fit_into_a_program_is_refused(
+    project: Project, prefix: str, database: dict[str, str]
+) -> None:
+    """Each refusal names what is in the way; what runs goes on, and stopping twice is stopping once."""
+    project.write("rules.py", RULES)
+    with running(project.program("rules.py", prefix, env=database)) as program:
+        (entry,) = project.wait_for(prefix, "refused")
+        assert program.process is not None
+        assert program.process.wait(PATIENCE) == 0, program.output()
+
+    assert "started already" in entry["again"]
+    assert f"'{prefix}' is run by another listener" in entry["namesake"]
+    assert "liveness_check_interval=9" in entry["timing"]
+    assert "task_id='another-name'" in entry["name"]
+    assert "declared twice" in entry["attach"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("round_", range(10))
+def test_nodes_start_together_ten_times(
+    project: Project, prefix: str, nodes: dict[str, Program], round_: int
+) -> None:
+    """No race for pool, queue, deployment, schedule or first tick is lost, however often it is run."""
+    test_nodes_that_start_together_share_the_jobs(project, prefix, nodes)
 
 
 def test_forty_listeners_have_one_agent(

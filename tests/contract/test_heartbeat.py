@@ -165,6 +165,8 @@ def test_a_second_process_with_the_name_is_refused(start: Start) -> None:
     second = start("node-1")
     second.wait_for(Refused)
     assert "task_id 'node-1' is in use by process" in second.last(Refused).reason
+    assert second.heartbeat.waits_for_its_predecessor
+    assert second.heartbeat.registered == frozenset()
     assert second.heartbeat.stop(5)
     assert first.heartbeat.token(GROUP) is not None
     assert len(first.changes) == 1
@@ -193,8 +195,25 @@ def test_groups_can_change(start: Start, engine: Engine) -> None:
     node.wait_for(Gained, count=3)
     held = [group for group in "abc" if node.heartbeat.token(group)]
     assert held == ["b", "c"]
+    assert node.heartbeat.registered == {"b", "c"}
+    wait_until(lambda: node.heartbeat.has_left("a"), 5, "the token of a to be released")
+    assert not node.heartbeat.has_left("b")
     with transaction(engine) as connection:
         assert read_status(connection).nodes[0].group_ids == ("b", "c")
+
+
+def test_a_node_can_leave_its_last_group(start: Start, engine: Engine) -> None:
+    """It releases the token at once, goes on as a node of no group, and may join again."""
+    node = start("node-1", ("a",))
+    node.wait_for(Gained)
+    node.heartbeat.join([])
+    wait_until(lambda: node.heartbeat.has_left("a"), 5, "the token of a to be released")
+    with transaction(engine) as connection:
+        status = read_status(connection)
+        assert [(group.holder, group.term) for group in status.groups] == [(None, 1)]
+        assert [found.group_ids for found in status.nodes] == [()]
+    node.heartbeat.join(["a"])
+    node.wait_for(Gained, count=2)
 
 
 def test_tables_are_made_if_missing(start: Start, engine: Engine) -> None:
@@ -276,6 +295,14 @@ class TestFaults:
         time.sleep(2 * FREQUENCY)
         assert node.heartbeat.stop(10)
         assert [type(change) for change in node.changes] == [Stopped]
+
+    def test_a_fault_is_told_to_whoever_asks(self, start: Start, engine: Engine, proxy: Proxy) -> None:
+        """As long as the database does not answer, the last fault is known, and nobody is registered."""
+        proxy.close()
+        node = start("node-1", database=through(engine, proxy))
+        wait_until(lambda: node.heartbeat.fault, 5, "a fault")
+        assert node.heartbeat.registered == frozenset()
+        assert not node.heartbeat.waits_for_its_predecessor
 
     @pytest.mark.databases("sqlite")  # the only one that locks the whole database
     def test_a_locked_file(self, start: Start, engine: Engine) -> None:

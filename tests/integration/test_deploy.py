@@ -6,6 +6,7 @@ import asyncio
 import subprocess
 import sys
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -536,13 +537,16 @@ def test_prefect_deploy_and_python_agree(
     assert [deployed(prefect_client, name) for name in ("counter", "flaky")] == before
 
 
-def project(server: PrefectServer, folder: Path, name: str, pool: str, **trigger: Any) -> None:
+def project(
+    server: PrefectServer, folder: Path, name: str, pool: str, group: str | None = None, **trigger: Any
+) -> None:
     """Write a project of one job, and render it."""
+    backup = f"warm_backup_config=WarmBackupConfig(group_id={group!r})" if group else ""
     arguments = ", ".join(f"{key}={value!r}" for key, value in trigger.items())
     (folder / "flows").mkdir(exist_ok=True)
     (folder / "flows" / "job.py").write_text(
-        "from taskadapter import Listener, TriggerConfiguration\n"
-        f"on = Listener(trigger=TriggerConfiguration({arguments}), work_pool={pool!r})\n\n\n"
+        "from taskadapter import Listener, TriggerConfiguration, WarmBackupConfig\n"
+        f"on = Listener(trigger=TriggerConfiguration({arguments}), work_pool={pool!r}, {backup})\n\n\n"
         f"@on.service({name!r})\ndef job(): ...\n"
     )
     script = "from taskadapter.cli import main; main()"
@@ -572,6 +576,35 @@ def test_prefect_deploy_of_a_changed_trigger(
     after = schedule_of(prefect_client, name)
     assert after.slug == slug(TriggerConfiguration(interval=7200, start_time=start_time))
     assert (after.active, after.schedule.interval) == (True, timedelta(hours=2))
+
+
+def test_prefect_deploy_from_two_machines_at_once(
+    prefect_api: PrefectServer, prefect_client: SyncPrefectClient, name: str, tmp_path: Path
+) -> None:
+    """Neither fails on a server that has nothing of it, and both agree on the one schedule."""
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        folder.mkdir()
+        project(prefect_api, folder, name, f"pool-of-{name}", group=f"group-of-{name}", interval=3600)
+    with ThreadPoolExecutor() as pool:
+        runs = [pool.submit(prefect, prefect_api, folder, "deploy", "--all") for folder in folders]
+
+    for run in [future.result() for future in runs]:
+        assert run.returncode == 0, run.stdout + run.stderr
+    found = deployed(prefect_client, name)
+    assert (found.work_queue_name, found.tags) == (f"group-of-{name}", ["taskadapter"])
+    assert found.entrypoint == "flows/job.py:job"
+    assert schedule_of(prefect_client, name).active is True
+
+
+def test_the_build_step_makes_what_nobody_runs_yet(prefect_client: SyncPrefectClient, name: str) -> None:
+    """Steps that are taken at once make one deployment, of no work pool, and tell the same first tick."""
+    told = at_once(prepare(name, slug(TRIGGER), interval=3600.0) for _ in range(4))
+
+    found = deployed(prefect_client, name)
+    anchor = schedule_of(prefect_client, name).schedule.anchor_date
+    assert [datetime.fromisoformat(step["first_tick"]) for step in told] == [anchor] * 4
+    assert (found.work_pool_name, found.entrypoint) == (None, None)
 
 
 def test_prefect_deploy_to_a_pool_of_another_type(

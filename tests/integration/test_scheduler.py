@@ -192,6 +192,28 @@ def test_prefects_scheduler_makes_no_second_run_of_a_tick(
     assert due == [start + n * HOUR for n in range(len(due))]
 
 
+def test_a_start_that_has_passed_is_that_of_a_job_that_has_a_name(
+    prefect_client: SyncPrefectClient, pool: str
+) -> None:
+    """The same call again keeps its start, also later; with another interval the start is refused."""
+    start = datetime.now(UTC) + 2 * SECOND
+
+    def schedule(interval: float = 3600) -> JobId:
+        return schedule_job_recur_by_frequency(
+            HELLO, interval, start_time=start, name="report", work_pool=pool
+        )
+
+    job_id = schedule()
+    wait_until(lambda: datetime.now(UTC) > start, deadline=10, what="the start to pass")
+
+    assert schedule() == job_id
+    with pytest.raises(TaskError, match=r"start_time=.* has passed, it is"):
+        schedule(7200)
+    assert [one.slug for one in deployment(prefect_client, job_id).schedules] == [
+        slug(TriggerConfiguration(interval=3600, start_time=start))
+    ]
+
+
 def test_the_key_of_a_tick_is_the_schedulers(prefect_client: SyncPrefectClient, pool: str) -> None:
     """What Prefect's scheduler plans has the key that we give to the same tick."""
     job_id = schedule_job_recur_by_frequency(HELLO, 3600.25, start_time=NOON, work_pool=pool)

@@ -83,6 +83,7 @@ def refusal(function: Any, *args: Any, **kwargs: Any) -> str:
         ({"start_time": "tomorrow"}, ["start_time='tomorrow'"]),
         ({"start_time": NOON.replace(tzinfo=None)}, ["start_time=2090"]),
         ({"start_time": NOON, "end_time": NOON}, ["end_time=2090", "must be after start_time=2090"]),
+        ({"start_time": PAST}, ["start_time=2020-01-01T00:00:00+00:00", "has passed, it is 20", "later"]),
         ({"end_time": PAST}, ["end_time=2020-01-01T00:00:00+00:00", "has passed, it is 20", "later"]),
         ({"task_policy": "WAIT"}, ["task_policy"]),
         ({"group_id": "a/b"}, ["group_id='a/b'", "choose another"]),
