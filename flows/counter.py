@@ -3,9 +3,6 @@
 Its field survives runs, restarts and failover. Every two seconds, five times; then the job has ended.
 """
 
-import signal
-from contextlib import suppress
-
 from taskadapter import Listener, Service, TriggerConfiguration, WarmBackupConfig
 
 task_listener = Listener(
@@ -28,6 +25,6 @@ class Counter(Service):
         self.i += 1
 
 
-if __name__ == "__main__":  # `python flows/counter.py` deploys it, and is its node until Ctrl-C
-    with task_listener, suppress(KeyboardInterrupt):
-        signal.pause()
+if __name__ == "__main__":  # `python flows/counter.py` deploys it, and is a node until Ctrl-C or SIGTERM
+    with task_listener:
+        task_listener.wait()

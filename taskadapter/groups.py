@@ -42,6 +42,7 @@ class Groups:
         pool: the work pool.
         client: connected to the API.
         log: the agent's.
+        is_only: whether this process takes part in the groups of no other pool.
         tell: hears, on the event loop, of each `Gained`, `Lost`, `ResignAsked` and `Refused`.
     """
 
@@ -51,6 +52,7 @@ class Groups:
         pool: WorkPool,
         client: PrefectClient,
         log: Logger | LoggerAdapter[Any],
+        is_only: bool,
         tell: Callable[[Gained | Lost | ResignAsked | Refused], None],
     ) -> None:
         self.node = node
@@ -59,6 +61,7 @@ class Groups:
         self._pool = pool
         self._client = client
         self._log = log
+        self._is_only = is_only
         self._tell = tell
         self._loop = asyncio.get_running_loop()
         self.names: frozenset[str] = frozenset()
@@ -92,6 +95,7 @@ class Groups:
             heartbeat_frequency=self.domain.heartbeat_frequency,
             tell=self._hear,
             publish=self._deadlines.write,
+            of="" if self._is_only else self._pool.name,
             log=self._log,
         )
         self._heartbeat.start()

@@ -23,7 +23,7 @@ from taskadapter.errors import TaskError
 from taskadapter.settings import TaskadapterSettings
 from taskadapter.worker import DEFAULT_QUEUE, WarmBackupWorker
 
-START_SECONDS = 10.0
+START_SECONDS = 8.0
 """How long it may take to join a queue, once the agent is up, before what is in the way is told."""
 
 T = TypeVar("T")
@@ -58,14 +58,15 @@ class ProgramAgent:
         work_pool: the pool's name.
         name: the node's name.
         queue: the first queue that it polls.
+        is_only: whether the program has no agent for another pool.
     """
 
-    def __init__(self, work_pool: str, name: str, queue: str) -> None:
+    def __init__(self, work_pool: str, name: str, queue: str, *, is_only: bool = True) -> None:
         self.work_pool = work_pool
         self.name = name
         self.ended: Future[None] = Future()
         self.is_stopping = False
-        self._worker = WarmBackupWorker(work_pool, work_queues=[queue], name=name)
+        self._worker = WarmBackupWorker(work_pool, work_queues=[queue], name=name, is_only=is_only)
         self._parts: set[Part] = set()
         self._turn = asyncio.Lock()
         self._log = get_logger("taskadapter")
@@ -193,7 +194,8 @@ class ProgramAgent:
             with _guard:
                 agent = _agents.get(work_pool)
                 if agent is None:
-                    agent = _agents[work_pool] = cls(work_pool, name or default_name, part.queue)
+                    agent = cls(work_pool, name or default_name, part.queue, is_only=not _agents)
+                    _agents[work_pool] = agent
             if agent.is_stopping:
                 await agent.gone()
                 continue

@@ -74,7 +74,15 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
     _display_name = "Warm backup"
     _description = "Run periodic jobs on warm processes, on exactly one of several machines."
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, is_only: bool = True, **kwargs: Any) -> None:
+        """Make an agent; the arguments are those of `BaseWorker`.
+
+        Args:
+            args: see there.
+            is_only: whether this process has no agent of that name for another pool.
+            kwargs: see there.
+        """
+        self._is_only = is_only
         super().__init__(*args, **kwargs)
         self._settings = TaskadapterSettings()
         self._hosts = HostPool(self._limit or self._settings.worker_count, self._settings.runs_per_host)
@@ -453,7 +461,7 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
                 await self._dispatcher.drain(self._settings.drain_seconds, _is_on(name))
             await self._groups.stop()
         self._database_url = database_url
-        self._groups = Groups(self.name, pool, self.client, self._logger, self._on_change)
+        self._groups = Groups(self.name, pool, self.client, self._logger, self._is_only, self._on_change)
         return self._groups
 
     # --- coordination -----------------------------------------------------------------------------

@@ -73,12 +73,22 @@ NOBODY = ""
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A process that takes part. `incarnation` is a UUID of its own; `task_id` outlives it."""
+    """A process that takes part. `incarnation` is a UUID of its own; `task_id` outlives it.
+
+    A process that takes part twice under one name, in the groups of two work pools, says in `of` for what
+    it does so the second time: its entry is then apart from the first.
+    """
 
     task_id: str
     incarnation: str
     host: str
     pid: int
+    of: str = ""
+
+    @property
+    def entry(self) -> str:
+        """The key of its entry among the nodes; no name has a slash."""
+        return f"{self.task_id}/{self.of}"[:255] if self.of else self.task_id
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,13 +174,13 @@ def register(connection: Connection, me: Node, group_ids: Collection[str], inter
         "last_seen": database_now(),
     }
     columns = node.c
-    new = {"task_id": me.task_id, "started": database_now(), **entry}
+    new = {"task_id": me.entry, "started": database_now(), **entry}
     ensure_row(connection, node, new)
-    locked = select(columns.incarnation).where(columns.task_id == me.task_id).with_for_update()
+    locked = select(columns.incarnation).where(columns.task_id == me.entry).with_for_update()
     if connection.execute(locked).scalar_one() != me.incarnation:
         _require_gone(connection, me, interval)
         entry["started"] = database_now()
-    connection.execute(update(node).where(columns.task_id == me.task_id).values(entry))
+    connection.execute(update(node).where(columns.task_id == me.entry).values(entry))
 
 
 def _require_gone(connection: Connection, me: Node, interval: float) -> None:
@@ -178,7 +188,7 @@ def _require_gone(connection: Connection, me: Node, interval: float) -> None:
     age = seconds_since(columns.last_seen)
     other = connection.execute(
         select(columns.host, columns.pid, age.label("age"), (age <= interval).label("lives")).where(
-            columns.task_id == me.task_id
+            columns.task_id == me.entry
         )
     ).one()
     if other.lives:
@@ -192,7 +202,7 @@ def _require_gone(connection: Connection, me: Node, interval: float) -> None:
 def unregister(connection: Connection, me: Node) -> None:
     """Remove a node; nothing happens if another process has taken its name since."""
     columns = node.c
-    mine = and_(columns.task_id == me.task_id, columns.incarnation == me.incarnation)
+    mine = and_(columns.task_id == me.entry, columns.incarnation == me.incarnation)
     connection.execute(delete(node).where(mine))
 
 
@@ -263,7 +273,7 @@ def _renewal(me: Node, tokens: Sequence[Token]) -> Update:
 
 def _touch(me: Node) -> Update:
     columns = node.c
-    mine = and_(columns.task_id == me.task_id, columns.incarnation == me.incarnation)
+    mine = and_(columns.task_id == me.entry, columns.incarnation == me.incarnation)
     return update(node).where(mine).values(last_seen=database_now())
 
 
@@ -322,7 +332,7 @@ def _look(
         .where(wanted)
         .subquery("tokens")
     )
-    mine = and_(node.c.task_id == me.task_id, node.c.incarnation == me.incarnation)
+    mine = and_(node.c.task_id == me.entry, node.c.incarnation == me.incarnation)
     return select(tokens).select_from(node.outerjoin(tokens, true())).where(mine)
 
 
@@ -511,7 +521,7 @@ def _node_statuses(connection: Connection) -> tuple[NodeStatus, ...]:
     )
     return tuple(
         NodeStatus(
-            task_id=row.task_id,
+            task_id=row.task_id.partition("/")[0],
             host=row.host,
             pid=row.pid,
             group_ids=tuple(json.loads(row.group_ids)),

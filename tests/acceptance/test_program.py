@@ -12,6 +12,7 @@ import time
 import uuid
 from collections import Counter, defaultdict
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
@@ -396,6 +397,48 @@ def test_two_listeners_share_a_group(project: Project, prefix: str, database: di
         assert len(due) == len(set(due)), job
 
 
+POOLS = """
+    # argv: the node, what all names begin with
+    from node import *
+
+    if __name__ == "__main__":
+        node, prefix = sys.argv[1:]
+        listeners = []
+        for k in range(2):
+            backup = WarmBackupConfig(group_id=f"{prefix}-{k}", task_id=node, liveness_check_interval=3)
+            every = TriggerConfiguration(interval=1)
+            one = Listener(trigger=every, work_pool=f"{prefix}-{k}", warm_backup_config=backup)
+            one.attach(Counter(job=f"{prefix}-{k}"), f"{prefix}-{k}")
+            one.start()
+            listeners.append(one)
+        wait_for(prefix)
+        listeners[0].graceful_stop()
+        note(prefix, "stopped")
+        listeners[1].wait()
+"""
+
+
+def test_a_program_may_have_two_work_pools(project: Project, prefix: str, database: dict[str, str]) -> None:
+    """It has an agent for each, of one name, on one database; that of one stops, the other goes on."""
+    project.write("pools.py", POOLS)
+    jobs = [f"{prefix}-{k}" for k in range(2)]
+    with running(project.program("pools.py", "node-a", prefix, env=database)) as program:
+        for job in jobs:
+            project.wait_for(job, "ran", 2)
+        assert len(nurseries(program)) == 2
+        (project.folder / prefix).touch()
+        stopped = project.wait_for(prefix, "stopped")[0].at
+        project.wait_for(jobs[1], "ran", len(ran(project, jobs[1])) + 4)
+        assert [entry for entry in ran(project, jobs[0]) if entry.at > stopped] == []
+        send(program, signal.SIGTERM)
+        assert program.process is not None
+        assert program.process.wait(PATIENCE) == 0
+
+    assert {entry["node"] for job in jobs for entry in ran(project, job)} == {"node-a"}
+    assert {entry["term"] for job in jobs for entry in ran(project, job)} == {1}
+    assert "Traceback" not in program.output()
+
+
 # --- what keeps a node from taking part -----------------------------------------------------------
 
 REFUSED = """
@@ -557,3 +600,23 @@ def test_forty_listeners_have_one_agent(
             (hearts,) = connection.execute(listening, (prefix, "%token_holder%")).fetchone() or (0,)
         assert (nodes, held) == (1, 39)
         assert hearts <= 3
+
+
+# --- the README -----------------------------------------------------------------------------------
+
+
+def test_the_readmes_program(project: Project, prefect: Prefect, database: dict[str, str]) -> None:
+    """It runs as it stands there, from the first report to SIGTERM."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    section = readme.split("## Or run the program itself")[1].split("\n## ")[0]
+    project.write("report.py", section.split("```python\n")[1].split("```")[0])
+    with running(project.program("report.py", env=database)) as program:
+        wait_until(lambda: "Report 100" in program.output(), PATIENCE, "the first report")
+        send(program, signal.SIGTERM)
+        assert program.process is not None
+        assert program.process.wait(PATIENCE) == 0, program.output()
+
+    assert "Traceback" not in program.output()
+    for name in ("report", "clean-up"):
+        assert prefect.is_active(name)
+        prefect.client.delete_deployment(prefect.deployment(name).id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -401,6 +402,19 @@ class TestRegister:
         with transaction(engine) as connection:
             unregister(connection, node(1))
             assert [n.task_id for n in read_status(connection).nodes] == ["node-1"]
+
+    def test_one_process_may_take_part_twice(self, engine: Engine) -> None:
+        """For another pool it has an entry of its own, is shown by its name, and leaves by itself."""
+        first, second = node(1), replace(node(1, incarnation=2), of="another-pool")
+        enter(engine, first, second)
+        with pytest.raises(DuplicateNodeError):
+            enter(engine, replace(node(1, incarnation=3), of="another-pool"))
+        with transaction(engine) as connection:
+            assert [found.task_id for found in read_status(connection).nodes] == ["node-1", "node-1"]
+            assert pulse(connection, second, [], [GROUP], INTERVAL).registered
+            unregister(connection, second)
+            assert [found.task_id for found in read_status(connection).nodes] == ["node-1"]
+            assert pulse(connection, first, [], [GROUP], INTERVAL).registered
 
     def test_one_of_many_gets_the_name(self, engine: Engine) -> None:
         """Of many processes with one name, one is let in."""
