@@ -238,6 +238,8 @@ class ProgramAgent:
             try:
                 await self._in_thread(self._leave(parts, drain_seconds))
             except TaskError:
+                if not self.is_stopping:
+                    raise
                 await self.gone()
         for part in parts:
             await done(part.over)

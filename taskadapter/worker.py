@@ -57,6 +57,9 @@ LONGEST_BACKOFF_SECONDS = 15.0
 """How long the agent waits at most between two tries of an API that does not answer."""
 
 
+LIVES_WITHIN_BEATS = 4
+"""A process of this node's name that lives has shown so after so many heartbeats: this one is refused."""
+
 JOIN_SECONDS = 0.02
 """How long to wait between two looks whether this node takes part already."""
 
@@ -95,6 +98,8 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         # Jobs of its queues that this node leaves to others.
         self._left_out: set[UUID] = set()
         self._is_up = asyncio.Event()
+        # When it was first seen that another process has, or had, this node's name.
+        self._waits_since = float("inf")
         self._visited_at = float("-inf")
         self._polled_at = float("-inf")
         self._looking = asyncio.Lock()
@@ -190,11 +195,13 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
 
     def end_runs(self) -> None:
         """End what is running now: each run shows as Crashed."""
-        self._dispatcher.end()
+        if self._is_up.is_set():
+            self._dispatcher.end()
 
     def hurry(self) -> None:
         """End the runs that are being waited for, and wait no longer than they take to end."""
-        self._dispatcher.hurry()
+        if self._is_up.is_set():
+            self._dispatcher.hurry()
 
     # --- queues that come and go, as the listeners of a program do --------------------------------
 
@@ -237,7 +244,7 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         self._dispatcher.call_off(job_id, reason)
 
     async def _look_at_once(self, queue: str, job_ids: Collection[UUID], end: float) -> None:
-        """Look at a queue, at jobs and for runs now; repeat it until then while the API does not answer.
+        """Look at a queue and some jobs now; repeat it until then while the API does not answer.
 
         Raises:
             ApiUnavailableError: it has not answered.
@@ -273,12 +280,16 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         while groups is not None and not groups.is_registered(queue):
             if self._refused is not None:
                 raise CoordinationError(self._refused)
-            if time.monotonic() >= end:
-                if groups.waits_for_its_predecessor:
+            now = time.monotonic()
+            if groups.waits_for_its_predecessor:
+                self._waits_since = min(now, self._waits_since)
+                if now - self._waits_since > LIVES_WITHIN_BEATS * groups.domain.heartbeat_frequency:
                     return
+            elif now >= end:
                 fault = groups.fault or "the coordination database does not answer"
                 raise CoordinationError(f"group {queue!r} cannot be joined: {fault}")
             await asyncio.sleep(JOIN_SECONDS)
+        self._waits_since = float("inf")
 
     async def leave(self, queue: str | None, job_ids: Collection[UUID], drain_seconds: float) -> None:
         """Leave jobs to other nodes: begin nothing more of them, let what is running end, hand over.
@@ -304,8 +315,9 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
             await self._groups.leave(queue)
 
     async def resign(self, queue: str) -> None:
-        """Hand a group over, if this node is active for it, to one that runs all of its jobs."""
-        if (token := self._active.get(queue)) is not None:
+        """Hand a group over, if this node holds its token, to one that runs all of its jobs."""
+        token = None if self._groups is None else self._groups.token(queue)
+        if token is not None:
             await self._hand_over(token)
 
     async def run(
