@@ -27,7 +27,7 @@ from taskadapter import attached, schedules
 from taskadapter.api import api_client
 from taskadapter.errors import DeclarationError, TaskError
 from taskadapter.jobs import JobId
-from taskadapter.listener import Declared, Listener, declared_meanwhile, refuse_disagreement
+from taskadapter.listener import Declared, Listener, listeners, refuse_disagreement
 from taskadapter.locks import lock
 from taskadapter.planned import DETACHED, TAG
 from taskadapter.ticks import create_tick
@@ -56,8 +56,8 @@ def render(flows: Path, file: Path) -> str:
         raise DeclarationError(f"{flows}/ is no folder; name the one with the flow modules.")
     found = []
     for module in sorted(flows.glob("*.py")):
-        with declared_meanwhile() as listeners:
-            _import(module)
+        listeners.clear()  # each module may be a program of its own: they need not agree about the node
+        _import(module)
         found += [(on, declared) for on in listeners for declared in on.services.values()]
     if not found:
         raise DeclarationError(f"{flows}/ declares no job; decorate one with a listener's service().")

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import socket
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -45,24 +44,10 @@ REASON = "the service was detached"
 Declarable = type[Job] | type[Service] | Callable[..., Any]
 
 listeners: WeakSet[Listener] = WeakSet()
-"""The listeners of this program: those that somebody keeps."""
+"""The listeners of this program: those that have a service, and those that somebody keeps."""
 
-_new: list[list[Listener]] = []
-
-
-@contextmanager
-def declared_meanwhile() -> Iterator[list[Listener]]:
-    """Collect the listeners that are declared in the block, in their order, also those nobody keeps.
-
-    They need not agree with those that were declared before: a module of flows is a program of its own.
-    """
-    listeners.clear()
-    found: list[Listener] = []
-    _new.append(found)
-    try:
-        yield found
-    finally:
-        _new.remove(found)
+_with_services: set[Listener] = set()
+"""A module need not keep a listener that it declares services on."""
 
 
 class ListenerConfiguration(Declaration):
@@ -150,8 +135,6 @@ class Listener:
         else:
             self._check_task_id()
         listeners.add(self)
-        for found in _new:
-            found.append(self)
 
     @classmethod
     def from_config(cls, path: str | Path, *, table: str | None = None, **configuration: Any) -> Self:
@@ -338,6 +321,8 @@ class Listener:
             await detach_job(job_id, REASON)
             del self._part.jobs[name]
         del self.services[name]
+        if not self.services:
+            _with_services.discard(self)
 
     def _name_of(self, service: str | Service) -> str:
         for name, declared in self.services.items():
@@ -353,6 +338,7 @@ class Listener:
         if self.is_started:
             self._refuse_namesakes([declared.name])
         self.services[declared.name] = declared
+        _with_services.add(self)
 
     def _refuse_namesakes(self, names: Iterable[str]) -> None:
         """Refuse services that are, by their names, the deployments of another listener that runs here."""

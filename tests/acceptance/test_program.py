@@ -346,19 +346,23 @@ def test_listeners_and_services_come_and_go(
 
 SHARED = """
     # argv: the node, the group, what all names begin with
+    import asyncio
     from node import *
 
-    if __name__ == "__main__":
+    async def main():
         node, group, prefix = sys.argv[1:]
         one, other = listener(node, group, 1), listener(node, group, 1)
         one.attach(Counter(job=prefix + "one"), prefix + "one")
         other.attach(Counter(job=prefix + "other"), prefix + "other")
-        with one, other:
+        async with one, other:
             note(prefix, "started", node=node)
-            wait_for(prefix + node)
-            one.graceful_stop()
+            await asyncio.to_thread(wait_for, prefix + node)
+            await one.agraceful_stop()
             note(prefix, "stopped", node=node)
-            other.wait()
+            await other.await_()
+
+    if __name__ == "__main__":
+        asyncio.run(main())
 """
 
 

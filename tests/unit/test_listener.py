@@ -21,6 +21,7 @@ from taskadapter import (
     WarmBackupConfig,
 )
 from taskadapter.errors import DeclarationError
+from taskadapter.listener import listeners
 
 RETRY = RetryConfiguration(max_attempts=1, retry_interval=1)
 POLICY = TaskPolicy(error_policy=ErrorPolicy.CONTINUE)
@@ -512,6 +513,15 @@ def test_a_listener_that_is_gone_is_no_part_of_the_program():
     gc.collect()
 
     assert listener(warm_backup_config=backup(task_id="node-2")).task_id == "node-2"
+
+
+def test_a_listener_nobody_keeps_is_still_there():
+    """A flow module may declare a job without giving the listener a name."""
+    name = "kept-by-nobody"
+    listener().service(name)(check_inbox)
+    gc.collect()
+
+    assert [one for one in listeners if name in one.services] != []
 
 
 def test_what_was_never_started_cannot_be_waited_for():
