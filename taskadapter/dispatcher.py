@@ -507,7 +507,8 @@ class Dispatcher:
         """Give a claimed run that has not begun to the next agent, or skip it if its job is over."""
         if run.over is not None:
             await self._deployments.skip(run.flow_run, run.over)
-        else:
+        # Without a token another agent may have been quicker, and this one has claimed what had been run.
+        elif run.token is not None or not await self._deployments.has_run_since(run.flow_run):
             await self._deployments.report(run.flow_run, Scheduled(scheduled_time=run.due), force=True)
 
     async def _report_crash(self, run: RunInHand, assignment: Assignment, message: str) -> None:
