@@ -319,6 +319,8 @@ class Listener:
             job_id = self._part.jobs[name]
             await self._agent.call_off(job_id, REASON)
             await detach_job(job_id, REASON)
+            # Now it is known to be off: what Prefect's scheduler was planning meanwhile is skipped.
+            await self._agent.look_again(self._part)
             del self._part.jobs[name]
         del self.services[name]
         if not self.services:
