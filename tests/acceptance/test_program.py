@@ -317,7 +317,7 @@ ASYNC = {
 }
 
 
-@pytest.mark.parametrize("kind", [SYNC, ASYNC], ids=["sync", "async"])
+@pytest.mark.parametrize("kind", [SYNC, pytest.param(ASYNC, marks=pytest.mark.slow)], ids=["sync", "async"])
 def test_listeners_and_services_come_and_go(
     project: Project, prefect: Prefect, prefix: str, database: dict[str, str], kind: dict[str, str]
 ) -> None:
@@ -401,6 +401,7 @@ SHARED = """
 """
 
 
+@pytest.mark.slow
 def test_two_listeners_share_a_group(project: Project, prefix: str, database: dict[str, str]) -> None:
     """Where one of them stops on the active node, a node that runs both takes the group over."""
     project.write("shared.py", SHARED)
@@ -461,6 +462,7 @@ POOLS = """
 """
 
 
+@pytest.mark.slow
 def test_a_program_may_have_two_work_pools(project: Project, prefix: str, database: dict[str, str]) -> None:
     """It has an agent for each, of one name, on one database; that of one stops, the other goes on."""
     project.write("pools.py", POOLS)
@@ -520,6 +522,7 @@ def refused(project: Project) -> None:
     project.write("refused.py", REFUSED)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("refused")
 def test_start_says_that_there_is_no_database(
     project: Project, prefix: str, database: dict[str, str]
@@ -535,6 +538,7 @@ def test_start_says_that_there_is_no_database(
     assert ran(project, prefix) == []
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("refused")
 def test_start_says_that_the_name_is_in_use(
     project: Project, prefix: str, database: dict[str, str]
@@ -548,6 +552,7 @@ def test_start_says_that_the_name_is_in_use(
         project.wait_for(prefix, "ran", len(ran(project, prefix)) + 2)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("refused")
 def test_a_program_learns_that_its_agent_has_failed(
     project: Project, prefix: str, database: dict[str, str]
@@ -626,6 +631,7 @@ def test_nodes_start_together_ten_times(
     test_nodes_that_start_together_share_the_jobs(project, prefix, nodes)
 
 
+@pytest.mark.slow
 def test_forty_listeners_have_one_agent(
     project: Project, prefix: str, database: dict[str, str], postgres_server: Postgres
 ) -> None:
@@ -648,6 +654,7 @@ def test_forty_listeners_have_one_agent(
 # --- the README -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_readmes_program(project: Project, prefect: Prefect, database: dict[str, str]) -> None:
     """It runs as it stands there, from the first report to SIGTERM."""
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
