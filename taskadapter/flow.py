@@ -269,7 +269,7 @@ class Turn:
                 raise TaskError(_STARTED_ELSEWHERE.format(name=self.name))
             return None
         assignment = self.execution.assignment
-        if (over := self.execution.over()) is not None:
+        if (over := self.execution.over() or self._unscheduled(assignment)) is not None:
             return schedules.skipped(over)
         if (skipped := self._too_late(assignment)) is not None:
             return skipped
@@ -294,6 +294,11 @@ class Turn:
         late = (self.started - assignment.due).total_seconds()
         self.log.info("Run %d of %r on %s, %.3f s after its time", count, self.name, assignment.node, late)
         return None
+
+    def _unscheduled(self, assignment: runs.Assignment) -> str | None:
+        """Return why a run does not begin whose deployment has gone since it was claimed."""
+        gone = self.flow_run is not None and self.flow_run.deployment_id is None
+        return "the job was unscheduled" if gone and assignment.job_id is not None else None
 
     def _too_late(self, assignment: runs.Assignment) -> State[Any] | None:
         """Return the state of a tick that was claimed in time, and begins too late for its policy."""
