@@ -20,7 +20,7 @@ from prefect.client.schemas.filters import (
     FlowRunFilterStateType,
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType, WorkPool
-from prefect.client.schemas.responses import DeploymentResponse
+from prefect.client.schemas.responses import DeploymentResponse, SetStateStatus
 from prefect.exceptions import ObjectNotFound
 from prefect.workers.base import BaseJobConfiguration, BaseVariables
 from pydantic import Field
@@ -40,6 +40,15 @@ SETTLE_SECONDS = 5.0
 
 RETRY_SECONDS = 2.0
 """How long to wait before the API is told again what it could not be told."""
+
+_REFUSALS = {
+    httpx.codes.BAD_REQUEST,
+    httpx.codes.REQUEST_ENTITY_TOO_LARGE,
+    httpx.codes.UNPROCESSABLE_ENTITY,
+}
+"""What is answered to a request that would be refused again; others may succeed later."""
+
+_UNTELLABLE = "The agent's log has the message, which the API has refused."
 
 
 class WarmBackupJobConfiguration(BaseJobConfiguration):
@@ -87,6 +96,11 @@ class WarmBackupVariables(BaseVariables):
         default=1.0,
         title="Heartbeat frequency",
         description="Seconds between two heartbeats.",
+    )
+    preload: list[str] = Field(
+        default=[],
+        title="Preload",
+        description="Modules that each node imports once for all its runs, beside those of its setting.",
     )
     worker_count: int | None = Field(
         default=None,
@@ -145,13 +159,20 @@ class DeployedJob:
         """Whether its runs may go on when their node has lost the token."""
         return self.policy.on_token_loss == "finish"
 
-    @property
-    def workspace(self) -> Workspace:
-        """Where the deployment's code is."""
+    def workspace_of(self, flow_run: FlowRun, node: str) -> Workspace:
+        """Return where the code of a run is; its environment names the run as under Prefect's workers."""
+        names: dict[str, str | None] = {
+            "PREFECT__FLOW_RUN_ID": str(flow_run.id),
+            "PREFECT__FLOW_ID": str(flow_run.flow_id),
+            "PREFECT__FLOW_NAME": self.flow_name,
+            "PREFECT__DEPLOYMENT_ID": str(self.deployment.id),
+            "PREFECT__DEPLOYMENT_NAME": self.deployment.name,
+            "PREFECT__WORKER_NAME": node,
+        }
         return Workspace(
             working_dir=self.configuration.working_dir or self.deployment.path,
             pull_steps=self.deployment.pull_steps or [],
-            env=self.configuration.env,
+            env=names | self.configuration.env,
         )
 
     def serves(self, flow_run: FlowRun) -> bool:
@@ -249,6 +270,8 @@ class Deployments:
         try:
             await self._until_told(lambda: self._stop_schedule(job))
             await self._until_told(lambda: self._skip_planned(job, reason))
+        except httpx.HTTPStatusError as refusal:
+            self._log.error("Job %s could not be put away: %s", job.name, refusal)
         finally:
             del self._ending[job.deployment.id]
 
@@ -256,6 +279,9 @@ class Deployments:
         """Repeat a call while the API is out of reach; None where what it is about is gone.
 
         A job that is over must not come back, and a run that is claimed must not be left.
+
+        Raises:
+            httpx.HTTPStatusError: the API refuses it for good.
         """
         while True:
             try:
@@ -263,6 +289,8 @@ class Deployments:
             except ObjectNotFound:
                 return None
             except httpx.HTTPError as fault:
+                if _is_for_good(fault):
+                    raise
                 self._log.warning("Prefect's API does not answer (%s); trying again.", fault)
                 await asyncio.sleep(RETRY_SECONDS)
 
@@ -309,10 +337,39 @@ class Deployments:
         if self._ending:
             await asyncio.wait(self._ending.values(), timeout=SETTLE_SECONDS)
 
-    async def report(self, flow_run: FlowRun, state: State[Any], *, force: bool = False) -> None:
-        """Tell the API of a state that only the agent knows; a run that is final already stays so."""
+    async def report(self, flow_run: FlowRun, state: State[Any], *, force: bool = False) -> bool:
+        """Tell the API of a state that only the agent knows; returns whether it has taken it.
 
-        async def tell() -> None:
-            await self._client.set_flow_run_state(flow_run.id, state, force=force)
+        One that it refuses for good is told again in the barest form.
+        """
+        for told in (_printable(state), State(type=state.type, name=state.name, message=_UNTELLABLE)):
+            try:
+                answer = await self._until_told(
+                    lambda told=told: self._client.set_flow_run_state(flow_run.id, told, force=force)
+                )
+            except httpx.HTTPStatusError as refusal:
+                self._log.warning("State %s of run %s is refused: %s", state.name, flow_run.name, refusal)
+            else:
+                return answer is not None and answer.status is SetStateStatus.ACCEPT
+        return False
 
-        await self._until_told(tell)
+    async def report_end(self, flow_run: FlowRun, state: State[Any]) -> bool:
+        """Tell the API how a run ended whose process could not; returns whether that is news.
+
+        A run that has ended for the API stays as it is: its process has told, and run its hooks.
+        """
+        now = await self._until_told(lambda: self._client.read_flow_run(flow_run.id))
+        if now is None or (now.state is not None and now.state.is_final()):
+            return False
+        return await self.report(flow_run, state, force=state.is_cancelled())
+
+
+def _printable(state: State[Any]) -> State[Any]:
+    """Return the state with a message that a database can keep: PostgreSQL has no NUL in a text."""
+    message = state.message
+    return state if message is None else state.model_copy(update={"message": message.replace("\0", "\\0")})
+
+
+def _is_for_good(fault: httpx.HTTPError) -> bool:
+    """Return whether an answer would be the same the next time."""
+    return isinstance(fault, httpx.HTTPStatusError) and fault.response.status_code in _REFUSALS

@@ -1,4 +1,4 @@
-"""From a run that is due to a run that is over: decide, claim, run on a warm host, report.
+"""From a run that is due to a run that is over: decide, claim, run in a process, report.
 
 The dispatcher is given the runs that the agent's polls find. It takes them a little before their time,
 as many as there is room for, and looks after them until they have ended.
@@ -11,7 +11,7 @@ import contextlib
 import signal
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from logging import Logger, LoggerAdapter
 from pathlib import Path
@@ -39,14 +39,20 @@ from taskadapter.coordination.messages import Token
 from taskadapter.deployments import DeployedJob, Deployments
 from taskadapter.domain import PoolSize
 from taskadapter.errors import TokenLostError
-from taskadapter.hosts import Host, HostPool, Outcome
+from taskadapter.hosts import Host, HostPool, Outcome, Progress
 from taskadapter.model import WaitingPolicy
 from taskadapter.runs import Assignment
 from taskadapter.schedules import Verdict
 from taskadapter.timetable import Timetable, is_on
 
 CLAIM_AHEAD = timedelta(seconds=1)
-"""A run is claimed, and its host made ready, this long before its time."""
+"""A run is claimed, and its process made ready, this long before its time, or longer if it loads longer."""
+
+LOAD_MARGIN = 1.5
+"""How many times as long as it took before the loading of a run's code may take this time."""
+
+LONGEST_LOAD_SECONDS = 8.0
+"""No run is claimed longer before its time: the agent does not know of more."""
 
 WATCH_SECONDS = 2.0
 """How often the agent asks whether one of its runs is to be cancelled."""
@@ -90,7 +96,7 @@ class RunInHand:
         dropped: whether it is given back, unless its body has begun.
         lost: whether the token was lost: what becomes of the run, the group's next holder says.
         cancelled: when it was cancelled, on the monotonic clock.
-        heartbeat: when its last heartbeat was, on the monotonic clock.
+        heartbeat: when its last heartbeat was, on the monotonic clock; None before it has started.
     """
 
     flow_run: FlowRun
@@ -105,7 +111,7 @@ class RunInHand:
     dropped: bool = False
     lost: bool = False
     cancelled: float | None = None
-    heartbeat: float = field(default_factory=time.monotonic)
+    heartbeat: float | None = None
 
     @property
     def due(self) -> datetime:
@@ -161,6 +167,7 @@ class Dispatcher:
         self._handling: set[asyncio.Task[None]] = set()
         self._waits: set[asyncio.Timeout] = set()
         self._newest_run: datetime | None = None
+        self._load_seconds: dict[UUID | None, float] = {}
         self._news = asyncio.Event()
 
     # --- what the agent tells ---------------------------------------------------------------------
@@ -291,14 +298,19 @@ class Dispatcher:
             wait = None
             has_room = len(self._in_hand) < self._hosts.limit
             if free := [run for run in self._firsts() if has_room and self._may_start(run)]:
-                first = min(free, key=_due)
-                wait = (_due(first) - CLAIM_AHEAD - datetime.now(UTC)).total_seconds()
+                first = min(free, key=self._claimed_at)
+                wait = (self._claimed_at(first) - datetime.now(UTC)).total_seconds()
                 if wait <= 0:
                     return self._upcoming.pop(first.id)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(wait):
                     await self._news.wait()
             self._news.clear()
+
+    def _claimed_at(self, flow_run: FlowRun) -> datetime:
+        """Return when to claim a run, so that its code is loaded at its time."""
+        seconds = LOAD_MARGIN * self._load_seconds.get(flow_run.deployment_id, 0.0)
+        return _due(flow_run) - max(CLAIM_AHEAD, timedelta(seconds=min(LONGEST_LOAD_SECONDS, seconds)))
 
     def _firsts(self) -> list[FlowRun]:
         """Return what may be next: of the ticks of one job that is the first, of other runs each."""
@@ -316,18 +328,24 @@ class Dispatcher:
         if self._timetable.is_held(flow_run):
             return False
         job, siblings = self._deployments.known(flow_run), self._siblings(flow_run)
-        if job is not None and job.max_concurrent is not None and len(siblings) >= job.max_concurrent:
-            return False
-        if job is not None and job.trigger is None:
-            return True
-        # Ticks of a job begin in their order, though several may go on at once.
-        now = datetime.now(UTC)
-        return not any(run.due < min(now, _due(flow_run)) and not run.begun for run in siblings)
+        return job is None or job.max_concurrent is None or len(siblings) < job.max_concurrent
 
     def _siblings(self, flow_run: FlowRun) -> list[RunInHand]:
         """Return the runs in hand of the same job, this one included."""
         job_id = flow_run.deployment_id
         return [run for run in self._in_hand.values() if run.flow_run.deployment_id == job_id]
+
+    def _may_begin(self, run: RunInHand) -> bool:
+        """Return whether it is a run's turn: ticks of a job begin in their order."""
+        if not schedules.is_tick(run.flow_run):
+            return True
+        return all(other.begun or other.due >= run.due for other in self._siblings(run.flow_run))
+
+    def _release(self) -> None:
+        """Let the processes go on that have waited for an earlier tick."""
+        for run in self._in_hand.values():
+            if run.host is not None and self._may_begin(run):
+                run.host.go()
 
     async def _handle(self, run: RunInHand) -> None:
         try:
@@ -342,6 +360,7 @@ class Dispatcher:
         finally:
             del self._in_hand[run.flow_run.id]
             self._through[run.flow_run.id] = time.monotonic()
+            self._release()
             self._news.set()
 
     async def _decide(self, run: RunInHand) -> None:
@@ -428,7 +447,7 @@ class Dispatcher:
     async def run(self, run: RunInHand, job: DeployedJob) -> None:
         """Run a claimed run, and see to what follows from how it went."""
         assignment = self._assignment(run, job)
-        outcome = await self._on_a_host(run, assignment, job)
+        outcome = await self._in_a_process(run, assignment, job)
         if outcome.ended is not None and run.ended is None:
             self._end_job(job, outcome.ended)
         if run.lost:
@@ -439,6 +458,10 @@ class Dispatcher:
             await self._put_back(run)
         elif outcome.kind == "crashed":
             await self._report_crash(run, assignment, outcome.message)
+        elif outcome.left:
+            flow_run_logger(run.flow_run).warning(
+                "The run left processes behind, which have been ended: %s", "; ".join(outcome.left)
+            )
 
     async def _never_began(self, run: RunInHand, assignment: Assignment) -> bool:
         """Return whether the agent has ended a run's process before its body began."""
@@ -455,47 +478,47 @@ class Dispatcher:
             due=run.due,
             flow_name=job.flow_name,
             entrypoint=job.deployment.entrypoint or "",
-            workspace=job.workspace,
+            workspace=job.workspace_of(run.flow_run, self._node.name),
             node=self._node.name,
             database_url=self._node.database_url(),
             token=run.token,
             board=self._node.board(),
+            scratch=self._hosts.scratch(str(run.flow_run.id)),
             trigger_slug=job.slug,
             trigger=job.trigger,
             initial_state=job.configuration.initial_state,
             waiting_time=PoolSize.of(self._node.pool()).waiting_time,
         )
 
-    async def _on_a_host(self, run: RunInHand, assignment: Assignment, job: DeployedJob) -> Outcome:
-        def on_progress(ended: str | None) -> None:
+    async def _in_a_process(self, run: RunInHand, assignment: Assignment, job: DeployedJob) -> Outcome:
+        def begun(ended: str | None) -> None:
             run.begun, run.ended = True, ended
-            self._news.set()
+            self._release()
             if ended is not None:
                 self._end_job(job, ended)
 
-        while True:
-            try:
-                host = await self._hosts.take(assignment.workspace.key)
-            except (OSError, EOFError) as fault:
-                self._log.warning("No process can be started for runs: %s", fault or "it ended at once")
-                await asyncio.sleep(PAUSE_SECONDS)
-                return Outcome("dropped")
-            if run.dropped or run.lost:
-                self._hosts.give_back(host)
-                return Outcome("dropped")
-            run.host = host
-            try:
-                outcome = await host.carry_out(assignment, on_progress)
-            except EOFError:
-                outcome = Outcome("crashed", message=await self._hosts.how_it_ended(host))
-            finally:
-                run.host = None
-            if outcome.host_stays:
-                self._hosts.give_back(host)
-            else:
-                self._hosts.discard(host)
-            if outcome.kind != "stale":
-                return outcome
+        def loaded(seconds: float) -> None:
+            self._load_seconds[run.flow_run.deployment_id] = seconds
+
+        try:
+            host = await self._hosts.fork()
+        except OSError as fault:
+            self._log.warning("No process can be started for run %s: %s", run.flow_run.name, fault)
+            await asyncio.sleep(PAUSE_SECONDS)
+            return Outcome("dropped")
+        if run.dropped or run.lost:
+            host.end(signal.SIGKILL)
+            return Outcome("dropped")
+        run.host = host
+        if job.trigger is None or self._may_begin(run):
+            host.go()
+        try:
+            return await host.carry_out(
+                assignment, Progress(loaded, lambda: self._send_heartbeat(run), begun)
+            )
+        finally:
+            run.host = None
+            await self._hosts.clear(str(run.flow_run.id))
 
     def _end_job(self, job: DeployedJob, reason: str) -> None:
         """End a job for all nodes; its ticks that are claimed, but have not begun, do not begin."""
@@ -516,18 +539,22 @@ class Dispatcher:
         state: State[Any] = Crashed(message=f"On {self._node.name}: {message}.")
         if run.cancelled is not None:
             state = Cancelled(message=f"Cancelled; on {self._node.name} {message}.")
-        self._log.warning("Run %s: %s", run.flow_run.name, state.message)
-        await self._deployments.report(run.flow_run, state, force=run.cancelled is not None)
+        told = await self._deployments.report_end(run.flow_run, state)
         if run.token is not None:
             url, flow_run_id = self._node.database_url(), str(run.flow_run.id)
             await asyncio.to_thread(progress.end_flight, url, flow_run_id)
+        if told:
+            self._log.warning("Run %s: %s", run.flow_run.name, state.message)
+            await self._run_hooks(run, assignment, state)
+
+    async def _run_hooks(self, run: RunInHand, assignment: Assignment, state: State[Any]) -> None:
         try:
-            host = await self._hosts.take(assignment.workspace.key)
+            host = await self._hosts.fork()
             await host.run_hooks(assignment, state)
-        except (OSError, EOFError) as fault:
+        except OSError as fault:
             self._log.warning("The hooks of run %s could not be run: %s", run.flow_run.name, fault)
-        else:
-            self._hosts.discard(host)
+        finally:
+            await self._hosts.clear(str(run.flow_run.id))
 
     async def run_now(self, flow_run: FlowRun) -> None:
         """Run a run that something other than a poll has claimed."""
@@ -566,21 +593,23 @@ class Dispatcher:
     def _send_heartbeats(self, going_on: Iterable[RunInHand]) -> None:
         """Emit Prefect's heartbeat events: automations of its users detect dead runs by them."""
         seconds = get_current_settings().flows.heartbeat_frequency
-        if seconds is None:
-            return
         for run in going_on:
-            if time.monotonic() - run.heartbeat >= seconds:
-                run.heartbeat = time.monotonic()
-                emit_event(
-                    "prefect.flow-run.heartbeat",
-                    resource=_resource("flow-run", run.flow_run.id)
-                    | {"prefect.resource.name": run.flow_run.name},
-                    related=[
-                        _resource("flow", run.flow_run.flow_id) | {"prefect.resource.role": "flow"},
-                        _resource("deployment", run.flow_run.deployment_id)
-                        | {"prefect.resource.role": "deployment"},
-                    ],
-                )
+            if seconds and run.heartbeat is not None and time.monotonic() - run.heartbeat >= seconds:
+                self._send_heartbeat(run)
+
+    def _send_heartbeat(self, run: RunInHand) -> None:
+        run.heartbeat = time.monotonic()
+        if get_current_settings().flows.heartbeat_frequency is None:
+            return
+        emit_event(
+            "prefect.flow-run.heartbeat",
+            resource=_resource("flow-run", run.flow_run.id) | {"prefect.resource.name": run.flow_run.name},
+            related=[
+                _resource("flow", run.flow_run.flow_id) | {"prefect.resource.role": "flow"},
+                _resource("deployment", run.flow_run.deployment_id)
+                | {"prefect.resource.role": "deployment"},
+            ],
+        )
 
     async def _cancel_what_is_to_be(self, going_on: dict[UUID, RunInHand]) -> None:
         cancelling = await self._client.read_flow_runs(

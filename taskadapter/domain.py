@@ -103,6 +103,11 @@ class PoolSize:
         return _write(template, asdict(self))
 
 
+def preload_of(pool: WorkPool) -> tuple[str, ...]:
+    """Return the modules that a pool has each node import once."""
+    return tuple(_read(pool, ["preload"]).get("preload", ()))
+
+
 def _read(pool: WorkPool, names: Iterable[str]) -> dict[str, Any]:
     """Return the defaults that a pool's variables have, without those that have none."""
     properties = pool.base_job_template.get("variables", {}).get("properties", {})

@@ -1,207 +1,200 @@
-"""A warm host: the process in which runs happen, one at a time, in its main thread.
+"""The process of one run: it loads the flow, waits for the moment, runs it in its main thread, ends.
 
-``python -m taskadapter.host FD`` is the *nursery*: a process that has imported Prefect, runs nothing
-and has no threads, so that it can fork a host in milliseconds, sharing its memory. The agent asks it
-for hosts over the socket ``FD`` and passes one end of a new socket pair with each request; the nursery
-answers with the exit statuses of the hosts that ended. Its first byte says that it is ready.
+It is forked by the `nursery` and speaks JSON lines with the agent over a socket. A second thread listens,
+so that a run can be cancelled, called off, and ended when its agent is gone.
 
-A host speaks JSON lines with the agent over its socket. Its main thread runs the flows, so that they
-can be timed out and cancelled as in a process of their own; a second thread listens.
+``python -m taskadapter.host FD`` is the same in a fresh interpreter: some variables of the environment
+that a deployment sets only take effect there.
 """
 
 from __future__ import annotations
 
 import asyncio
-import gc
-import importlib
+import atexit
+import contextlib
 import json
 import os
 import queue
-import selectors
 import signal
 import socket
 import sys
 import threading
-from contextlib import suppress
+import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NoReturn
 
 from prefect import Flow
 from prefect.client.schemas.objects import State
 from prefect.context import SyncClientContext
+from prefect.events.worker import EventsWorker
 from prefect.exceptions import Abort, Pause
 from prefect.flow_engine import run_flow
+from prefect.logging.handlers import APILogWorker
 from prefect.logging.loggers import flow_run_logger
-from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+from prefect.settings import (
+    PREFECT_CLIENT_SERVER_VERSION_CHECK_ENABLED,
+    PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
+    temporary_settings,
+)
 
-from taskadapter import prefect_private, progress, runs
+from taskadapter import prefect_private, progress, runs, workspace
 from taskadapter.coordination.board import clock
-from taskadapter.workspace import Desk, StaleCode
 
-BUFFER = 65536
-
-PRELOADED = ("taskadapter.coordination.jobs", "sqlalchemy.dialects.sqlite")
-"""What a host needs soon and nothing above imports: imported once, by the nursery."""
+LEAVE_SECONDS = 5.0
+"""How long the end of a process may take: what it has logged is sent, its `atexit` functions are called."""
 
 
-# --- nursery ------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def connected() -> Iterator[None]:
+    """Have Prefect as a run has it: one client for all its calls, and what the agent does is left to it.
 
-
-def nursery(agent: socket.socket) -> None:
-    """Fork a host for each socket that the agent sends, and report each that ended, until EOF."""
-    for module in PRELOADED:
-        importlib.import_module(module)
-    # What is alive now stays shared with the hosts: their collectors need not touch it.
-    gc.collect()
-    gc.freeze()
-    agent.sendall(b"+")
-    wakeup, on_signal = socket.socketpair()
-    on_signal.setblocking(False)
-    signal.set_wakeup_fd(on_signal.fileno())
-    signal.signal(signal.SIGCHLD, lambda *_: None)
-    with selectors.DefaultSelector() as selector:
-        selector.register(agent, selectors.EVENT_READ)
-        selector.register(wakeup, selectors.EVENT_READ)
-        while True:
-            ready = {key.fileobj for key, _ in selector.select()}
-            if wakeup in ready:
-                wakeup.recv(BUFFER)
-                _report_ended(agent)
-            if agent in ready:
-                data, descriptors, _, _ = socket.recv_fds(agent, BUFFER, maxfds=16)
-                if not data:
-                    return
-                for descriptor in descriptors:
-                    _fork_host(agent, descriptor)
-
-
-def _fork_host(agent: socket.socket, descriptor: int) -> None:
-    if os.fork() == 0:
-        signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        agent.close()
-        # A group of its own: the agent can end a host with everything the job has started.
-        os.setsid()
-        Host(socket.socket(fileno=descriptor)).serve()
-        sys.exit()
-    os.close(descriptor)
-
-
-def _report_ended(agent: socket.socket) -> None:
-    while True:
-        try:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-        except ChildProcessError:
-            return
-        if pid == 0:
-            return
-        notice = {"pid": pid, "exit_code": os.waitstatus_to_exitcode(status)}
-        agent.sendall(json.dumps(notice).encode() + b"\n")
-
-
-# --- host ---------------------------------------------------------------------------------------
+    That is the heartbeats, whose thread would hold the process for up to a second after its run, and the
+    look at the server's version, which would leave the nursery with an open connection.
+    """
+    with (
+        temporary_settings(
+            {
+                PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None,
+                PREFECT_CLIENT_SERVER_VERSION_CHECK_ENABLED: False,
+            }
+        ),
+        SyncClientContext.get_or_create(),
+    ):
+        yield
 
 
 class Host:
-    """Carries out one assignment after another until the agent says stop, or is gone."""
+    """Carries out one assignment of the agent's.
 
-    def __init__(self, agent: socket.socket) -> None:
+    Args:
+        agent: the socket to it.
+        warm: what has opened `connected` before the fork; None if nobody has.
+    """
+
+    def __init__(self, agent: socket.socket, warm: contextlib.ExitStack | None) -> None:
         self._agent = agent
-        self._inbox: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self._warm = warm
+        self._inbox: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._dropped = threading.Event()
+        self._released = threading.Event()
         self._over: str | None = None
 
-    def serve(self) -> None:
-        """Work until told to stop; returns when this process should end."""
+    def serve(self) -> NoReturn:
+        """Carry out what the agent says, and end this process."""
         threading.Thread(target=self._listen, name="listen", daemon=True).start()
         self._tell("ready", pid=os.getpid())
         message = self._inbox.get()
-        if message is None:
-            return
-        desk = Desk(runs.Assignment.model_validate(message["assignment"]).workspace)
-        # The agent sends the heartbeats of its runs: a heartbeat thread here would hold the host for
-        # up to a second after each run. The client is shared by all runs: a connection less for each.
-        with (
-            temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}),
-            SyncClientContext.get_or_create(),
-        ):
-            while message is not None and self._carry_out(message, desk):
-                message = self._inbox.get()
+        assignment = runs.Assignment.model_validate(message["assignment"])
+        if workspace.needs_interpreter(assignment.workspace):
+            self._start_afresh(assignment)
+        try:
+            self._carry_out(message, assignment)
+        except BaseException as exc:  # noqa: BLE001 - the agent reports it
+            self._tell("crashed", message=f"{type(exc).__name__}: {exc}")
+        leave()
+
+    def _start_afresh(self, assignment: runs.Assignment) -> NoReturn:
+        """Become a fresh interpreter in the deployment's environment; the agent says all again."""
+        flow_run_logger(assignment.flow_run).info(
+            "The deployment sets variables that Python reads at its start; it gets its own interpreter."
+        )
+        APILogWorker.drain_all(timeout=LEAVE_SECONDS)
+        self._agent.set_inheritable(True)
+        command = [sys.executable, "-m", "taskadapter.host", str(self._agent.fileno())]
+        environment = workspace.environment(assignment.workspace)
+        os.execve(sys.executable, command, environment)  # noqa: S606 - there is no shell to need
 
     def _listen(self) -> None:
         # An agent that is killed with something unread resets the connection instead of closing it.
-        with suppress(OSError), self._agent.makefile("r", encoding="utf-8") as lines:
-            for line in lines:
-                match json.loads(line):
+        with contextlib.suppress(OSError), self._agent.makefile("r", encoding="utf-8") as lines:
+            for message in map(_parsed, lines):
+                match message:
+                    case None:
+                        pass
                     case {"do": "cancel"}:
                         prefect_private.intend_cancellation()
                         os.kill(os.getpid(), signal.SIGTERM)
                     case {"do": "drop", "over": over}:
                         self._over = over
                         self._dropped.set()
-                    case {"do": "stop"}:
-                        self._inbox.put(None)
-                        return
-                    case message:
-                        self._over = None
-                        self._dropped.clear()
+                        self._released.set()
+                    case {"do": "go"}:
+                        self._released.set()
+                    case _:
                         self._inbox.put(message)
-        # Without its agent a host is nobody's: what it runs could run elsewhere already.
+        # Without its agent a process is nobody's: what it runs could run elsewhere already.
         os.killpg(0, signal.SIGKILL)
 
     def _tell(self, event: str, **details: Any) -> None:
-        self._agent.sendall(json.dumps({"event": event} | details).encode() + b"\n")
+        # A job may have closed every file that it found open.
+        with contextlib.suppress(OSError):
+            self._agent.sendall(json.dumps({"event": event} | details).encode() + b"\n")
 
-    def _carry_out(self, message: dict[str, Any], desk: Desk) -> bool:
-        """Do what the agent asks; returns whether this host can take another assignment."""
-        assignment = runs.Assignment.model_validate(message["assignment"])
+    def _carry_out(self, message: dict[str, Any], assignment: runs.Assignment) -> None:
+        began = time.monotonic()
+        if self._warm is not None and workspace.changes_settings(assignment.workspace):
+            self._warm.close()
+            self._warm = None
+        workspace.enter(assignment.workspace)
+        if self._warm is None:
+            self._warm = contextlib.ExitStack()
+            self._warm.enter_context(connected())
         try:
-            flow = desk.flow_for(assignment)
-        except StaleCode:
-            self._tell("stale")
-            return False
+            flow = workspace.load(assignment)
         except Exception as exc:  # noqa: BLE001 - the user's modules may raise anything
             flow_run_logger(assignment.flow_run).exception("The flow could not be loaded.")
             self._tell("crashed", message=f"The flow could not be loaded: {type(exc).__name__}: {exc}")
-            return False
+            return
         if message["do"] == "hooks":
             run_hooks(flow, assignment, State.model_validate(message["state"]))
-            self._tell("done", ended=None, stays=True)
-            return True
-        if not self._wait_until(assignment.due):
+            self._tell("done", ended=None)
+            return
+        progress.prepare(assignment)
+        self._tell("loaded", seconds=time.monotonic() - began)
+        if self._wait_until(assignment.due):
+            self._tell("started")
+            self._run(flow, assignment)
+        else:
             self._tell("dropped")
-            return True
-        return self._run(flow, assignment)
 
     def _wait_until(self, due: datetime) -> bool:
-        """Wait for the tick's moment; returns False when the agent drops the run before."""
-        return not self._dropped.wait(max(0.0, (due - datetime.now(UTC)).total_seconds()))
+        """Wait for the tick's moment and its turn; returns False when the agent drops the run before."""
+        if self._dropped.wait(max(0.0, (due - datetime.now(UTC)).total_seconds())):
+            return False
+        self._released.wait()
+        return not self._dropped.is_set()
 
-    def _run(self, flow: Flow[..., Any], assignment: runs.Assignment) -> bool:
+    def _run(self, flow: Flow[..., Any], assignment: runs.Assignment) -> None:
         execution = runs.Execution(assignment)
         execution.over = lambda: self._over
         execution.on_progress = lambda: self._tell("progress", ended=execution.ended)
-        os.environ["PREFECT__FLOW_RUN_ID"] = str(assignment.flow_run.id)
         token = runs.execution.set(execution)
         over = threading.Event()
         if assignment.token is not None and assignment.policy.on_token_loss == "stop":
             threading.Thread(target=_guard, args=(assignment, over), name="guard", daemon=True).start()
         try:
-            state = drive(flow, assignment)
-            # What timed out may still be going on in a thread of the flow.
-            stays = state is None or not (state.name == "TimedOut" or state.is_crashed())
+            drive(flow, assignment)
         except (Abort, Pause):
-            stays = True
+            pass
         except Exception as exc:  # noqa: BLE001 - the engine's own trouble: the agent reports it
             self._tell("crashed", message=f"{type(exc).__name__}: {exc}")
-            return False
-        except BaseException:  # noqa: BLE001 - reported by the engine; this process is not to go on
-            stays = False
+            return
+        except BaseException:  # noqa: BLE001, S110 - reported by the engine
+            pass
         finally:
             over.set()
             runs.execution.reset(token)
-        self._tell("done", ended=execution.ended, stays=stays)
-        return stays
+        self._tell("done", ended=execution.ended)
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    """Return a message; None for the rest of one that another interpreter has begun to read."""
+    try:
+        message: dict[str, Any] = json.loads(line)
+    except ValueError:
+        return None
+    return message
 
 
 def _guard(assignment: runs.Assignment, over: threading.Event) -> None:
@@ -212,19 +205,24 @@ def _guard(assignment: runs.Assignment, over: threading.Event) -> None:
 
 
 def drive(flow: Flow[..., Any], assignment: runs.Assignment) -> State[Any] | None:
-    """Run the flow with Prefect's engine, in this thread; returns its final state.
+    """Run the flow with Prefect's engine, in this thread; returns its final state, a generator's none.
 
     The engine is given the run without its deployment's id: with it, it would open a websocket for
     each run to watch for a suspension, half a second of every run's time. It reads the whole run, id
     included, from the API before the body starts.
+
+    Raises:
+        Exception: what a generator raised, after the engine has reported it.
     """
     flow_run = assignment.flow_run.model_copy(update={"deployment_id": None})
-    logger: Any = flow_run_logger(assignment.flow_run)
-    outcome: Any = run_flow(flow, flow_run=flow_run, error_logger=logger, return_type="state")
+    options: dict[str, Any] = {"flow_run": flow_run, "error_logger": flow_run_logger(assignment.flow_run)}
+    if flow.isgenerator:
+        items: Any = run_flow(flow, **options)
+        asyncio.run(_exhaust(items)) if flow.isasync else [*items]
+        return None
+    outcome: Any = run_flow(flow, return_type="state", **options)
     if asyncio.iscoroutine(outcome):
         outcome = asyncio.run(outcome)
-    elif flow.isgenerator:
-        outcome = asyncio.run(_exhaust(outcome)) if flow.isasync else [*outcome] and None
     return outcome if isinstance(outcome, State) else None
 
 
@@ -234,7 +232,7 @@ async def _exhaust(items: Any) -> None:
 
 
 def run_hooks(flow: Flow[..., Any], assignment: runs.Assignment, state: State[Any]) -> None:
-    """Run the hooks of a run whose own host did not live to run them."""
+    """Run the hooks of a run whose own process did not live to run them."""
     hooks = flow.on_cancellation_hooks if state.is_cancelled() else flow.on_crashed_hooks
     logger = flow_run_logger(assignment.flow_run, flow)
     for hook in hooks:
@@ -246,5 +244,26 @@ def run_hooks(flow: Flow[..., Any], assignment: runs.Assignment, state: State[An
             logger.exception("Hook %r failed.", getattr(hook, "__name__", hook))
 
 
+def leave() -> NoReturn:
+    """End this process once its logs and events are sent and its `atexit` functions have been called.
+
+    The interpreter's own way out frees all that the nursery has imported, object by object, and may wait
+    for threads; this takes milliseconds, and never longer than `LEAVE_SECONDS`.
+    """
+    last = threading.Timer(LEAVE_SECONDS, os._exit, [0])
+    last.daemon = True
+    last.start()
+    with contextlib.suppress(Exception):
+        EventsWorker.drain_all()
+    with contextlib.suppress(Exception):
+        APILogWorker.drain_all()
+    with contextlib.suppress(BaseException):
+        atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    os._exit(0)
+
+
 if __name__ == "__main__":
-    nursery(socket.socket(fileno=int(sys.argv[1])))
+    Host(socket.socket(fileno=int(sys.argv[1])), None).serve()

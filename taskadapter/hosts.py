@@ -1,6 +1,6 @@
-"""The agent's warm hosts: started when the load asks for them, used again, replaced when they end.
+"""The agent's side of the processes in which runs happen: made by the nursery, one for each run.
 
-This is the agent's side; `taskadapter.host` is the process at the other end of the socket.
+`taskadapter.nursery` forks them, `taskadapter.host` is the process at the other end of the socket.
 """
 
 from __future__ import annotations
@@ -9,29 +9,38 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
-import time
-from collections.abc import Callable
+import tempfile
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from prefect.client.schemas.objects import State
 from prefect.logging import get_logger
 
+from taskadapter.errors import TaskError
 from taskadapter.runs import Assignment
 
-IDLE_SECONDS = 60.0
-"""A host that had nothing to do for so long is ended, but for the last one."""
+FORK_SECONDS = 10.0
+"""How long the nursery may take to fork a process before it is replaced by another nursery."""
 
-EXIT_NOTICE_SECONDS = 5.0
-"""How long the nursery may take to report the exit status of a host whose socket has closed."""
+LAST_WORDS_SECONDS = 0.2
+"""What a process has said is read within this after its end, though others still hold its socket."""
 
 RESTART_SECONDS = 1.0
 """How long to wait before a nursery that has ended is started again."""
 
+CLOSE_SECONDS = 5.0
+"""How long the nursery may take to end everything when its agent stops."""
+
 BUFFER = 65536
+
+LONGEST_LINE = 2**20
+"""More than any message of a process has, in bytes."""
 
 
 @dataclass(frozen=True)
@@ -40,68 +49,102 @@ class Outcome:
 
     Attributes:
         kind: ``done``: the engine has reported a final state, or the run is no longer ours;
-            ``dropped``: given back before its body started; ``stale``: the host has old code, another
-            one must take the assignment; ``crashed``: nobody has reported a final state.
+            ``dropped``: given back before its body started; ``crashed``: the process does not know of
+            a final state.
         ended: why the job is over for all nodes, if it is.
         message: what crashed.
-        host_stays: whether the process can take another assignment.
+        left: the commands that a run which was done had left behind; they are ended.
     """
 
-    kind: Literal["done", "dropped", "stale", "crashed"]
+    kind: Literal["done", "dropped", "crashed"]
     ended: str | None = None
     message: str = ""
-    host_stays: bool = False
+    left: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a process tells on its way.
+
+    Attributes:
+        loaded: called with the seconds that the run's code took to load.
+        started: called when the run's moment has come.
+        begun: called when the body begins, and when the job is over, with the reason if it is.
+    """
+
+    loaded: Callable[[float], None]
+    started: Callable[[], None]
+    begun: Callable[[str | None], None]
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a process ended: its exit status, and the commands that it left behind."""
+
+    exit_code: int
+    left: tuple[str, ...] = ()
 
 
 class Host:
-    """One warm host process, as the agent sees it."""
+    """The process of one run, as the agent sees it."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, pid: int) -> None:
         self.pid = pid
-        self.exit_code: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self.workspace: str | None = None
-        self.runs = 0
-        self.idle_since = time.monotonic()
+        self._ending: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
         self._reader = reader
         self._writer = writer
+        self._said: list[dict[str, Any]] = []
 
-    async def carry_out(self, assignment: Assignment, on_progress: Callable[[str | None], None]) -> Outcome:
-        """Have the host run the assignment; returns when it is through with it.
-
-        Args:
-            assignment: the run.
-            on_progress: called when the body begins, and when the job is over, with the reason if it is.
-
-        Raises:
-            EOFError: the process ended.
-        """
-        self._assign("run", assignment)
-        while True:
-            match await self._event():
+    async def carry_out(self, assignment: Assignment, progress: Progress) -> Outcome:
+        """Have the process run the assignment; returns when the process has ended."""
+        outcome = None
+        async for event in self._assign("run", assignment):
+            match event:
+                case {"event": "loaded", "seconds": seconds}:
+                    progress.loaded(seconds)
+                case {"event": "started"}:
+                    progress.started()
                 case {"event": "progress", "ended": ended}:
-                    on_progress(ended)
-                case {"event": "done", "ended": ended, "stays": stays}:
-                    return Outcome("done", ended=ended, host_stays=stays)
+                    progress.begun(ended)
+                case {"event": "done", "ended": ended}:
+                    outcome = Outcome("done", ended=ended)
                 case {"event": "crashed", "message": message}:
-                    return Outcome("crashed", message=message)
+                    outcome = Outcome("crashed", message=message)
                 case {"event": "dropped"}:
-                    return Outcome("dropped", host_stays=True)
-                case {"event": "stale"}:
-                    return Outcome("stale")
+                    outcome = Outcome("dropped")
+        # What ends is the process, not its socket: a job may have closed that, or a child may hold it.
+        ending = await self._ending
+        if outcome is None:
+            return Outcome("crashed", message=self._in_words(ending))
+        return Outcome(outcome.kind, outcome.ended, outcome.message, ending.left)
 
     async def run_hooks(self, assignment: Assignment, state: State[Any]) -> None:
-        """Have the host run the hooks for ``state`` of a run whose own host is gone."""
-        self._assign("hooks", assignment, state=state.model_dump(mode="json"))
-        await self._event()
+        """Have the process run the hooks for ``state`` of a run whose own process is gone."""
+        async for _ in self._assign("hooks", assignment, state=state.model_dump(mode="json")):
+            pass
+        await self._ending
 
-    def _assign(self, do: str, assignment: Assignment, **more: Any) -> None:
-        self.workspace = assignment.workspace.key
-        self.runs += 1
-        self._send({"do": do, "assignment": assignment.model_dump(mode="json")} | more)
+    async def _assign(self, do: str, assignment: Assignment, **more: Any) -> AsyncIterator[dict[str, Any]]:
+        """Give the assignment to the process; yields what it tells, until nothing more can come."""
+        self._said.insert(0, {"do": do, "assignment": assignment.model_dump(mode="json")} | more)
+        self._send(*self._said)
+        with contextlib.suppress(ConnectionError):  # it was killed before it had read everything
+            while line := await self._reader.readline():
+                event: dict[str, Any] = json.loads(line)
+                if event["event"] != "ready":
+                    yield event
+                    continue
+                # It has become an interpreter of its own, which knows of nothing.
+                self._send(*self._said)
 
     def cancel(self) -> None:
         """Cancel the run, as Prefect's runner does: its flow can clean up."""
         self._send({"do": "cancel"})
+
+    def go(self) -> None:
+        """Let the body begin, once the run's moment has come."""
+        if {"do": "go"} not in self._said:
+            self._say({"do": "go"})
 
     def drop(self, over: str | None = None) -> None:
         """Give the run back if it still waits for its moment.
@@ -109,157 +152,198 @@ class Host:
         Args:
             over: why its job is over, if it is: then its body does not begin after that moment either.
         """
-        self._send({"do": "drop", "over": over})
-
-    def stop(self) -> None:
-        """End the process once it is through with its run."""
-        self._send({"do": "stop"})
-        self._writer.close()
+        self._say({"do": "drop", "over": over})
 
     def end(self, signum: signal.Signals) -> None:
         """Signal the process and all that its job has started."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signum)
+        if not self._ending.done():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signum)
 
-    def _send(self, message: dict[str, Any]) -> None:
-        self._writer.write(json.dumps(message).encode() + b"\n")
+    def ended(self, ending: Ending) -> None:
+        """Take note that the process has ended."""
+        if not self._ending.done():
+            self._ending.set_result(ending)
+            asyncio.get_running_loop().call_later(LAST_WORDS_SECONDS, self._writer.transport.abort)
 
-    async def _event(self) -> dict[str, Any]:
-        try:
-            line = await self._reader.readline()
-        except ConnectionError as reset:  # it was killed before it had read everything
-            raise EOFError from reset
-        if not line:
-            raise EOFError
-        event: dict[str, Any] = json.loads(line)
-        return event
+    def _say(self, message: dict[str, Any]) -> None:
+        """Tell the process something, or remember it until it has its assignment."""
+        self._said.append(message)
+        if "assignment" in self._said[0]:
+            self._send(message)
+
+    def _send(self, *messages: dict[str, Any]) -> None:
+        for message in messages:
+            self._writer.write(json.dumps(message).encode() + b"\n")
+
+    def _in_words(self, ending: Ending) -> str:
+        if ending.exit_code < 0:
+            return f"process {self.pid} was ended by {signal.Signals(-ending.exit_code).name}"
+        return f"process {self.pid} exited with status {ending.exit_code}"
 
 
 class HostPool:
-    """Up to ``limit`` hosts; an idle one is used again for the workspace that it is warm for.
+    """Makes a process for each run, through the nursery, and learns of its end.
 
     Args:
-        limit: how many runs at once.
-        runs_per_host: after so many a host is replaced.
+        limit: how many runs at once; the caller keeps to it.
     """
 
-    def __init__(self, limit: int, runs_per_host: int) -> None:
+    def __init__(self, limit: int) -> None:
         self.limit = limit
-        self._runs_per_host = runs_per_host
         self._hosts: dict[int, Host] = {}
-        self._idle: list[Host] = []
+        # Of processes that ended before they were known here.
+        self._endings: dict[int, Ending] = {}
         self._nursery: socket.socket | None = None
-        self._watcher: asyncio.Task[None] | None = None
         self._process: asyncio.subprocess.Process | None = None
+        self._watcher: asyncio.Task[None] | None = None
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._log = get_logger("taskadapter.hosts")
 
-    async def start(self) -> None:
-        """Start the nursery, and wait until it has imported Prefect; hosts come with the first runs.
+    async def start(self, preload: Sequence[str]) -> None:
+        """Start the nursery, and wait until it has imported what runs need.
+
+        Args:
+            preload: modules that it imports as well.
 
         Raises:
             EOFError: it ended instead.
+            TaskError: it cannot import what it is to preload.
         """
+        self._folder = self._folder or tempfile.TemporaryDirectory(prefix="taskadapter-runs-")
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         with theirs:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
-                "taskadapter.host",
+                "taskadapter.nursery",
                 str(theirs.fileno()),
+                *preload,
                 pass_fds=[theirs.fileno()],
-                # Ctrl-C in the agent's terminal is for the agent, which ends its hosts in order.
+                stdin=asyncio.subprocess.DEVNULL,
+                # Ctrl-C in the agent's terminal is for the agent, which ends its runs in order.
                 start_new_session=True,
             )
-        if not await asyncio.get_running_loop().sock_recv(ours, 1):
-            raise EOFError("the process that forks hosts has ended at once; its output says why")
+        reader = NoticeReader(ours)
+        first = await reader.read()
+        if first is None:
+            ours.close()
+            raise EOFError("the process that forks others has ended at once; its output says why")
+        if (refusal := first.get("refused")) is not None:
+            ours.close()
+            raise TaskError(refusal)
         self._nursery = ours
-        self._watcher = asyncio.create_task(self._watch(ours))
+        self._watcher = asyncio.create_task(self._watch(ours, reader, preload))
 
     async def close(self) -> None:
-        """End every host, busy or not, and the nursery."""
-        for host in self._hosts.values():
-            host.stop() if host in self._idle else host.end(signal.SIGKILL)
+        """End every run, the nursery, and what they have left."""
         if self._watcher is not None:
             self._watcher.cancel()
         if self._nursery is not None:
             self._nursery.close()
         if self._process is not None:
-            await self._process.wait()
+            try:
+                async with asyncio.timeout(CLOSE_SECONDS):
+                    await self._process.wait()
+            except TimeoutError:
+                self._kill_nursery()
+                await self._process.wait()
+        self._end_hosts()
+        if self._folder is not None:
+            await asyncio.to_thread(self._folder.cleanup)
 
-    async def _watch(self, nursery: socket.socket) -> None:
-        """Take the exit notices of the nursery's hosts; start another nursery should it end."""
-        loop = asyncio.get_running_loop()
-        pending = b""
-        while data := await loop.sock_recv(nursery, BUFFER):
-            *lines, pending = (pending + data).split(b"\n")
-            for notice in map(json.loads, lines):
-                if host := self._hosts.pop(notice["pid"], None):
-                    host.exit_code.set_result(notice["exit_code"])
-        self._log.error("The process that forks hosts has ended; starting another.")
+    async def _watch(self, nursery: socket.socket, reader: NoticeReader, preload: Sequence[str]) -> None:
+        """Take the nursery's notices; start another one should it end."""
+        while (notice := await reader.read()) is not None:
+            ending = Ending(notice["exit_code"], tuple(notice["left"]))
+            if host := self._hosts.pop(notice["pid"], None):
+                host.ended(ending)
+            else:
+                self._endings[notice["pid"]] = ending
+        self._log.error("The process that forks others has ended, and its runs with it; starting another.")
         nursery.close()
         self._nursery = None
+        self._end_hosts()
+        if self._process is not None:
+            await self._process.wait()
         while self._nursery is None:
             await asyncio.sleep(RESTART_SECONDS)
-            with contextlib.suppress(OSError, EOFError):
-                await self.start()
+            try:
+                await self.start(preload)
+            except (OSError, EOFError, TaskError) as fault:
+                self._log.error("It cannot be started: %s", fault)
 
-    async def take(self, workspace: str) -> Host:
-        """Return a host for the workspace, idle until now; the caller keeps to the limit.
+    def _end_hosts(self) -> None:
+        """End the processes whose nursery is gone, which ends them too: nobody else tells of it."""
+        for host in self._hosts.values():
+            host.end(signal.SIGKILL)
+            host.ended(Ending(-signal.SIGKILL))
+        self._hosts.clear()
+        self._endings.clear()
+
+    def _kill_nursery(self) -> None:
+        if self._process is not None and self._process.returncode is None:
+            self._process.kill()
+
+    async def fork(self) -> Host:
+        """Return a new process.
 
         Raises:
             OSError: no process can be started.
-            EOFError: a new process ended at once.
         """
-        self._idle = [host for host in self._idle if not host.exit_code.done()]
-        warm = [host for host in self._idle if host.workspace == workspace]
-        if warm:
-            self._idle.remove(warm[-1])
-            return warm[-1]
-        if len(self._hosts) >= self.limit and self._idle:
-            self.discard(self._idle.pop(0))
-        return await self._fork()
-
-    async def _fork(self) -> Host:
-        if self._nursery is None:
-            raise OSError("the nursery of hosts is not running")
+        nursery = self._nursery
+        if nursery is None:
+            raise OSError("the process that forks others is not running")
         ours, theirs = socket.socketpair()
         with theirs:
-            socket.send_fds(self._nursery, [b"+"], [theirs.fileno()])
-        reader, writer = await asyncio.open_unix_connection(sock=ours)
-        line = await reader.readline()
-        if not line:
-            raise EOFError("a new host ended at once")
+            socket.send_fds(nursery, [b"+"], [theirs.fileno()])
+        reader, writer = await asyncio.open_unix_connection(sock=ours, limit=LONGEST_LINE)
+        try:
+            async with asyncio.timeout(FORK_SECONDS):
+                line = await reader.readline()
+        except TimeoutError:
+            writer.close()
+            self._kill_nursery()
+            raise OSError(f"it was not forked within {FORK_SECONDS:g} s") from None
+        if not line or nursery is not self._nursery:
+            writer.close()
+            raise OSError("it ended at once")
         host = Host(reader, writer, json.loads(line)["pid"])
         self._hosts[host.pid] = host
+        if (ending := self._endings.pop(host.pid, None)) is not None:
+            del self._hosts[host.pid]
+            host.ended(ending)
         return host
 
-    def give_back(self, host: Host) -> None:
-        """Keep the host for its workspace's next run, or end it if it has had its share."""
-        if host.runs >= self._runs_per_host:
-            self.discard(host)
-            return
-        host.idle_since = time.monotonic()
-        self._idle.append(host)
+    def scratch(self, run: str) -> Path | None:
+        """Return the folder of a run's own, which it may make."""
+        return None if self._folder is None else Path(self._folder.name) / run
 
-    def discard(self, host: Host) -> None:
-        """End a host that is not to be used again."""
-        host.stop()
+    async def clear(self, run: str) -> None:
+        """Remove the folder of a run that is over, if it has made one."""
+        folder = self.scratch(run)
+        if folder is not None and folder.exists():
+            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
 
-    def retire_idle(self) -> None:
-        """End the hosts that the load no longer asks for; one stays warm."""
-        cutoff = time.monotonic() - IDLE_SECONDS
-        for host in [host for host in self._idle[:-1] if host.idle_since < cutoff]:
-            self._idle.remove(host)
-            self.discard(host)
 
-    async def how_it_ended(self, host: Host) -> str:
-        """Say with what status a host ended whose socket has closed."""
-        try:
-            async with asyncio.timeout(EXIT_NOTICE_SECONDS):
-                code = await asyncio.shield(host.exit_code)
-        except TimeoutError:
-            return f"process {host.pid} is gone"
-        if code < 0:
-            return f"process {host.pid} was ended by {signal.Signals(-code).name}"
-        return f"process {host.pid} exited with status {code}"
+class NoticeReader:
+    """Reads the nursery's notices, one a line."""
+
+    def __init__(self, nursery: socket.socket) -> None:
+        self._nursery = nursery
+        self._pending = b""
+
+    async def read(self) -> dict[str, Any] | None:
+        """Return the next notice; None when the nursery has ended."""
+        while b"\n" not in self._pending:
+            try:
+                data = await asyncio.get_running_loop().sock_recv(self._nursery, BUFFER)
+            except OSError:  # it was killed with something unread
+                return None
+            if not data:
+                return None
+            self._pending += data
+        line, _, self._pending = self._pending.partition(b"\n")
+        notice: dict[str, Any] = json.loads(line)
+        return notice

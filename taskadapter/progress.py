@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from typing import TYPE_CHECKING, TypeVar
 
 from taskadapter import runs, schedules
 from taskadapter.coordination.board import DeadlineBoard, clock
-from taskadapter.errors import DatabaseUnavailableError, TaskError, TokenLostError
+from taskadapter.errors import (
+    CoordinationError,
+    DatabaseUnavailableError,
+    SchemaError,
+    TaskError,
+    TokenLostError,
+)
 from taskadapter.jobs import Service, dump_state, load_state
 from taskadapter.runs import Assignment
 
@@ -72,6 +78,15 @@ def begin(assignment: Assignment) -> int | None:
     count = _answer(assignment, ask)
     require_trust(assignment)
     return count
+
+
+def prepare(assignment: Assignment) -> None:
+    """Connect to the database ahead of the run's moment; a fault is left to that moment."""
+    from taskadapter.coordination.dialects import translated
+
+    engine = _engine(assignment.database_url.get_secret_value())
+    with suppress(CoordinationError), translated(engine.url), engine.connect():
+        pass
 
 
 def require_trust(assignment: Assignment) -> None:
@@ -202,12 +217,13 @@ def require_database(database_url: str, within: float) -> None:
     end = time.monotonic() + within
     while True:
         try:
-            with _transaction(database_url):
-                return
+            _create_tables(database_url)
         except DatabaseUnavailableError:
             if time.monotonic() >= end:
                 raise
             time.sleep(RETRY_SECONDS)
+        else:
+            return
 
 
 def fenced(connection: Connection) -> None:
@@ -243,6 +259,9 @@ def _answer(assignment: Assignment, ask: Callable[[Connection], T]) -> T:
         try:
             with _transaction(assignment.database_url.get_secret_value()) as connection:
                 return ask(connection)
+        except SchemaError:
+            if not _create_tables(assignment.database_url.get_secret_value()):
+                raise
         except DatabaseUnavailableError:
             require_trust(assignment)
             time.sleep(RETRY_SECONDS)
@@ -258,18 +277,24 @@ def _transaction(database_url: str) -> Iterator[Connection]:
 
 @lru_cache(maxsize=8)
 def _engine(url: str) -> Engine:
-    """Return this process's engine, with the tables in place.
+    """Return this process's engine.
 
     SQLAlchemy is imported here, by the processes that use it: Prefect imports our modules for each of
     its commands.
     """
-    from taskadapter.coordination import schema
-    from taskadapter.coordination.dialects import Timeouts, open_engine, translated
+    from taskadapter.coordination.dialects import Timeouts, open_engine
 
-    engine = open_engine(url, timeouts=Timeouts(idle=IDLE_SECONDS))
+    return open_engine(url, timeouts=Timeouts(idle=IDLE_SECONDS))
+
+
+def _create_tables(database_url: str) -> bool:
+    """Create the tables that the database lacks; returns whether there were any."""
+    from taskadapter.coordination import schema
+    from taskadapter.coordination.dialects import translated
+
+    engine = _engine(database_url)
     with translated(engine.url), engine.connect() as connection:
-        schema.create_missing(connection)
-    return engine
+        return bool(schema.create_missing(connection))
 
 
 @lru_cache(maxsize=1)

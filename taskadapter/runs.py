@@ -1,6 +1,6 @@
-"""The run that is going on: what the agent tells a host of it, and what a job may ask.
+"""The run that is going on: what the agent tells its process of it, and what a job may ask.
 
-An `Assignment` travels from the agent to a warm host. `current_run` is what a job sees of it.
+An `Assignment` travels from the agent to the run's process. `current_run` is what a job sees of it.
 """
 
 from __future__ import annotations
@@ -24,20 +24,21 @@ from taskadapter.schedules import WAITING_TIME, is_tick
 
 
 class Workspace(BaseModel, frozen=True):
-    """Where a deployment's code runs: hosts are warm for one workspace."""
+    """Where a deployment's code runs.
+
+    Attributes:
+        working_dir: relative to where the agent was started; there, if it is None.
+        pull_steps: what fetches the code, as in ``prefect.yaml``.
+        env: variables of the environment; None removes one.
+    """
 
     working_dir: str | None = None
     pull_steps: list[dict[str, Any]] = []
     env: dict[str, str | None] = {}
 
-    @property
-    def key(self) -> str:
-        """Equal for equal workspaces."""
-        return self.model_dump_json()
-
 
 class Assignment(BaseModel, frozen=True):
-    """One run, as the agent hands it to a host.
+    """One run, as the agent hands it to a process.
 
     Attributes:
         flow_run: as polled.
@@ -49,6 +50,7 @@ class Assignment(BaseModel, frozen=True):
         database_url: the coordination database.
         token: what the node holds of the run's group; None for a run of no group.
         board: the file with the deadline of that token.
+        scratch: a folder of the run's own, which its pull steps may make; the agent removes it.
         trigger_slug: names the trigger, for the count.
         trigger: as deployed; None for a deployment that is not of ours.
         initial_state: of an attached service.
@@ -64,6 +66,7 @@ class Assignment(BaseModel, frozen=True):
     database_url: SecretStr
     token: Token | None = None
     board: Path | None = None
+    scratch: Path | None = None
     trigger_slug: str | None = None
     trigger: TriggerConfiguration | None = None
     initial_state: dict[str, Any] | None = None
@@ -71,7 +74,7 @@ class Assignment(BaseModel, frozen=True):
 
     @field_serializer("database_url", when_used="json")
     def _reveal(self, value: SecretStr) -> str:
-        # The pipe to the host is the one place where the secret is written.
+        # The pipe to the process is the one place where the secret is written.
         return value.get_secret_value()
 
     @property
@@ -94,7 +97,7 @@ class Assignment(BaseModel, frozen=True):
 
 @dataclass
 class Execution:
-    """An assignment on its way through a host; the flow leaves its findings here for the agent."""
+    """An assignment on its way through its process; the flow leaves its findings here for the agent."""
 
     assignment: Assignment
     on_progress: Callable[[], None] = lambda: None

@@ -7,12 +7,12 @@ in ``pyproject.toml``, in that order.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from prefect.settings import get_current_settings
 from prefect.settings.base import PrefectBaseSettings, build_settings_config
-from pydantic import Field, SecretStr
-from pydantic_settings import SettingsConfigDict
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import NoDecode, SettingsConfigDict
 
 from taskadapter import schedules
 
@@ -65,16 +65,26 @@ class TaskadapterSettings(PrefectBaseSettings):
             "takes three times as long. PREFECT_WORKER_QUERY_SECONDS, where set, wins for both."
         ),
     )
-    runs_per_host: int = Field(
-        default=500,
-        ge=1,
-        description="A warm host is replaced by a fresh one after this many runs.",
+    preload: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description=(
+            "Modules, separated by commas, that a node imports once for all its runs, such as pandas: "
+            "ones that change only with a restart, and start no threads."
+        ),
     )
     drain_seconds: float = Field(
         default=30.0,
         ge=0,
         description="Seconds that a stopping agent waits for its runs before it ends them.",
     )
+
+    @field_validator("preload", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        """Take a list, or names separated by commas."""
+        if isinstance(value, str):
+            return [name.strip() for name in value.split(",") if name.strip()]
+        return value
 
     def default_database_url(self) -> str:
         """Return the URL of the database where nothing is configured."""

@@ -31,7 +31,7 @@ from taskadapter import planned, progress
 from taskadapter.coordination.messages import Gained, Lost, Refused, ResignAsked, Token
 from taskadapter.deployments import Deployments, WarmBackupJobConfiguration, WarmBackupVariables
 from taskadapter.dispatcher import Dispatcher, Node
-from taskadapter.domain import Domain, PoolSize
+from taskadapter.domain import Domain, PoolSize, preload_of
 from taskadapter.errors import ApiUnavailableError, CoordinationError, TaskError
 from taskadapter.groups import Groups
 from taskadapter.hosts import HostPool
@@ -69,13 +69,13 @@ class WarmBackupResult(BaseWorkerResult):
 
 
 class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariables, WarmBackupResult]):
-    """Runs a work pool's flows on warm hosts of this machine, if it is this machine's turn."""
+    """Runs a work pool's flows, each run in a process of its own, if it is this machine's turn."""
 
     type = "warm-backup"
     job_configuration = WarmBackupJobConfiguration
     job_configuration_variables = WarmBackupVariables
     _display_name = "Warm backup"
-    _description = "Run periodic jobs on warm processes, on exactly one of several machines."
+    _description = "Run periodic jobs at their moment, on exactly one of several machines."
 
     def __init__(self, *args: Any, is_only: bool = True, **kwargs: Any) -> None:
         """Make an agent; the arguments are those of `BaseWorker`.
@@ -88,7 +88,7 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         self._is_only = is_only
         super().__init__(*args, **kwargs)
         self._settings = TaskadapterSettings()
-        self._hosts = HostPool(self._limit or self._settings.worker_count, self._settings.runs_per_host)
+        self._hosts = HostPool(self._limit or self._settings.worker_count)
         self._groups: Groups | None = None
         self._database_url = self._settings.default_database_url()
         # The groups that this node is active for, once what former holders left is put in order.
@@ -137,15 +137,17 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
             await super().start(run_once, with_healthcheck, printer)
 
     async def setup(self) -> None:
-        """Connect to the API, and make the hosts' nursery ready meanwhile."""
-        nursery = asyncio.create_task(self._hosts.start())
+        """Connect to the API, and make the nursery ready from which runs are forked.
+
+        Raises:
+            TaskError: a module that is to be preloaded cannot be.
+        """
         try:
             await super().setup()
-            await asyncio.shield(nursery)
+            # While the API is away there is no pool; its modules are then imported run by run.
+            shared = preload_of(self.work_pool) if self._has_successfully_synced else ()
+            await self._hosts.start([*self._settings.preload, *shared])
         except BaseException:
-            # Half started it would wait for us, and we for it.
-            with suppress(OSError, EOFError):
-                await nursery
             await self._hosts.close()
             raise
         self._deployments = Deployments(self.client, self._logger)
@@ -372,7 +374,6 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
             self._logger.info("Looking for runs succeeds again, after %d failures.", self._faults)
             self._faults = 0
         self._dispatcher.found(found, asked)
-        self._hosts.retire_idle()
         return found
 
     def _may_wait(self) -> bool:

@@ -1,4 +1,4 @@
-"""Where a deployment's code is, and how a host has it at hand: imported once, fresh when it changes."""
+"""Where a deployment's code runs: its environment, its folder, its flow, imported once for one run."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import asyncio
 import inspect
 import os
 import sys
-import tempfile
-from collections.abc import Iterator
-from functools import cached_property
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import prefect.engine
 from prefect import Flow
 from prefect.context import refresh_global_settings_context
 from prefect.deployments.steps.core import run_steps
 from prefect.exceptions import MissingFlowError
 from prefect.filesystems import LocalFileSystem
 from prefect.flows import load_flow_from_entrypoint, load_function_and_convert_to_flow
+from prefect.logging.configuration import setup_logging
 from prefect.logging.loggers import flow_run_logger
 from prefect.results import get_default_result_storage
 from prefect.settings import get_current_settings
@@ -32,77 +32,95 @@ if TYPE_CHECKING:
     from taskadapter.runs import Assignment, Workspace
 
 
-class StaleCode(Exception):  # noqa: N818 - a signal to the host, not an error
-    """A module that this process has imported has changed since: only a new process has the new one."""
+def needs_interpreter(workspace: Workspace) -> bool:
+    """Return whether the workspace sets what an interpreter reads once, when it starts."""
+    return any(
+        name.startswith("PYTHON") and name != "PYTHONPATH" and os.environ.get(name) != value
+        for name, value in workspace.env.items()
+    )
 
 
-class Desk:
-    """A workspace as one host has it: its environment set, its flows imported.
+def changes_settings(workspace: Workspace) -> bool:
+    """Return whether the workspace sets any of Prefect's settings."""
+    return any(name.startswith("PREFECT_") and not name.startswith("PREFECT__") for name in workspace.env)
 
-    Args:
-        workspace: where the code is.
-    """
 
-    def __init__(self, workspace: Workspace) -> None:
-        self.workspace = workspace
-        self._flows: dict[str, Flow[..., Any]] = {}
-        self._seen: dict[Path, tuple[int, int]] = {}
-        self._set_environment()
-        self._home = Path(workspace.working_dir or Path.cwd())
-        if workspace.pull_steps and workspace.working_dir is None:
-            self._scratch = tempfile.TemporaryDirectory(prefix="taskadapter-")
-            self._home = Path(self._scratch.name)
+def environment(workspace: Workspace) -> dict[str, str]:
+    """Return the environment of this process with the workspace's variables; None removes one."""
+    merged = {**os.environ, **workspace.env}
+    return {name: value for name, value in merged.items() if value is not None}
 
-    def _set_environment(self) -> None:
-        for name, value in self.workspace.env.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-        if any(name.startswith("PREFECT_") for name in self.workspace.env):
-            refresh_global_settings_context()
 
-    def flow_for(self, assignment: Assignment) -> Flow[..., Any]:
-        """Return the assignment's flow, after the workspace's pull steps; each is imported once.
-
-        Raises:
-            StaleCode: a file that a flow of this workspace came from has changed.
-        """
-        self._pull(assignment)
-        if any(_fingerprint(file) != seen for file, seen in self._seen.items()):
-            raise StaleCode
-        key = assignment.model_dump_json(include={"entrypoint", "flow_name", "initial_state", "trigger"})
-        if key not in self._flows:
-            self._flows[key] = self._with_result_storage(_load(assignment))
-            self._seen |= {file: _fingerprint(file) for file in _sources()}
-        return self._flows[key]
-
-    def _pull(self, assignment: Assignment) -> None:
-        os.chdir(self._home)
-        if not self.workspace.pull_steps:
-            return
-        logger = flow_run_logger(assignment.flow_run)
-        steps = run_steps(self.workspace.pull_steps, print_function=logger.info, logger=logger)
-        if directory := asyncio.run(steps).get("directory"):
-            os.chdir(directory)
-
-    def _with_result_storage(self, flow: Flow[..., Any]) -> Flow[..., Any]:
-        """Give the flow the default result storage: the engine would ask the API twice for each run."""
-        if flow.result_storage is not None or isinstance(self._default_storage, LocalFileSystem):
-            storage: Any = flow.result_storage or get_current_settings().results.local_storage_path
-            persists = get_current_settings().results.persist_by_default
+def enter(workspace: Workspace) -> None:
+    """Make this process one of the workspace: environment, search path, time zone, settings, logging."""
+    _replace_search_path(os.environ.get("PYTHONPATH"), workspace.env.get("PYTHONPATH", ...))
+    for name, value in workspace.env.items():
+        if value is None:
+            os.environ.pop(name, None)
         else:
-            storage, persists = self._default_storage, True
-        if flow.persist_result is not None:
-            persists = flow.persist_result
-        return flow.with_options(result_storage=storage, persist_result=persists)
+            os.environ[name] = value
+    if "TZ" in workspace.env:
+        time.tzset()
+    if changes_settings(workspace):
+        refresh_global_settings_context()
+    if any(name.startswith("PREFECT_LOGGING_") for name in workspace.env):
+        setup_logging(incremental=False)
+    sys.argv = [str(prefect.engine.__file__)]
+    _go_to(workspace.working_dir or Path.cwd())
 
-    @cached_property
-    def _default_storage(self) -> Any:
-        return get_default_result_storage(_sync=True)  # type: ignore[call-arg]
+
+def _go_to(folder: str | Path) -> None:
+    """Make a folder the current one, and where modules are found, also by what a job starts."""
+    os.chdir(folder)
+    others = [other for other in _folders(os.environ.get("PYTHONPATH")) if other != sys.path[0]]
+    sys.path[0] = str(Path.cwd())
+    os.environ["PYTHONPATH"] = os.pathsep.join([sys.path[0], *others])
 
 
-def _load(assignment: Assignment) -> Flow[..., Any]:
+def _replace_search_path(old: str | None, new: Any) -> None:
+    """Put the folders of a new `PYTHONPATH` where those of the old one are."""
+    if new is ...:
+        return
+    gone = set(_folders(old))
+    sys.path[1:] = _folders(new) + [folder for folder in sys.path[1:] if folder not in gone]
+
+
+def _folders(path: str | None) -> list[str]:
+    return [str(Path(folder).absolute()) for folder in (path or "").split(os.pathsep) if folder]
+
+
+def load(assignment: Assignment) -> Flow[..., Any]:
+    """Return the assignment's flow, after the workspace's pull steps."""
+    _pull(assignment)
+    return _with_result_storage(_import(assignment))
+
+
+def _pull(assignment: Assignment) -> None:
+    steps = assignment.workspace.pull_steps
+    if not steps:
+        return
+    if assignment.workspace.working_dir is None and assignment.scratch is not None:
+        assignment.scratch.mkdir(parents=True)
+        _go_to(assignment.scratch)
+    logger = flow_run_logger(assignment.flow_run)
+    output = asyncio.run(run_steps(steps, print_function=logger.info, logger=logger))
+    # A step may have gone somewhere itself.
+    _go_to(output.get("directory") or Path.cwd())
+
+
+def _with_result_storage(flow: Flow[..., Any]) -> Flow[..., Any]:
+    """Give the flow the default result storage: the engine would ask the API twice for each run."""
+    settings = get_current_settings().results
+    storage: Any = flow.result_storage or get_default_result_storage(_sync=True)  # type: ignore[call-arg]
+    persists = True
+    if flow.result_storage is not None or isinstance(storage, LocalFileSystem):
+        storage, persists = flow.result_storage or settings.local_storage_path, settings.persist_by_default
+    if flow.persist_result is not None:
+        persists = flow.persist_result
+    return flow.with_options(result_storage=storage, persist_result=persists)
+
+
+def _import(assignment: Assignment) -> Flow[..., Any]:
     """Import what the entrypoint names: a flow, or the function or class that a job is made of."""
     listeners.clear()  # what modules of several programs declare here need not agree
     place = attached.place_of(assignment.entrypoint)
@@ -118,23 +136,3 @@ def _load(assignment: Assignment) -> Flow[..., Any]:
     if trigger is not None and inspect.isfunction(named):
         return flows.function_flow(named, name, trigger)
     return load_function_and_convert_to_flow(place)
-
-
-def _sources() -> Iterator[Path]:
-    """Yield the sources of the imported modules that lie in the workspace, installed ones aside."""
-    here, installed = Path.cwd(), Path(sys.prefix)
-    for module in list(sys.modules.values()):
-        file = getattr(module, "__file__", None)
-        if file is None:
-            continue
-        path = Path(file).absolute()
-        if path.is_relative_to(here) and not path.is_relative_to(installed):
-            yield path
-
-
-def _fingerprint(file: Path) -> tuple[int, int]:
-    try:
-        status = file.stat()
-    except FileNotFoundError:
-        return (0, 0)
-    return (status.st_mtime_ns, status.st_size)

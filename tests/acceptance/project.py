@@ -142,10 +142,10 @@ class Project:
         self.run(sys.executable, "-c", _DEPLOY, env=env)
 
     def agent(
-        self, name: str, *args: str, env: Mapping[str, str] | None = None
+        self, name: str, *args: str, env: Mapping[str, str] | None = None, pool: str | None = None
     ) -> AbstractContextManager[Program]:
-        """Run `prefect worker start --type warm-backup` in the folder."""
-        return agent(name, self.pool, self.env | dict(env or {}), self.folder, *args)
+        """Run `prefect worker start --type warm-backup` in the folder, for its pool or another."""
+        return agent(name, pool or self.pool, self.env | dict(env or {}), self.folder, *args)
 
     def program(self, script: str, *args: str, env: Mapping[str, str] | None = None) -> Program:
         """Return a program of the project that runs in the background; each has a log of its own."""

@@ -254,6 +254,7 @@ def test_the_command_line_starts_a_run(project: Project, prefect: Prefect) -> No
 def test_pull_steps_are_honoured(project: Project, prefect: Prefect) -> None:
     """A deployment whose pull step goes to another folder runs the code of that folder, in it."""
     project.write("elsewhere/other.py", PLAIN.replace('"plain"', '"elsewhere"'))
+    project.write("elsewhere/ledger.py", (project.folder / "ledger.py").read_text())
     elsewhere = str(project.folder / "elsewhere")
     step = {"prefect.deployments.steps.set_working_directory": {"directory": elsewhere}}
     name = deploy_plain(project, prefect, "pulled", entrypoint="other.py:plain", pull_steps=[step])

@@ -150,7 +150,7 @@ def send(program: Program, number: signal.Signals) -> None:
 def nurseries(program: Program) -> list[psutil.Process]:
     """Return the processes of a program that fork hosts."""
     children = psutil.Process(program.pid).children()
-    return [child for child in children if "taskadapter.host" in child.cmdline()]
+    return [child for child in children if "taskadapter.nursery" in child.cmdline()]
 
 
 def wait_for_ticks(project: Project, prefix: str, count: int) -> None:

@@ -15,7 +15,7 @@ from prefect.states import Scheduled
 
 from deployments.local import Program, agent, wait_until
 from tests.benchmarks import ledger
-from tests.benchmarks.measure import cpu_seconds, percentile, proportional_memory, ratio
+from tests.benchmarks.measure import cpu_seconds, holdings, percentile, proportional_memory, ratio
 from tests.benchmarks.proxy import CountingProxy, Request
 from tests.benchmarks.runners import INTERVAL, PROJECT, Runner
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 FIRST_RUN_WITHIN = 60.0
 DRAIN_WITHIN = 40.0
+EVERY = 100
 Figures = dict[str, float]
 
 
@@ -104,6 +105,17 @@ class Bench:
             "rate": ratio(len(began) - 1, began[-1] - began[0]) if began else 0.0,
             "started": len(began),
         }
+
+    def endurance(self, runner: Runner, runs: int) -> list[Figures]:
+        """Return what a node and its nursery hold after each hundred of so many runs in a row."""
+        samples: list[Figures] = []
+        with self._job(runner) as job, self._started(runner, job) as (node, _):
+            for done in range(EVERY, runs + 1, EVERY):
+                self._miss(job, EVERY)
+                within = DRAIN_WITHIN + EVERY
+                wait_until(lambda done=done: len(ledger.read(job.ledger)) >= done, within, f"{done} runs")
+                samples.append({"runs": done, **holdings(node.pid)})
+        return samples
 
     def _watch(self, node: Program, start: float, end: float) -> Figures:
         """Return the CPU time and the largest memory of a runner between two moments."""

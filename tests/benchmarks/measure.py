@@ -49,6 +49,27 @@ def proportional_memory(pid: int) -> float:
     return sum(_proportional_set_size(process.pid) for process in _family(pid)) * 1024 / 1e6
 
 
+def holdings(pid: int) -> dict[str, float]:
+    """Return what a node holds: its process, and the one below it that forks others.
+
+    Memory is what each has for itself, in MB; connections are those of the internet's families.
+    """
+    agent = psutil.Process(pid)
+    held = {}
+    for name, process in (("agent", agent), ("nursery", _nursery_of(agent))):
+        held |= {
+            f"{name} memory": process.memory_full_info().uss / 1e6,
+            f"{name} threads": process.num_threads(),
+            f"{name} files": process.num_fds(),
+            f"{name} connections": len(process.net_connections()),
+        }
+    return held
+
+
+def _nursery_of(agent: psutil.Process) -> psutil.Process:
+    return next(child for child in agent.children() if "taskadapter.nursery" in child.cmdline())
+
+
 def _family(pid: int) -> list[psutil.Process]:
     try:
         parent = psutil.Process(pid)

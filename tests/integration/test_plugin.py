@@ -58,7 +58,7 @@ def test_an_agent_that_cannot_start_leaves_no_process():
     asyncio.run(agent.gone())
 
     children = psutil.Process().children(recursive=True)
-    assert [child.pid for child in children if "taskadapter.host" in child.cmdline()] == []
+    assert [child.pid for child in children if "taskadapter.nursery" in child.cmdline()] == []
 
 
 def test_importing_the_worker_is_cheap():

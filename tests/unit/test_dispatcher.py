@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 from uuid import uuid4
 
@@ -53,3 +53,53 @@ def test_what_nobody_has_run_is_due_again(token):
 def test_what_another_agent_has_run_is_not_due_again():
     """Of two agents on one queue the slower may claim a run that is over: it gets its final state back."""
     assert put_back(Api(run_count=1)) == [(StateType.COMPLETED, True)]
+
+
+# --- the order of a job's ticks -------------------------------------------------------------------
+
+
+class Process:
+    """Remembers whether it may go on."""
+
+    released = False
+
+    def go(self):
+        self.released = True
+
+
+def in_hand(*begun, planned=True):
+    """A dispatcher with ticks of one job, a second apart; each has begun or not, and waits in a process."""
+    dispatcher = Dispatcher(SimpleNamespace(client=None, log=LOG), None, None, None)
+    job_id = uuid4()
+    runs = []
+    for n, has in enumerate(begun):
+        due = NOON + timedelta(seconds=n)
+        flow_run = FlowRun(
+            id=uuid4(),
+            flow_id=uuid4(),
+            deployment_id=job_id,
+            expected_start_time=due,
+            auto_scheduled=planned,
+        )
+        runs.append(RunInHand(flow_run, host=Process(), begun=has))
+        dispatcher._in_hand[flow_run.id] = runs[-1]
+    dispatcher._release()
+    return [run.host.released for run in runs]
+
+
+@pytest.mark.parametrize(
+    ("begun", "released"),
+    [
+        ([False, False, False], [True, False, False]),
+        ([True, False, False], [True, True, False]),
+        ([True, True, False], [True, True, True]),
+    ],
+)
+def test_ticks_begin_in_their_order(begun, released):
+    """A tick whose process is ready waits for the body of the one before it."""
+    assert in_hand(*begun) == released
+
+
+def test_runs_by_hand_wait_for_nobody():
+    """What somebody asks for has no place in the order."""
+    assert in_hand(False, False, planned=False) == [True, True]

@@ -1,6 +1,7 @@
 """Prefect's private names: each is where we look for it and does what we rely on."""
 
 import inspect
+import ssl
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -10,6 +11,7 @@ import pytest
 from prefect import flow_engine
 from prefect._internal import control_listener
 from prefect.cli.deploy import _commands
+from prefect.client import orchestration
 from prefect.utilities import engine
 
 from taskadapter import prefect_private
@@ -78,3 +80,22 @@ def test_other_commands_do_not_deploy(command):
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
 
     assert run.stdout == "False\n"
+
+
+def test_clients_share_a_tls_context(monkeypatch):
+    """Two of Prefect's clients verify servers by one and the same context."""
+    monkeypatch.setattr(orchestration, "ssl", orchestration.ssl)
+    prefect_private.share_tls_context()
+    made = []
+    load = ssl.SSLContext.load_verify_locations
+    monkeypatch.setattr(
+        ssl.SSLContext,
+        "load_verify_locations",
+        lambda self, *a, **k: made.append(self) or load(self, *a, **k),
+    )
+
+    for _ in range(2):
+        orchestration.PrefectClient("http://127.0.0.1:9/api")
+
+    assert len(made) == 1
+    assert made[0].verify_mode is ssl.CERT_REQUIRED

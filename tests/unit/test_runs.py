@@ -158,28 +158,3 @@ def test_the_job_is_the_deployment():
 
     assert assignment(deployment_id=deployment_id).job_id == deployment_id
     assert assignment().job_id is None
-
-
-# --- Workspace ------------------------------------------------------------------------------------
-
-
-def test_equal_workspaces_have_one_key():
-    """Hosts are warm for equal workspaces, whichever assignment brought them."""
-    one = Workspace(working_dir="/code", pull_steps=[{"step": {"a": 1}}], env={"A": None})
-    same = Workspace.model_validate_json(one.model_dump_json())
-
-    assert same.key == one.key
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"working_dir": "/other"},
-        {"pull_steps": [{"step": {}}]},
-        {"env": {"A": "1"}},
-        {"env": {"A": None}},
-    ],
-)
-def test_different_workspaces_have_different_keys(changes):
-    """Another directory, other steps or another environment need another host."""
-    assert Workspace(**({"working_dir": "/code"} | changes)).key != Workspace(working_dir="/code").key

@@ -21,7 +21,7 @@ def test_defaults():
     assert settings.database_url is None
     assert settings.worker_count == 5
     assert settings.poll_seconds == 0.6
-    assert settings.runs_per_host == 500
+    assert settings.preload == ()
     assert settings.drain_seconds == 30
 
 
@@ -31,7 +31,7 @@ def test_defaults():
         ("work_pool", "nightly", "nightly"),
         ("worker_count", "12", 12),
         ("poll_seconds", "0.25", 0.25),
-        ("runs_per_host", "7", 7),
+        ("preload", "pandas, numpy.linalg", ("pandas", "numpy.linalg")),
         ("drain_seconds", "0", 0),
     ],
 )
@@ -65,7 +65,6 @@ def test_prefect_toml(monkeypatch, tmp_path):
     ("name", "least", "below"),
     [
         ("worker_count", "1", "0"),
-        ("runs_per_host", "1", "0"),
         ("poll_seconds", "0.001", "0"),
         ("drain_seconds", "0", "-0.001"),
     ],

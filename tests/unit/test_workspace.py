@@ -1,6 +1,7 @@
-"""A host's desk: flows imported once, fresh when their code changes, in the workspace's environment."""
+"""What the process of a run makes of its workspace: environment, search path, folder, flow."""
 
 import os
+import sys
 from datetime import UTC, datetime
 from uuid import uuid4
 
@@ -11,9 +12,9 @@ from prefect.context import refresh_global_settings_context
 from prefect.exceptions import ScriptError
 from prefect.settings import get_current_settings
 
-from taskadapter.model import RetryConfiguration, TriggerConfiguration
+from taskadapter import workspace
+from taskadapter.model import TriggerConfiguration
 from taskadapter.runs import Assignment, Workspace
-from taskadapter.workspace import Desk, StaleCode
 
 TRIGGER = TriggerConfiguration(interval=2)
 
@@ -58,9 +59,14 @@ def undecorated(): ...
 
 
 @pytest.fixture(autouse=True)
-def settings_are_restored():
-    """Prefect's settings are read from the environment again when a test has left it as it was."""
+def restored(project, monkeypatch):
+    """What a process changes of itself is as it was after a test."""
+    monkeypatch.chdir(project)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "argv", [*sys.argv])
+    monkeypatch.setattr(os, "environ", os.environ.copy())
     yield
+    monkeypatch.undo()
     refresh_global_settings_context()
 
 
@@ -70,11 +76,6 @@ def jobs(project):
     (project / "jobs.py").write_text(FLOWS)
     (project / "helper.py").write_text("VALUE = 1\n")
     (project / "aside.py").write_text("")
-
-
-@pytest.fixture
-def desk(project, jobs):
-    return Desk(Workspace(working_dir=str(project)))
 
 
 def assignment(entrypoint, **changes):
@@ -104,161 +105,58 @@ def assignment(entrypoint, **changes):
         ("jobs.Declared", "declared"),
     ],
 )
-def test_a_flow_is_taken_as_it_is(desk, entrypoint, name):
+def test_a_flow_is_taken_as_it_is(jobs, entrypoint, name):
     """What a decorator has made a flow has its own name."""
-    assert desk.flow_for(assignment(entrypoint)).name == name
+    assert workspace.load(assignment(entrypoint)).name == name
 
 
 @pytest.mark.parametrize("entrypoint", ["jobs.py:Attached", "jobs.py:Greeting", "jobs.py:undecorated"])
-def test_what_is_no_flow_becomes_the_deployments(desk, entrypoint):
+def test_what_is_no_flow_becomes_the_deployments(jobs, entrypoint):
     """An attached service's class, a job's, or a function becomes the flow of the deployment's name."""
-    flow = desk.flow_for(assignment(entrypoint))
+    flow = workspace.load(assignment(entrypoint))
 
     assert isinstance(flow, Flow)
     assert flow.name == "job-1"
     assert flow.log_prints is True
 
 
-def test_a_function_with_a_trigger_is_one_of_our_jobs(desk):
+def test_a_function_with_a_trigger_is_one_of_our_jobs(jobs):
     """A function that is declared elsewhere is counted and retried like any job of ours."""
-    flow = desk.flow_for(assignment("jobs.py:undecorated"))
+    flow = workspace.load(assignment("jobs.py:undecorated"))
 
     assert flow.fn.__code__.co_filename.endswith("taskadapter/flow.py")
 
 
-def test_a_function_without_a_trigger_is_prefects(desk):
+def test_a_function_without_a_trigger_is_prefects(jobs):
     """A plain Prefect deployment of a function on our pool is an ordinary flow."""
-    flow = desk.flow_for(assignment("jobs.py:undecorated", trigger=None, trigger_slug=None))
+    flow = workspace.load(assignment("jobs.py:undecorated", trigger=None, trigger_slug=None))
 
     assert flow.name == "undecorated"
 
 
-def test_a_jobs_fields_are_parameters(desk):
+def test_a_jobs_fields_are_parameters(jobs):
     """The fields of a job class are the flow's parameters."""
-    assert [*desk.flow_for(assignment("jobs.py:Greeting")).parameters.properties] == ["message"]
+    assert [*workspace.load(assignment("jobs.py:Greeting")).parameters.properties] == ["message"]
 
 
-def test_a_module_that_fails_to_import(project, desk):
-    """A module that raises leaves no flow behind: the next assignment tries it again."""
+def test_a_module_that_fails_to_import(project, jobs):
+    """A module that raises has no flow."""
     (project / "jobs.py").write_text("raise RuntimeError('not today')\n")
-    for _ in range(2):
-        with pytest.raises(ScriptError):
-            desk.flow_for(assignment("jobs.py:plain"))
-
-
-# --- warm -----------------------------------------------------------------------------------------
-
-
-def test_the_second_assignment_is_warm(desk):
-    """A second run of a job has the same flow object: nothing is imported again."""
-    assert desk.flow_for(assignment("jobs.py:Declared")) is desk.flow_for(assignment("jobs.py:Declared"))
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"initial_state": {"i": 10}},
-        {"flow_name": "job-2"},
-        {
-            "trigger": TRIGGER.model_copy(
-                update={"retry_config": RetryConfiguration(max_attempts=1, retry_interval=1)}
-            )
-        },
-    ],
-    ids=["initial state", "name", "retries"],
-)
-def test_another_declaration_of_one_class_is_another_flow(desk, changes):
-    """Another initial state, name or retry makes another flow, though the trigger has its old slug."""
-    first = desk.flow_for(assignment("jobs.py:Attached"))
-
-    assert desk.flow_for(assignment("jobs.py:Attached", **changes)) is not first
-
-
-# --- fresh ----------------------------------------------------------------------------------------
-
-
-def rewrite(file, text):
-    """Change a file; its time of change moves even where the clock of the file system is coarse."""
-    before = file.stat()
-    file.write_text(text)
-    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
-
-
-@pytest.mark.parametrize("name", ["jobs.py", "helper.py"])
-def test_a_changed_module_is_stale(project, desk, name):
-    """When the flow's module or one that it imports changes, the host says so before the next run."""
-    desk.flow_for(assignment("jobs.py:Declared"))
-
-    rewrite(project / name, (project / name).read_text() + "\n# changed\n")
-
-    with pytest.raises(StaleCode):
-        desk.flow_for(assignment("jobs.py:Declared"))
-
-
-def test_a_change_of_the_same_length_is_stale(project, desk):
-    """The time of change counts, not only the size."""
-    desk.flow_for(assignment("jobs.py:Declared"))
-
-    rewrite(project / "helper.py", "VALUE = 2\n")
-
-    with pytest.raises(StaleCode):
-        desk.flow_for(assignment("jobs.py:Declared"))
-
-
-def test_a_change_of_size_within_one_tick_of_the_clock_is_stale(project, desk):
-    """The size counts, not only the time of change."""
-    desk.flow_for(assignment("jobs.py:Declared"))
-    file = project / "helper.py"
-    before = file.stat()
-
-    file.write_text("VALUE = 22\n")
-    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
-
-    with pytest.raises(StaleCode):
-        desk.flow_for(assignment("jobs.py:Declared"))
-
-
-def test_a_module_that_is_gone_is_stale(project, desk):
-    """A removed file makes the host stale too."""
-    desk.flow_for(assignment("jobs.py:Declared"))
-
-    (project / "helper.py").unlink()
-
-    with pytest.raises(StaleCode):
-        desk.flow_for(assignment("jobs.py:Declared"))
-
-
-def test_a_file_that_nobody_imported_does_not_matter(project, desk):
-    """A change elsewhere in the workspace keeps the host warm."""
-    first = desk.flow_for(assignment("jobs.py:Declared"))
-
-    rewrite(project / "aside.py", "VALUE = 3\n")
-    (project / "data.csv").write_text("1,2\n")
-
-    assert desk.flow_for(assignment("jobs.py:Declared")) is first
-
-
-def test_a_changed_module_is_stale_for_another_job_too(project, desk):
-    """A host has one interpreter: another entrypoint of a changed workspace needs a new one as well."""
-    desk.flow_for(assignment("jobs.py:Declared"))
-
-    rewrite(project / "helper.py", "VALUE = 22\n")
-
-    with pytest.raises(StaleCode):
-        desk.flow_for(assignment("jobs.py:function"))
+    with pytest.raises(ScriptError):
+        workspace.load(assignment("jobs.py:plain"))
 
 
 # --- where it is ----------------------------------------------------------------------------------
 
 
-def test_the_working_directory_is_that_of_the_workspace(project, desk, monkeypatch):
-    """Wherever the last job went, the next one starts in its workspace."""
-    (project / "elsewhere").mkdir()
-    monkeypatch.chdir(project / "elsewhere")
+def test_a_relative_folder(project, monkeypatch):
+    """It is relative to where the process was, and its modules are found, also by a job's interpreters."""
+    (project / "sub").mkdir()
 
-    desk.flow_for(assignment("jobs.py:Declared"))
+    workspace.enter(Workspace(working_dir="sub"))
 
-    assert os.getcwd() == str(project)  # noqa: PTH109 - what the process has, unresolved
+    assert os.getcwd() == sys.path[0] == str(project / "sub")  # noqa: PTH109 - what the process has
+    assert os.environ["PYTHONPATH"].split(os.pathsep)[0] == str(project / "sub")
 
 
 def test_the_environment_is_that_of_the_workspace(project, monkeypatch):
@@ -267,17 +165,54 @@ def test_the_environment_is_that_of_the_workspace(project, monkeypatch):
     monkeypatch.setenv("TASKADAPTER_TEST_GONE", "before")
     monkeypatch.setenv("TASKADAPTER_TEST_NEW", "before")
 
-    Desk(Workspace(env={"TASKADAPTER_TEST_NEW": "after", "TASKADAPTER_TEST_GONE": None}))
+    workspace.enter(Workspace(env={"TASKADAPTER_TEST_NEW": "after", "TASKADAPTER_TEST_GONE": None}))
 
     assert os.environ["TASKADAPTER_TEST_KEPT"] == "before"
     assert os.environ["TASKADAPTER_TEST_NEW"] == "after"
     assert "TASKADAPTER_TEST_GONE" not in os.environ
 
 
+def test_a_search_path_replaces_the_one_before(project, monkeypatch):
+    """The folders of the agent's own `PYTHONPATH` give way to those of the deployment's."""
+    monkeypatch.setenv("PYTHONPATH", "/of/the/agent")
+    monkeypatch.setattr(sys, "path", ["/work", "/of/the/agent", "/lib"])
+
+    workspace.enter(Workspace(env={"PYTHONPATH": "/one:/two"}))
+
+    assert sys.path == [str(project), "/one", "/two", "/lib"]
+
+
 def test_prefects_settings_in_the_environment_take_effect(project, jobs, monkeypatch):
     """A setting of Prefect's in a deployment's job variables is what the flow sees."""
     monkeypatch.setenv("PREFECT_RESULTS_PERSIST_BY_DEFAULT", "false")
-    desk = Desk(Workspace(working_dir=str(project), env={"PREFECT_RESULTS_PERSIST_BY_DEFAULT": "true"}))
+    where = Workspace(env={"PREFECT_RESULTS_PERSIST_BY_DEFAULT": "true"})
+
+    assert workspace.changes_settings(where)
+    workspace.enter(where)
 
     assert get_current_settings().results.persist_by_default is True
-    assert desk.flow_for(assignment("jobs.py:plain")).persist_result is True
+    assert workspace.load(assignment("jobs.py:plain")).persist_result is True
+
+
+def test_the_names_of_a_run_are_no_settings():
+    """What Prefect's workers tell a run of itself changes none of its settings."""
+    assert not workspace.changes_settings(Workspace(env={"PREFECT__FLOW_RUN_ID": "1", "OTHER": "2"}))
+
+
+@pytest.mark.parametrize(
+    ("env", "needs"),
+    [
+        ({"PYTHONOPTIMIZE": "1"}, True),
+        ({"PYTHONUTF8": None}, True),
+        ({"PYTHONPATH": "/one"}, False),
+        ({"PYTHONHASHSEED": "0"}, False),
+        ({"OTHER": "1"}, False),
+    ],
+)
+def test_what_needs_an_interpreter_of_its_own(monkeypatch, env, needs):
+    """A variable that Python reads once needs one, unless it is what this process has already."""
+    monkeypatch.setenv("PYTHONUTF8", "1")
+    monkeypatch.setenv("PYTHONHASHSEED", "0")
+
+    assert workspace.needs_interpreter(Workspace(env=env)) is needs
+    assert workspace.environment(Workspace(env=env)).get("PYTHONUTF8") == env.get("PYTHONUTF8", "1")
