@@ -52,13 +52,13 @@ def proportional_memory(pid: int) -> float:
 def holdings(pid: int) -> dict[str, float]:
     """Return what a node holds: its process, and the one below it that forks others.
 
-    Memory is what each has for itself, in MB; connections are those of the internet's families.
+    Memory is what each has in RAM, in MB; connections are those of the internet's families.
     """
     agent = psutil.Process(pid)
     held = {}
     for name, process in (("agent", agent), ("nursery", _nursery_of(agent))):
         held |= {
-            f"{name} memory": process.memory_full_info().uss / 1e6,
+            f"{name} memory": process.memory_info().rss / 1e6,
             f"{name} threads": process.num_threads(),
             f"{name} files": process.num_fds(),
             f"{name} connections": len(process.net_connections()),
