@@ -157,7 +157,7 @@ class Host:
     def end(self, signum: signal.Signals) -> None:
         """Signal the process and all that its job has started."""
         if not self._ending.done():
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signum)
 
     def ended(self, ending: Ending) -> None:

@@ -23,6 +23,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,9 @@ END_SECONDS = 2.0
 
 COMMAND_LENGTH = 80
 """As much of a command is told."""
+
+NOT_OURS = (ProcessLookupError, PermissionError)
+"""What ending a process raises that is gone, or has become another user's."""
 
 _SET_PARENT_DEATH_SIGNAL, _SET_CHILD_SUBREAPER = 1, 36
 _PROC = Path("/proc")
@@ -166,28 +170,19 @@ class Nursery:
 
     def _reap(self) -> None:
         """Take note of every process that has ended, and end what it has left."""
-        while pid := self._wait(os.WNOHANG):
+        for pid, exit_code in _ended():
             if pid in self._runs:
                 self._runs.discard(pid)
                 left = _end_group(pid) + self._end_orphans()
-                _tell(self._agent, pid=pid, exit_code=self._status, left=left)
+                _tell(self._agent, pid=pid, exit_code=exit_code, left=left)
         self._end_orphans()
-
-    def _wait(self, options: int) -> int:
-        """Return a process that has ended; 0 if there is none."""
-        try:
-            pid, status = os.waitpid(-1, options)
-        except ChildProcessError:
-            return 0
-        self._status = os.waitstatus_to_exitcode(status) if pid else 0
-        return pid
 
     def _end_orphans(self) -> list[str]:
         """End the children that are no run's process: their runs are over. Return their commands."""
         commands = []
         for pid in _children() - self._runs:
             commands += [command for command in [_command(pid)] if command]
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(*NOT_OURS):
                 os.kill(pid, signal.SIGKILL)
         return commands
 
@@ -195,14 +190,23 @@ class Nursery:
         """End all runs and what they have started."""
         end = time.monotonic() + END_SECONDS
         for pid in self._runs:
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(*NOT_OURS):
                 os.killpg(pid, signal.SIGKILL)
         self._runs.clear()
         while _children() and time.monotonic() < end:
             self._end_orphans()
-            while self._wait(os.WNOHANG):
-                pass
+            list(_ended())
             time.sleep(0.01)
+
+
+def _ended() -> Iterator[tuple[int, int]]:
+    """Yield each child that has ended, and its exit status."""
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid == 0:
+                return
+            yield pid, os.waitstatus_to_exitcode(status)
 
 
 def _end_group(group: int) -> list[str]:
@@ -211,8 +215,10 @@ def _end_group(group: int) -> list[str]:
         os.killpg(group, 0)
     except ProcessLookupError:
         return []
+    except PermissionError:
+        pass
     commands = [_command(pid) for pid in _members(group)]
-    with contextlib.suppress(ProcessLookupError):
+    with contextlib.suppress(*NOT_OURS):
         os.killpg(group, signal.SIGKILL)
     return [command for command in commands if command]
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import prefect.engine
 from prefect import Flow
 from prefect.context import refresh_global_settings_context
@@ -111,7 +112,10 @@ def _pull(assignment: Assignment) -> None:
 def _with_result_storage(flow: Flow[..., Any]) -> Flow[..., Any]:
     """Give the flow the default result storage: the engine would ask the API twice for each run."""
     settings = get_current_settings().results
-    storage: Any = flow.result_storage or get_default_result_storage(_sync=True)  # type: ignore[call-arg]
+    try:
+        storage: Any = flow.result_storage or get_default_result_storage(_sync=True)  # type: ignore[call-arg]
+    except httpx.HTTPError:
+        return flow  # the engine asks again
     persists = True
     if flow.result_storage is not None or isinstance(storage, LocalFileSystem):
         storage, persists = flow.result_storage or settings.local_storage_path, settings.persist_by_default
