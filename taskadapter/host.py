@@ -33,6 +33,7 @@ from prefect.flow_engine import run_flow
 from prefect.logging.handlers import APILogWorker
 from prefect.logging.loggers import flow_run_logger
 from prefect.settings import (
+    PREFECT_CLIENT_CSRF_SUPPORT_ENABLED,
     PREFECT_CLIENT_SERVER_VERSION_CHECK_ENABLED,
     PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
     temporary_settings,
@@ -46,17 +47,21 @@ LEAVE_SECONDS = 5.0
 
 
 @contextlib.contextmanager
-def connected() -> Iterator[None]:
+def connected(*, csrf: bool = True) -> Iterator[None]:
     """Have Prefect as a run has it: one client for all its calls, and what the agent does is left to it.
 
     That is the heartbeats, whose thread would hold the process for up to a second after its run, and the
     look at the server's version, which would leave the nursery with an open connection.
+
+    Args:
+        csrf: whether clients ask the server for a token first, which most servers do not have.
     """
     with (
         temporary_settings(
             {
                 PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None,
                 PREFECT_CLIENT_SERVER_VERSION_CHECK_ENABLED: False,
+                PREFECT_CLIENT_CSRF_SUPPORT_ENABLED: csrf and PREFECT_CLIENT_CSRF_SUPPORT_ENABLED.value(),
             }
         ),
         SyncClientContext.get_or_create(),

@@ -27,7 +27,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from prefect.settings import PREFECT_API_URL
+import httpx
+from prefect.client.orchestration import get_client
+from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from taskadapter import prefect_private
 from taskadapter.host import Host, connected
@@ -50,6 +52,9 @@ LATE_IMPORTS = (
     "taskadapter.coordination.jobs",
 )
 """What a run needs and nothing above imports: found by comparing `sys.modules` before and after one."""
+
+ASK_SECONDS = 5.0
+"""How long the server may take to answer the nursery's one question."""
 
 END_SECONDS = 2.0
 """How long the nursery waits, when its agent is gone, for what it has ended."""
@@ -76,13 +81,29 @@ def main(agent: socket.socket, preload: list[str]) -> None:
         prefect_private.share_tls_context()
         has_api = PREFECT_API_URL.value() is not None
         if has_api:
-            warm.enter_context(connected())
+            warm.enter_context(connected(csrf=_server_has_csrf()))
         # What is alive now stays shared with the processes: their collectors need not touch it.
         gc.collect()
         gc.freeze()
         _prctl(_SET_CHILD_SUBREAPER, 1)
         _tell(agent, ready=True)
         Nursery(agent, warm if has_api else None).serve()
+
+
+def _server_has_csrf() -> bool:
+    """Ask the server once for all runs whether it protects itself so; each client would ask again.
+
+    Prefect's own clients do not ask again either, once they have been told that it does not.
+    """
+    try:
+        once = temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0})
+        with once, get_client({"timeout": ASK_SECONDS}, sync_client=True) as client:
+            client.request("GET", "/csrf-token", params={"client": "taskadapter"})
+    except httpx.HTTPStatusError as answer:
+        return answer.response.status_code not in {httpx.codes.NOT_FOUND, httpx.codes.UNPROCESSABLE_ENTITY}
+    except Exception:  # noqa: BLE001 - then each run asks
+        return True
+    return True
 
 
 def _preload(modules: list[str]) -> str | None:

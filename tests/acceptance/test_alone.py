@@ -331,6 +331,7 @@ def test_a_deployments_environment_is_its_own(project: Project, prefect: Prefect
     assert not any(line.startswith("a line") for line in prefect.logs(other))
 
 
+@pytest.mark.slow
 def test_what_an_interpreter_reads_when_it_starts(project: Project, prefect: Prefect) -> None:
     """A deployment that sets such a variable gets a fresh interpreter, and its log says so."""
     deploy(project, prefect, "surroundings", "optimized", env={"PYTHONOPTIMIZE": "1", "LEVEL": "fresh"})
@@ -427,6 +428,7 @@ def test_generators_run(prefect: Prefect, flow: str, state: str) -> None:
     assert state_of(run(prefect, flow)).name == state
 
 
+@pytest.mark.slow
 def test_other_processes_find_the_flows_module(project: Project, prefect: Prefect) -> None:
     """What is defined in a flow's file can be pickled, and called in a process that the flow starts."""
     assert_completed([run(prefect, "processes")])
@@ -465,6 +467,7 @@ def test_a_nursery_that_is_killed_is_replaced(agent: Program, project: Project, 
     assert nursery_of(agent).pid != nursery.pid
 
 
+@pytest.mark.slow
 def test_a_nursery_that_stands_still_is_replaced(
     agent: Program, project: Project, prefect: Prefect
 ) -> None:
@@ -491,6 +494,7 @@ HEAVY = """
 """
 
 
+@pytest.mark.slow
 def test_a_job_that_takes_long_to_load_is_in_time(agent: Program, project: Project) -> None:
     """Its process is made as long before the moment as its code took to load the last time."""
     project.write("flows/heavy.py", HEAVY)
@@ -521,6 +525,7 @@ HOOKS = """
 """
 
 
+@pytest.mark.slow
 def test_hooks_are_called_once(project: Project, prefect: Prefect) -> None:
     """A run that its stopping agent ends is Crashed, and its hook is called once, for that state."""
     pool = f"{project.pool}-hooks"
@@ -591,6 +596,7 @@ PRELOADED = """
 """
 
 
+@pytest.mark.slow
 def test_a_node_preloads_what_setting_and_pool_name(project: Project, prefect: Prefect) -> None:
     """The modules are there when a run's process starts; one that starts a thread keeps the agent down."""
     pool = f"{project.pool}-preload"
