@@ -202,6 +202,8 @@ class Deployments:
         self._read: dict[UUID, DeployedJob] = {}
         self._reading = asyncio.Lock()
         self._ending: dict[UUID, asyncio.Task[None]] = {}
+        self._server_has_storage = True
+        self._storage_asked_at = float("-inf")
 
     async def job_of(self, flow_run: FlowRun, pool: WorkPool, newest: datetime | None) -> DeployedJob:
         """Return the deployment of a run.
@@ -241,6 +243,17 @@ class Deployments:
         variables = configuration.trigger
         trigger = None if variables is None else TriggerConfiguration.model_validate(variables)
         return DeployedJob(deployment, flow_name, configuration, trigger, newest)
+
+    async def server_has_storage(self) -> bool:
+        """Return whether the server may name a storage for results, asked once a minute for all runs."""
+        if time.monotonic() - self._storage_asked_at > FRESH_SECONDS:
+            try:
+                found = await self._client.read_server_default_result_storage()
+            except httpx.HTTPError:
+                return True  # each run asks for itself
+            self._server_has_storage = found.default_result_storage_block_id is not None
+            self._storage_asked_at = time.monotonic()
+        return self._server_has_storage
 
     async def reruns(self, flow_run: FlowRun) -> bool:
         """Return whether a run whose node died while it executed is to be run again."""

@@ -446,7 +446,7 @@ class Dispatcher:
 
     async def run(self, run: RunInHand, job: DeployedJob) -> None:
         """Run a claimed run, and see to what follows from how it went."""
-        assignment = self._assignment(run, job)
+        assignment = self._assignment(run, job, await self._deployments.server_has_storage())
         outcome = await self._in_a_process(run, assignment, job)
         if outcome.ended is not None and run.ended is None:
             self._end_job(job, outcome.ended)
@@ -472,7 +472,7 @@ class Dispatcher:
         except TokenLostError:
             return False  # the next holder asks the same
 
-    def _assignment(self, run: RunInHand, job: DeployedJob) -> Assignment:
+    def _assignment(self, run: RunInHand, job: DeployedJob, server_has_storage: bool) -> Assignment:
         return Assignment(
             flow_run=run.flow_run,
             due=run.due,
@@ -488,6 +488,7 @@ class Dispatcher:
             trigger=job.trigger,
             initial_state=job.configuration.initial_state,
             waiting_time=PoolSize.of(self._node.pool()).waiting_time,
+            server_has_storage=server_has_storage,
         )
 
     async def _in_a_process(self, run: RunInHand, assignment: Assignment, job: DeployedJob) -> Outcome:

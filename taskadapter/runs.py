@@ -55,6 +55,7 @@ class Assignment(BaseModel, frozen=True):
         trigger: as deployed; None for a deployment that is not of ours.
         initial_state: of an attached service.
         waiting_time: seconds that it may be late where its policy ignores late ticks.
+        server_has_storage: whether the server may name a storage for results.
     """
 
     flow_run: FlowRun
@@ -71,6 +72,7 @@ class Assignment(BaseModel, frozen=True):
     trigger: TriggerConfiguration | None = None
     initial_state: dict[str, Any] | None = None
     waiting_time: float = WAITING_TIME
+    server_has_storage: bool = True
 
     @field_serializer("database_url", when_used="json")
     def _reveal(self, value: SecretStr) -> str:

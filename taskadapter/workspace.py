@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import httpx
 import prefect.engine
 from prefect import Flow
 from prefect.context import refresh_global_settings_context
@@ -93,7 +92,7 @@ def _folders(path: str | None) -> list[str]:
 def load(assignment: Assignment) -> Flow[..., Any]:
     """Return the assignment's flow, after the workspace's pull steps."""
     _pull(assignment)
-    return _with_result_storage(_import(assignment))
+    return _with_result_storage(_import(assignment), assignment.server_has_storage)
 
 
 def _pull(assignment: Assignment) -> None:
@@ -109,16 +108,15 @@ def _pull(assignment: Assignment) -> None:
     _go_to(output.get("directory") or Path.cwd())
 
 
-def _with_result_storage(flow: Flow[..., Any]) -> Flow[..., Any]:
+def _with_result_storage(flow: Flow[..., Any], server_has_one: bool) -> Flow[..., Any]:
     """Give the flow the default result storage: the engine would ask the API twice for each run."""
     settings = get_current_settings().results
-    try:
-        storage: Any = flow.result_storage or get_default_result_storage(_sync=True)  # type: ignore[call-arg]
-    except httpx.HTTPError:
-        return flow  # the engine asks again
-    persists = True
-    if flow.result_storage is not None or isinstance(storage, LocalFileSystem):
-        storage, persists = flow.result_storage or settings.local_storage_path, settings.persist_by_default
+    storage: Any = flow.result_storage or settings.local_storage_path
+    persists = settings.persist_by_default
+    if flow.result_storage is None and (server_has_one or settings.default_storage_block is not None):
+        found = get_default_result_storage(_sync=True)  # type: ignore[call-arg]
+        if not isinstance(found, LocalFileSystem):
+            storage, persists = found, True
     if flow.persist_result is not None:
         persists = flow.persist_result
     return flow.with_options(result_storage=storage, persist_result=persists)
