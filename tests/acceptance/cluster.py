@@ -486,15 +486,16 @@ class Cluster:
     def lost_ticks(self) -> list[str]:
         """Return the ticks of the counter, up to its last, that have neither a row nor a reason.
 
-        A reason is that the run shows as Crashed and says on which node: it was killed in the moment
-        between the start of its execution and its entry.
+        A reason is that the run shows as Crashed and says on which node, or that a signal has ended it: it
+        was killed in the moment between the start of its execution and its entry.
         """
         due_ticks = [row.scheduled for row in self.rows("counter")]
         first, last = min(due_ticks), max(due_ticks)
         missing = set(range(round(last - first))) - {round(tick - first) for tick in due_ticks}
         if missing:
             crashed = self.crashed("counter").values()
-            explained = [run for run in crashed if any(name in message(run) for name in self.nodes)]
+            reasons = ("termination signal", *self.nodes)
+            explained = [run for run in crashed if any(reason in message(run) for reason in reasons)]
             missing -= {round(due(run).timestamp() - first) for run in explained}
         return [self._tell(tick) for tick in sorted(first + number for number in missing)]
 

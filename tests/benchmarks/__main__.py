@@ -88,7 +88,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--repeat", type=int, default=1, help="rounds; the tables show medians")
     parser.add_argument("--backlog", type=int, default=100, help="late ticks")
     parser.add_argument(
-        "--endurance", type=int, default=0, help="runs in a row, watched for what they leave"
+        "--endurance", type=int, default=2000, help="runs in a row, watched for what they leave"
     )
     parser.add_argument("--runner", action="append", choices=names, help="only this; repeatable")
     parser.add_argument("--requests", action="store_true", help="list requests by kind")
