@@ -23,7 +23,7 @@ import httpx
 from prefect import Flow, flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
-from prefect.client.schemas.responses import SetStateStatus
+from prefect.client.schemas.responses import SetStateStatus, StateWaitDetails
 from prefect.context import FlowRunContext
 from prefect.exceptions import Abort
 from prefect.logging import get_run_logger
@@ -449,6 +449,10 @@ class Turn:
                     policy = policy.model_copy(update={"retry_type": "in_process"})
                     client.update_flow_run(self.flow_run.id, empirical_policy=policy)
                 answer = client.set_flow_run_state(self.flow_run.id, state)
+                # It took less time than the announcement before: the retry is not due yet for the API.
+                while isinstance(answer.details, StateWaitDetails):
+                    time.sleep(answer.details.delay_seconds)
+                    answer = client.set_flow_run_state(self.flow_run.id, state)
         except httpx.HTTPError as fault:
             self.log.warning("Prefect's API could not be told of state %s: %s", state.name, fault)
             return
