@@ -213,14 +213,14 @@ CODE = {
                 result = pool.submit(square, pickle.loads(pickle.dumps(Order()))).result(60)
             note("processes", "ran", result=result)
     """,
-    "ends.py": """
+    "last_words.py": """
         import atexit
         from ledger import note
         from prefect import flow, get_run_logger
 
         @flow
-        def ends() -> None:
-            atexit.register(note, "ends", "exited")
+        def last_words() -> None:
+            atexit.register(note, "last_words", "exited")
             get_run_logger().info("the last line")
     """,
 }
@@ -242,7 +242,7 @@ PLACES = {
     "numbers_async": "generators.py:numbers_async",
     "broken_numbers": "generators.py:broken_numbers",
     "processes": "pools.py:processes",
-    "ends": "ends.py:ends",
+    "last_words": "last_words.py:last_words",
 }
 
 
@@ -403,8 +403,8 @@ def test_a_job_that_closes_every_file(project: Project, prefect: Prefect) -> Non
 
 def test_a_processs_last_words(project: Project, prefect: Prefect) -> None:
     """What a run logs last arrives, and its `atexit` functions are called."""
-    ended = run(prefect, "ends")
-    project.wait_for("ends", "exited")
+    ended = run(prefect, "last_words")
+    project.wait_for("last_words", "exited")
     prefect.wait_for_logs(ended, "the last line")
 
 
@@ -480,7 +480,7 @@ def test_a_nursery_that_stands_still_is_replaced(
 
 # --- in time --------------------------------------------------------------------------------------
 
-HEAVY = """
+LOADS_LONG = """
     import time
     from ledger import note
     from taskadapter import Listener, TriggerConfiguration, current_run
@@ -488,24 +488,24 @@ HEAVY = """
     time.sleep(2)  # as a heavy import does
     listener = Listener(trigger=TriggerConfiguration(interval=4, max_count=30))
 
-    @listener.service("heavy")
-    def heavy() -> None:
-        note("heavy", "began", due=current_run().scheduled_time.timestamp())
+    @listener.service("loads-long")
+    def loads_long() -> None:
+        note("loads-long", "began", due=current_run().scheduled_time.timestamp())
 """
 
 
 @pytest.mark.slow
 def test_a_job_that_takes_long_to_load_is_in_time(agent: Program, project: Project) -> None:
     """Its process is made as long before the moment as its code took to load the last time."""
-    project.write("flows/heavy.py", HEAVY)
+    project.write("flows/loads_long.py", LOADS_LONG)
     project.deploy()
 
     def in_time() -> bool:
-        late = [entry.at - entry["due"] for entry in project.entries("heavy")]
+        late = [entry.at - entry["due"] for entry in project.entries("loads-long")]
         return any(seconds < 1.0 for seconds in late[1:])
 
     wait_until(in_time, PATIENCE, "a run in time")
-    assert all(entry.at >= entry["due"] for entry in project.entries("heavy"))
+    assert all(entry.at >= entry["due"] for entry in project.entries("loads-long"))
 
 
 # --- hooks ----------------------------------------------------------------------------------------
