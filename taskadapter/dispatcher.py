@@ -336,8 +336,9 @@ class Dispatcher:
         return [run for run in self._in_hand.values() if run.flow_run.deployment_id == job_id]
 
     def _may_begin(self, run: RunInHand) -> bool:
-        """Return whether it is a run's turn: ticks of a job begin in their order."""
-        if not schedules.is_tick(run.flow_run):
+        """Return whether it is a run's turn: ticks of a job of ours begin in their order."""
+        job = self._deployments.known(run.flow_run)
+        if not schedules.is_tick(run.flow_run) or (job is not None and job.trigger is None):
             return True
         return all(other.begun or other.due >= run.due for other in self._siblings(run.flow_run))
 
@@ -511,7 +512,7 @@ class Dispatcher:
             host.end(signal.SIGKILL)
             return Outcome("dropped")
         run.host = host
-        if job.trigger is None or self._may_begin(run):
+        if self._may_begin(run):
             host.go()
         try:
             return await host.carry_out(

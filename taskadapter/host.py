@@ -28,7 +28,6 @@ from prefect import Flow
 from prefect.client.schemas.objects import State
 from prefect.context import SyncClientContext
 from prefect.events.worker import EventsWorker
-from prefect.exceptions import Abort, Pause
 from prefect.flow_engine import run_flow
 from prefect.logging.handlers import APILogWorker
 from prefect.logging.loggers import flow_run_logger
@@ -113,10 +112,8 @@ class Host:
     def _listen(self) -> None:
         # An agent that is killed with something unread resets the connection instead of closing it.
         with contextlib.suppress(OSError), self._agent.makefile("r", encoding="utf-8") as lines:
-            for message in map(_parsed, lines):
+            for message in filter(None, map(_parsed, lines)):
                 match message:
-                    case None:
-                        pass
                     case {"do": "cancel"}:
                         prefect_private.intend_cancellation()
                         os.kill(os.getpid(), signal.SIGTERM)
@@ -180,12 +177,10 @@ class Host:
             threading.Thread(target=_guard, args=(assignment, over), name="guard", daemon=True).start()
         try:
             drive(flow, assignment)
-        except (Abort, Pause):
-            pass
         except Exception as exc:  # noqa: BLE001 - the engine's own trouble: the agent reports it
             self._tell("crashed", message=f"{type(exc).__name__}: {exc}")
             return
-        except BaseException:  # noqa: BLE001, S110 - reported by the engine
+        except BaseException:  # noqa: BLE001, S110 - reported by the engine, or no longer ours to run
             pass
         finally:
             over.set()

@@ -15,7 +15,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -116,7 +116,7 @@ class Host:
         ending = await self._ending
         if outcome is None:
             return Outcome("crashed", message=self._in_words(ending))
-        return Outcome(outcome.kind, outcome.ended, outcome.message, ending.left)
+        return replace(outcome, left=ending.left)
 
     async def run_hooks(self, assignment: Assignment, state: State[Any]) -> None:
         """Have the process run the hooks for ``state`` of a run whose own process is gone."""

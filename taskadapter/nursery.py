@@ -23,7 +23,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,20 +74,20 @@ def main(agent: socket.socket, preload: list[str]) -> None:
     # A signal to the whole service is for the agent, which ends its runs in order.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    with contextlib.ExitStack() as warm:
-        if (refusal := _preload(preload)) is not None:
-            _tell(agent, refused=refusal)
-            return
-        prefect_private.share_tls_context()
-        has_api = PREFECT_API_URL.value() is not None
-        if has_api:
-            warm.enter_context(connected(csrf=_server_has_csrf()))
-        # What is alive now stays shared with the processes: their collectors need not touch it.
-        gc.collect()
-        gc.freeze()
-        _prctl(_SET_CHILD_SUBREAPER, 1)
-        _tell(agent, ready=True)
-        Nursery(agent, warm if has_api else None).serve()
+    if (refusal := _preload(preload)) is not None:
+        _tell(agent, refused=refusal)
+        return
+    prefect_private.share_tls_context()
+    warm = None
+    if PREFECT_API_URL.value() is not None:
+        warm = contextlib.ExitStack()
+        warm.enter_context(connected(csrf=_server_has_csrf()))
+    # What is alive now stays shared with the processes: their collectors need not touch it.
+    gc.collect()
+    gc.freeze()
+    _prctl(_SET_CHILD_SUBREAPER, 1)
+    _tell(agent, ready=True)
+    Nursery(agent, warm).serve()
 
 
 def _server_has_csrf() -> bool:
@@ -131,7 +131,7 @@ class Nursery:
 
     Args:
         agent: the socket to the agent.
-        warm: what has opened `connected`; each process has a copy.
+        warm: what has opened `connected`, for each process to have a copy; None if nobody has.
     """
 
     def __init__(self, agent: socket.socket, warm: contextlib.ExitStack | None) -> None:
@@ -200,9 +200,9 @@ class Nursery:
 
     def _end_orphans(self) -> list[str]:
         """End the children that are no run's process: their runs are over. Return their commands."""
-        commands = []
-        for pid in _children() - self._runs:
-            commands += [command for command in [_command(pid)] if command]
+        orphans = _children() - self._runs
+        commands = _commands(orphans)
+        for pid in orphans:
             with contextlib.suppress(*NOT_OURS):
                 os.kill(pid, signal.SIGKILL)
         return commands
@@ -238,10 +238,10 @@ def _end_group(group: int) -> list[str]:
         return []
     except PermissionError:
         pass
-    commands = [_command(pid) for pid in _members(group)]
+    commands = _commands(_members(group))
     with contextlib.suppress(*NOT_OURS):
         os.killpg(group, signal.SIGKILL)
-    return [command for command in commands if command]
+    return commands
 
 
 def _members(group: int) -> list[int]:
@@ -262,6 +262,11 @@ def _children() -> set[int]:
         return {int(pid) for pid in (_PROC / f"self/task/{os.getpid()}/children").read_text().split()}
     except OSError:
         return set()
+
+
+def _commands(pids: Iterable[int]) -> list[str]:
+    """Return the command lines of processes, without those that have ended."""
+    return [command for command in map(_command, pids) if command]
 
 
 def _command(pid: int) -> str:

@@ -14,6 +14,7 @@ from prefect.states import Cancelling
 from deployments.local import wait_until
 from taskadapter.pools import ensure_work_pool
 from tests.acceptance.project import PATIENCE, Prefect, Project, is_alive, state_of
+from tests.processes import nurseries
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -223,6 +224,34 @@ CODE = {
             atexit.register(note, "last_words", "exited")
             get_run_logger().info("the last line")
     """,
+    "hooked.py": """
+        import time
+        from ledger import note
+        from prefect import flow
+
+        def tell(flow, run, state) -> None:
+            note("hooks", state.name, message=state.message)
+
+        @flow(on_crashed=[tell], on_failure=[tell], on_completion=[tell], on_cancellation=[tell])
+        def hooked(seconds: int = 0) -> None:
+            note("hooked", "began")
+            time.sleep(seconds)
+    """,
+    "preloaded.py": """
+        import sys
+        from ledger import note
+        from prefect import flow
+
+        @flow
+        def preloaded() -> None:
+            note("preloaded", "ran", setting="wave" in sys.modules, pool="chunk_of_mine" in sys.modules)
+    """,
+    "chunk_of_mine.py": "",
+    "busy.py": """
+        import threading
+
+        threading.Thread(target=threading.Event().wait, name="busy-one", daemon=True).start()
+    """,
 }
 
 PLACES = {
@@ -243,16 +272,20 @@ PLACES = {
     "broken_numbers": "generators.py:broken_numbers",
     "processes": "pools.py:processes",
     "last_words": "last_words.py:last_words",
+    "hooked": "hooked.py:hooked",
+    "preloaded": "preloaded.py:preloaded",
 }
 
 
-def deploy(project: Project, prefect: Prefect, flow: str, name: str, **variables: Any) -> None:
-    """Deploy one of the flows by a name."""
+def deploy(
+    project: Project, prefect: Prefect, flow: str, name: str, pool: str | None = None, **variables: Any
+) -> None:
+    """Deploy one of the flows by a name, to the module's pool or another."""
     prefect.client.create_deployment(
         prefect.client.create_flow_from_name(flow),
         name,
         entrypoint=PLACES[flow],
-        work_pool_name=project.pool,
+        work_pool_name=pool or project.pool,
         job_variables=variables,
         enforce_parameter_schema=False,
     )
@@ -439,10 +472,8 @@ def test_other_processes_find_the_flows_module(project: Project, prefect: Prefec
 
 
 def nursery_of(agent: Program) -> psutil.Process:
-    """Return the process that forks others."""
-    (found,) = [
-        child for child in psutil.Process(agent.pid).children() if "taskadapter.nursery" in child.cmdline()
-    ]
+    """Return the one process that forks others."""
+    (found,) = nurseries(agent.pid)
     return found
 
 
@@ -510,38 +541,17 @@ def test_a_job_that_takes_long_to_load_is_in_time(agent: Program, project: Proje
 
 # --- hooks ----------------------------------------------------------------------------------------
 
-HOOKS = """
-    import time
-    from ledger import note
-    from prefect import flow
-
-    def tell(flow, run, state) -> None:
-        note("hooks", state.name, message=state.message)
-
-    @flow(on_crashed=[tell], on_failure=[tell], on_completion=[tell], on_cancellation=[tell])
-    def hooked(seconds: int = 0) -> None:
-        note("hooked", "began")
-        time.sleep(seconds)
-"""
-
 
 @pytest.mark.slow
 def test_hooks_are_called_once(project: Project, prefect: Prefect) -> None:
     """A run that its stopping agent ends is Crashed, and its hook is called once, for that state."""
     pool = f"{project.pool}-hooks"
-    project.write("hooked.py", HOOKS)
     ensure_work_pool(pool)
-    prefect.client.create_deployment(
-        prefect.client.create_flow_from_name("hooked"),
-        "hooked",
-        entrypoint="hooked.py:hooked",
-        work_pool_name=pool,
-        enforce_parameter_schema=False,
-    )
+    deploy(project, prefect, "hooked", "stopped", pool)
     short = {"PREFECT_INTEGRATIONS_TASKADAPTER_DRAIN_SECONDS": "1"}
     with project.agent("hooks", env=short, pool=pool) as node:
-        assert_completed([run(prefect, "hooked")])
-        going_on = prefect.start("hooked", parameters={"seconds": 600})
+        assert_completed([run(prefect, "hooked/stopped")])
+        going_on = prefect.start("hooked/stopped", parameters={"seconds": 600})
         project.wait_for("hooked", "began", 2)
         pid = node.pid
         os.kill(pid, signal.SIGTERM)
@@ -557,8 +567,7 @@ def test_hooks_of_a_run_whose_process_was_killed(
 ) -> None:
     """They are called once, in a process of their own."""
     before = len(project.entries("hooks", "Crashed"))
-    deploy_hooked(project, prefect)
-    going_on = prefect.start("hooked/killed", parameters={"seconds": 600})
+    going_on = prefect.start("hooked", parameters={"seconds": 600})
     (entry,) = project.wait_for("hooked", "began", len(project.entries("hooked")) + 1)[-1:]
     os.kill(entry.pid, signal.SIGKILL)
     assert state_of(prefect.wait_for_end(going_on)).name == "Crashed"
@@ -568,55 +577,22 @@ def test_hooks_of_a_run_whose_process_was_killed(
     assert len(project.entries("hooks", "Crashed")) == before + 1
 
 
-def deploy_hooked(project: Project, prefect: Prefect) -> None:
-    """Deploy the flow with hooks to the module's pool."""
-    PLACES["hooked"] = "hooked.py:hooked"
-    project.write("hooked.py", HOOKS)
-    deploy(project, prefect, "hooked", "killed")
-
-
 # --- preloading -----------------------------------------------------------------------------------
 
 PRELOAD = "PREFECT_INTEGRATIONS_TASKADAPTER_PRELOAD"
-
-BUSY = """
-    import threading
-
-    threading.Thread(target=threading.Event().wait, name="busy-one", daemon=True).start()
-"""
-
-PRELOADED = """
-    import sys
-    from ledger import note
-    from prefect import flow
-
-    @flow
-    def preloaded() -> None:
-        note("preloaded", "ran", setting="wave" in sys.modules, pool="chunk_of_mine" in sys.modules)
-"""
 
 
 @pytest.mark.slow
 def test_a_node_preloads_what_setting_and_pool_name(project: Project, prefect: Prefect) -> None:
     """The modules are there when a run's process starts; one that starts a thread keeps the agent down."""
     pool = f"{project.pool}-preload"
-    PLACES["preloaded"] = "preloaded.py:preloaded"
-    project.write("preloaded.py", PRELOADED)
-    project.write("chunk_of_mine.py", "")
-    project.write("busy.py", BUSY)
     ensure_work_pool(pool)
     template = prefect.client.read_work_pool(pool).base_job_template
     template["variables"]["properties"]["preload"]["default"] = ["chunk_of_mine"]
     prefect.client.update_work_pool(pool, WorkPoolUpdate(base_job_template=template))
-    prefect.client.create_deployment(
-        prefect.client.create_flow_from_name("preloaded"),
-        "preloaded",
-        entrypoint="preloaded.py:preloaded",
-        work_pool_name=pool,
-        enforce_parameter_schema=False,
-    )
+    deploy(project, prefect, "preloaded", "at-start", pool)
     with project.agent("preloads", env={PRELOAD: "wave"}, pool=pool):
-        assert_completed([run(prefect, "preloaded")])
+        assert_completed([run(prefect, "preloaded/at-start")])
     (entry,) = project.entries("preloaded")
     assert (entry["setting"], entry["pool"]) == (True, True)
 

@@ -23,6 +23,7 @@ from prefect.states import Scheduled
 from deployments.local import free_port, running, wait_until
 from taskadapter.schedules import tick_key
 from tests.acceptance.project import PATIENCE, state_of
+from tests.processes import nurseries
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -147,12 +148,6 @@ def send(program: Program, number: signal.Signals) -> None:
     os.kill(program.pid, number)
 
 
-def nurseries(program: Program) -> list[psutil.Process]:
-    """Return the processes of a program that fork hosts."""
-    children = psutil.Process(program.pid).children()
-    return [child for child in children if "taskadapter.nursery" in child.cmdline()]
-
-
 def wait_for_ticks(project: Project, prefix: str, count: int) -> None:
     for job in jobs_of(prefix):
         project.wait_for(job, "ran", count)
@@ -181,7 +176,7 @@ def test_nodes_that_start_together_share_the_jobs(
     """Nobody fails, each has one nursery, and each tick runs once; at the end each hands over."""
     wait_for_ticks(project, prefix, 3)
 
-    assert {name: len(nurseries(program)) for name, program in nodes.items()} == dict.fromkeys(nodes, 1)
+    assert {name: len(nurseries(program.pid)) for name, program in nodes.items()} == dict.fromkeys(nodes, 1)
     for name, program in nodes.items():
         send(program, signal.SIGTERM)
         assert program.process is not None
@@ -351,7 +346,7 @@ def test_listeners_and_services_come_and_go(
         project.wait_for(first, "ran", len(ran(project, first)) + 3)
         assert [entry for entry in ran(project, second) if entry.at > stopped] == []
         assert prefect.is_active(second)
-        assert len(nurseries(program)) == len(psutil.Process(program.pid).children()) == children == 1
+        assert len(nurseries(program.pid)) == len(psutil.Process(program.pid).children()) == children == 1
 
         before = {job: len(ran(project, job)) for job in (second, late)}
         step("again", "again")
@@ -470,7 +465,7 @@ def test_a_program_may_have_two_work_pools(project: Project, prefix: str, databa
     with running(project.program("pools.py", "node-a", prefix, env=database)) as program:
         for job in jobs:
             project.wait_for(job, "ran", 2)
-        assert len(nurseries(program)) == 2
+        assert len(nurseries(program.pid)) == 2
         (project.folder / prefix).touch()
         stopped = project.wait_for(prefix, "stopped")[0].at
         project.wait_for(jobs[1], "ran", len(ran(project, jobs[1])) + 4)
@@ -641,7 +636,7 @@ def test_forty_listeners_have_one_agent(
         print(f"forty listeners have started within {started['seconds']:.1f} s")
         for k in range(40):
             project.wait_for(f"{prefix}-{k}", "ran")
-        assert len(nurseries(program)) == 1
+        assert len(nurseries(program.pid)) == 1
         with postgres_server.connect(prefix) as connection:
             (nodes,) = connection.execute("SELECT count(*) FROM taskadapter_node").fetchone() or (0,)
             (held,) = connection.execute("SELECT count(*) FROM token_holder").fetchone() or (0,)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from tests.processes import nurseries
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -54,9 +56,8 @@ def holdings(pid: int) -> dict[str, float]:
 
     Memory is what each has in RAM, in MB; connections are those of the internet's families.
     """
-    agent = psutil.Process(pid)
     held = {}
-    for name, process in (("agent", agent), ("nursery", _nursery_of(agent))):
+    for name, process in (("agent", psutil.Process(pid)), ("nursery", nurseries(pid)[0])):
         held |= {
             f"{name} memory": process.memory_info().rss / 1e6,
             f"{name} threads": process.num_threads(),
@@ -64,10 +65,6 @@ def holdings(pid: int) -> dict[str, float]:
             f"{name} connections": len(process.net_connections()),
         }
     return held
-
-
-def _nursery_of(agent: psutil.Process) -> psutil.Process:
-    return next(child for child in agent.children() if "taskadapter.nursery" in child.cmdline())
 
 
 def _family(pid: int) -> list[psutil.Process]:

@@ -69,7 +69,8 @@ class Process:
 
 def in_hand(*begun, planned=True):
     """A dispatcher with ticks of one job, a second apart; each has begun or not, and waits in a process."""
-    dispatcher = Dispatcher(SimpleNamespace(client=None, log=LOG), None, None, None)
+    deployments = Deployments(None, LOG)
+    dispatcher = Dispatcher(SimpleNamespace(client=None, log=LOG), None, deployments, None)
     job_id = uuid4()
     runs = []
     for n, has in enumerate(begun):
