@@ -40,9 +40,7 @@ from prefect.settings import (
 
 from taskadapter import prefect_private, progress, runs, workspace
 from taskadapter.coordination.board import clock
-
-LEAVE_SECONDS = 5.0
-"""How long the end of a process may take: what it has logged is sent, its `atexit` functions are called."""
+from taskadapter.runs import LEAVE_SECONDS
 
 
 @contextlib.contextmanager

@@ -23,10 +23,10 @@ from prefect.client.schemas.objects import State
 from prefect.logging import get_logger
 
 from taskadapter.errors import TaskError
-from taskadapter.runs import Assignment
+from taskadapter.runs import LEAVE_SECONDS, Assignment
 
-FORK_SECONDS = 10.0
-"""How long the nursery may take to fork a process before it is replaced by another nursery."""
+ANSWER_SECONDS = 10.0
+"""How long the nursery may take to fork a process, or to tell of its end, before it is replaced."""
 
 LAST_WORDS_SECONDS = 0.2
 """What a process has said is read within this after its end, though others still hold its socket."""
@@ -86,10 +86,24 @@ class Ending:
 
 
 class Host:
-    """The process of one run, as the agent sees it."""
+    """The process of one run, as the agent sees it.
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, pid: int) -> None:
+    Args:
+        reader: what it says.
+        writer: what it hears.
+        pid: its id.
+        give_up: replaces a nursery that does not tell of the end of a process.
+    """
+
+    def __init__(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        pid: int,
+        give_up: Callable[[], None],
+    ) -> None:
         self.pid = pid
+        self._give_up = give_up
         self._ending: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
         self._reader = reader
         self._writer = writer
@@ -112,8 +126,10 @@ class Host:
                     outcome = Outcome("crashed", message=message)
                 case {"event": "dropped"}:
                     outcome = Outcome("dropped")
+            if outcome is not None:
+                break
         # What ends is the process, not its socket: a job may have closed that, or a child may hold it.
-        ending = await self._ending
+        ending = await self._end_of(is_leaving=outcome is not None)
         if outcome is None:
             return Outcome("crashed", message=self._in_words(ending))
         return replace(outcome, left=ending.left)
@@ -121,8 +137,24 @@ class Host:
     async def run_hooks(self, assignment: Assignment, state: State[Any]) -> None:
         """Have the process run the hooks for ``state`` of a run whose own process is gone."""
         async for _ in self._assign("hooks", assignment, state=state.model_dump(mode="json")):
-            pass
-        await self._ending
+            break
+        await self._end_of(is_leaving=True)
+
+    async def _end_of(self, *, is_leaving: bool) -> Ending:
+        """Wait for the end of the process; a nursery that does not tell of it in time is replaced.
+
+        Args:
+            is_leaving: whether the process has said its last, and ends within `LEAVE_SECONDS`.
+        """
+        if is_leaving and not await self._has_ended_within(LEAVE_SECONDS + ANSWER_SECONDS):
+            self.end(signal.SIGKILL)
+            if not await self._has_ended_within(ANSWER_SECONDS):
+                self._give_up()
+        return await self._ending
+
+    async def _has_ended_within(self, seconds: float) -> bool:
+        done, _ = await asyncio.wait([self._ending], timeout=seconds)
+        return bool(done)
 
     async def _assign(self, do: str, assignment: Assignment, **more: Any) -> AsyncIterator[dict[str, Any]]:
         """Give the assignment to the process; yields what it tells, until nothing more can come."""
@@ -300,16 +332,16 @@ class HostPool:
             socket.send_fds(nursery, [b"+"], [theirs.fileno()])
         reader, writer = await asyncio.open_unix_connection(sock=ours, limit=LONGEST_LINE)
         try:
-            async with asyncio.timeout(FORK_SECONDS):
+            async with asyncio.timeout(ANSWER_SECONDS):
                 line = await reader.readline()
         except TimeoutError:
             writer.close()
             self._kill_nursery()
-            raise OSError(f"it was not forked within {FORK_SECONDS:g} s") from None
+            raise OSError(f"it was not forked within {ANSWER_SECONDS:g} s") from None
         if not line or nursery is not self._nursery:
             writer.close()
             raise OSError("it ended at once")
-        host = Host(reader, writer, json.loads(line)["pid"])
+        host = Host(reader, writer, json.loads(line)["pid"], self._kill_nursery)
         self._hosts[host.pid] = host
         if (ending := self._endings.pop(host.pid, None)) is not None:
             del self._hosts[host.pid]

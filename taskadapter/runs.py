@@ -22,6 +22,9 @@ from taskadapter.jobs import JobId
 from taskadapter.model import TaskPolicy, TriggerConfiguration
 from taskadapter.schedules import WAITING_TIME, is_tick
 
+LEAVE_SECONDS = 5.0
+"""How long the end of a process may take: what it has logged is sent, its `atexit` functions are called."""
+
 
 class Workspace(BaseModel, frozen=True):
     """Where a deployment's code runs.

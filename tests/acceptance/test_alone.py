@@ -509,6 +509,19 @@ def test_a_nursery_that_stands_still_is_replaced(
     assert nursery_of(agent).pid != nursery.pid
 
 
+@pytest.mark.slow
+def test_a_nursery_that_stands_still_while_a_run_ends(
+    agent: Program, project: Project, prefect: Prefect
+) -> None:
+    """It tells of no end: it is replaced, and the run's place is free again, also if it is the only one."""
+    going_on = prefect.start("beats")
+    project.wait_for("beats", "beat", len(project.entries("beats")) + 1)
+    nursery = nursery_of(agent)
+    nursery.send_signal(signal.SIGSTOP)
+    assert_completed([prefect.wait_for_end(going_on), run(prefect, "price")])
+    assert nursery_of(agent).pid != nursery.pid
+
+
 # --- in time --------------------------------------------------------------------------------------
 
 LOADS_LONG = """
