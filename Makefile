@@ -38,6 +38,8 @@ lint: $(READY) ## Format, lint, strict types, and whether deployments/prefect.ya
 check: lint test ## What CI runs.
 
 bench: $(READY) ## Compare with Prefect's process worker, side by side.
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--constraint deployments/constraints.txt --group bench
 	@$(BIN)/python -m tests.benchmarks
 
 render: $(READY) ## Write deployments/prefect.yaml from flows/.

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from deployments.local import postgres, prefect_server
 from tests.benchmarks.bench import Bench, Figures
-from tests.benchmarks.runners import BASELINE, RUNNERS, Runner
+from tests.benchmarks.runners import BASELINE, IMPORTING, RUNNERS, Runner
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -58,6 +58,7 @@ def main() -> None:
     runners = [r for r in RUNNERS if r.name in options.runner]
     steady: Results = {runner: [] for runner in runners}
     backlog: Results = {runner: [] for runner in runners if runner.drains}
+    importing: Results = {runner: [] for runner in IMPORTING if options.pandas}
     with (
         tempfile.TemporaryDirectory() as directory,
         postgres() as database,
@@ -74,9 +75,14 @@ def main() -> None:
             for runner in backlog:
                 _say(f"{runner.name}: {options.backlog} late ticks ({n}/{options.repeat})")
                 backlog[runner].append(bench.backlog(runner, options.backlog))
+            for runner in importing:
+                _say(f"a job that imports pandas, {runner.name} ({n}/{options.repeat})")
+                importing[runner].append(bench.steady(runner, options.seconds))
         held = bench.endurance(RUNNERS[-1], options.endurance) if options.endurance else []
     _say(_table("A job every 2 s", STEADY, steady))
     _say(_table("After an outage", BACKLOG, backlog))
+    if importing:
+        _say(_table("A job that imports pandas", STEADY, importing))
     if held:
         _say(_held(held))
 
@@ -89,6 +95,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--backlog", type=int, default=100, help="late ticks")
     parser.add_argument(
         "--endurance", type=int, default=2000, help="runs in a row, watched for what they leave"
+    )
+    parser.add_argument(
+        "--pandas", action=argparse.BooleanOptionalAction, default=True, help="a job that imports it, too"
     )
     parser.add_argument("--runner", action="append", choices=names, help="only this; repeatable")
     parser.add_argument("--requests", action="store_true", help="list requests by kind")

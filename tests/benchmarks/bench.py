@@ -146,7 +146,7 @@ class Bench:
         """Start a runner, with the counting proxy as its server."""
         with CountingProxy(self._server.port).running() as proxy:
             ours = {"PREFECT_API_URL": proxy.api_url, ledger.VARIABLE: str(job.ledger)}
-            env = {**self._server.env, **ours}
+            env = {**self._server.env, **ours, **runner.env}
             name = f"node-{self._jobs}"
             with agent(name, runner.pool, env, PROJECT, *runner.options, kind=runner.kind) as node:
                 yield node, proxy

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import UUID
@@ -13,7 +13,7 @@ from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCre
 from prefect.client.schemas.schedules import IntervalSchedule
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from prefect.client.orchestration import SyncPrefectClient
 
@@ -32,6 +32,7 @@ class Runner:
         deploy: Deploys the job, active, to a server that does not know the pool yet.
         options: More of the command line.
         drains: Whether it is also measured after an outage.
+        env: What it finds in its environment besides.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Runner:
     deploy: Callable[[SyncPrefectClient], UUID]
     options: tuple[str, ...] = ()
     drains: bool = True
+    env: Mapping[str, str] = field(default_factory=dict)
 
 
 def deploy_plain(client: SyncPrefectClient) -> UUID:
@@ -62,8 +64,15 @@ def deploy_declared(_: SyncPrefectClient) -> UUID:
     from taskadapter.deploy import deploy
     from tests.benchmarks.declared import listener
 
-    jobs = asyncio.run(deploy(listener))
-    return jobs["bench"].id
+    return asyncio.run(deploy(listener))["bench"].id
+
+
+def deploy_frames(_: SyncPrefectClient) -> UUID:
+    """Deploy the job that imports pandas."""
+    from taskadapter.deploy import deploy
+    from tests.benchmarks.frames import listener
+
+    return asyncio.run(deploy(listener))["bench"].id
 
 
 BASELINE = Runner("process, limit 2", "process", "bench", deploy_plain, ("--limit", "2"))
@@ -73,3 +82,11 @@ RUNNERS = (
     BASELINE,
     Runner("taskadapter", "warm-backup", "taskadapter", deploy_declared, ("--limit", "2")),
 )
+PRELOAD = "PREFECT_INTEGRATIONS_TASKADAPTER_PRELOAD"
+IMPORTING = (
+    Runner("imported by each run", "warm-backup", "taskadapter", deploy_frames, ("--limit", "2")),
+    Runner(
+        "preloaded", "warm-backup", "taskadapter", deploy_frames, ("--limit", "2"), env={PRELOAD: "pandas"}
+    ),
+)
+"""The job that imports pandas, without and with its being imported once for all runs."""
