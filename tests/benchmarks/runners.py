@@ -41,7 +41,7 @@ class Runner:
     deploy: Callable[[SyncPrefectClient], UUID]
     options: tuple[str, ...] = ()
     drains: bool = True
-    env: Mapping[str, str] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
 def deploy_plain(client: SyncPrefectClient) -> UUID:
