@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from deployments.local import postgres, prefect_server
 from tests.benchmarks.bench import Bench, Figures
-from tests.benchmarks.runners import BASELINE, IMPORTING, RUNNERS, Runner
+from tests.benchmarks.runners import AGENT, BASELINE, IMPORTING, RUNNERS, Runner
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -78,7 +78,7 @@ def main() -> None:
             for runner in importing:
                 _say(f"a job that imports pandas, {runner.name} ({n}/{options.repeat})")
                 importing[runner].append(bench.steady(runner, options.seconds))
-        held = bench.endurance(RUNNERS[-1], options.endurance) if options.endurance else []
+        held = bench.endurance(AGENT, options.endurance) if options.endurance else []
     _say(_table("A job every 2 s", STEADY, steady))
     _say(_table("After an outage", BACKLOG, backlog))
     if importing:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import UUID
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from prefect.client.orchestration import SyncPrefectClient
+
+    from taskadapter import Listener
 
 PROJECT = Path(__file__).parents[2]
 INTERVAL = 2.0  # seconds between two ticks of the job
@@ -61,32 +63,35 @@ def deploy_plain(client: SyncPrefectClient) -> UUID:
 
 def deploy_declared(_: SyncPrefectClient) -> UUID:
     """Deploy the declared service as its listener would."""
-    from taskadapter.deploy import deploy
     from tests.benchmarks.declared import listener
 
-    return asyncio.run(deploy(listener))["bench"].id
+    return _deploy(listener)
 
 
 def deploy_frames(_: SyncPrefectClient) -> UUID:
     """Deploy the job that imports pandas."""
-    from taskadapter.deploy import deploy
     from tests.benchmarks.frames import listener
+
+    return _deploy(listener)
+
+
+def _deploy(listener: Listener) -> UUID:
+    from taskadapter.deploy import deploy
 
     return asyncio.run(deploy(listener))["bench"].id
 
 
 BASELINE = Runner("process, limit 2", "process", "bench", deploy_plain, ("--limit", "2"))
+AGENT = Runner("taskadapter", "warm-backup", "taskadapter", deploy_declared, ("--limit", "2"))
 RUNNERS = (
     # Without a limit a backlog is a hundred processes at once: it would measure the machine.
     Runner("process", "process", "bench", deploy_plain, drains=False),
     BASELINE,
-    Runner("taskadapter", "warm-backup", "taskadapter", deploy_declared, ("--limit", "2")),
+    AGENT,
 )
 PRELOAD = "PREFECT_INTEGRATIONS_TASKADAPTER_PRELOAD"
 IMPORTING = (
-    Runner("imported by each run", "warm-backup", "taskadapter", deploy_frames, ("--limit", "2")),
-    Runner(
-        "preloaded", "warm-backup", "taskadapter", deploy_frames, ("--limit", "2"), env={PRELOAD: "pandas"}
-    ),
+    replace(AGENT, name="imported by each run", deploy=deploy_frames),
+    replace(AGENT, name="preloaded", deploy=deploy_frames, env={PRELOAD: "pandas"}),
 )
 """The job that imports pandas, without and with its being imported once for all runs."""
