@@ -4,16 +4,28 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from json import JSONDecodeError
 from typing import Any, TypeVar, cast
 
 import httpx
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.settings import get_current_settings
 from prefect.utilities.asyncutils import run_coro_as_sync
+from pydantic import ValidationError
 
 from taskadapter.errors import ApiUnavailableError
 
 T = TypeVar("T")
+
+API_FAULTS = (httpx.HTTPError, ValidationError, JSONDecodeError)
+"""What Prefect's client raises when the API does not answer, refuses, or does not make sense."""
+
+
+def in_words(fault: Exception) -> str:
+    """Return a fault in one line."""
+    if isinstance(fault, ValidationError | JSONDecodeError):
+        return "the API's answer makes no sense"
+    return " ".join(str(fault).split()) or type(fault).__name__
 
 
 def run_sync(work: Coroutine[Any, Any, T]) -> T:

@@ -9,6 +9,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
+from uuid import UUID
 
 import httpx
 from cyclopts import App, Parameter
@@ -21,6 +22,7 @@ from rich.text import Text
 from taskadapter.errors import TaskError
 
 if TYPE_CHECKING:
+    from prefect.client.schemas.responses import DeploymentResponse
     from sqlalchemy import Engine
 
     from taskadapter.coordination.tokens import Status
@@ -105,6 +107,50 @@ def resign(group: str, /, *, pool: Pool = None) -> None:
 
 
 @app.command
+def ledger(
+    job: Annotated[str, Parameter(help="The job: flow/deployment, or its id.")],
+    /,
+    *,
+    last: Annotated[int, Parameter(help="How many of its executions.")] = 50,
+    as_json: Annotated[bool, Parameter(name="--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Show what a job has executed: when, where, how late, and which ticks between them are missing."""
+    from taskadapter.audit import history
+
+    deployment = asyncio.run(_deployment(job))
+    _, engine = _domain(deployment.work_pool_name)
+    lines = history(engine, deployment, last)
+    if as_json:
+        print(json.dumps([asdict(line) for line in lines], indent=2))
+        return
+    table = Table("due", "no.", "outcome", "late", "took", "node", "term", "flow run")
+    for line in lines:
+        outcome = line.outcome + (f": {line.reason}" if line.reason else "")
+        number, term = (str(value or "") for value in (line.number, line.term))
+        late, took = _seconds(line.late), _seconds(line.took)
+        table.add_row(line.due or "by hand", number, outcome, late, took, line.node, term, line.flow_run)
+    Console().print(table)
+
+
+async def _deployment(job: str) -> DeploymentResponse:
+    """Return a job by its name or its id.
+
+    Raises:
+        TaskError: there is none.
+    """
+    from taskadapter.api import api_client
+
+    async with api_client() as client:
+        try:
+            try:
+                return await client.read_deployment(UUID(job))
+            except ValueError:
+                return await client.read_deployment_by_name(job)
+        except ObjectNotFound:
+            raise TaskError(f"there is no job {job!r}; name it as flow/deployment, or by its id.") from None
+
+
+@app.command
 def doctor(
     *,
     pool: Pool = None,
@@ -144,14 +190,21 @@ def init(*, pool: Pool = None) -> None:
 
 @database.command
 def upgrade(*, pool: Pool = None) -> None:
-    """Make what is missing, and widen tables that Ballerina has made narrower than ours."""
-    from taskadapter.coordination.dialects import transaction
-    from taskadapter.coordination.schema import upgrades
+    """Bring the tables of an older release along, and widen those that Ballerina made narrower than ours.
 
-    init(pool=pool)
+    No node of the older release may run meanwhile.
+    """
+    from taskadapter.coordination import schema
+    from taskadapter.coordination.dialects import transaction, translated
+
     _, engine = _domain(pool)
+    with translated(engine.url), engine.connect() as connection:
+        steps = schema.upgrade(connection)
+    for step in steps:
+        print(f"Step {step} is done.")
+    init(pool=pool)
     with transaction(engine) as connection:
-        statements = upgrades(connection)
+        statements = schema.upgrades(connection)
         for statement in statements:
             connection.exec_driver_sql(statement)
     print("\n".join(statements) or "All columns are as wide as they should be.")

@@ -29,9 +29,9 @@ from taskadapter.errors import DeclarationError, TaskError
 from taskadapter.jobs import JobId
 from taskadapter.listener import Declared, Listener, listeners, refuse_disagreement
 from taskadapter.locks import lock
+from taskadapter.model import DEFAULT_QUEUE
 from taskadapter.planned import DETACHED, TAG
 from taskadapter.ticks import create_tick
-from taskadapter.worker import DEFAULT_QUEUE
 
 HEADER = """\
 # Made by `taskadapter render` from the declarations in {flows}/: change those, not this file.

@@ -19,15 +19,17 @@ from prefect.client.schemas.filters import (
     FlowRunFilterState,
     FlowRunFilterStateType,
 )
-from prefect.client.schemas.objects import FlowRun, State, StateType, WorkPool
-from prefect.client.schemas.responses import DeploymentResponse, SetStateStatus
-from prefect.exceptions import ObjectNotFound
+from prefect.client.schemas.objects import FlowRun, StateType, WorkPool
+from prefect.client.schemas.responses import DeploymentResponse
 from prefect.workers.base import BaseJobConfiguration, BaseVariables
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from taskadapter import schedules
+from taskadapter.api import API_FAULTS
+from taskadapter.errors import DeclarationError
 from taskadapter.model import TaskPolicy, TriggerConfiguration
 from taskadapter.runs import Workspace
+from taskadapter.telling import Teller
 
 FRESH_SECONDS = 60.0
 """A deployment that was read longer ago is read again."""
@@ -37,18 +39,6 @@ BATCH = timedelta(seconds=1)
 
 SETTLE_SECONDS = 5.0
 """How long a stopping agent waits until jobs that are over have been put away."""
-
-RETRY_SECONDS = 2.0
-"""How long to wait before the API is told again what it could not be told."""
-
-_REFUSALS = {
-    httpx.codes.BAD_REQUEST,
-    httpx.codes.REQUEST_ENTITY_TOO_LARGE,
-    httpx.codes.UNPROCESSABLE_ENTITY,
-}
-"""What is answered to a request that would be refused again; others may succeed later."""
-
-_UNTELLABLE = "The agent's log has the message, which the API has refused."
 
 
 class WarmBackupJobConfiguration(BaseJobConfiguration):
@@ -194,11 +184,15 @@ class Deployments:
     Args:
         client: connected to the API.
         log: the agent's.
+
+    Attributes:
+        teller: tells the API what became of runs, until it knows.
     """
 
     def __init__(self, client: PrefectClient, log: Logger | LoggerAdapter[Any]) -> None:
         self._client = client
         self._log = log
+        self.teller = Teller(client, log)
         self._read: dict[UUID, DeployedJob] = {}
         self._reading = asyncio.Lock()
         self._ending: dict[UUID, asyncio.Task[None]] = {}
@@ -233,23 +227,29 @@ class Deployments:
         assert flow_run.deployment_id is not None  # noqa: S101 - see job_of
         deployment = await self._client.read_deployment(flow_run.deployment_id)
         flow_name = known.flow_name if known else (await self._client.read_flow(flow_run.flow_id)).name
-        configuration: WarmBackupJobConfiguration = (
-            await WarmBackupJobConfiguration.from_template_and_values(
-                base_job_template=pool.base_job_template,
-                values={**(deployment.job_variables or {}), **(flow_run.job_variables or {})},
-                client=self._client,
-            )
-        )
+        values = {**(deployment.job_variables or {}), **(flow_run.job_variables or {})}
+        try:
+            configuration = await self._configuration(pool, values)
+        except ValidationError as error:
+            raise DeclarationError(
+                f"its job variables do not fit the work pool's template: {error}"
+            ) from error
         variables = configuration.trigger
         trigger = None if variables is None else TriggerConfiguration.model_validate(variables)
         return DeployedJob(deployment, flow_name, configuration, trigger, newest)
+
+    async def _configuration(self, pool: WorkPool, values: dict[str, Any]) -> WarmBackupJobConfiguration:
+        found: WarmBackupJobConfiguration = await WarmBackupJobConfiguration.from_template_and_values(
+            base_job_template=pool.base_job_template, values=values, client=self._client
+        )
+        return found
 
     async def server_has_storage(self) -> bool:
         """Return whether the server may name a storage for results, asked once a minute for all runs."""
         if time.monotonic() - self._storage_asked_at > FRESH_SECONDS:
             try:
                 found = await self._client.read_server_default_result_storage()
-            except httpx.HTTPError:
+            except API_FAULTS:
                 return True  # each run asks for itself
             self._server_has_storage = found.default_result_storage_block_id is not None
             self._storage_asked_at = time.monotonic()
@@ -281,31 +281,12 @@ class Deployments:
 
     async def _end(self, job: DeployedJob, reason: str) -> None:
         try:
-            await self._until_told(lambda: self._stop_schedule(job))
-            await self._until_told(lambda: self._skip_planned(job, reason))
+            await self.teller.until_told(lambda: self._stop_schedule(job))
+            await self.teller.until_told(lambda: self._skip_planned(job, reason))
         except httpx.HTTPStatusError as refusal:
             self._log.error("Job %s could not be put away: %s", job.name, refusal)
         finally:
             del self._ending[job.deployment.id]
-
-    async def _until_told(self, tell: Any) -> Any:
-        """Repeat a call while the API is out of reach; None where what it is about is gone.
-
-        A job that is over must not come back, and a run that is claimed must not be left.
-
-        Raises:
-            httpx.HTTPStatusError: the API refuses it for good.
-        """
-        while True:
-            try:
-                return await tell()
-            except ObjectNotFound:
-                return None
-            except httpx.HTTPError as fault:
-                if _is_for_good(fault):
-                    raise
-                self._log.warning("Prefect's API does not answer (%s); trying again.", fault)
-                await asyncio.sleep(RETRY_SECONDS)
 
     async def _stop_schedule(self, job: DeployedJob) -> None:
         deployment = await self._client.read_deployment(job.deployment.id)
@@ -324,65 +305,9 @@ class Deployments:
         for flow_run in planned:
             # One that waits for its next attempt is Scheduled too.
             if schedules.is_tick(flow_run) and flow_run.run_count == 0:
-                await self.skip(flow_run, reason)
-
-    async def has_run_since(self, flow_run: FlowRun) -> bool:
-        """Return whether a run that was just claimed has been run since it was read, or is gone.
-
-        Prefect lets a run that has ended become Pending again, and another agent may have been quicker
-        with one that both had found. Its final state is then what it was.
-        """
-        now = await self._until_told(lambda: self._client.read_flow_run(flow_run.id))
-        if now is not None and now.run_count == flow_run.run_count:
-            return False
-        self._log.info("Run %s has been run already, or is gone.", flow_run.name)
-        states = await self._until_told(lambda: self._client.read_flow_run_states(flow_run.id))
-        if final := [state for state in states or [] if state.is_final()]:
-            await self.report(flow_run, max(final, key=lambda state: state.timestamp), force=True)
-        return True
-
-    async def skip(self, flow_run: FlowRun, reason: str) -> None:
-        """Record that a tick was not run, and why."""
-        await self._client.set_flow_run_state(flow_run.id, schedules.skipped(reason), force=True)
+                await self.teller.skip(flow_run, reason)
 
     async def settle(self) -> None:
         """Wait until every job that is over has been put away, but not for an API that is away."""
         if self._ending:
             await asyncio.wait(self._ending.values(), timeout=SETTLE_SECONDS)
-
-    async def report(self, flow_run: FlowRun, state: State[Any], *, force: bool = False) -> bool:
-        """Tell the API of a state that only the agent knows; returns whether it has taken it.
-
-        One that it refuses for good is told again in the barest form.
-        """
-        for told in (_printable(state), State(type=state.type, name=state.name, message=_UNTELLABLE)):
-            try:
-                answer = await self._until_told(
-                    lambda told=told: self._client.set_flow_run_state(flow_run.id, told, force=force)
-                )
-            except httpx.HTTPStatusError as refusal:
-                self._log.warning("State %s of run %s is refused: %s", state.name, flow_run.name, refusal)
-            else:
-                return answer is not None and answer.status is SetStateStatus.ACCEPT
-        return False
-
-    async def report_end(self, flow_run: FlowRun, state: State[Any]) -> bool:
-        """Tell the API how a run ended whose process could not; returns whether that is news.
-
-        A run that has ended for the API stays as it is: its process has told, and run its hooks.
-        """
-        now = await self._until_told(lambda: self._client.read_flow_run(flow_run.id))
-        if now is None or (now.state is not None and now.state.is_final()):
-            return False
-        return await self.report(flow_run, state, force=state.is_cancelled())
-
-
-def _printable(state: State[Any]) -> State[Any]:
-    """Return the state with a message that a database can keep: PostgreSQL has no NUL in a text."""
-    message = state.message
-    return state if message is None else state.model_copy(update={"message": message.replace("\0", "\\0")})
-
-
-def _is_for_good(fault: httpx.HTTPError) -> bool:
-    """Return whether an answer would be the same the next time."""
-    return isinstance(fault, httpx.HTTPStatusError) and fault.response.status_code in _REFUSALS

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import signal
 import time
 from collections.abc import Callable, Iterable
@@ -18,7 +19,6 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-import httpx
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.filters import (
     FlowRunFilter,
@@ -26,23 +26,26 @@ from prefect.client.schemas.filters import (
     FlowRunFilterState,
     FlowRunFilterStateType,
 )
-from prefect.client.schemas.objects import FlowRun, State, StateType, WorkPool
+from prefect.client.schemas.objects import TERMINAL_STATES, FlowRun, State, StateType, WorkPool
 from prefect.client.schemas.responses import OrchestrationResult, SetStateStatus
 from prefect.events import emit_event
 from prefect.exceptions import ObjectNotFound
 from prefect.logging.loggers import flow_run_logger
 from prefect.settings import get_current_settings
-from prefect.states import Cancelled, Crashed, Pending, Scheduled
+from prefect.states import Cancelled, Crashed, Pending
 
-from taskadapter import progress, schedules
+from taskadapter import progress, schedules, settling
+from taskadapter.api import API_FAULTS, in_words
+from taskadapter.coordination.executions import ABANDONED, Entry
 from taskadapter.coordination.messages import Token
 from taskadapter.deployments import DeployedJob, Deployments
 from taskadapter.domain import PoolSize
-from taskadapter.errors import TokenLostError
+from taskadapter.errors import CoordinationError, TokenLostError
 from taskadapter.hosts import Host, HostPool, Outcome, Progress
 from taskadapter.model import WaitingPolicy
 from taskadapter.runs import Assignment
 from taskadapter.schedules import Verdict
+from taskadapter.settling import Todo
 from taskadapter.timetable import Timetable, is_on
 
 CLAIM_AHEAD = timedelta(seconds=1)
@@ -66,6 +69,9 @@ TERMINATE_GRACE_SECONDS = 5.0
 JUST_READ_SECONDS = 0.5
 """A deployment that was read so shortly before is as it was."""
 
+LONGEST_WAIT_SECONDS = 15.0
+"""How long a run waits at most that was ended before its body, before it is tried again."""
+
 PAUSE_SECONDS = 5.0
 """How long to wait before a run is tried again that no process could be started for."""
 
@@ -88,9 +94,9 @@ class RunInHand:
         token: what the node held of the run's group when it took it; None for a run of no group.
         host: the process that has it, once one does.
         decided: whether it takes one of the places of its job's `max_concurrent`.
+        claimed: whether Prefect has it as this node's.
         finishes: whether it may go on when the token is lost.
         begun: whether it is known that its body has begun.
-        killed: whether the agent has ended its process, knowing of no beginning.
         ended: why its job is over, once that is known.
         over: why it is not to begin: its job has ended since it was claimed.
         dropped: whether it is given back, unless its body has begun.
@@ -103,9 +109,9 @@ class RunInHand:
     token: Token | None = None
     host: Host | None = None
     decided: bool = False
+    claimed: bool = False
     finishes: bool = False
     begun: bool = False
-    killed: bool = False
     ended: str | None = None
     over: str | None = None
     dropped: bool = False
@@ -125,6 +131,7 @@ class Node:
 
     Attributes:
         name: the node's name.
+        incarnation: which of all processes that ever had it.
         client: connected to the API.
         log: the agent's log.
         pool: returns the work pool as it was last read.
@@ -135,6 +142,7 @@ class Node:
     """
 
     name: str
+    incarnation: str
     client: PrefectClient
     log: Logger | LoggerAdapter[Any]
     pool: Callable[[], WorkPool]
@@ -160,13 +168,17 @@ class Dispatcher:
         self._log = node.log
         self._hosts = hosts
         self._deployments = deployments
+        self._teller = deployments.teller
         self._timetable = timetable
         self._upcoming: dict[UUID, FlowRun] = {}
         self._in_hand: dict[UUID, RunInHand] = {}
         self._through: dict[UUID, float] = {}
         self._handling: set[asyncio.Task[None]] = set()
         self._waits: set[asyncio.Timeout] = set()
+        # How often runs were ended before their bodies, and when the next process may be made for each.
+        self._tries: dict[UUID, tuple[int, float]] = {}
         self._newest_run: datetime | None = None
+        self._is_held_up = False
         self._load_seconds: dict[UUID | None, float] = {}
         self._news = asyncio.Event()
 
@@ -182,6 +194,9 @@ class Dispatcher:
         self._through = {run_id: when for run_id, when in self._through.items() if when >= asked}
         through = self._in_hand.keys() | self._through.keys()
         self._upcoming = {run.id: run for run in runs if run.id not in through}
+        self._tries = {
+            id_: tries for id_, tries in self._tries.items() if id_ in self._upcoming.keys() | through
+        }
         made = [run.created for run in runs if run.created is not None]
         self._newest_run = max([*made, self._newest_run] if self._newest_run else made, default=None)
         self._news.set()
@@ -209,11 +224,11 @@ class Dispatcher:
     def _those(self, which: Which) -> list[RunInHand]:
         return [run for run in self._in_hand.values() if which(run.flow_run)]
 
-    def _drop(self, runs: Iterable[RunInHand], over: str | None = None) -> None:
+    def _drop(self, runs: Iterable[RunInHand]) -> None:
         for run in runs:
             run.dropped = True
             if run.host is not None:
-                run.host.drop(over)
+                run.host.drop()
 
     def call_off(self, job_id: UUID, reason: str) -> None:
         """Have no tick of a job begin any more, which is over; one that was claimed is Skipped."""
@@ -223,7 +238,7 @@ class Dispatcher:
 
         for run in self._those(is_tick_of_it):
             run.over = reason
-            self._drop([run], reason)
+            self._drop([run])
 
     async def drain(self, seconds: float, which: Which = any_run) -> None:
         """Let runs end, all or some, for so long; then end them.
@@ -267,9 +282,7 @@ class Dispatcher:
     def _end(self, runs: Iterable[RunInHand]) -> None:
         for run in runs:
             if run.host is not None:
-                # A process that is still on its way to the body must not report an end of the run.
-                run.killed = run.token is not None and not run.begun
-                run.host.end(signal.SIGKILL if run.killed else signal.SIGTERM)
+                run.host.end(signal.SIGTERM if run.begun else signal.SIGKILL)
 
     def lose(self, token: Token) -> None:
         """Stop the runs of a token that is lost, now: another node may start some."""
@@ -327,6 +340,8 @@ class Dispatcher:
             return False
         if self._timetable.is_held(flow_run):
             return False
+        if self._tries.get(flow_run.id, (0, 0.0))[1] > time.monotonic():
+            return False
         job, siblings = self._deployments.known(flow_run), self._siblings(flow_run)
         return job is None or job.max_concurrent is None or len(siblings) < job.max_concurrent
 
@@ -353,11 +368,16 @@ class Dispatcher:
             await self._decide(run)
         except ObjectNotFound:
             self._log.info("Run %s or its deployment was deleted.", run.flow_run.name)
-        except httpx.HTTPError as fault:
-            self._log.warning("Run %s is left for later: %s", run.flow_run.name, fault)
+        except (*API_FAULTS, CoordinationError) as fault:
+            # One line is enough until a claim succeeds again.
+            level = logging.DEBUG if self._is_held_up else logging.WARNING
+            self._log.log(level, "Run %s is left for later: %s", run.flow_run.name, in_words(fault))
+            self._is_held_up = True
+            if run.claimed:
+                await self._put_back(run)
         except Exception as exc:  # noqa: BLE001 - one run's trouble must not end the agent
             self._log.exception("Run %s could not be run.", run.flow_run.name)
-            await self._deployments.report(run.flow_run, Crashed(message=f"{exc}"))
+            await self._teller.report(run.flow_run, Crashed(message=f"{exc}"))
         finally:
             del self._in_hand[run.flow_run.id]
             self._through[run.flow_run.id] = time.monotonic()
@@ -384,13 +404,11 @@ class Dispatcher:
             return
         claim: OrchestrationResult[Any] = await self._client.set_flow_run_state(flow_run.id, Pending())
         if claim.status is SetStateStatus.ACCEPT:
+            run.claimed, self._is_held_up = True, False
             self._timetable.settle(flow_run)
-            # Ours check it themselves. And nobody starts a run before its time.
-            asks = job.trigger is None and datetime.now(UTC) >= run.due
-            if not (asks and await self._deployments.has_run_since(flow_run)):
-                await self.run(run, job)
+            await self.run(run, job)
         else:
-            self._log.info("Run %s is not to be had: %s", flow_run.name, claim.details)
+            self._log.debug("Run %s is not to be had: %s", flow_run.name, claim.details)
 
     async def _is_off(self, flow_run: FlowRun, job: DeployedJob) -> bool:
         """Return whether the job of a tick is paused or over: ask, just before the claim, where it may be.
@@ -436,8 +454,12 @@ class Dispatcher:
         return judgement.verdict is not Verdict.RUN
 
     async def _skip(self, run: RunInHand, job: DeployedJob, reason: str) -> None:
-        """Skip a tick that is too late for its policy, with a line in the log if that asks for one."""
-        await self._deployments.skip(run.flow_run, reason)
+        """Skip a tick that is too late for its policy, or whose job is over; say so if the policy asks."""
+        try:
+            await asyncio.to_thread(progress.skip, self._assignment(run, job), reason)
+        except CoordinationError as fault:
+            self._log.debug("The ledger does not say that run %s is skipped: %s", run.flow_run.name, fault)
+        await self._teller.skip(run.flow_run, reason)
         self._timetable.settle(run.flow_run)
         if job.policy.waiting_policy is WaitingPolicy.LOG_AND_IGNORE:
             log = flow_run_logger(run.flow_run)
@@ -447,33 +469,92 @@ class Dispatcher:
 
     async def run(self, run: RunInHand, job: DeployedJob) -> None:
         """Run a claimed run, and see to what follows from how it went."""
-        assignment = self._assignment(run, job, await self._deployments.server_has_storage())
+        has_storage = await self._deployments.server_has_storage()
+        assignment = self._assignment(run, job, server_has_storage=has_storage)
         outcome = await self._in_a_process(run, assignment, job)
         if outcome.ended is not None and run.ended is None:
             self._end_job(job, outcome.ended)
-        if run.lost:
-            self._log.warning("Run %s is left to the next holder of its group.", run.flow_run.name)
-        elif outcome.kind == "dropped" or (
-            outcome.kind == "crashed" and await self._never_began(run, assignment)
-        ):
-            await self._put_back(run)
-        elif outcome.kind == "crashed":
-            await self._report_crash(run, assignment, outcome.message)
-        elif outcome.left:
+        match outcome.kind:
+            case "told":
+                self._tell_of_leftovers(run, outcome)
+            case "skipped":
+                await self._skip(run, job, outcome.message)
+            case "dropped":
+                await self._put_back(run)
+            case "paused":
+                self._timetable.hold(job.deployment.model_copy(update={"paused": True}))
+                await self._put_back(run)
+            case _:
+                await self._settle(run, assignment, outcome)
+
+    def _tell_of_leftovers(self, run: RunInHand, outcome: Outcome) -> None:
+        if outcome.left:
             flow_run_logger(run.flow_run).warning(
                 "The run left processes behind, which have been ended: %s", "; ".join(outcome.left)
             )
 
-    async def _never_began(self, run: RunInHand, assignment: Assignment) -> bool:
-        """Return whether the agent has ended a run's process before its body began."""
-        if not run.killed or run.begun:
-            return False
+    async def _settle(self, run: RunInHand, assignment: Assignment, outcome: Outcome) -> None:
+        """Do about a run whose process has ended what the ledger says."""
         try:
-            return not await asyncio.to_thread(progress.has_started, assignment)
+            entry = await self._entry(run, assignment)
         except TokenLostError:
-            return False  # the next holder asks the same
+            return  # the next holder asks the same
+        known = await self._teller.state_of(run.flow_run)
+        mine = entry is None or entry.incarnation == self._node.incarnation
+        at_fault = outcome.kind == "crashed"
+        todo = settling.decide(entry, known, ours=True, lives=not mine or run.lost, at_fault=at_fault)
+        if run.lost and known not in TERMINAL_STATES:
+            self._log.warning("Run %s is left to the next holder of its group.", run.flow_run.name)
+            return
+        match todo:
+            case Todo.PUT_BACK:
+                self._wait_before_another(run)
+                await self._put_back(run)
+            case Todo.CRASH:
+                await self._report_crash(run, assignment, outcome.message)
+            case Todo.SUSPEND:
+                await self._enter(run, assignment, ABANDONED)
+            case Todo.ENTER:
+                await self._enter(run, assignment, settling.outcome_of(known))
+            case Todo.TELL if entry is not None:
+                await self._teller.tell(run.flow_run, entry)
+        self._tell_of_leftovers(run, outcome)
 
-    def _assignment(self, run: RunInHand, job: DeployedJob, server_has_storage: bool) -> Assignment:
+    async def _entry(self, run: RunInHand, assignment: Assignment) -> Entry | None:
+        """Return a run's entry in the ledger, however long the database does not answer.
+
+        Raises:
+            TokenLostError: the token is lost.
+        """
+        key, url = assignment.execution.key, self._node.database_url()
+        while True:
+            try:
+                found = await asyncio.to_thread(progress.entries, url, [key])
+            except CoordinationError as fault:
+                if run.lost:
+                    raise TokenLostError(f"run {run.flow_run.name} is another node's") from fault
+                self._log.debug("The end of run %s waits for the database: %s", run.flow_run.name, fault)
+                await asyncio.sleep(progress.RETRY_SECONDS)
+            else:
+                return found[0] if found else None
+
+    async def _enter(self, run: RunInHand, assignment: Assignment, outcome: str) -> None:
+        """Enter what a run came to; if the database does not answer now, a look at what is open will."""
+        url, key = self._node.database_url(), assignment.execution.key
+        try:
+            await asyncio.to_thread(progress.end, url, key, outcome)
+        except CoordinationError as fault:
+            self._log.debug("The end of run %s is not entered yet: %s", run.flow_run.name, fault)
+
+    def _wait_before_another(self, run: RunInHand) -> None:
+        """Let a run that was ended before its body wait before it is tried again, longer each time."""
+        times, _ = self._tries.get(run.flow_run.id, (0, 0.0))
+        seconds = min(LONGEST_WAIT_SECONDS, 2.0**times / 4)
+        self._tries[run.flow_run.id] = times + 1, time.monotonic() + seconds
+
+    def _assignment(
+        self, run: RunInHand, job: DeployedJob, *, server_has_storage: bool = True
+    ) -> Assignment:
         return Assignment(
             flow_run=run.flow_run,
             due=run.due,
@@ -481,6 +562,7 @@ class Dispatcher:
             entrypoint=job.deployment.entrypoint or "",
             workspace=job.workspace_of(run.flow_run, self._node.name),
             node=self._node.name,
+            incarnation=self._node.incarnation,
             database_url=self._node.database_url(),
             token=run.token,
             board=self._node.board(),
@@ -531,21 +613,17 @@ class Dispatcher:
     async def _put_back(self, run: RunInHand) -> None:
         """Give a claimed run that has not begun to the next agent, or skip it if its job is over."""
         if run.over is not None:
-            await self._deployments.skip(run.flow_run, run.over)
-        # Without a token another agent may have been quicker, and this one has claimed what had been run.
-        elif run.token is not None or not await self._deployments.has_run_since(run.flow_run):
-            await self._deployments.report(run.flow_run, Scheduled(scheduled_time=run.due), force=True)
+            await self._teller.skip(run.flow_run, run.over)
+        else:
+            await self._teller.put_back(run.flow_run, run.due)
 
     async def _report_crash(self, run: RunInHand, assignment: Assignment, message: str) -> None:
-        """Report the end of a run whose process could not, and run the hooks it owes."""
+        """Enter and report the end of a run whose process could not, and run the hooks it owes."""
         state: State[Any] = Crashed(message=f"On {self._node.name}: {message}.")
         if run.cancelled is not None:
             state = Cancelled(message=f"Cancelled; on {self._node.name} {message}.")
-        told = await self._deployments.report_end(run.flow_run, state)
-        if run.token is not None:
-            url, flow_run_id = self._node.database_url(), str(run.flow_run.id)
-            await asyncio.to_thread(progress.end_flight, url, flow_run_id)
-        if told:
+        await self._enter(run, assignment, state.type.value.capitalize())
+        if await self._teller.report(run.flow_run, state, force=True):
             self._log.warning("Run %s: %s", run.flow_run.name, state.message)
             await self._run_hooks(run, assignment, state)
 
@@ -581,7 +659,7 @@ class Dispatcher:
                 self._send_heartbeats(going_on.values())
                 if going_on:
                     await self._cancel_what_is_to_be(going_on)
-            except httpx.HTTPError as fault:
+            except API_FAULTS as fault:
                 self._log.debug("Could not look for cancelled runs: %s", fault)
             except Exception:  # noqa: BLE001 - as above
                 self._log.exception("Looking after the runs failed; trying again.")

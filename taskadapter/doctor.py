@@ -20,12 +20,13 @@ from taskadapter import deploy, planned
 from taskadapter.api import api_client
 from taskadapter.coordination import schema
 from taskadapter.coordination.dialects import open_engine, transaction
-from taskadapter.coordination.tokens import Status, read_status
+from taskadapter.coordination.messages import FOREIGN_GROUP
+from taskadapter.coordination.tokens import Status, groups_of_others, read_status
 from taskadapter.domain import Domain
 from taskadapter.errors import DeclarationError, TaskError
-from taskadapter.model import TriggerConfiguration
+from taskadapter.model import DEFAULT_QUEUE, TriggerConfiguration
 from taskadapter.settings import TaskadapterSettings, check_interval
-from taskadapter.worker import DEFAULT_QUEUE, WarmBackupWorker
+from taskadapter.worker import WarmBackupWorker
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import WorkPool
@@ -80,7 +81,7 @@ async def examine(pool_name: str, flows: Path, file: Path) -> AsyncIterator[Find
             queues = await client.read_work_queues(work_pool_name=pool_name)
             url = await Domain.of(pool).database_url(TaskadapterSettings())
         groups = sorted(queue.name for queue in queues if queue.name != DEFAULT_QUEUE)
-        for finding in _database(open_engine(url), groups, Domain.of(pool)):
+        for finding in _database(open_engine(url), groups, pool):
             yield finding
     except TaskError as error:
         yield _error(str(error))
@@ -147,9 +148,15 @@ def _jobs(jobs: list[DeploymentResponse]) -> Iterator[Finding]:
     yield _ok(f"{len(jobs)} job(s)" + (f", paused: {', '.join(paused)}" if paused else ""))
 
 
-def _database(engine: Engine, groups: list[str], domain: Domain) -> Iterator[Finding]:
+def _database(engine: Engine, groups: list[str], pool: WorkPool) -> Iterator[Finding]:
     where = engine.url.render_as_string()  # without the password
     with transaction(engine) as connection:
+        if 0 < (found := schema.version(connection)) != schema.VERSION:
+            yield _error(
+                f"{where} has tables of version {found}, and this release needs {schema.VERSION}; run "
+                "`taskadapter db upgrade`, with the newest release that a node has"
+            )
+            return
         missing = schema.missing_tables(connection)
         if missing:
             yield _warning(
@@ -159,13 +166,18 @@ def _database(engine: Engine, groups: list[str], domain: Domain) -> Iterator[Fin
             return
         narrow = schema.upgrades(connection)
         status = read_status(connection)
+        foreign = groups_of_others(connection, pool.name, groups)
     if narrow:
         yield _warning(f"{where} has narrower columns than it should; run `taskadapter db upgrade`")
     elif engine.dialect.name == "sqlite" and groups:
         yield _warning(f"{where} coordinates the agents of this machine only; name a server for more")
     else:
         yield _ok(f"{where} answers, with its tables")
-    yield from (_group(name, status, domain) for name in groups)
+    for name in groups:
+        if name in foreign:
+            yield _error(FOREIGN_GROUP.format(name=name, other=foreign[name]))
+        else:
+            yield _group(name, status, Domain.of(pool))
 
 
 def _group(name: str, status: Status, domain: Domain) -> Finding:

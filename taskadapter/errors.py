@@ -48,7 +48,3 @@ class DuplicateNodeError(CoordinationError):
 
 class TokenLostError(TaskError):
     """This run's node no longer holds the token of its group, in the term the run started in."""
-
-
-class AlreadyStartedError(TaskError):
-    """This flow run has been started before, and must not start twice."""

@@ -27,12 +27,13 @@ from prefect.client.schemas.responses import SetStateStatus, StateWaitDetails
 from prefect.context import FlowRunContext
 from prefect.exceptions import Abort
 from prefect.logging import get_run_logger
-from prefect.states import AwaitingRetry, Retrying, Scheduled
+from prefect.states import AwaitingRetry, Retrying
 
-from taskadapter import progress, retries, runs, schedules
-from taskadapter.errors import AlreadyStartedError, CoordinationError, TaskError, TokenLostError
+from taskadapter import progress, retries, runs
+from taskadapter.coordination.executions import Begun
+from taskadapter.errors import CoordinationError, TaskError, TokenLostError
 from taskadapter.jobs import Job, JobId, Service
-from taskadapter.model import ErrorPolicy, TriggerConfiguration, WaitingPolicy
+from taskadapter.model import ErrorPolicy, TriggerConfiguration
 
 TERMINATING = (ErrorPolicy.LOG_AND_TERMINATE, ErrorPolicy.TERMINATE)
 LOGGING = (ErrorPolicy.LOG_AND_TERMINATE, ErrorPolicy.LOG_AND_CONTINUE)
@@ -143,8 +144,7 @@ def _as_flow(
     @wraps(like)
     def run(*args: Any, **kwargs: Any) -> Any:
         turn = Turn(name, trigger, service)
-        if (refused := turn.begin()) is not None:
-            return refused
+        turn.begin()
         while True:
             subject = turn.subject()
             try:
@@ -160,14 +160,13 @@ def _as_flow(
                 time.sleep(pause.rest())
                 turn.check(exc)
             else:
-                turn.settle(subject)
+                turn.settle(subject, _outcome(result))
                 return result
 
     @wraps(like)
     async def run_async(*args: Any, **kwargs: Any) -> Any:
         turn = Turn(name, trigger, service)
-        if (refused := await asyncio.to_thread(turn.begin)) is not None:
-            return refused
+        turn.begin()
         while True:
             subject = await asyncio.to_thread(turn.subject)
             try:
@@ -184,7 +183,7 @@ def _as_flow(
                 await asyncio.sleep(pause.rest())
                 await asyncio.to_thread(turn.check, exc)
             else:
-                await asyncio.to_thread(turn.settle, subject)
+                await asyncio.to_thread(turn.settle, subject, _outcome(result))
                 return result
 
     options = {"log_prints": True, **options}
@@ -243,102 +242,32 @@ class Turn:
     def _current_run(self) -> runs.CurrentRun:
         if self.execution is None:
             return runs.CurrentRun(job_id=None, scheduled_time=self.started, count=1, attempt=0)
-        assignment = self.execution.assignment
+        assignment, entered = self.execution.assignment, self.execution.entered
+        number = entered.number if isinstance(entered, Begun) else None
         return runs.CurrentRun(
             job_id=JobId(assignment.job_id) if assignment.job_id else None,
             scheduled_time=assignment.due,
-            count=1,
+            count=number or 1,
             attempt=0,
             group_id=assignment.token.group_id if assignment.token else None,
             task_id=assignment.node,
             fencing_token=assignment.token.term if assignment.token else None,
         )
 
-    def begin(self) -> State[Any] | None:
-        """Check the token and count this execution, immediately before the body.
-
-        Returns:
-            The final state of a run that must not happen, else None.
+    def begin(self) -> None:
+        """Tell of a run that begins.
 
         Raises:
-            Abort: the run is another node's to start, or has been started already.
             TaskError: the flow was deployed, and something other than our agent started it.
         """
         if self.execution is None:
             if self.flow_run is not None and self.flow_run.deployment_id is not None:
                 raise TaskError(_STARTED_ELSEWHERE.format(name=self.name))
-            return None
-        assignment = self.execution.assignment
-        if (over := self.execution.over() or self._unscheduled(assignment)) is not None:
-            return schedules.skipped(over)
-        if (skipped := self._too_late(assignment)) is not None:
-            return skipped
-        if self.flow_run is not None and self.flow_run.run_count > assignment.flow_run.run_count + 1:
-            self._restore()
-            raise Abort("the run has been run since it was claimed")
-        try:
-            count = progress.begin(assignment)
-        except TokenLostError as lost:
-            self._give_up(assignment)
-            raise Abort(str(lost)) from lost
-        except AlreadyStartedError as started:
-            raise Abort(str(started)) from started
-        if count is None:
-            self.execution.ended = schedules.exhausted(assignment.max_count)
-            return schedules.skipped(self.execution.ended)
-        self.execution.count = count
-        if count == assignment.max_count:
-            self.execution.ended = schedules.exhausted(assignment.max_count)
-        self.current = replace(self.current, count=count)
-        self.execution.on_progress()
-        late = (self.started - assignment.due).total_seconds()
-        self.log.info("Run %d of %r on %s, %.3f s after its time", count, self.name, assignment.node, late)
-        return None
-
-    def _unscheduled(self, assignment: runs.Assignment) -> str | None:
-        """Return why a run does not begin whose deployment has gone since it was claimed."""
-        gone = self.flow_run is not None and self.flow_run.deployment_id is None
-        return "the job was unscheduled" if gone and assignment.job_id is not None else None
-
-    def _too_late(self, assignment: runs.Assignment) -> State[Any] | None:
-        """Return the state of a tick that was claimed in time, and begins too late for its policy."""
-        if assignment.trigger is None or not schedules.is_tick(assignment.flow_run):
-            return None
-        judgement = schedules.judge(
-            assignment.trigger,
-            assignment.due,
-            now=datetime.now(UTC),
-            waiting_time=assignment.waiting_time,
-            begun=assignment.flow_run.run_count > 0,
-        )
-        if judgement.verdict is not schedules.Verdict.SKIP:
-            return None
-        if self.policy.waiting_policy is WaitingPolicy.LOG_AND_IGNORE:
-            self.log.warning(
-                "Job %s skips its tick of %s: %s.", self.name, assignment.due, judgement.reason
-            )
-        return schedules.skipped(judgement.reason)
-
-    def _restore(self) -> None:
-        """Give the run its final state back.
-
-        Two agents of one queue may have found the same late run, and Prefect lets the slower one claim
-        what the other has finished.
-        """
-        if self.flow_run is None:
             return
-        with get_client(sync_client=True) as client:
-            states = client.read_flow_run_states(self.flow_run.id)
-            if final := [state for state in states if state.is_final()]:
-                newest = max(final, key=lambda state: state.timestamp)
-                client.set_flow_run_state(self.flow_run.id, newest, force=True)
-
-    def _give_up(self, assignment: runs.Assignment) -> None:
-        """Make the run due again, for the node that holds the token now; unless that has started it."""
-        if not progress.has_started(assignment):
-            scheduled: State[Any] = Scheduled(scheduled_time=assignment.due)
-            with get_client(sync_client=True) as client:
-                client.set_flow_run_state(assignment.flow_run.id, scheduled, force=True)
+        due, node = self.current.scheduled_time, self.current.task_id
+        late = (self.started - due).total_seconds()
+        number = f"Run {self.current.count}" if self.is_tick else "A run by hand"
+        self.log.info("%s of %r on %s, %.3f s after its time", number, self.name, node, late)
 
     def subject(self) -> Service | None:
         """Return the service in its saved state, None for other jobs."""
@@ -370,8 +299,7 @@ class Turn:
             Abort: the node has lost the token; the one that holds it now says what became of the run.
         """
         if self._elapsed() >= self.trigger.interval:
-            self.settle(None, "Failed")
-            self._apply_error_policy(exc)
+            self._fail(exc)
             raise exc
         if self.execution is not None:
             with _while_ours():
@@ -382,15 +310,26 @@ class Turn:
         origin = retries.window_start(self.current.scheduled_time, self.started, self.trigger.interval)
         return (datetime.now(UTC) - origin).total_seconds()
 
-    def settle(self, subject: Service | None, outcome: str = "Completed") -> None:
+    @property
+    def is_tick(self) -> bool:
+        """Whether the run is a tick of the job, and not one that somebody asked for."""
+        return self.execution is not None and self.execution.assignment.is_tick
+
+    def settle(self, subject: Service | None, outcome: str, ends: str | None = None) -> None:
         """Record that the execution is over, and save the state of a service that succeeded.
+
+        Args:
+            subject: the service; None if there is none, or it failed.
+            outcome: the name of the state that Prefect is told next.
+            ends: why the job is over with it.
 
         Raises:
             Abort: the node has lost the token; nothing is saved.
         """
         if self.execution is not None:
             with _while_ours():
-                progress.settle(self.execution.assignment, subject, outcome)
+                progress.settle(self.execution.assignment, subject, outcome, ends)
+            self.execution.outcome = outcome
 
     def failed(self, exc: Exception) -> float | None:
         """Take note of a failed attempt.
@@ -413,23 +352,22 @@ class Turn:
                 "Attempt %d failed, next in %g s: %s", self.current.attempt, wait, _in_words(exc)
             )
         else:
-            self.settle(None, "Failed")
-            self._apply_error_policy(exc)
+            self._fail(exc)
         return wait
 
-    def _apply_error_policy(self, exc: Exception) -> None:
-        policy = self.policy.error_policy
+    def _fail(self, exc: Exception) -> None:
+        """Settle a run whose last attempt has failed, and apply the error policy to its job."""
+        policy, attempts = self.policy.error_policy, self.current.attempt
         terminates = policy in TERMINATING and not isinstance(exc, NOT_THE_JOBS_OWN)
+        # A run by hand ends nothing.
+        ends = terminates and (self.execution is None or self.is_tick)
+        reason = f"run {self.current.count} failed, and the error policy is {policy}" if ends else None
+        self.settle(None, "Failed", reason)
         if policy in LOGGING:
-            consequence = "the job ends on all nodes" if terminates else "the job goes on"
-            self.log.error(
-                "Failed after %d attempt(s), %s: %s",
-                self.current.attempt,
-                consequence,
-                _in_words(exc),
-            )
-        if terminates and self.execution is not None:
-            self.execution.ended = f"run {self.execution.count} failed, and the error policy is {policy}"
+            consequence = "the job ends on all nodes" if ends else "the job goes on"
+            self.log.error("Failed after %d attempt(s), %s: %s", attempts, consequence, _in_words(exc))
+        if self.execution is not None and reason is not None:
+            self.execution.ended = reason
             # At once: the next tick may be due before the API has taken note of this run's end.
             self.execution.on_progress()
 
@@ -466,6 +404,11 @@ def _while_ours() -> Iterator[None]:
         yield
     except TokenLostError as lost:
         raise Abort(str(lost)) from lost
+
+
+def _outcome(result: Any) -> str:
+    """Return the name of the state that a body's result comes to: it may be one itself."""
+    return result.type.value.capitalize() if isinstance(result, State) else "Completed"
 
 
 def _in(seconds: float) -> datetime:

@@ -6,23 +6,22 @@ The heartbeat decides, in threads of its own. What it decides arrives here, on t
 from __future__ import annotations
 
 import asyncio
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from logging import Logger, LoggerAdapter
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import httpx
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.objects import WorkPool
 from prefect.events import emit_event
 from prefect.exceptions import ObjectNotFound
 
+from taskadapter.api import API_FAULTS
 from taskadapter.coordination.board import DeadlineBoard
 from taskadapter.coordination.messages import Gained, Lost, Refused, ResignAsked, Token
 from taskadapter.domain import Domain
+from taskadapter.scratch import Scratch
 
 if TYPE_CHECKING:
     from taskadapter.coordination.heartbeat import Change, Heartbeat
@@ -39,6 +38,7 @@ class Groups:
 
     Args:
         node: the node's name.
+        incarnation: which of all processes that ever had it.
         pool: the work pool.
         client: connected to the API.
         log: the agent's.
@@ -49,6 +49,7 @@ class Groups:
     def __init__(
         self,
         node: str,
+        incarnation: str,
         pool: WorkPool,
         client: PrefectClient,
         log: Logger | LoggerAdapter[Any],
@@ -56,8 +57,10 @@ class Groups:
         tell: Callable[[Gained | Lost | ResignAsked | Refused], None],
     ) -> None:
         self.node = node
+        self._incarnation = incarnation
         self.domain = Domain.of(pool)
-        self.board = Path(tempfile.mkdtemp(prefix="taskadapter-")) / "deadlines"
+        self._folder = Scratch()
+        self.board = self._folder.path / "deadlines"
         self._pool = pool
         self._client = client
         self._log = log
@@ -70,20 +73,17 @@ class Groups:
         self._showing: set[asyncio.Task[None]] = set()
 
     def stand_by(self, names: Iterable[str], database_url: str) -> None:
-        """Stand by for exactly these groups from now on; the first time, begin to take part.
+        """Stand by for exactly these groups from now on; the first time, begin to show life.
 
         Args:
             names: the groups.
             database_url: the coordination database.
         """
-        wanted = frozenset(names)
-        if wanted == self.names:
-            return
+        wanted, known = frozenset(names), self.names
         self.names = wanted
         if self._heartbeat is not None:
-            self._heartbeat.join(wanted)
-            return
-        if not wanted:
+            if wanted != known:
+                self._heartbeat.join(wanted)
             return
         from taskadapter.coordination.heartbeat import Heartbeat
 
@@ -95,6 +95,7 @@ class Groups:
             heartbeat_frequency=self.domain.heartbeat_frequency,
             tell=self._hear,
             publish=self._deadlines.write,
+            incarnation=self._incarnation,
             of="" if self._is_only else self._pool.name,
             log=self._log,
         )
@@ -140,7 +141,7 @@ class Groups:
         if self._showing:
             await asyncio.wait(self._showing, timeout=STOP_SECONDS)
         self._deadlines.close()
-        self.board.parent.rmdir()
+        self._folder.close()
 
     def _hear(self, change: Change) -> None:
         """Pass a change on from the heartbeat's thread to the event loop."""
@@ -186,5 +187,5 @@ class Groups:
         try:
             queue = await self._client.read_work_queue_by_name(token.group_id, self._pool.name)
             await self._client.update_work_queue(queue.id, description=text)
-        except (httpx.HTTPError, ObjectNotFound) as fault:
+        except (*API_FAULTS, ObjectNotFound) as fault:
             self._log.debug("The queue of group %s could not be described: %s", token.group_id, fault)

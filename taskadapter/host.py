@@ -33,14 +33,24 @@ from prefect.logging.handlers import APILogWorker
 from prefect.logging.loggers import flow_run_logger
 from prefect.settings import (
     PREFECT_CLIENT_CSRF_SUPPORT_ENABLED,
+    PREFECT_CLIENT_RETRY_EXTRA_CODES,
     PREFECT_CLIENT_SERVER_VERSION_CHECK_ENABLED,
     PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
     temporary_settings,
 )
 
-from taskadapter import prefect_private, progress, runs, workspace
+from taskadapter import prefect_private, progress, runs, schedules, turn, workspace
+from taskadapter.api import API_FAULTS
 from taskadapter.coordination.board import clock
+from taskadapter.coordination.executions import Begun, Ended, Exhausted, Paused, Skipped, Taken
+from taskadapter.errors import CoordinationError, TokenLostError
 from taskadapter.runs import LEAVE_SECONDS
+
+PASSING_FAULTS = {500, 504, 520, 521, 522, 523, 524}
+"""What an API, or a proxy before it, answers that may answer well a moment later.
+
+The engine takes it for the end of its run. It repeats what is answered with 429, 502 and 503 anyhow.
+"""
 
 
 @contextlib.contextmanager
@@ -59,6 +69,7 @@ def connected(*, csrf: bool = True) -> Iterator[None]:
                 PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None,
                 PREFECT_CLIENT_SERVER_VERSION_CHECK_ENABLED: False,
                 PREFECT_CLIENT_CSRF_SUPPORT_ENABLED: csrf and PREFECT_CLIENT_CSRF_SUPPORT_ENABLED.value(),
+                PREFECT_CLIENT_RETRY_EXTRA_CODES: PASSING_FAULTS | PREFECT_CLIENT_RETRY_EXTRA_CODES.value(),
             }
         ),
         SyncClientContext.get_or_create(),
@@ -80,7 +91,6 @@ class Host:
         self._inbox: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._dropped = threading.Event()
         self._released = threading.Event()
-        self._over: str | None = None
 
     def serve(self) -> NoReturn:
         """Carry out what the agent says, and end this process."""
@@ -115,8 +125,7 @@ class Host:
                     case {"do": "cancel"}:
                         prefect_private.intend_cancellation()
                         os.kill(os.getpid(), signal.SIGTERM)
-                    case {"do": "drop", "over": over}:
-                        self._over = over
+                    case {"do": "drop"}:
                         self._dropped.set()
                         self._released.set()
                     case {"do": "go"}:
@@ -148,7 +157,7 @@ class Host:
             return
         if message["do"] == "hooks":
             run_hooks(flow, assignment, State.model_validate(message["state"]))
-            self._tell("done", ended=None)
+            self._tell("done")
             return
         progress.prepare(assignment)
         self._tell("loaded", seconds=time.monotonic() - began)
@@ -167,23 +176,72 @@ class Host:
 
     def _run(self, flow: Flow[..., Any], assignment: runs.Assignment) -> None:
         execution = runs.Execution(assignment)
-        execution.over = lambda: self._over
         execution.on_progress = lambda: self._tell("progress", ended=execution.ended)
         token = runs.execution.set(execution)
         over = threading.Event()
         if assignment.token is not None and assignment.policy.on_token_loss == "stop":
             threading.Thread(target=_guard, args=(assignment, over), name="guard", daemon=True).start()
+        state: State[Any] | None = None
+        fault: BaseException | None = None
+        turn.keep(flow)
         try:
-            drive(flow, assignment)
-        except Exception as exc:  # noqa: BLE001 - the engine's own trouble: the agent reports it
-            self._tell("crashed", message=f"{type(exc).__name__}: {exc}")
-            return
-        except BaseException:  # noqa: BLE001, S110 - reported by the engine, or no longer ours to run
-            pass
+            state = drive(flow, assignment)
+        except BaseException as exc:  # noqa: BLE001 - reported by the engine, or no longer ours to run
+            fault = exc
         finally:
             over.set()
             runs.execution.reset(token)
-        self._tell("done", ended=execution.ended)
+        self._report(execution, state, fault)
+
+    def _report(
+        self, execution: runs.Execution, state: State[Any] | None, fault: BaseException | None
+    ) -> None:
+        """Say what came of a run, and enter it in the ledger if its body has not."""
+        match execution.entered:
+            case None if _is_users(fault):
+                self._tell("crashed", message=f"{type(fault).__name__}: {fault}")
+            case None:
+                self._tell("done", told=_is_told(state) and not _is_crashed(state))
+            case Begun():
+                told = _is_told(state) and not _was_spoilt(execution, state)
+                if told and state is not None and execution.outcome is None:
+                    with contextlib.suppress(CoordinationError, TokenLostError):
+                        progress.settle(execution.assignment, None, state.type.value.capitalize())
+                self._tell("done", told=told, ended=execution.ended)
+            case Paused():
+                self._tell("paused")
+            case Skipped(reason):
+                self._tell("skipped", reason=reason)
+            case Ended(reason):
+                self._tell("skipped", reason=reason, ended=reason)
+            case Exhausted():
+                reason = schedules.exhausted(execution.assignment.max_count)
+                self._tell("skipped", reason=reason, ended=reason)
+            case Taken():
+                self._tell("done", told=False)
+
+
+def _is_told(state: State[Any] | None) -> bool:
+    """Return whether the API has a final state of the run."""
+    return state is not None and state.is_final()
+
+
+def _is_crashed(state: State[Any] | None) -> bool:
+    return state is not None and state.is_crashed()
+
+
+def _is_users(fault: BaseException | None) -> bool:
+    """Return whether it is a mistake in the flow that its body was not reached, and not an API's fault."""
+    return isinstance(fault, Exception) and not isinstance(fault, API_FAULTS)
+
+
+def _was_spoilt(execution: runs.Execution, state: State[Any] | None) -> bool:
+    """Return whether the engine took for the body's failure that the API could not be told of its end."""
+    if execution.outcome != "Completed" or state is None or not state.is_failed():
+        return False
+    with contextlib.suppress(Exception):
+        return isinstance(state.result(raise_on_failure=False), API_FAULTS)
+    return False
 
 
 def _parsed(line: str) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ import shutil
 import signal
 import socket
 import sys
-import tempfile
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from prefect.logging import get_logger
 
 from taskadapter.errors import TaskError
 from taskadapter.runs import LEAVE_SECONDS, Assignment
+from taskadapter.scratch import Scratch
 
 ANSWER_SECONDS = 10.0
 """How long the nursery may take to fork a process, or to tell of its end, before it is replaced."""
@@ -39,6 +40,9 @@ CLOSE_SECONDS = 5.0
 
 BUFFER = 65536
 
+_FROM_OUTSIDE = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT}
+"""Signals by which somebody ends a process; others are mistakes of its own."""
+
 LONGEST_LINE = 2**20
 """More than any message of a process has, in bytes."""
 
@@ -48,15 +52,16 @@ class Outcome:
     """How an assignment went.
 
     Attributes:
-        kind: ``done``: the engine has reported a final state, or the run is no longer ours;
-            ``dropped``: given back before its body started; ``crashed``: the process does not know of
-            a final state.
+        kind: ``told``: the API knows how the run ended, or that it did; ``untold``: the ledger is to say;
+            ``killed``: so it is, and a signal has ended the process; ``dropped``: given back before its
+            body, because the agent wished so; ``paused``: because the job is; ``skipped``: the tick is
+            not to run; ``crashed``: it is the flow's own fault that its body was not reached.
         ended: why the job is over for all nodes, if it is.
-        message: what crashed.
+        message: what crashed, or why the tick is skipped.
         left: the commands that a run which was done had left behind; they are ended.
     """
 
-    kind: Literal["done", "dropped", "crashed"]
+    kind: Literal["told", "untold", "killed", "dropped", "paused", "skipped", "crashed"]
     ended: str | None = None
     message: str = ""
     left: tuple[str, ...] = ()
@@ -120,19 +125,22 @@ class Host:
                     progress.started()
                 case {"event": "progress", "ended": ended}:
                     progress.begun(ended)
-                case {"event": "done", "ended": ended}:
-                    outcome = Outcome("done", ended=ended)
+                case {"event": "done", "told": told}:
+                    outcome = Outcome("told" if told else "untold", ended=event.get("ended"))
+                case {"event": "skipped", "reason": reason}:
+                    outcome = Outcome("skipped", ended=event.get("ended"), message=reason)
                 case {"event": "crashed", "message": message}:
                     outcome = Outcome("crashed", message=message)
-                case {"event": "dropped"}:
-                    outcome = Outcome("dropped")
+                case {"event": "dropped" | "paused" as kind}:
+                    outcome = Outcome(kind)
             if outcome is not None:
                 break
         # What ends is the process, not its socket: a job may have closed that, or a child may hold it.
         ending = await self._end_of(is_leaving=outcome is not None)
         if outcome is None:
-            return Outcome("crashed", message=self._in_words(ending))
-        return replace(outcome, left=ending.left)
+            killed = -ending.exit_code in _FROM_OUTSIDE
+            return Outcome("killed" if killed else "crashed", message=self._in_words(ending))
+        return replace(outcome, message=outcome.message or self._in_words(ending), left=ending.left)
 
     async def run_hooks(self, assignment: Assignment, state: State[Any]) -> None:
         """Have the process run the hooks for ``state`` of a run whose own process is gone."""
@@ -178,13 +186,9 @@ class Host:
         if {"do": "go"} not in self._said:
             self._say({"do": "go"})
 
-    def drop(self, over: str | None = None) -> None:
-        """Give the run back if it still waits for its moment.
-
-        Args:
-            over: why its job is over, if it is: then its body does not begin after that moment either.
-        """
-        self._say({"do": "drop", "over": over})
+    def drop(self) -> None:
+        """Give the run back if it still waits for its moment."""
+        self._say({"do": "drop"})
 
     def end(self, signum: signal.Signals) -> None:
         """Signal the process and all that its job has started."""
@@ -219,6 +223,9 @@ class HostPool:
 
     Args:
         limit: how many runs at once; the caller keeps to it.
+
+    Attributes:
+        fault: why no process could be started the last time that none could.
     """
 
     def __init__(self, limit: int) -> None:
@@ -229,7 +236,9 @@ class HostPool:
         self._nursery: socket.socket | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._watcher: asyncio.Task[None] | None = None
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._folder: Scratch | None = None
+        self._broken_since: float | None = None
+        self.fault = ""
         self._log = get_logger("taskadapter.hosts")
 
     async def start(self, preload: Sequence[str]) -> None:
@@ -242,7 +251,7 @@ class HostPool:
             EOFError: it ended instead.
             TaskError: it cannot import what it is to preload.
         """
-        self._folder = self._folder or tempfile.TemporaryDirectory(prefix="taskadapter-runs-")
+        self._folder = self._folder or Scratch()
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         with theirs:
@@ -266,6 +275,7 @@ class HostPool:
             ours.close()
             raise TaskError(refusal)
         self._nursery = ours
+        self._broken_since = None
         self._watcher = asyncio.create_task(self._watch(ours, reader, preload))
 
     async def close(self) -> None:
@@ -283,7 +293,7 @@ class HostPool:
                 await self._process.wait()
         self._end_hosts()
         if self._folder is not None:
-            await asyncio.to_thread(self._folder.cleanup)
+            await asyncio.to_thread(self._folder.close)
 
     async def _watch(self, nursery: socket.socket, reader: NoticeReader, preload: Sequence[str]) -> None:
         """Take the nursery's notices; start another one should it end."""
@@ -293,6 +303,7 @@ class HostPool:
                 host.ended(ending)
             else:
                 self._endings[notice["pid"]] = ending
+        self._break("the process that forks others has ended")
         self._log.error("The process that forks others has ended, and its runs with it; starting another.")
         nursery.close()
         self._nursery = None
@@ -304,7 +315,19 @@ class HostPool:
             try:
                 await self.start(preload)
             except (OSError, EOFError, TaskError) as fault:
-                self._log.error("It cannot be started: %s", fault)
+                if str(fault) != self.fault:
+                    self._log.error("It cannot be started: %s", fault)
+                self._break(str(fault))
+
+    def _break(self, fault: str) -> None:
+        self.fault = fault
+        if self._broken_since is None:
+            self._broken_since = time.monotonic()
+
+    @property
+    def broken_for(self) -> float:
+        """For how many seconds no process could be started, as `fault` says; 0 if one could."""
+        return 0.0 if self._broken_since is None else time.monotonic() - self._broken_since
 
     def _end_hosts(self) -> None:
         """End the processes whose nursery is gone, which ends them too: nobody else tells of it."""
@@ -336,6 +359,7 @@ class HostPool:
                 line = await reader.readline()
         except TimeoutError:
             writer.close()
+            self._break("no process is forked")
             self._kill_nursery()
             raise OSError(f"it was not forked within {ANSWER_SECONDS:g} s") from None
         if not line or nursery is not self._nursery:
@@ -350,7 +374,7 @@ class HostPool:
 
     def scratch(self, run: str) -> Path | None:
         """Return the folder of a run's own, which it may make."""
-        return None if self._folder is None else Path(self._folder.name) / run
+        return None if self._folder is None else self._folder.path / run
 
     async def clear(self, run: str) -> None:
         """Remove the folder of a run that is over, if it has made one."""

@@ -19,7 +19,7 @@ from prefect.types.names import BANNED_CHARACTERS
 from pydantic import model_validator
 
 from taskadapter import flow as flows
-from taskadapter import prefect_private
+from taskadapter import prefect_private, switches
 from taskadapter.api import api_client, run_sync
 from taskadapter.config import overridden, read_config
 from taskadapter.declaration import Declaration
@@ -27,17 +27,16 @@ from taskadapter.domain import Domain, password_of
 from taskadapter.errors import DeclarationError, TaskError
 from taskadapter.jobs import Job, Service, dump_state
 from taskadapter.model import (
+    DEFAULT_QUEUE,
     RetryConfiguration,
     TaskPolicy,
     TriggerConfiguration,
     WarmBackupConfig,
 )
-from taskadapter.planned import detach_job
 from taskadapter.pools import aensure_work_pool
 from taskadapter.program import Part, ProgramAgent, agents, done, stop_all
 from taskadapter.settings import TaskadapterSettings, check_interval
 from taskadapter.signals import at_a_signal
-from taskadapter.worker import DEFAULT_QUEUE
 
 REASON = "the service was detached"
 
@@ -318,7 +317,7 @@ class Listener:
         if self._agent is not None and self._part is not None and self.is_started:
             job_id = self._part.jobs[name]
             await self._agent.call_off(job_id, REASON)
-            await detach_job(job_id, REASON)
+            await switches.detach(job_id, REASON)
             # Now it is known to be off: what Prefect's scheduler was planning meanwhile is skipped.
             await self._agent.look_again(self._part)
             del self._part.jobs[name]

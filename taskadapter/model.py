@@ -24,6 +24,7 @@ from taskadapter.civil import Instant
 from taskadapter.declaration import Declaration
 
 __all__ = [
+    "DEFAULT_QUEUE",
     "DatabaseConfig",
     "ErrorPolicy",
     "MysqlConfig",
@@ -40,6 +41,9 @@ __all__ = [
     "WarmBackupConfig",
     "WorkerPoolConfiguration",
 ]
+
+DEFAULT_QUEUE = "default"
+"""The queue of jobs without a group: every agent polls it."""
 
 _MIN_HEARTBEATS = 3
 _LONGEST_ID = 255
@@ -85,6 +89,15 @@ def _worker_count(count: int) -> int:
     if count < 1:
         raise ValueError("must be at least 1, or nothing runs; raise it")
     return count
+
+
+def _group_id(name: str) -> str:
+    if name == DEFAULT_QUEUE:
+        raise ValueError(
+            f"must not be {DEFAULT_QUEUE!r}: that is the queue of jobs without a group, which every node "
+            "runs; choose another name"
+        )
+    return name
 
 
 def _not_negative(seconds: float) -> float:
@@ -354,11 +367,12 @@ class WarmBackupConfig(Declaration):
     settings.
 
     Raises:
-        DeclarationError: an id that is blank, longer than 255 characters or contains "/" or "%"; a
-            time that is not positive; a `liveness_check_interval` below three heartbeats.
+        DeclarationError: an id that is blank, longer than 255 characters or contains "/" or "%"; the
+            `group_id` "default", the queue of jobs without a group; a time that is not positive; a
+            `liveness_check_interval` below three heartbeats.
     """
 
-    group_id: _Identifier
+    group_id: Annotated[_Identifier, AfterValidator(_group_id)]
     task_id: _Identifier = Field(default_factory=lambda: socket.gethostname(), validate_default=True)
     database_config: DatabaseConfig | None = None
     liveness_check_interval: PositiveSeconds = 30.0

@@ -9,7 +9,6 @@ from datetime import datetime
 from uuid import UUID
 
 from prefect.client.orchestration import PrefectClient
-from prefect.client.schemas.actions import DeploymentUpdate
 from prefect.client.schemas.filters import (
     DeploymentFilter,
     DeploymentFilterId,
@@ -25,7 +24,6 @@ from prefect.client.schemas.sorting import DeploymentSort, FlowRunSort
 from prefect.exceptions import ObjectNotFound
 
 from taskadapter import schedules, ticks
-from taskadapter.api import api_client
 
 TAG = "taskadapter"
 """What every deployment of ours is tagged with."""
@@ -108,20 +106,6 @@ async def switch_off(client: PrefectClient, deployment: DeploymentResponse, reas
             with contextlib.suppress(ObjectNotFound):
                 await client.update_deployment_schedule(deployment.id, schedule.id, active=False)
     await _end_planned(client, deployment.id, reason)
-
-
-async def detach_job(job_id: UUID, reason: str) -> None:
-    """Unschedule a job whose deployment stays, and say so there.
-
-    Raises:
-        ApiUnavailableError: the API did not answer.
-    """
-    async with api_client() as client:
-        with contextlib.suppress(ObjectNotFound):
-            deployment = await client.read_deployment(job_id)
-            tags = [*deployment.tags, *({DETACHED} - set(deployment.tags))]
-            await client.update_deployment(job_id, DeploymentUpdate(tags=tags))
-            await switch_off(client, deployment, reason)
 
 
 async def _end_planned(client: PrefectClient, job_id: UUID, reason: str) -> None:

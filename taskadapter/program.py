@@ -20,8 +20,9 @@ from prefect.logging import get_logger
 
 from taskadapter.domain import Domain
 from taskadapter.errors import TaskError
+from taskadapter.model import DEFAULT_QUEUE
 from taskadapter.settings import TaskadapterSettings
-from taskadapter.worker import DEFAULT_QUEUE, WarmBackupWorker
+from taskadapter.worker import WarmBackupWorker
 
 START_SECONDS = 8.0
 """How long it may take to join a queue, once the agent is up, before what is in the way is told."""

@@ -1,4 +1,4 @@
-"""How far a job has come, in the coordination database: its count, its state, its runs in flight.
+"""How far a job has come, in the coordination database: its executions, its count, its state.
 
 One short transaction for each question, on an engine of this process's own. For a job of a group,
 each begins by locking the token, and is refused when the node has lost it.
@@ -7,14 +7,20 @@ each begins by locking the token, and is refused when the node has lost it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, TypeVar
+from uuid import UUID
 
-from taskadapter import runs, schedules
+from prefect.logging import get_logger
+
+from taskadapter import runs
 from taskadapter.coordination.board import DeadlineBoard, clock
+from taskadapter.coordination.executions import Limits
 from taskadapter.errors import (
+    AccessDeniedError,
     CoordinationError,
     DatabaseUnavailableError,
     SchemaError,
@@ -25,15 +31,11 @@ from taskadapter.jobs import Service, dump_state, load_state
 from taskadapter.runs import Assignment
 
 if TYPE_CHECKING:
-    from uuid import UUID
-
     from sqlalchemy import Connection, Engine
 
-    from taskadapter.coordination.jobs import RunInFlight
+    from taskadapter.coordination.executions import Answer, Entry
     from taskadapter.coordination.messages import Token
-
-MEMORY_SECONDS = 3600.0
-"""For how long it is remembered that a run has started: far longer than any answer is under way."""
+    from taskadapter.switches import Reading
 
 RETRY_SECONDS = 0.5
 """How long to wait for a database that does not answer, before it is asked again."""
@@ -46,38 +48,27 @@ Each here takes milliseconds, and holds the token's row: no other node could tak
 
 T = TypeVar("T")
 
+_FAULTS = (DatabaseUnavailableError, AccessDeniedError, SchemaError)
+"""What a database raises that is away, or refuses for now: it is waited for."""
 
-def begin(assignment: Assignment) -> int | None:
-    """Count one execution of the job, immediately before it, and enter it as in flight.
+_log = get_logger("taskadapter.progress")
 
-    Returns:
-        Its number, 1 for the first; None when the trigger allows no further one.
+
+def begin(assignment: Assignment) -> Answer:
+    """Enter the execution in the ledger, immediately before its body.
 
     Raises:
         TokenLostError: the node has lost the token of the job's group.
-        AlreadyStartedError: the run has been started before, here or on another node.
     """
-    from taskadapter.coordination import jobs
+    from taskadapter.coordination import ledger
 
-    def ask(connection: Connection) -> int | None:
-        if assignment.token is not None:
-            flight = jobs.RunInFlight(str(assignment.flow_run.id), str(assignment.job_id), assignment.token)
-            jobs.start_flight(
-                connection,
-                flight,
-                rerun=assignment.policy.on_takeover == "rerun",
-                retried=schedules.is_retry(assignment.flow_run),
-            )
-        count = jobs.begin_run(
-            connection, str(assignment.job_id), assignment.trigger_slug or "", assignment.max_count
-        )
-        if count is None and assignment.token is not None:
-            jobs.end_flight(connection, str(assignment.flow_run.id), "Skipped")
-        return count
-
-    count = _answer(assignment, ask)
+    limits = Limits(assignment.trigger_slug or "", assignment.max_count)
+    answer = _answer(
+        assignment,
+        lambda connection: ledger.begin(connection, assignment.execution, assignment.owner, limits),
+    )
     require_trust(assignment)
-    return count
+    return answer
 
 
 def prepare(assignment: Assignment) -> None:
@@ -132,76 +123,159 @@ def saved_service(assignment: Assignment, cls: type[Service]) -> Service | None:
     return None if state is None else load_state(cls, state)
 
 
-def settle(assignment: Assignment, service: Service | None, outcome: str) -> None:
-    """Record that the execution is over, and save what it made of its service, if it succeeded.
+def settle(assignment: Assignment, service: Service | None, outcome: str, ends: str | None = None) -> None:
+    """Enter what the execution came to, and save what it made of its service, if it succeeded.
 
     Args:
         assignment: the run.
         service: to be saved; None if there is none, or it failed.
         outcome: the name of the state that Prefect is told next.
+        ends: why its job is over, if it is with this execution.
 
     Raises:
         DeclarationError: a field holds what cannot be saved.
         TokenLostError: the node has lost the token; nothing is saved.
     """
-    from taskadapter.coordination import jobs
+    from taskadapter.coordination import jobs, ledger
 
     state = None if service is None else dump_state(service)
 
     def write(connection: Connection) -> None:
         job_id, token = str(assignment.job_id), assignment.token
-        if state is not None and token is not None:
-            jobs.save_state_fenced(connection, job_id, state, token)
-        elif state is not None:
-            jobs.save_state(connection, job_id, state)
-        elif token is not None:
-            jobs.require_token(connection, token)
         if token is not None:
-            jobs.end_flight(connection, str(assignment.flow_run.id), outcome)
+            jobs.require_token(connection, token)
+        if state is not None:
+            jobs.save_state(connection, job_id, state, term=token.term if token else None)
+        if ends is not None:
+            jobs.end(connection, job_id, ends, assignment.trigger_slug)
+        ledger.end(connection, assignment.execution.key, outcome, incarnation=assignment.incarnation)
 
-    if state is not None or assignment.token is not None:
-        _answer(assignment, write)
+    _answer(assignment, write)
 
 
-def has_started(assignment: Assignment) -> bool:
-    """Return whether the run has been started, on whichever node."""
+def entries(database_url: str, keys: Collection[str], flow_run_ids: Collection[str] = ()) -> list[Entry]:
+    """Return those of some executions that have begun, and those that some flow runs were, oldest first."""
+    from taskadapter.coordination import ledger
+
+    return _ask(database_url, lambda connection: ledger.entries(connection, keys, flow_run_ids))
+
+
+def interrupted(database_url: str, token: Token) -> list[Entry]:
+    """Return what earlier holders of a group's token were executing when they lost it."""
+    from taskadapter.coordination import ledger
+
+    return _ask(database_url, lambda connection: ledger.interrupted(connection, token))
+
+
+def orphaned(database_url: str, interval: float) -> list[Entry]:
+    """Return what nodes that are gone were executing without a group."""
+    from taskadapter.coordination import ledger
+
+    return _ask(database_url, lambda connection: ledger.orphaned(connection, interval))
+
+
+def skip(assignment: Assignment, reason: str) -> None:
+    """Enter that a tick is not run, and why."""
+    from taskadapter.coordination import ledger
+
+    url, execution, owner = assignment.database_url, assignment.execution, assignment.owner
+    _ask(url.get_secret_value(), lambda connection: ledger.skip(connection, execution, owner, reason))
+
+
+def end(database_url: str, key: str, outcome: str) -> None:
+    """Enter what an execution came to whose process could not say so."""
+    from taskadapter.coordination import ledger
+
+    _ask(database_url, lambda connection: ledger.end(connection, key, outcome))
+
+
+def prune(database_url: str, seconds: float) -> None:
+    """Forget the executions, and the jobs, that ended longer ago than so many seconds."""
+    from taskadapter.coordination import jobs, ledger
+
+    def forget(connection: Connection) -> None:
+        ledger.prune(connection, seconds)
+        jobs.prune(connection, seconds)
+
+    _ask(database_url, forget)
+
+
+def dues(database_url: str, job_id: UUID, limit: int) -> list[datetime]:
+    """Return the times of the last ticks of a job that have begun, or are skipped, the newest first."""
+    from taskadapter.coordination import ledger
+
+    found = _ask(database_url, lambda connection: ledger.dues(connection, str(job_id), limit))
+    return [datetime.fromisoformat(due) for due in found]
+
+
+def pause(database_url: str, job_id: UUID, *, paused: bool) -> None:
+    """Let no tick of a job begin any more, or let them again."""
     from taskadapter.coordination import jobs
 
-    flow_run_id = str(assignment.flow_run.id)
-    return bool(_answer(assignment, lambda c: jobs.outcomes(c, [flow_run_id])))
+    _ask(database_url, lambda connection: jobs.pause(connection, str(job_id), paused=paused))
 
 
-def left_behind(database_url: str, token: Token) -> tuple[RunInFlight, ...]:
-    """Return the runs that earlier holders of a group's token were executing when they lost it."""
+def resumed(database_url: str, job_ids: Collection[UUID]) -> set[UUID]:
+    """Return those of some jobs that were paused and are not any more."""
     from taskadapter.coordination import jobs
 
-    with _transaction(database_url) as connection:
-        jobs.forget_flights(connection, token.group_id, MEMORY_SECONDS)
-        return jobs.flights_before(connection, token.group_id, token.term)
+    ids = [str(job_id) for job_id in job_ids]
+    return set(map(UUID, _ask(database_url, lambda connection: jobs.resumed(connection, ids))))
 
 
-def outcomes(database_url: str, flow_run_ids: Collection[str]) -> dict[str, str | None]:
-    """Return those of some runs that have been started, and what each came to if it has ended."""
+def end_job(database_url: str, job_id: UUID, reason: str | None, trigger_slug: str | None = None) -> None:
+    """End a job for all nodes, or let it go on, with None for a reason.
+
+    Args:
+        database_url: the coordination database.
+        job_id: the job.
+        reason: why it is over.
+        trigger_slug: the trigger with which it is; with another one it goes on. None for every trigger.
+    """
     from taskadapter.coordination import jobs
 
-    with _transaction(database_url) as connection:
-        return jobs.outcomes(connection, flow_run_ids)
+    _ask(database_url, lambda connection: jobs.end(connection, str(job_id), reason, trigger_slug))
 
 
-def end_flight(database_url: str, flow_run_id: str) -> None:
-    """Record that a run is over whose process could not, and so is Crashed."""
+def seen(database_url: str, job_ids: Collection[UUID]) -> dict[UUID, tuple[bool, bool]]:
+    """Return whether each job was paused, and switched on, when Prefect was looked at last."""
     from taskadapter.coordination import jobs
 
-    with _transaction(database_url) as connection:
-        jobs.end_flight(connection, flow_run_id, "Crashed")
+    ids = [str(job_id) for job_id in job_ids]
+    found = _ask(database_url, lambda connection: jobs.seen(connection, ids))
+    return {UUID(job_id): switches for job_id, switches in found.items()}
 
 
-def forget(database_url: str, job_id: UUID) -> None:
-    """Remove the count and the state of a job that is gone."""
+def see(database_url: str, readings: Iterable[Reading]) -> None:
+    """Carry over what has changed in Prefect since it was looked at last."""
     from taskadapter.coordination import jobs
 
-    with _transaction(database_url) as connection:
-        jobs.forget(connection, str(job_id))
+    def carry_over(connection: Connection) -> None:
+        for reading in readings:
+            jobs.see(
+                connection,
+                str(reading.job_id),
+                reading.trigger_slug,
+                paused=reading.paused,
+                on=reading.on,
+                updated=reading.updated,
+            )
+
+    _ask(database_url, carry_over)
+
+
+def claim_groups(database_url: str, work_pool: str, group_ids: Collection[str]) -> dict[str, str]:
+    """Enter groups as a work pool's, and return those that are another pool's, with its name."""
+    from taskadapter.coordination import tokens
+
+    return _ask(database_url, lambda connection: tokens.claim_groups(connection, work_pool, group_ids))
+
+
+def give_up_group(database_url: str, work_pool: str, group_id: str) -> None:
+    """Let a group be another pool's that was this one's."""
+    from taskadapter.coordination import tokens
+
+    _ask(database_url, lambda connection: tokens.give_up_group(connection, work_pool, group_id))
 
 
 def require_database(database_url: str, within: float) -> None:
@@ -255,16 +329,28 @@ def fenced(connection: Connection) -> None:
 
 def _answer(assignment: Assignment, ask: Callable[[Connection], T]) -> T:
     """Ask until the database answers: its faults are not the job's, and end with the node's trust."""
+    faults: set[str] = set()
     while True:
         try:
-            with _transaction(assignment.database_url.get_secret_value()) as connection:
-                return ask(connection)
-        except SchemaError:
-            if not _create_tables(assignment.database_url.get_secret_value()):
-                raise
-        except DatabaseUnavailableError:
+            return _ask(assignment.database_url.get_secret_value(), ask)
+        except _FAULTS as fault:
             require_trust(assignment)
+            if str(fault) not in faults:
+                _log.warning("Waiting for the coordination database: %s", fault)
+            faults.add(str(fault))
             time.sleep(RETRY_SECONDS)
+
+
+def _ask(database_url: str, ask: Callable[[Connection], T]) -> T:
+    """Ask in a transaction; where tables are missing, make them, and ask again."""
+    try:
+        with _transaction(database_url) as connection:
+            return ask(connection)
+    except SchemaError:
+        if not _create_tables(database_url):
+            raise
+    with _transaction(database_url) as connection:
+        return ask(connection)
 
 
 @contextmanager
@@ -275,9 +361,18 @@ def _transaction(database_url: str) -> Iterator[Connection]:
         yield connection
 
 
-@lru_cache(maxsize=8)
 def _engine(url: str) -> Engine:
-    """Return this process's engine.
+    """Return this process's engine: for SQLite one for each file that ever had the name."""
+    from sqlalchemy import make_url
+
+    from taskadapter.coordination.dialects import file_of
+
+    return _engine_on(url, file_of(make_url(url)))
+
+
+@lru_cache(maxsize=8)
+def _engine_on(url: str, _file: tuple[int, int] | None) -> Engine:
+    """Make an engine.
 
     SQLAlchemy is imported here, by the processes that use it: Prefect imports our modules for each of
     its commands.

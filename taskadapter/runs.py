@@ -16,11 +16,13 @@ from uuid import UUID
 from prefect.client.schemas.objects import FlowRun
 from pydantic import BaseModel, SecretStr, field_serializer
 
+from taskadapter.coordination import executions
+from taskadapter.coordination.executions import Owner
 from taskadapter.coordination.messages import Token
 from taskadapter.errors import TaskError
 from taskadapter.jobs import JobId
 from taskadapter.model import TaskPolicy, TriggerConfiguration
-from taskadapter.schedules import WAITING_TIME, is_tick
+from taskadapter.schedules import WAITING_TIME, is_tick, tick_of
 
 LEAVE_SECONDS = 5.0
 """How long the end of a process may take: what it has logged is sent, its `atexit` functions are called."""
@@ -50,6 +52,7 @@ class Assignment(BaseModel, frozen=True):
         entrypoint: what of the workspace it runs.
         workspace: where the code is.
         node: the agent's name.
+        incarnation: which of all processes that ever had that name.
         database_url: the coordination database.
         token: what the node holds of the run's group; None for a run of no group.
         board: the file with the deadline of that token.
@@ -67,6 +70,7 @@ class Assignment(BaseModel, frozen=True):
     entrypoint: str
     workspace: Workspace
     node: str
+    incarnation: str
     database_url: SecretStr
     token: Token | None = None
     board: Path | None = None
@@ -93,25 +97,68 @@ class Assignment(BaseModel, frozen=True):
         return TaskPolicy() if self.trigger is None else self.trigger.policy
 
     @property
+    def is_tick(self) -> bool:
+        """Whether the run is a tick of its job's trigger, and not one that somebody asks for."""
+        return is_tick(self.flow_run)
+
+    @property
     def max_count(self) -> int:
         """The executions that the trigger allows; -1 for a run that somebody started by hand."""
-        if self.trigger is None or not is_tick(self.flow_run):
-            return -1
-        return self.trigger.max_count
+        return -1 if self.trigger is None or not self.is_tick else self.trigger.max_count
+
+    @property
+    def owner(self) -> Owner:
+        """Who executes it."""
+        return Owner(self.node, self.incarnation, self.token)
+
+    @property
+    def execution(self) -> executions.Execution:
+        """What is executed once."""
+        return execution_of(self.flow_run, is_ours=self.trigger is not None)
+
+
+def execution_of(flow_run: FlowRun, *, is_ours: bool) -> executions.Execution:
+    """Return what a run is an execution of: a tick, whichever run shows it, or the run itself.
+
+    Args:
+        flow_run: as polled.
+        is_ours: whether its job has a trigger of ours. Other deployments may have several schedules that
+            are due at the same moment: their ticks are told apart as Prefect does.
+    """
+    flow_run_id = str(flow_run.id)
+    job_id = None if flow_run.deployment_id is None else str(flow_run.deployment_id)
+    due = tick_of(flow_run)
+    if due is None or job_id is None:
+        key = executions.asked_key(flow_run_id, flow_run.run_count)
+    elif is_ours:
+        key = executions.tick_key(job_id, due)
+    else:
+        key = flow_run.idempotency_key or executions.tick_key(job_id, due)
+    return executions.Execution(key, flow_run_id, job_id, due)
 
 
 @dataclass
 class Execution:
-    """An assignment on its way through its process; the flow leaves its findings here for the agent."""
+    """An assignment on its way through its process; the flow leaves its findings here for the agent.
+
+    Attributes:
+        assignment: the run.
+        entered: what the ledger has answered, once it has been asked.
+        outcome: the name of the state that the body came to, once that is entered.
+    """
 
     assignment: Assignment
+    entered: executions.Answer | None = None
+    outcome: str | None = None
     on_progress: Callable[[], None] = lambda: None
-    """Called once the execution is counted, and as soon as it is known that the job is over."""
-    over: Callable[[], str | None] = lambda: None
-    """Returns why the job is over, if the agent has said so since it handed the run over."""
-    count: int = 0
+    """Called once the body begins, and as soon as it is known that the job is over."""
     ended: str | None = None
     """Why the job is over for all nodes, once it is."""
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the body has begun."""
+        return isinstance(self.entered, executions.Begun)
 
 
 @dataclass(frozen=True)

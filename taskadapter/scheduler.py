@@ -19,7 +19,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.utilities.slugify import slugify
 
 from taskadapter import flow as flows
-from taskadapter import schedules, ticks
+from taskadapter import schedules, switches, ticks
 from taskadapter.api import api_client, run_sync
 from taskadapter.civil import Civil, Instant
 from taskadapter.declaration import Declaration
@@ -29,7 +29,7 @@ from taskadapter.errors import TaskError
 from taskadapter.jobs import Job, JobId, dump_state
 from taskadapter.listener import Declared, check_name
 from taskadapter.model import TaskPolicy, TriggerConfiguration, WarmBackupConfig, WorkerPoolConfiguration
-from taskadapter.planned import TAG, jobs_of_pool, remake_ticks, remove_ticks, switch_off, unfinished
+from taskadapter.planned import TAG, jobs_of_pool, remake_ticks, remove_ticks, unfinished
 from taskadapter.pools import aensure_work_pool
 from taskadapter.settings import TaskadapterSettings, check_interval
 
@@ -275,6 +275,7 @@ def unschedule_job(job_id: JobId) -> None:
 
     Raises:
         TaskError: there is no such job.
+        CoordinationError: the coordination database cannot be reached from here; nothing has changed.
     """
     run_sync(aunschedule_job(job_id))
 
@@ -282,15 +283,19 @@ def unschedule_job(job_id: JobId) -> None:
 async def aunschedule_job(job_id: JobId) -> None:
     """Do what `unschedule_job` does, from async code."""
     async with _job(job_id) as (client, deployment):
-        await switch_off(client, deployment, "the job was unscheduled")
+        await switches.end(client, deployment, "the job was unscheduled")
         await client.delete_deployment(deployment.id)
 
 
 def pause_job(job_id: JobId) -> None:
     """Pause a job on all nodes, until it is resumed; a run that has begun goes on.
 
+    When this returns nothing of the job begins any more.
+
     Raises:
         TaskError: there is no such job.
+        CoordinationError: the coordination database, where runs ask before they begin, cannot be reached
+            from here; nothing has changed.
     """
     run_sync(apause_job(job_id))
 
@@ -306,6 +311,7 @@ def resume_job(job_id: JobId) -> None:
 
     Raises:
         TaskError: there is no such job.
+        CoordinationError: the coordination database cannot be reached from here; nothing has changed.
     """
     run_sync(aresume_job(job_id))
 
@@ -313,7 +319,7 @@ def resume_job(job_id: JobId) -> None:
 async def aresume_job(job_id: JobId) -> None:
     """Do what `resume_job` does, from async code."""
     async with _job(job_id) as (client, deployment):
-        await client.resume_deployment(deployment.id)
+        await switches.resume(client, deployment)
 
 
 def pause_all_jobs(*, work_pool: str | None = None) -> None:
@@ -345,11 +351,11 @@ async def aresume_all_jobs(*, work_pool: str | None = None) -> None:
     """Do what `resume_all_jobs` does, from async code."""
     async with api_client() as client:
         for deployment in await jobs_of_pool(client, _pool(work_pool)):
-            await client.resume_deployment(deployment.id)
+            await switches.resume(client, deployment)
 
 
 async def _pause(client: PrefectClient, deployment: DeploymentResponse) -> None:
-    await client.pause_deployment(deployment.id)
+    await switches.pause(client, deployment)
     await remove_ticks(client, deployment.id, recurring_only=True)
 
 

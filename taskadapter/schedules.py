@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import Enum
@@ -112,6 +113,21 @@ def is_tick(flow_run: FlowRun) -> bool:
     """Return whether a run is a tick of its job's trigger, and not one that somebody asks for."""
     planned = flow_run.auto_scheduled or (flow_run.idempotency_key or "").startswith(f"{_TICK} ")
     return planned and not is_retry(flow_run)
+
+
+def tick_of(flow_run: FlowRun) -> datetime | None:
+    """Return the moment of the tick that a run is of; None for a run that somebody asks for.
+
+    Its key says so, whenever the run itself is to start by now.
+    """
+    if not is_tick(flow_run):
+        return None
+    parts = (flow_run.idempotency_key or "").split(" ", 3)
+    if len(parts) == len((_TICK, "job", "schedule", "due")):
+        with suppress(ValueError):
+            return in_utc(datetime.fromisoformat(parts[-1]))
+    due = flow_run.expected_start_time
+    return None if due is None else in_utc(due)
 
 
 def is_retry(flow_run: FlowRun) -> bool:

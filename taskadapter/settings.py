@@ -72,6 +72,11 @@ class TaskadapterSettings(PrefectBaseSettings):
             "ones that change only with a restart, and start no threads."
         ),
     )
+    ledger_days: float = Field(
+        default=7.0,
+        gt=0,
+        description="Days for which the coordination database keeps what has been executed.",
+    )
     drain_seconds: float = Field(
         default=30.0,
         ge=0,

@@ -1,9 +1,10 @@
-"""What a node does with the runs that its predecessor left behind, before it starts any of its own."""
+"""What a node does with the runs that another one left behind, before it starts any of its own."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from logging import Logger, LoggerAdapter
 from typing import Any
 from uuid import UUID
@@ -20,17 +21,24 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.exceptions import ObjectNotFound
-from prefect.states import Completed, Crashed, Failed, Scheduled
+from prefect.states import Cancelled, Crashed
 
-from taskadapter import progress
+from taskadapter import progress, settling
+from taskadapter.api import API_FAULTS
+from taskadapter.coordination.executions import ABANDONED, Entry
 from taskadapter.coordination.messages import Token
 from taskadapter.deployments import Deployments
+from taskadapter.errors import CoordinationError, DeclarationError
+from taskadapter.runs import execution_of
+from taskadapter.schedules import is_tick
+from taskadapter.settling import Todo
+from taskadapter.telling import Teller
 
 CLAIMED = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
 
 
 class Takeover:
-    """Puts a group's house in order: at the beginning of a term, and from time to time in it.
+    """Puts a queue's house in order: at the beginning of a term, and from time to time in it.
 
     Args:
         client: connected to the API.
@@ -50,10 +58,13 @@ class Takeover:
     ) -> None:
         self._client = client
         self._deployments = deployments
+        # Its next try finds out anew what is to be done.
+        self._teller = Teller(client, log, patient=False)
         self._pool_name = pool_name
-        self._database_url = database_url
+        self.database_url = database_url
         self._log = log
         self._suspects: dict[UUID, UUID | None] = {}
+        self._troubles: set[str] = set()
 
     async def clean_up(self, token: Token) -> None:
         """End what earlier holders were executing, and make due again what they had only claimed.
@@ -64,17 +75,17 @@ class Takeover:
             CoordinationError: the database failed.
             HTTPError: the API failed.
         """
-        for flight in await asyncio.to_thread(progress.left_behind, self._database_url, token):
-            await self._end(flight.flow_run_id, flight.token)
-        await self._release(await self._claimed(token.group_id))
+        await self._end_all(await asyncio.to_thread(progress.interrupted, self.database_url, token))
+        await self._settle(await self._claimed(token.group_id))
 
-    async def sweep(self, token: Token, in_hand: Callable[[], frozenset[UUID]]) -> None:
+    async def sweep(self, queue: str, in_hand: Callable[[], frozenset[UUID]]) -> None:
         """Do the same for runs that are nobody's: a former holder's claim came too late to be seen.
 
-        Only a run that was in the same state, and not in hand, at two sweeps in a row is nobody's.
+        Only a run that was in the same state, and not in hand, at two sweeps in a row is nobody's; and
+        where another node has it all the same, the ledger lets one of the two begin.
 
         Args:
-            token: held by this node.
+            queue: a group whose token this node holds, or the queue of jobs without one.
             in_hand: returns the runs that this node has claimed.
 
         Raises:
@@ -82,66 +93,124 @@ class Takeover:
             HTTPError: the API failed.
         """
         busy = in_hand()
-        claimed = await self._claimed(token.group_id)
+        claimed = await self._claimed(queue)
         idle = [run for run in claimed if run.id not in busy | in_hand()]
-        await self._release([run for run in idle if self._suspects.get(run.id) == run.state_id])
+        await self._settle([run for run in idle if self._suspects.get(run.id) == run.state_id])
         self._suspects = {run.id: run.state_id for run in idle}
 
-    async def _release(self, claimed: list[FlowRun]) -> None:
-        """Make claimed runs due again; of one that has been started the database knows how it ended."""
+    async def end_orphans(self, interval: float) -> None:
+        """End what nodes that are gone were executing without a group.
+
+        Args:
+            interval: seconds after which a node that does not show that it lives is taken for dead.
+
+        Raises:
+            CoordinationError: the database failed.
+            HTTPError: the API failed.
+        """
+        await self._end_all(await asyncio.to_thread(progress.orphaned, self.database_url, interval))
+
+    async def _end_all(self, interrupted: Iterable[Entry]) -> None:
+        for entry in interrupted:
+            with self._rest_goes_on(entry.flow_run_id):
+                await self._end(entry)
+
+    async def _end(self, entry: Entry) -> None:
+        """Settle one: Prefect first, so that what fails half-way is found again."""
+        flow_run = await self._read(entry.flow_run_id)
+        known = None if flow_run is None else flow_run.state_type
+        reruns = flow_run is not None and await self._reruns(flow_run)
+        todo = settling.decide(entry, known, reruns=reruns)
+        outcome = ABANDONED if todo is Todo.SUSPEND else settling.outcome_of(known)
+        if flow_run is not None and todo in {Todo.AGAIN, Todo.CRASH}:
+            outcome = await self._tell(flow_run, entry, todo)
+        await asyncio.to_thread(progress.end, self.database_url, entry.key, outcome)
+
+    async def _tell(self, flow_run: FlowRun, entry: Entry, todo: Todo) -> str:
+        """Tell Prefect of an interrupted run, and return what is to be entered."""
+        message = f"This run was being executed {entry.where}, which is gone."
+        self._log.warning("Run %s: %s", flow_run.name, message)
+        if todo is Todo.AGAIN:
+            await self._put_back(flow_run, message)
+            return ABANDONED
+        is_cancelling = flow_run.state_type is StateType.CANCELLING
+        state: State[Any] = Cancelled(message=message) if is_cancelling else Crashed(message=message)
+        await self._teller.report(flow_run, state, force=True)
+        return settling.outcome_of(state.type)
+
+    @contextmanager
+    def _rest_goes_on(self, what: str) -> Iterator[None]:
+        """Let one run's trouble not keep the others waiting; the API's and the database's are all runs'."""
+        try:
+            yield
+        except (*API_FAULTS, CoordinationError):
+            raise
+        except Exception:  # noqa: BLE001 - whatever it is, it is told, and is this run's alone
+            if what not in self._troubles:
+                self._log.exception("Run %s cannot be settled; the rest goes on.", what)
+            self._troubles.add(what)
+
+    async def _settle(self, claimed: list[FlowRun]) -> None:
+        """Do about runs that nobody has in hand what the ledger says."""
         if not claimed:
             return
+        keys = [key for run in claimed for key in _keys(run)]
         ids = [str(run.id) for run in claimed]
-        started = await asyncio.to_thread(progress.outcomes, self._database_url, ids)
+        found = await asyncio.to_thread(progress.entries, self.database_url, keys, ids)
         for flow_run in claimed:
-            if str(flow_run.id) in started:
-                state = _state(started[str(flow_run.id)])
-                await self._client.set_flow_run_state(flow_run.id, state, force=True)
-            else:
-                self._log.info("Run %s was claimed and not started; it is due again.", flow_run.name)
-                await self._make_due(flow_run)
+            with self._rest_goes_on(flow_run.name):
+                await self._settle_one(flow_run, _entry_of(flow_run, found))
 
-    async def _end(self, flow_run_id: str, former: Token) -> None:
-        try:
-            flow_run = await self._client.read_flow_run(UUID(flow_run_id))
-        except ObjectNotFound:
-            flow_run = None
-        if flow_run is not None and not (flow_run.state and flow_run.state.is_final()):
-            message = (
-                f"Node {former.task_id!r} was executing this run in term {former.term} of group "
-                f"{former.group_id!r} when it lost the token."
-            )
-            self._log.warning("Run %s: %s", flow_run.name, message)
-            if await self._deployments.reruns(flow_run):
-                await self._make_due(flow_run, message)
-                return
-            await self._client.set_flow_run_state(flow_run.id, Crashed(message=message), force=True)
-        await asyncio.to_thread(progress.end_flight, self._database_url, flow_run_id)
+    async def _settle_one(self, flow_run: FlowRun, entry: Entry | None) -> None:
+        match settling.decide(entry, flow_run.state_type, lives=True):
+            case Todo.PUT_BACK:
+                self._log.info("Run %s was claimed and has not begun; it is due again.", flow_run.name)
+                await self._put_back(flow_run)
+            case Todo.CRASH:  # it was being cancelled before it had begun
+                cancelled: State[Any] = Cancelled(message="Cancelled before it began.")
+                await self._teller.report(flow_run, cancelled, force=True)
+            case Todo.TELL if entry is not None:
+                await self._teller.tell(flow_run, entry)
 
-    async def _make_due(self, flow_run: FlowRun, message: str | None = None) -> None:
+    async def _put_back(self, flow_run: FlowRun, message: str | None = None) -> None:
         due = flow_run.expected_start_time or flow_run.created
-        policy = flow_run.empirical_policy.model_copy(update={"retry_type": None})
-        await self._client.update_flow_run(flow_run.id, empirical_policy=policy)
-        state: State[Any] = Scheduled(scheduled_time=due, message=message)
-        await self._client.set_flow_run_state(flow_run.id, state, force=True)
+        assert due is not None  # noqa: S101 - the API has made it
+        await self._teller.put_back(flow_run, due, message)
 
-    async def _claimed(self, group_id: str) -> list[FlowRun]:
+    async def _read(self, flow_run_id: str) -> FlowRun | None:
+        try:
+            return await self._client.read_flow_run(UUID(flow_run_id))
+        except ObjectNotFound:
+            return None
+
+    async def _reruns(self, flow_run: FlowRun) -> bool:
+        """Return whether an interrupted run is to be run again, as far as its deployment still says."""
+        try:
+            return await self._deployments.reruns(flow_run)
+        except (ObjectNotFound, DeclarationError):
+            return False
+
+    async def _claimed(self, queue: str) -> list[FlowRun]:
         return await self._client.read_flow_runs(
             flow_run_filter=FlowRunFilter(
                 state=FlowRunFilterState(type=FlowRunFilterStateType(any_=CLAIMED))
             ),
             work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[self._pool_name])),
-            work_queue_filter=WorkQueueFilter(name=WorkQueueFilterName(any_=[group_id])),
+            work_queue_filter=WorkQueueFilter(name=WorkQueueFilterName(any_=[queue])),
         )
 
 
-def _state(outcome: str | None) -> State[Any]:
-    """Return the state that a run had come to when its node was lost."""
-    message = "Its node was lost before it could report this."
-    match outcome:
-        case "Completed":
-            return Completed(message=message)
-        case "Failed":
-            return Failed(message=message)
-        case _:
-            return Crashed(message=message)
+def _keys(flow_run: FlowRun) -> set[str]:
+    """Return the keys under which an execution of a run may be entered."""
+    return {execution_of(flow_run, is_ours=is_ours).key for is_ours in (True, False)}
+
+
+def _entry_of(flow_run: FlowRun, found: Iterable[Entry]) -> Entry | None:
+    """Return the entry of what a claimed run is an execution of."""
+    # The releases before the ledger had entries by flow run.
+    keys = _keys(flow_run) | {str(flow_run.id)}
+    known = [entry for entry in found if entry.key in keys]
+    if not known and not is_tick(flow_run) and flow_run.state_type is not StateType.PENDING:
+        # The run counts once more by now than when it was claimed.
+        known = [entry for entry in found if entry.flow_run_id == str(flow_run.id)]
+    return known[-1] if known else None

@@ -8,7 +8,7 @@ policy says.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from itertools import islice
@@ -35,6 +35,7 @@ from prefect.states import Pending
 from taskadapter import schedules
 from taskadapter.errors import DeclarationError
 from taskadapter.model import TriggerConfiguration, WaitingPolicy
+from taskadapter.telling import Teller
 from taskadapter.ticks import create_tick
 
 MADE_AHEAD = 20
@@ -93,6 +94,7 @@ class Line:
         held: whether the job is paused.
         resumed: when it was resumed last, as far as the agent has seen a pause.
         is_new: whether the agent has not looked after it before.
+        is_stale: whether what is settled is to be looked up again.
     """
 
     deployment_id: UUID
@@ -103,6 +105,7 @@ class Line:
     held: bool = False
     resumed: datetime | None = None
     is_new: bool = True
+    is_stale: bool = False
 
     def owed(self, until: datetime) -> list[datetime]:
         """Return the ticks until then that are not settled, oldest first, as many as are made ahead."""
@@ -135,14 +138,22 @@ class Timetable:
     Args:
         client: connected to the API.
         log: the agent's.
+        entered: returns the last ticks of a job that the ledger has, the newest first.
 
     Attributes:
         has_new: whether only the first ticks of a job have been made, and others are to follow.
     """
 
-    def __init__(self, client: PrefectClient, log: Logger | LoggerAdapter[Any]) -> None:
+    def __init__(
+        self,
+        client: PrefectClient,
+        log: Logger | LoggerAdapter[Any],
+        entered: Callable[[UUID], Awaitable[list[datetime]]],
+    ) -> None:
         self._client = client
         self._log = log
+        self._entered = entered
+        self._teller = Teller(client, log, patient=False)
         self._deployments: dict[UUID, DeploymentResponse] = {}
         # Read from them once for each visit: most jobs of a pool may be over, and each look goes over all.
         self._plans: dict[UUID, Plan] = {}
@@ -157,7 +168,7 @@ class Timetable:
         # A job that has ended shows as active until the API has been told, and in what was read before.
         self._ended = {id_ for id_ in self._ended if id_ in known and is_on(known[id_])}
         self._deployments = {id_: known[id_] for id_ in known.keys() - self._ended}
-        plans = {id_: _plan(deployment) for id_, deployment in self._deployments.items()}
+        plans = {id_: plan_of(deployment) for id_, deployment in self._deployments.items()}
         self._plans = {id_: plan for id_, plan in plans.items() if plan is not None}
         for deployment_id, line in list(self._lines.items()):
             plan = self._plans.get(deployment_id)
@@ -168,6 +179,8 @@ class Timetable:
             deployment, line.plan = self._deployments[deployment_id], plan
             if line.held and not deployment.paused:
                 line.resumed = schedules.in_utc(deployment.updated or datetime.now(UTC))
+                # What was claimed when it was paused was given back, and then perhaps deleted.
+                line.is_stale = True
             line.held = deployment.paused
         return gone
 
@@ -176,7 +189,7 @@ class Timetable:
         for deployment in deployments:
             if deployment.id not in self._ended:
                 self._deployments[deployment.id] = deployment
-                if (plan := _plan(deployment)) is not None:
+                if (plan := plan_of(deployment)) is not None:
                     self._plans[deployment.id] = plan
 
     def is_held(self, flow_run: FlowRun) -> bool:
@@ -194,7 +207,7 @@ class Timetable:
 
     def fell_into_pause(self, flow_run: FlowRun) -> bool:
         """Return whether a tick was due while its job was paused."""
-        line, tick = self._lines.get(flow_run.deployment_id or UUID(int=0)), _tick(flow_run)
+        line, tick = self._lines.get(flow_run.deployment_id or UUID(int=0)), schedules.tick_of(flow_run)
         if line is None or line.resumed is None or tick is None:
             return False
         return not flow_run.auto_scheduled and tick <= line.resumed
@@ -204,6 +217,11 @@ class Timetable:
         self._deployments[deployment.id] = deployment
         if (line := self._lines.get(deployment.id)) is not None:
             line.held = True
+
+    @property
+    def held(self) -> set[UUID]:
+        """The jobs of this agent that were paused when they were last looked at."""
+        return {id_ for id_, line in self._lines.items() if line.held}
 
     def has_held(self) -> bool:
         """Return whether a job of this agent was paused when it was last looked at."""
@@ -237,7 +255,7 @@ class Timetable:
     def settle(self, flow_run: FlowRun) -> None:
         """Take note that a tick has been claimed, skipped or ended."""
         line = self._lines.get(flow_run.deployment_id) if flow_run.deployment_id else None
-        if line is not None and (tick := _tick(flow_run)) is not None:
+        if line is not None and (tick := schedules.tick_of(flow_run)) is not None:
             line.settle(tick)
 
     async def complete(
@@ -259,10 +277,10 @@ class Timetable:
         """
         await self._open_lines(queues)
         if len(found) >= POLL_LIMIT:
-            until = min(until, max(filter(None, map(_tick, found)), default=until))
+            until = min(until, max(filter(None, map(schedules.tick_of, found)), default=until))
         known: dict[UUID | None, set[datetime]] = {}
         for run in (*found, *in_hand):
-            if (tick := _tick(run)) is not None:
+            if (tick := schedules.tick_of(run)) is not None:
                 known.setdefault(run.deployment_id, set()).add(tick)
         self.has_new = False
         for line in list(self._lines.values()):
@@ -286,7 +304,7 @@ class Timetable:
             return [*found, *made]
         others = [run for run in found if run.deployment_id != line.deployment_id]
         ours = [run for run in found if run.deployment_id == line.deployment_id]
-        return [*others, *(run for run in ours if (_tick(run) or until) <= owed[-1]), *made]
+        return [*others, *(run for run in ours if (schedules.tick_of(run) or until) <= owed[-1]), *made]
 
     async def _make(self, line: Line, tick: datetime) -> FlowRun | None:
         """Return the run of a tick if it waits: made now, unless somebody was quicker."""
@@ -302,6 +320,11 @@ class Timetable:
                 return run
             if await self._withdraw(run):
                 return await create_tick(self._client, line.deployment_id, line.plan.schedule_id, tick)
+        # The engine takes an API that fails it before the body for a crash, and then its node has died.
+        is_crashed = run.state is not None and run.state.is_crashed()
+        if is_crashed and tick not in await self._entered(line.deployment_id):
+            await self._teller.put_back(run, tick)
+            return await self._client.read_flow_run(run.id)
         line.settle(tick)
         return None
 
@@ -320,29 +343,42 @@ class Timetable:
 
     async def _open_lines(self, queues: Collection[str]) -> None:
         for deployment_id, plan in list(self._plans.items()):
-            if deployment_id in self._lines or plan.queue not in queues:
+            line = self._lines.get(deployment_id)
+            if plan.queue not in queues or (line is not None and not line.is_stale):
                 continue
-            through = await self._settled_until(deployment_id, plan)
+            through, settled = await self._settled(deployment_id, plan)
             # It may have ended meanwhile.
             if (deployment := self._deployments.get(deployment_id)) is not None:
                 self._lines[deployment_id] = Line(
-                    deployment_id, deployment.name, plan, through, held=deployment.paused
+                    deployment_id,
+                    deployment.name,
+                    plan,
+                    through,
+                    settled,
+                    held=deployment.paused,
+                    resumed=None if line is None else line.resumed,
+                    is_new=line is None,
                 )
 
-    async def _settled_until(self, deployment_id: UUID, plan: Plan) -> datetime:
-        """Return the moment until which the history shows that all ticks are settled.
+    async def _settled(self, deployment_id: UUID, plan: Plan) -> tuple[datetime, set[datetime]]:
+        """Return the moment until which all ticks are settled, and later ones that are.
 
-        Ticks of one job are claimed in order. Nothing is owed from before the schedule was made or last
-        switched on; but its first tick is, where that is to come at once.
+        Nothing is owed from before the schedule was made or last switched on; but its first tick is, where
+        that is to come at once. Since then the ledger says what has run: whatever is missing between its
+        entries has been lost.
         """
         fresh = plan.switched - plan.created < timedelta(seconds=1)
         start = plan.created
         if plan.trigger.start_time is None:
             start = min(start, plan.anchor - timedelta(microseconds=1))
         if fresh and datetime.now(UTC) - plan.created < NEW:
-            return start  # its few ticks show for themselves whether they are settled
+            return start, set()  # its few ticks show for themselves whether they are settled
+        start = start if fresh else plan.switched
+        if entered := await self._entered(deployment_id):
+            return max(start, entered[-1]), set(entered)
+        # Ticks of one job are claimed in order.
         last = await self._last_settled(deployment_id, plan.schedule_id)
-        return max(start if fresh else plan.switched, last or start)
+        return max(start, last or start), set()
 
     async def _last_settled(self, deployment_id: UUID, schedule_id: UUID) -> datetime | None:
         types = [kind for kind in StateType if kind is not StateType.SCHEDULED]
@@ -356,17 +392,11 @@ class Timetable:
             limit=POLL_LIMIT,
         )
         ours = f"scheduled {deployment_id} {schedule_id} "
-        ticks = (_tick(run) for run in runs if (run.idempotency_key or "").startswith(ours))
+        ticks = (schedules.tick_of(run) for run in runs if (run.idempotency_key or "").startswith(ours))
         return next(filter(None, ticks), None)
 
 
-def _tick(flow_run: FlowRun) -> datetime | None:
-    """Return the tick that a run is of; None for a run that somebody started."""
-    due = flow_run.expected_start_time
-    return schedules.in_utc(due) if due is not None and schedules.is_tick(flow_run) else None
-
-
-def _trigger(deployment: DeploymentResponse) -> TriggerConfiguration | None:
+def trigger_of(deployment: DeploymentResponse) -> TriggerConfiguration | None:
     """Return the trigger of a deployment of ours, None for others and for one edited into nonsense."""
     variables = (deployment.job_variables or {}).get("trigger")
     try:
@@ -377,7 +407,10 @@ def _trigger(deployment: DeploymentResponse) -> TriggerConfiguration | None:
 
 def is_on(deployment: DeploymentResponse) -> bool:
     """Return whether a job goes on: a one-time job does until it has run, others until they are ended."""
-    return not deployment.schedules or _schedule(deployment, _trigger(deployment)) is not None
+    trigger = trigger_of(deployment)
+    if trigger is None:  # none of ours: its schedules are what its owner makes of them
+        return not deployment.schedules or any(schedule.active for schedule in deployment.schedules)
+    return not deployment.schedules or _schedule(deployment, trigger) is not None
 
 
 def _schedule(
@@ -389,9 +422,9 @@ def _schedule(
     return next(active, None)
 
 
-def _plan(deployment: DeploymentResponse) -> Plan | None:
+def plan_of(deployment: DeploymentResponse) -> Plan | None:
     """Return a job's plan while its schedule is switched on."""
-    trigger = _trigger(deployment)
+    trigger = trigger_of(deployment)
     schedule = _schedule(deployment, trigger)
     if trigger is None or schedule is None or not isinstance(schedule.schedule, IntervalSchedule):
         return None

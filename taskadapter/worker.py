@@ -15,33 +15,38 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Collection, Coroutine
+from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import anyio.abc
-import httpx
 from prefect.client.schemas.objects import FlowRun
 from prefect.exceptions import ObjectNotFound
-from prefect.settings import PREFECT_WORKER_QUERY_SECONDS, get_current_settings, temporary_settings
+from prefect.settings import (
+    PREFECT_CLIENT_MAX_RETRIES,
+    PREFECT_WORKER_QUERY_SECONDS,
+    get_current_settings,
+    temporary_settings,
+)
 from prefect.workers.base import BaseWorker, BaseWorkerResult
 
 from taskadapter import planned, progress
-from taskadapter.coordination.messages import Gained, Lost, Refused, ResignAsked, Token
+from taskadapter.api import API_FAULTS, in_words
+from taskadapter.coordination.messages import FOREIGN_GROUP, Gained, Lost, Refused, ResignAsked, Token
 from taskadapter.deployments import Deployments, WarmBackupJobConfiguration, WarmBackupVariables
 from taskadapter.dispatcher import Dispatcher, Node
 from taskadapter.domain import Domain, PoolSize, preload_of
 from taskadapter.errors import ApiUnavailableError, CoordinationError, TaskError
 from taskadapter.groups import Groups
 from taskadapter.hosts import HostPool
+from taskadapter.model import DEFAULT_QUEUE
 from taskadapter.settings import TaskadapterSettings
 from taskadapter.signals import at_a_signal
+from taskadapter.switches import CarryOver
 from taskadapter.takeover import Takeover
 from taskadapter.timetable import POLL_LIMIT, Timetable
-
-DEFAULT_QUEUE = "default"
-"""The queue of jobs without a group: every agent polls it."""
 
 VISIT_SECONDS = 8.0
 IDLE_VISIT_SECONDS = 2.0
@@ -52,6 +57,21 @@ BUSY_POLLS = 3
 
 SWEEP_SECONDS = 15.0
 """How often an active node looks for runs of its groups that are nobody's."""
+
+PAUSED_SECONDS = 0.5
+"""How often the agent asks the database whether a job that is paused has been resumed."""
+
+RESUMED_LOOKS = 6
+"""How often the agent looks so for what a job is to do that has been resumed."""
+
+HOSTS_SECONDS = 0.5
+"""How often the agent looks whether it can start processes."""
+
+SWEEPS_PER_PRUNING = 240
+"""How often it does so before it looks for what is too old to be kept: about once an hour."""
+
+CLIENT_RETRIES = 1
+"""How often Prefect's client repeats a call by itself, after two seconds, before the agent hears of it."""
 
 LONGEST_BACKOFF_SECONDS = 15.0
 """How long the agent waits at most between two tries of an API that does not answer."""
@@ -90,9 +110,16 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         self._settings = TaskadapterSettings()
         self._hosts = HostPool(self._limit or self._settings.worker_count)
         self._groups: Groups | None = None
+        self._incarnation = str(uuid4())
+        self._carry_over = CarryOver()
         self._database_url = self._settings.default_database_url()
         # The groups that this node is active for, once what former holders left is put in order.
         self._active: dict[str, Token] = {}
+        # Groups that are known to be this pool's, and those that are another's.
+        self._claimed: AbstractSet[str] = frozenset()
+        self._foreign: dict[str, str] = {}
+        # Whether no process can be started here.
+        self._stands_back = False
         # The pool's queues, as they were last looked at.
         self._queues: set[str] = {DEFAULT_QUEUE}
         # Jobs of its queues that this node leaves to others.
@@ -133,7 +160,9 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
 
         # Prefect's command turns SIGTERM into an interrupt, which a process ignores that a script has
         # started in the background.
-        with temporary_settings({PREFECT_WORKER_QUERY_SECONDS: seconds}), at_a_signal(stop):
+        # The agent's own waits tell of an API that does not answer, and are shorter than the client's.
+        settings = {PREFECT_WORKER_QUERY_SECONDS: seconds, PREFECT_CLIENT_MAX_RETRIES: CLIENT_RETRIES}
+        with temporary_settings(settings), at_a_signal(stop):
             await super().start(run_once, with_healthcheck, printer)
 
     async def setup(self) -> None:
@@ -151,9 +180,10 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
             await self._hosts.close()
             raise
         self._deployments = Deployments(self.client, self._logger)
-        self._timetable = Timetable(self.client, self._logger)
+        self._timetable = Timetable(self.client, self._logger, self._entered)
         node = Node(
             self.name,
+            self._incarnation,
             self.client,
             self._logger,
             pool=lambda: self.work_pool,
@@ -163,8 +193,11 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
             board=lambda: self._groups.board if self._groups else None,
         )
         self._dispatcher = Dispatcher(node, self._hosts, self._deployments, self._timetable)
-        self._dispatching = asyncio.create_task(self._dispatcher.dispatch())
-        self._watching = asyncio.create_task(self._dispatcher.watch())
+        self._dispatching = asyncio.create_task(self._for_ever(self._dispatcher.dispatch))
+        self._watching = asyncio.create_task(self._for_ever(self._dispatcher.watch))
+        self._spawn(self._for_ever(self._look_after_default))
+        self._spawn(self._for_ever(self._look_after_hosts))
+        self._spawn(self._for_ever(self._look_after_paused))
         self._is_up.set()
 
     async def teardown(self, *exc_info: Any) -> None:
@@ -258,8 +291,8 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
                         await self._learn(queue, job_ids)
                     break
                 fault = ""
-            except httpx.HTTPError as exc:
-                fault = f": {exc}"
+            except API_FAULTS as exc:
+                fault = f": {in_words(exc)}"
             if time.monotonic() >= end:
                 raise ApiUnavailableError(f"Prefect's API does not answer{fault}.")
             await asyncio.sleep(JOIN_SECONDS)
@@ -272,8 +305,11 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
             await self._visit()
             return
         self._queues.add(queue)
-        groups.stand_by(groups.names | {queue} - {DEFAULT_QUEUE}, self._database_url)
-        self._timetable.add(await planned.deployments_of(self.client, job_ids))
+        names = await self._claim(groups.names | {queue} - {DEFAULT_QUEUE})
+        groups.stand_by(frozenset() if self._stands_back else names, self._database_url)
+        found = await planned.deployments_of(self.client, job_ids)
+        await self._carry_over.look(self._database_url, found)
+        self._timetable.add(found)
         # To list all deployments is dear, and many may join one after the other.
         self._visited_at = time.monotonic()
 
@@ -282,6 +318,8 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         while groups is not None and not groups.is_registered(queue):
             if self._refused is not None:
                 raise CoordinationError(self._refused)
+            if queue in self._foreign:
+                raise CoordinationError(FOREIGN_GROUP.format(name=queue, other=self._foreign[queue]))
             now = time.monotonic()
             if groups.waits_for_its_predecessor:
                 self._waits_since = min(now, self._waits_since)
@@ -340,7 +378,7 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         """Send the agent's heartbeat to the API, whose faults do not end an agent that works."""
         try:
             await super().sync_with_backend()
-        except httpx.HTTPError as fault:
+        except API_FAULTS as fault:
             if not self.is_setup:
                 raise
             self._logger.debug("The API could not be told that this agent lives: %s", fault)
@@ -363,8 +401,8 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         asked = self._polled_at = time.monotonic()
         try:
             found = await self._look()
-        except (httpx.HTTPError, TaskError) as fault:
-            await self._back_off(str(fault) or type(fault).__name__)
+        except (*API_FAULTS, TaskError) as fault:
+            await self._back_off(in_words(fault))
             return []
         except Exception as exc:
             self._logger.exception("Looking for runs failed.")
@@ -432,22 +470,28 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         """Look at the pool's queues and deployments: at its groups, and at what its jobs are to do."""
         await self._stand_by()
         found = await planned.deployments_of_pool(self.client, self._work_pool_name)
+        await self._carry_over.look(self._database_url, found)
         found = [deployment for deployment in found if deployment.id not in self._left_out]
         if gone := self._timetable.learn(found):
-            self._spawn(self._forget(gone))
+            self._spawn(self._end_gone(gone))
         size = PoolSize.of(self.work_pool)
         self._hosts.limit = self._limit or size.worker_count or self._settings.worker_count
         self._visited_at = time.monotonic()
 
-    async def _forget(self, job_ids: set[UUID]) -> None:
-        """Forget the counts and states of jobs that were deleted, or unscheduled."""
+    async def _end_gone(self, job_ids: set[UUID]) -> None:
+        """Have nothing of jobs begin that were deleted."""
         for job_id in job_ids:
-            # What a fault leaves in the table means nothing to anybody.
-            with suppress(httpx.HTTPError, CoordinationError):
+            # Whatever claims a run of it later finds no deployment.
+            with suppress(*API_FAULTS, CoordinationError):
                 try:
                     await self.client.read_deployment(job_id)
                 except ObjectNotFound:
-                    await asyncio.to_thread(progress.forget, self._database_url, job_id)
+                    reason = "its deployment was deleted"
+                    await asyncio.to_thread(progress.end_job, self._database_url, job_id, reason)
+
+    async def _entered(self, job_id: UUID) -> list[datetime]:
+        """Return the last ticks of a job that the ledger has."""
+        return await asyncio.to_thread(progress.dues, self._database_url, job_id, POLL_LIMIT)
 
     async def _stand_by(self) -> None:
         """Stand by for the groups that the pool has, which are its queues."""
@@ -456,9 +500,37 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         names = {name for name in self._queues if self._polls(name)} - {DEFAULT_QUEUE}
         groups = self._groups
         # Whoever declares a new group may have declared another database or timing with it.
-        if groups is None or names != groups.names or Domain.of(self.work_pool) != groups.domain:
+        if (
+            groups is None
+            or (names - self._foreign.keys() != groups.names and not self._stands_back)
+            or Domain.of(self.work_pool) != groups.domain
+        ):
             groups = await self._groups_as_declared()
-        groups.stand_by(names, self._database_url)
+        ours = await self._claim(names)
+        groups.stand_by(frozenset() if self._stands_back else ours, self._database_url)
+
+    async def _claim(self, names: AbstractSet[str]) -> AbstractSet[str]:
+        """Return those of some groups that are this pool's, for good, and say which are another's."""
+        if names <= self._claimed:
+            return names
+        url, pool = self._database_url, self._work_pool_name
+        foreign = await asyncio.to_thread(progress.claim_groups, url, pool, names)
+        for name, other in list(foreign.items()):
+            if not await self._has_queue(other, name):
+                await asyncio.to_thread(progress.give_up_group, url, other, name)
+                foreign = await asyncio.to_thread(progress.claim_groups, url, pool, names)
+            elif name not in self._foreign:
+                self._logger.error("%s", FOREIGN_GROUP.format(name=name, other=other))
+        self._foreign = foreign
+        self._claimed = names - foreign.keys()
+        return self._claimed
+
+    async def _has_queue(self, pool: str, name: str) -> bool:
+        try:
+            await self.client.read_work_queue_by_name(name, pool)
+        except ObjectNotFound:
+            return False
+        return True
 
     async def _groups_as_declared(self) -> Groups:
         """Return the pool's groups with the database and timing that the pool has now."""
@@ -473,8 +545,11 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
                 self._active.pop(name)
                 await self._dispatcher.drain(self._settings.drain_seconds, _is_on(name))
             await self._groups.stop()
+        self._claimed = frozenset()
         self._database_url = database_url
-        self._groups = Groups(self.name, pool, self.client, self._logger, self._is_only, self._on_change)
+        self._groups = Groups(
+            self.name, self._incarnation, pool, self.client, self._logger, self._is_only, self._on_change
+        )
         return self._groups
 
     # --- coordination -----------------------------------------------------------------------------
@@ -482,7 +557,7 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
     def _may_run(self, flow_run: FlowRun) -> bool:
         """Return whether a run is this node's to run, which holds the token if it has a group."""
         name = _queue_of(flow_run)
-        if not self._polls(name) or not self._runs_job_of(flow_run):
+        if self._stands_back or not self._polls(name) or not self._runs_job_of(flow_run):
             return False
         if name == DEFAULT_QUEUE:
             return True
@@ -506,33 +581,121 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._has_ended)
+
+    def _has_ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (fault := task.exception()) is not None:
+            self._logger.error("A task of this agent's has ended, which should not be.", exc_info=fault)
+
+    async def _for_ever(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Do something as long as the agent lives, whatever it raises."""
+        while True:
+            try:
+                await work()
+            except Exception:
+                self._logger.exception("The agent goes on after an error that should not be.")
+                await asyncio.sleep(1)
 
     async def _take_over(self, token: Token) -> None:
         """Put in order what former holders left, then run the group's jobs for as long as it is ours."""
-        takeover = Takeover(
-            self.client, self._deployments, self._work_pool_name, self._database_url, self._logger
-        )
-        await self._persist(token, lambda: takeover.clean_up(token))
+        takeover = self._new_takeover()
+        await self._persist(token, lambda: takeover.clean_up(token), gives_up=True)
         if not self._holds(token) or not self._polls(token.group_id):
             return
         self._active[token.group_id] = token
         self._polled_at = float("-inf")  # the next poll is not left out
         if token.term > 1:
             await self.get_and_submit_flow_runs()  # what was due meanwhile need not even wait for that
+
+        async def sweep() -> None:
+            await takeover.sweep(token.group_id, lambda: self._dispatcher.in_hand)
+
         while self._holds(token):
             await asyncio.sleep(SWEEP_SECONDS)
-            await self._persist(token, lambda: takeover.sweep(token, lambda: self._dispatcher.in_hand))
+            await self._persist(token, sweep)
 
-    async def _persist(self, token: Token, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Do something for a group, again and again until it succeeds or the token is lost."""
-        faults = 0
+    def _new_takeover(self) -> Takeover:
+        return Takeover(
+            self.client, self._deployments, self._work_pool_name, self._database_url, self._logger
+        )
+
+    async def _look_after_hosts(self) -> None:
+        """Leave the groups to others while this node can start no process, and take part again after."""
+        while True:
+            await asyncio.sleep(HOSTS_SECONDS)
+            groups = self._groups
+            if groups is None:
+                continue
+            is_broken = self._hosts.broken_for > groups.domain.liveness_check_interval / 2
+            if is_broken and not self._stands_back:
+                self._logger.error("This node can start no process: %s", self._hosts.fault)
+                groups.stand_by((), self._database_url)
+            elif self._stands_back and not self._hosts.broken_for:
+                self._logger.info("Processes can be started here again.")
+                self._visited_at = float("-inf")  # the next look takes part again
+            self._stands_back = is_broken
+
+    async def _look_after_paused(self) -> None:
+        """Look for runs at once when a job has been resumed, which its row says first."""
+        looks: dict[UUID, int] = {}
+        while True:
+            await asyncio.sleep(PAUSED_SECONDS)
+            held = self._timetable.held
+            looks = {job_id: times for job_id, times in looks.items() if job_id in held}
+            if not held:
+                continue
+            with suppress(CoordinationError):
+                resumed = await asyncio.to_thread(progress.resumed, self._database_url, held)
+                # Prefect follows; where it does not, the usual looks will do.
+                if any(looks.get(job_id, 0) < RESUMED_LOOKS for job_id in resumed):
+                    self._visited_at = self._polled_at = float("-inf")
+                    await self.get_and_submit_flow_runs()
+                looks |= {job_id: looks.get(job_id, 0) + 1 for job_id in resumed}
+
+    async def _look_after_default(self) -> None:
+        """Settle what nodes that are gone have left of jobs without a group, and forget what is old."""
+        takeover, sweeps = None, 0
+        while True:
+            await asyncio.sleep(SWEEP_SECONDS)
+            if self._groups is None or not self._polls(DEFAULT_QUEUE):
+                continue
+            if takeover is None or takeover.database_url != self._database_url:
+                takeover = self._new_takeover()
+            try:
+                await takeover.end_orphans(self._groups.domain.liveness_check_interval)
+                await takeover.sweep(DEFAULT_QUEUE, lambda: self._dispatcher.in_hand)
+                if sweeps % SWEEPS_PER_PRUNING == 0:
+                    seconds = self._settings.ledger_days * 86400.0
+                    await asyncio.to_thread(progress.prune, self._database_url, seconds)
+                sweeps += 1
+            except (*API_FAULTS, CoordinationError) as fault:
+                self._logger.debug("Queue %s is looked after later: %s", DEFAULT_QUEUE, fault)
+
+    async def _persist(
+        self, token: Token, work: Callable[[], Coroutine[Any, Any, None]], *, gives_up: bool = False
+    ) -> None:
+        """Do something for a group, again and again until it succeeds or the token is lost.
+
+        Args:
+            token: of the group.
+            work: what is done.
+            gives_up: whether the token is given back when it has not succeeded within a lease: another
+                node may be able to.
+        """
+        faults, told, since = 0, "", time.monotonic()
         while self._holds(token):
             try:
                 await work()
-            except (httpx.HTTPError, CoordinationError) as fault:
-                faults += 1
-                self._logger.warning("Group %s is held up: %s", token.group_id, fault)
+            except Exception as fault:  # noqa: BLE001 - whoever holds a token runs its jobs, or says why not
+                if str(fault) != told:
+                    self._logger.warning("Group %s is held up: %s", token.group_id, in_words(fault))
+                told, faults = str(fault), faults + 1
+                lease = 0.0 if self._groups is None else self._groups.domain.liveness_check_interval
+                if gives_up and time.monotonic() - since > lease:
+                    self._logger.warning("Group %s is left to another node: %s", token.group_id, told)
+                    await self._hand_over(token)
+                    return
                 await asyncio.sleep(min(LONGEST_BACKOFF_SECONDS, 2.0 ** min(faults, 10) / 4))
             else:
                 return

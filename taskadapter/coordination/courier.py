@@ -14,6 +14,7 @@ from taskadapter.coordination.dialects import (
     Interrupter,
     Timeouts,
     exclusive,
+    file_of,
     has_writable_ctes,
     hear,
     listen,
@@ -80,6 +81,7 @@ class Courier:
         self._interrupter: Interrupter | None = None
         self._guard = threading.Lock()
         self._has_tables = False
+        self._file: tuple[int, int] | None = None
 
     def take(self, call: Call, group_ids: Collection[str]) -> None:
         """Make a call for a node that stands by for some groups; its outcome is reported."""
@@ -146,6 +148,7 @@ class Courier:
             return Failed(call, f"{type(exc).__name__}: {exc}")
 
     def _serve(self, connection: Connection, call: Call, group_ids: Collection[str]) -> Answer:
+        self._ensure_tables(connection)
         match call:
             case Pulse(tokens=tokens, brief=brief):
                 return pulse(connection, self._me, tokens, group_ids, self._interval, brief=brief)
@@ -153,7 +156,6 @@ class Courier:
                 with exclusive(connection):
                     return acquire(connection, self._me, group_id, self._interval)
             case Register():
-                self._ensure_tables(connection)
                 with exclusive(connection):
                     register(connection, self._me, group_ids, self._interval)
             case Release(tokens=tokens):
@@ -170,11 +172,6 @@ class Courier:
         if self._has_tables:
             return
         missing = missing_tables(connection)
-        if missing:
-            self._create_tables(connection, missing)
-        self._has_tables = True
-
-    def _create_tables(self, connection: Connection, missing: tuple[str, ...]) -> None:
         try:
             with translated(self._engine.url):
                 create_missing(connection)
@@ -184,13 +181,17 @@ class Courier:
                 "`taskadapter db init` as one who may, or give a DBA the output of "
                 "`taskadapter db sql`"
             ) from exc
+        self._has_tables = True
 
     def _connected(self) -> Connection:
+        if file_of(self._engine.url) != self._file:
+            self._hang_up()  # what was written to a file that is gone nobody else sees
         if self._connection is None:
             self._connection = self._engine.connect()
             with self._guard:
                 self._interrupter = Interrupter(self._connection)
             self._ears = listen(self._connection)
+            self._file = file_of(self._engine.url)
         return self._connection
 
     def _hang_up(self) -> None:
@@ -199,6 +200,8 @@ class Courier:
                 self._interrupter.close()
                 self._interrupter = None
         self._ears = None
+        # They may have been dropped.
+        self._has_tables = False
         if self._connection is not None:
             self._connection.invalidate()
             self._connection.close()

@@ -42,6 +42,7 @@ __all__ = [
     "database_now",
     "ensure_row",
     "exclusive",
+    "file_of",
     "has_writable_ctes",
     "hear",
     "limit_idle",
@@ -369,6 +370,17 @@ def hear(connection: Connection) -> list[str]:
     driver = _driver_connection(connection)
     own = driver.info.backend_pid
     return [heard.payload for heard in driver.notifies(timeout=0) if heard.pid != own]
+
+
+def file_of(url: URL) -> tuple[int, int] | None:
+    """Return what tells a SQLite database's file from another one of its name; None where there is none."""
+    if url.get_backend_name() != "sqlite" or not url.database:
+        return None
+    try:
+        found = os.stat(url.database)  # noqa: PTH116 - it may be a URI, which is no path
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 class Interrupter:

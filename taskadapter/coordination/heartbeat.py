@@ -81,6 +81,7 @@ class Heartbeat:
         tell: Hears of changes.
         publish: Hears of deadlines.
         of: For what it takes part, where this process does so under its name for something else too.
+        incarnation: Which of all processes that ever had the name; by default one that none had.
         log: Where it is logged, by default the logger `taskadapter.coordination`.
 
     Raises:
@@ -99,13 +100,14 @@ class Heartbeat:
         tell: Callable[[Change], None],
         publish: Publish,
         of: str = "",
+        incarnation: str = "",
         log: logging.Logger | logging.LoggerAdapter[Any] = _log,
     ) -> None:
         timing = Timing(
             liveness_check_interval=liveness_check_interval,
             heartbeat_frequency=heartbeat_frequency,
         )
-        me = Node(task_id, str(uuid.uuid4()), socket.gethostname(), os.getpid(), of)
+        me = Node(task_id, incarnation or str(uuid.uuid4()), socket.gethostname(), os.getpid(), of)
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._courier = Courier(database, me, timing, self._events.put)
         self._tell, self._publish, self._log = tell, publish, log

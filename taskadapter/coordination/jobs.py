@@ -1,10 +1,11 @@
-"""The durable progress of jobs: how often each ran, its state, and which runs are in flight.
+"""What is durable of a job: how often it ran, its state, whether it is paused or over.
 
 Every function works inside the caller's transaction and takes effect when that commits; keep it
 short, because on PostgreSQL and MySQL it locks the job's row, and on SQLite the whole file::
 
     with transaction(engine) as connection:
-        count = begin_run(connection, job_id, "every-2s", max_count=5)
+        job = lock(connection, job_id, "every-2s")
+        count(connection, job)
 """
 
 from __future__ import annotations
@@ -13,14 +14,13 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import and_, delete, insert, select, update
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy import and_, delete, select, update
 
 from taskadapter.coordination.dialects import database_now, ensure_row, seconds_since, upsert
 from taskadapter.coordination.messages import Token
-from taskadapter.coordination.schema import job_progress, run_in_flight
+from taskadapter.coordination.schema import job_progress
 from taskadapter.coordination.tokens import require_token
-from taskadapter.errors import AlreadyStartedError, CoordinationError, DatabaseUnavailableError
+from taskadapter.errors import CoordinationError, DatabaseUnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -28,59 +28,167 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Row
 
 __all__ = [
-    "RunInFlight",
+    "JobRow",
     "Token",
-    "begin_run",
-    "end_flight",
-    "flights_before",
-    "forget",
-    "forget_flights",
+    "count",
+    "end",
     "load_state",
-    "outcomes",
+    "lock",
+    "pause",
+    "prune",
     "require_token",
+    "resumed",
     "save_state",
     "save_state_fenced",
-    "start_flight",
+    "see",
+    "seen",
 ]
 
 
 @dataclass(frozen=True, slots=True)
-class RunInFlight:
-    """A flow run that a node executes, or executed when it died, and the token it started under."""
+class JobRow:
+    """A job's row, as it is for one trigger.
 
-    flow_run_id: str
-    job_id: str | None
-    token: Token
+    Attributes:
+        job_id: the job.
+        trigger_slug: names the trigger.
+        count: how many executions of it there have been.
+        written: the count as it stands in the row, perhaps of another trigger.
+        paused: whether the job is paused.
+        ended: why it is over, with this trigger.
+    """
+
+    job_id: str
+    trigger_slug: str
+    count: int
+    written: int
+    paused: bool
+    ended: str | None
 
 
-def begin_run(connection: Connection, job_id: str, trigger_slug: str, max_count: int) -> int | None:
-    """Count one execution of a job, and return its number: 1 for the first, 2 for the next.
+def lock(connection: Connection, job_id: str, trigger_slug: str) -> JobRow:
+    """Return a job's row, made on first use, which nobody else changes before the transaction ends.
 
-    Returns None, and counts nothing, when `max_count` executions were counted already; a
-    `max_count` of 0 or less is no limit. A `trigger_slug` other than the last one starts again at
-    1. Callers that race get different numbers, none above `max_count`.
+    A trigger other than that of the row has neither been counted nor ended.
     """
     row = _locked_job(connection, job_id, trigger_slug)
-    counted = row.run_count if row.trigger_slug == trigger_slug else 0
-    if 0 < max_count <= counted:
-        return None
+    same = row.trigger_slug == trigger_slug
+    return JobRow(
+        job_id=job_id,
+        trigger_slug=trigger_slug,
+        count=row.run_count if same else 0,
+        written=row.run_count,
+        paused=bool(row.paused),
+        ended=row.ended if row.ended_trigger in {None, trigger_slug} else None,
+    )
+
+
+def count(connection: Connection, job: JobRow) -> None:
+    """Count one execution of a job that is locked."""
     columns = job_progress.c
     written = connection.execute(
         update(job_progress)
-        .where(columns.job_id == job_id, columns.run_count == row.run_count)
-        .values(trigger_slug=trigger_slug, run_count=counted + 1, updated=database_now())
+        .where(columns.job_id == job.job_id, columns.run_count == job.written)
+        .values(
+            trigger_slug=job.trigger_slug,
+            run_count=job.count + 1,
+            updated=database_now(),
+        )
     )
     if written.rowcount != 1:
         raise DatabaseUnavailableError(
-            f"job {job_id} was counted by another process at the same moment; try again, in a transaction"
+            f"job {job.job_id} was counted by another process at the same moment; try again"
         )
-    return counted + 1
+
+
+def pause(connection: Connection, job_id: str, *, paused: bool) -> None:
+    """Let no tick of a job begin, or let them again."""
+    _write(connection, job_id, {"paused": int(paused)})
+
+
+def resumed(connection: Connection, job_ids: Collection[str]) -> set[str]:
+    """Return those of some jobs that were paused and are not any more."""
+    columns = job_progress.c
+    query = select(columns.job_id).where(columns.job_id.in_(job_ids), columns.paused == 0)
+    return {job_id for (job_id,) in connection.execute(query)}
+
+
+def end(connection: Connection, job_id: str, reason: str | None, trigger_slug: str | None = None) -> None:
+    """End a job, or let it go on, with None for a reason.
+
+    Args:
+        connection: in a transaction.
+        job_id: the job.
+        reason: why it is over.
+        trigger_slug: the trigger with which it is; with another one it goes on. None for every trigger.
+    """
+    _write(connection, job_id, {"ended": reason, "ended_trigger": trigger_slug})
+
+
+def _write(connection: Connection, job_id: str, values: dict[str, Any]) -> None:
+    values = {**values, "updated": database_now()}
+    upsert(
+        connection, job_progress, {"job_id": job_id, "trigger_slug": "", "run_count": 0, **values}, values
+    )
+
+
+def seen(connection: Connection, job_ids: Collection[str]) -> dict[str, tuple[bool, bool]]:
+    """Return whether each job was paused, and switched on, when Prefect was looked at last."""
+    columns = job_progress.c
+    query = select(columns.job_id, columns.seen_paused, columns.seen_on).where(columns.job_id.in_(job_ids))
+    found = dict.fromkeys(job_ids, (False, True))
+    for row in connection.execute(query):
+        found[row.job_id] = bool(row.seen_paused), row.seen_on != 0
+    return found
+
+
+def see(
+    connection: Connection, job_id: str, trigger_slug: str, *, paused: bool, on: bool, updated: str
+) -> None:
+    """Carry over what has changed in Prefect since it was looked at last, unless that was later.
+
+    Args:
+        connection: in a transaction.
+        job_id: the job.
+        trigger_slug: its trigger.
+        paused: whether it is paused there.
+        on: whether its schedule is switched on there.
+        updated: when it was last changed there: text that sorts as time.
+    """
+    row = _locked_job(connection, job_id, trigger_slug)
+    if updated < (row.seen_updated or ""):
+        return
+    values: dict[str, Any] = {"seen_paused": int(paused), "seen_on": int(on), "seen_updated": updated}
+    if paused != bool(row.seen_paused):
+        values["paused"] = int(paused)
+    if on != (row.seen_on != 0):
+        reason = None if on else "its schedule was switched off"
+        values |= {"ended": row.ended or reason if reason else None, "ended_trigger": trigger_slug}
+    _write(connection, job_id, values)
+
+
+def prune(connection: Connection, seconds: float) -> None:
+    """Forget jobs that ended, whatever their trigger, longer ago than so many seconds."""
+    columns = job_progress.c
+    is_over = and_(columns.ended.is_not(None), columns.ended_trigger.is_(None))
+    connection.execute(delete(job_progress).where(is_over, seconds_since(columns.updated) > seconds))
 
 
 def _locked_job(connection: Connection, job_id: str, trigger_slug: str) -> Row[Any]:
     columns = job_progress.c
     query = (
-        select(columns.trigger_slug, columns.run_count).where(columns.job_id == job_id).with_for_update()
+        select(
+            columns.trigger_slug,
+            columns.run_count,
+            columns.paused,
+            columns.ended,
+            columns.ended_trigger,
+            columns.seen_paused,
+            columns.seen_on,
+            columns.seen_updated,
+        )
+        .where(columns.job_id == job_id)
+        .with_for_update()
     )
     row = connection.execute(query).one_or_none()
     if row is None:
@@ -142,101 +250,3 @@ def save_state_fenced(connection: Connection, job_id: str, state: dict[str, Any]
     """
     require_token(connection, token)
     save_state(connection, job_id, state, term=token.term)
-
-
-def forget(connection: Connection, job_id: str) -> None:
-    """Remove a job's count and state; nothing happens if there are none."""
-    connection.execute(delete(job_progress).where(job_progress.c.job_id == job_id))
-
-
-def start_flight(
-    connection: Connection, run: RunInFlight, *, rerun: bool = False, retried: bool = False
-) -> None:
-    """Record that a flow run starts, if its token is still held.
-
-    A flow run starts once. With `rerun` one that has not ended may start again in a later term; with
-    `retried`, which means that a person asks for it, one that has ended may.
-
-    Raises:
-        TokenLostError: the token is not held.
-        AlreadyStartedError: the flow run was started before.
-    """
-    require_token(connection, run.token)
-    values = {
-        "flow_run_id": run.flow_run_id,
-        "job_id": run.job_id,
-        "group_id": run.token.group_id,
-        "task_id": run.token.task_id,
-        "term": run.token.term,
-        "started": database_now(),
-        "ended": None,
-        "outcome": None,
-    }
-    try:
-        with connection.begin_nested():
-            connection.execute(insert(run_in_flight).values(values))
-    except IntegrityError:
-        _start_again(connection, run, values, rerun=rerun, retried=retried)
-
-
-def _start_again(
-    connection: Connection, run: RunInFlight, values: dict[str, Any], *, rerun: bool, retried: bool
-) -> None:
-    columns = run_in_flight.c
-    previous = connection.execute(
-        select(columns.task_id, columns.term, columns.ended)
-        .where(columns.flow_run_id == run.flow_run_id)
-        .with_for_update()
-    ).one()
-    may = rerun and previous.term < run.token.term if previous.ended is None else retried
-    if not may:
-        raise AlreadyStartedError(
-            f"flow run {run.flow_run_id} was started by node {previous.task_id!r} in term "
-            f"{previous.term}; it must not start twice"
-        )
-    connection.execute(update(run_in_flight).where(columns.flow_run_id == run.flow_run_id).values(values))
-
-
-def end_flight(connection: Connection, flow_run_id: str, outcome: str) -> None:
-    """Record that a flow run is over; nothing happens if it was not in flight.
-
-    `outcome` is the name of the state it came to, of which Prefect is told next: if its node dies in
-    between, its successor tells it.
-    """
-    columns = run_in_flight.c
-    open_flight = and_(columns.flow_run_id == flow_run_id, columns.ended.is_(None))
-    connection.execute(
-        update(run_in_flight).where(open_flight).values(ended=database_now(), outcome=outcome)
-    )
-
-
-def outcomes(connection: Connection, flow_run_ids: Collection[str]) -> dict[str, str | None]:
-    """Return those of some flow runs that have been started, and what each came to if it has ended."""
-    columns = run_in_flight.c
-    rows = connection.execute(
-        select(columns.flow_run_id, columns.outcome).where(columns.flow_run_id.in_(flow_run_ids))
-    )
-    return {row.flow_run_id: row.outcome for row in rows}
-
-
-def forget_flights(connection: Connection, group_id: str, seconds: float) -> None:
-    """Forget a group's runs that ended longer ago than so many seconds."""
-    columns = run_in_flight.c
-    old = and_(columns.group_id == group_id, seconds_since(columns.ended) > seconds)
-    connection.execute(delete(run_in_flight).where(old))
-
-
-def flights_before(connection: Connection, group_id: str, term: int) -> tuple[RunInFlight, ...]:
-    """Return the runs of a group that started in an earlier term and have not ended.
-
-    To the holder of `term` these are the runs that a former node left behind.
-    """
-    columns = run_in_flight.c
-    rows = connection.execute(
-        select(columns.flow_run_id, columns.job_id, columns.task_id, columns.term)
-        .where(columns.group_id == group_id, columns.term < term, columns.ended.is_(None))
-        .order_by(columns.started, columns.flow_run_id)
-    )
-    return tuple(
-        RunInFlight(row.flow_run_id, row.job_id, Token(group_id, row.task_id, row.term)) for row in rows
-    )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 __all__ = [
+    "FOREIGN_GROUP",
     "Abandon",
     "Acquire",
     "Acquired",
@@ -36,6 +37,13 @@ __all__ = [
     "Token",
     "Unregister",
 ]
+
+
+FOREIGN_GROUP = (
+    "group {name!r} belongs to work pool {other!r}, whose nodes would stand in for this pool's jobs "
+    "without running them; choose another group_id, or delete that pool's queue {name!r}"
+)
+"""What is said of a group that two work pools of one database name."""
 
 
 @dataclass(frozen=True, slots=True)

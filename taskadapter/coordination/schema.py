@@ -12,18 +12,26 @@ from sqlalchemy import (
     BigInteger,
     Column,
     DateTime,
+    Float,
     Integer,
     MetaData,
     String,
     Table,
     Text,
+    UniqueConstraint,
+    exists,
+    func,
+    insert,
     inspect,
+    literal,
+    select,
 )
 from sqlalchemy.dialects.mysql import LONGTEXT, TIMESTAMP
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.schema import CreateTable
+from sqlalchemy.schema import CreateColumn, CreateTable
 
-from taskadapter.coordination.dialects import widen
+from taskadapter.coordination.dialects import database_now, ensure_row, widen
+from taskadapter.errors import SchemaError
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Dialect
@@ -32,15 +40,20 @@ if TYPE_CHECKING:
 __all__ = [
     "create_missing",
     "ddl",
+    "group",
     "health_check",
     "job_progress",
+    "ledger",
     "metadata",
     "missing_tables",
     "node",
-    "run_in_flight",
+    "require_version",
+    "schema_step",
     "tenure",
     "token_holder",
+    "upgrade",
     "upgrades",
+    "version",
 ]
 
 metadata = MetaData()
@@ -115,25 +128,68 @@ job_progress = Table(
     Column("state", _Json),
     # The term in which the state was last written.
     Column("term", BigInteger),
+    Column("paused", Integer),
+    # Why the job is over, and with which trigger; NULL for every trigger.
+    Column("ended", Text()),
+    Column("ended_trigger", String(255)),
+    # What Prefect had of it when that was last carried over, and when that had been changed there.
+    Column("seen_paused", Integer),
+    Column("seen_on", Integer),
+    Column("seen_updated", String(32)),
     Column("updated", _Moment),
     **_MYSQL,
 )
 
-run_in_flight = Table(
-    "taskadapter_run",
+ledger = Table(
+    "taskadapter_ledger",
     metadata,
-    Column("flow_run_id", String(36), primary_key=True),
+    Column("execution", String(160), primary_key=True),
+    Column("flow_run_id", String(36), nullable=False),
     Column("job_id", String(36)),
-    Column("group_id", String(255), nullable=False),
+    # In UTC, as text of one length; it is Prefect's clock, not this database's.
+    Column("due", String(32)),
+    Column("number", BigInteger),
+    Column("group_id", String(255)),
     Column("task_id", String(255), nullable=False),
-    Column("term", BigInteger, nullable=False),
-    Column("started", _Moment),
-    # Kept for a while after the end: a run that is claimed again by mistake must not start again, and
-    # Prefect may not know of the state that it came to.
+    Column("term", BigInteger),
+    Column("incarnation", String(36), nullable=False),
+    # Seconds after it was due, by the node's clock.
+    Column("late", Float),
+    Column("begun", _Moment),
     Column("ended", _Moment),
     Column("outcome", String(32)),
+    # Why it was skipped.
+    Column("reason", Text()),
+    # Indexes, in the one form that every database makes together with the table.
+    UniqueConstraint("flow_run_id", "execution"),
+    UniqueConstraint("job_id", "due", "execution"),
+    UniqueConstraint("ended", "group_id", "execution"),
     **_MYSQL,
 )
+
+group = Table(
+    "taskadapter_group",
+    metadata,
+    Column("group_id", String(255), primary_key=True),
+    Column("work_pool", String(255), nullable=False),
+    **_MYSQL,
+)
+
+schema_step = Table(
+    "taskadapter_schema",
+    metadata,
+    Column("step", Integer, primary_key=True, autoincrement=False),
+    Column("done", _Moment),
+    **_MYSQL,
+)
+
+VERSION = 2
+"""The last step that has made the tables what they are here; `taskadapter db upgrade` does what is missing.
+
+1 is the tables of the releases before there was a ledger.
+"""
+
+_OF_STEP_1 = {"taskadapter_node", "taskadapter_job"}
 
 
 def missing_tables(connection: Connection) -> tuple[str, ...]:
@@ -142,29 +198,122 @@ def missing_tables(connection: Connection) -> tuple[str, ...]:
     return tuple(sorted(metadata.tables.keys() - present))
 
 
+def version(connection: Connection) -> int:
+    """Return the last step that the database's tables have had done; 0 where there are none of ours."""
+    present = set(inspect(connection).get_table_names())
+    if schema_step.name in present:
+        done: int = connection.execute(select(func.coalesce(func.max(schema_step.c.step), 0))).scalar_one()
+        return done
+    return 1 if present & _OF_STEP_1 else 0
+
+
 def create_missing(connection: Connection) -> tuple[str, ...]:
     """Create the tables that the database lacks, commit, and return their names.
 
     Several nodes may do so at once.
+
+    Raises:
+        SchemaError: there are tables of another release.
     """
+    found = require_version(connection, new=True)
     missing = missing_tables(connection)
+    if found == VERSION and not missing:
+        return ()
+    # What says which release's they are comes first: nobody takes half of them for an older one's.
+    _create(connection, schema_step)
+    ensure_row(connection, schema_step, {"step": VERSION, "done": database_now()})
+    connection.commit()
     for name in missing:
-        try:
-            connection.execute(CreateTable(metadata.tables[name], if_not_exists=True))
-            connection.commit()
-        except DBAPIError:
-            # Even IF NOT EXISTS fails where another node creates the table at this moment.
-            connection.rollback()
-            if name in missing_tables(connection):
-                raise
+        _create(connection, metadata.tables[name])
     return missing
+
+
+def require_version(connection: Connection, *, new: bool = False) -> int:
+    """Check that the database's tables are those of this release, and return their version.
+
+    Args:
+        connection: to the database.
+        new: whether it may have none.
+
+    Raises:
+        SchemaError: they are not.
+    """
+    found = version(connection)
+    if found > VERSION:
+        raise SchemaError(
+            f"the coordination tables are of version {found}, and this release knows version {VERSION}: "
+            "install on this node the release that the others have"
+        )
+    if 0 < found < VERSION or (found == 0 and not new):
+        raise SchemaError(
+            f"the coordination tables are of version {found}, and this release needs version {VERSION}: "
+            "stop the nodes of the older release, and run `taskadapter db upgrade`"
+        )
+    return found
+
+
+def _create(connection: Connection, table: Table) -> None:
+    """Create a table, and commit; others may be doing so at this moment."""
+    try:
+        connection.execute(CreateTable(table, if_not_exists=True))
+        connection.commit()
+    except DBAPIError:
+        # Even IF NOT EXISTS fails where another node creates the table at this moment.
+        connection.rollback()
+        if not inspect(connection).has_table(table.name):
+            raise
+
+
+def upgrade(connection: Connection) -> tuple[int, ...]:
+    """Do the steps that the database's tables have not had done, and return them.
+
+    Call it while no node of an older release runs.
+
+    Raises:
+        SchemaError: the tables are of a newer release.
+    """
+    found = version(connection)
+    if found > VERSION:
+        require_version(connection)
+    done = tuple(number for number in _STEPS if found < number) if found else ()
+    for number in done:
+        _STEPS[number](connection)
+        _create(connection, schema_step)
+        ensure_row(connection, schema_step, {"step": number, "done": database_now()})
+        connection.commit()
+    return done
+
+
+def _add_the_ledger(connection: Connection) -> None:
+    """Bring the runs in flight of the first releases into the ledger, by their flow runs."""
+    names = {column["name"] for column in inspect(connection).get_columns(job_progress.name)}
+    for column in job_progress.columns:
+        if column.name not in names:
+            added = CreateColumn(column).compile(dialect=connection.dialect)
+            connection.exec_driver_sql(f"ALTER TABLE {job_progress.name} ADD COLUMN {added}")
+    _create(connection, ledger)
+    _create(connection, group)
+    if inspect(connection).has_table("taskadapter_run"):
+        connection.exec_driver_sql(
+            "INSERT INTO taskadapter_ledger (execution, flow_run_id, job_id, group_id, task_id, term, "
+            "incarnation, begun, ended, outcome) SELECT flow_run_id, flow_run_id, job_id, group_id, "
+            "task_id, term, '', started, ended, outcome FROM taskadapter_run"
+        )
+        connection.exec_driver_sql("DROP TABLE taskadapter_run")
+
+
+_STEPS = {2: _add_the_ledger}
 
 
 def ddl(dialect: Dialect) -> str:
     """Return the script that creates every table where it is missing, for a DBA to run."""
-    tables = metadata.sorted_tables
-    statements = [CreateTable(table, if_not_exists=True).compile(dialect=dialect) for table in tables]
-    return "".join(f"{str(statement).strip()};\n\n" for statement in statements)
+    statements: list[Any] = [CreateTable(table, if_not_exists=True) for table in metadata.sorted_tables]
+    is_there = exists().where(schema_step.c.step == VERSION)
+    step = select(literal(VERSION), database_now()).where(~is_there)
+    statements.append(insert(schema_step).from_select(["step", "done"], step))
+    options = {"literal_binds": True}
+    compiled = (statement.compile(dialect=dialect, compile_kwargs=options) for statement in statements)
+    return "".join(f"{str(statement).strip()};\n\n" for statement in compiled)
 
 
 def upgrades(connection: Connection) -> tuple[str, ...]:

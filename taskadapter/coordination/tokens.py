@@ -44,7 +44,7 @@ from taskadapter.coordination.dialects import (
     upsert,
 )
 from taskadapter.coordination.messages import Acquired, PulseAnswer, Sighting, Token
-from taskadapter.coordination.schema import health_check, node, tenure, token_holder
+from taskadapter.coordination.schema import group, health_check, node, tenure, token_holder
 from taskadapter.errors import CoordinationError, DuplicateNodeError, TokenLostError
 
 if TYPE_CHECKING:
@@ -58,7 +58,10 @@ __all__ = [
     "NodeStatus",
     "Status",
     "acquire",
+    "claim_groups",
     "fence",
+    "give_up_group",
+    "groups_of_others",
     "pulse",
     "read_status",
     "register",
@@ -158,6 +161,30 @@ def fence(connection: Connection, token: Token, seconds: float) -> None:
     """
     require_token(connection, token)
     limit_idle(connection, seconds)
+
+
+def claim_groups(connection: Connection, work_pool: str, group_ids: Collection[str]) -> dict[str, str]:
+    """Enter groups as a work pool's, and return those that are another pool's, with its name.
+
+    The nodes of two pools would stand in for each other's jobs, which they do not run.
+    """
+    for group_id in sorted(group_ids):
+        ensure_row(connection, group, {"group_id": group_id, "work_pool": work_pool})
+    return groups_of_others(connection, work_pool, group_ids)
+
+
+def groups_of_others(connection: Connection, work_pool: str, group_ids: Collection[str]) -> dict[str, str]:
+    """Return those of some groups that are another pool's than this one's, with its name."""
+    columns = group.c
+    theirs = columns.group_id.in_(group_ids), columns.work_pool != work_pool
+    rows = connection.execute(select(columns.group_id, columns.work_pool).where(*theirs))
+    return {row.group_id: row.work_pool for row in rows}
+
+
+def give_up_group(connection: Connection, work_pool: str, group_id: str) -> None:
+    """Let a group be another pool's that was this one's; nothing happens if it was not."""
+    mine = group.c.group_id == group_id, group.c.work_pool == work_pool
+    connection.execute(delete(group).where(*mine))
 
 
 def register(connection: Connection, me: Node, group_ids: Collection[str], interval: float) -> None:

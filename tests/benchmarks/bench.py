@@ -14,9 +14,9 @@ from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.states import Scheduled
 
 from deployments.local import Program, agent, wait_until
+from tests.api_proxy import ApiProxy, Request
 from tests.benchmarks import ledger
 from tests.benchmarks.measure import cpu_seconds, holdings, percentile, proportional_memory, ratio
-from tests.benchmarks.proxy import CountingProxy, Request
 from tests.benchmarks.runners import INTERVAL, PROJECT, Runner
 
 if TYPE_CHECKING:
@@ -142,9 +142,9 @@ class Bench:
             self._client.delete_work_pool(runner.pool)
 
     @contextlib.contextmanager
-    def _started(self, runner: Runner, job: Job) -> Iterator[tuple[Program, CountingProxy]]:
+    def _started(self, runner: Runner, job: Job) -> Iterator[tuple[Program, ApiProxy]]:
         """Start a runner, with the counting proxy as its server."""
-        with CountingProxy(self._server.port).running() as proxy:
+        with ApiProxy(self._server.port).running() as proxy:
             ours = {"PREFECT_API_URL": proxy.api_url, ledger.VARIABLE: str(job.ledger)}
             env = {**self._server.env, **ours, **runner.env}
             name = f"node-{self._jobs}"
@@ -181,7 +181,7 @@ def punctuality(lines: Sequence[Line], start: float, end: float) -> Figures:
     }
 
 
-def _polls(proxy: CountingProxy) -> list[float]:
+def _polls(proxy: ApiProxy) -> list[float]:
     """Return when the runner asked for runs."""
     return [r.at for r in proxy.requests if r.path.endswith("/get_scheduled_flow_runs")]
 

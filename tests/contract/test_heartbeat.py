@@ -7,12 +7,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 from sqlalchemy import Engine, event, text
 
 from deployments.local import wait_until
+from taskadapter.coordination import schema
 from taskadapter.coordination.board import NEVER, DeadlineBoard, clock
 from taskadapter.coordination.dialects import open_engine, transaction
 from taskadapter.coordination.heartbeat import Change, Heartbeat
@@ -348,3 +350,37 @@ def test_unfit_timing() -> None:
 def test_opens_nothing_at_construction() -> None:
     """Making an engine connects to nothing."""
     open_engine("postgresql://127.0.0.1:1/nowhere").dispose()
+
+
+def test_dropped_tables_are_made_again(engine: Engine, start: Start) -> None:
+    """A node whose tables are dropped steps down, makes them again, and is active in a new term."""
+    node = start("node-1")
+    node.wait_for(Gained)
+    with engine.begin() as connection:
+        schema.metadata.drop_all(connection)
+    node.wait_for(Lost)
+    node.wait_for(Gained, count=2)
+    with transaction(engine) as connection:
+        (status,) = read_status(connection).groups
+    assert status.holder == "node-1"
+
+
+@pytest.mark.databases("sqlite")
+@pytest.mark.parametrize("is_replaced", [True, False], ids=["replaced", "deleted"])
+def test_a_file_that_is_gone_is_not_trusted(start: Start, tmp_path: Path, is_replaced: bool) -> None:
+    """A node whose database is another file by now steps down, before it trusts what that says."""
+    file = tmp_path / "tasks.db"
+    url = f"sqlite:///{file}"
+    if is_replaced:
+        other = start("node-2", database=f"sqlite:///{tmp_path / 'other.db'}")
+        other.wait_for(Gained)
+        other.heartbeat.stop(timeout=5)
+    node = start("node-1", database=url)
+    node.wait_for(Gained)
+    for left in tmp_path.glob("tasks.db*"):
+        left.unlink()
+    if is_replaced:
+        (tmp_path / "other.db").rename(file)
+    node.wait_for(Lost)
+    node.wait_for(Gained, count=2)
+    assert node.heartbeat.token(GROUP) == Token(GROUP, "node-1", 2 if is_replaced else 1)

@@ -2,130 +2,33 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import pytest
-from sqlalchemy import Engine, insert, update
+from sqlalchemy import Engine, update
 
 from taskadapter import progress
 from taskadapter.coordination.dialects import open_engine, transaction
 from taskadapter.coordination.jobs import (
-    RunInFlight,
     Token,
-    begin_run,
-    end_flight,
-    flights_before,
-    forget,
-    forget_flights,
+    end,
     load_state,
-    outcomes,
+    pause,
+    prune,
     require_token,
+    resumed,
     save_state,
     save_state_fenced,
-    start_flight,
+    see,
+    seen,
 )
-from taskadapter.coordination.schema import job_progress, token_holder
-from taskadapter.errors import (
-    AlreadyStartedError,
-    CoordinationError,
-    DatabaseUnavailableError,
-    TokenLostError,
-)
+from taskadapter.coordination.schema import job_progress
+from taskadapter.errors import CoordinationError, DatabaseUnavailableError, TokenLostError
+from tests.contract.entering import JOB, TOKEN, Row, count_one, hold, row_of, take_over
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-JOB = "11111111-1111-4111-8111-111111111111"
-RUN = "22222222-2222-4222-8222-222222222222"
-TOKEN = Token("group", "node-1", 7)
-FOREVER = -1
-
-
-def count_one(engine: Engine, slug: str = "every-2s", max_count: int = FOREVER) -> int | None:
-    with transaction(engine) as connection:
-        return begin_run(connection, JOB, slug, max_count)
-
-
-def hold(engine: Engine, token: Token) -> None:
-    with transaction(engine) as connection:
-        row = {"group_id": token.group_id, "task_id": token.task_id, "term": token.term}
-        connection.execute(insert(token_holder).values(row))
-
-
-def take_over(engine: Engine) -> None:
-    with transaction(engine) as connection:
-        connection.execute(update(token_holder).values(task_id="node-2", term=8))
-
-
-class TestBeginRun:
-    def test_counts_from_one(self, engine: Engine) -> None:
-        """The first execution is number 1, and each next one is one more."""
-        assert [count_one(engine) for _ in range(3)] == [1, 2, 3]
-
-    def test_ends_at_max_count(self, engine: Engine) -> None:
-        """Exactly max_count executions are counted; a refused one changes nothing."""
-        assert [count_one(engine, max_count=2) for _ in range(4)] == [1, 2, None, None]
-        assert count_one(engine, max_count=3) == 3
-
-    def test_an_undone_run_is_not_counted(self, engine: Engine) -> None:
-        """The number belongs to the caller only if its transaction commits."""
-        with engine.connect() as connection:
-            assert begin_run(connection, JOB, "every-2s", FOREVER) == 1
-            connection.rollback()
-        assert count_one(engine) == 1
-
-    def test_a_changed_trigger_starts_again(self, engine: Engine) -> None:
-        """Another trigger resets the count, the same one never does."""
-        assert count_one(engine, max_count=1) == 1
-        assert count_one(engine, max_count=1) is None
-        assert count_one(engine, "every-3s", max_count=1) == 1
-        assert count_one(engine, "every-3s", max_count=1) is None
-
-    def test_jobs_do_not_share_a_count(self, engine: Engine) -> None:
-        """Each job has its own count."""
-        count_one(engine)
-        with transaction(engine) as connection:
-            assert begin_run(connection, RUN, "every-2s", FOREVER) == 1
-
-    def test_forgetting_starts_again(self, engine: Engine) -> None:
-        """A forgotten job has neither count nor state."""
-        count_one(engine)
-        with transaction(engine) as connection:
-            save_state(connection, JOB, {"i": 1})
-            forget(connection, JOB)
-            assert load_state(connection, JOB) is None
-        assert count_one(engine) == 1
-
-    def test_racing_threads_never_share_a_number(self, engine: Engine) -> None:
-        """Of racing callers exactly max_count get a number, each another one."""
-        with ThreadPoolExecutor(5) as pool:
-            numbers = list(pool.map(lambda _: count_one(engine, max_count=30), range(40)))
-        assert {**dict.fromkeys(range(1, 31), 1), None: 10} == Counter(numbers)
-
-    def test_racing_processes_never_share_a_number(self, engine: Engine) -> None:
-        """The same holds between processes, which share nothing but the database."""
-        url = engine.url.render_as_string(hide_password=False)
-        command = [sys.executable, "-c", RACER, url, JOB]
-        racers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-        numbers = [word for racer in racers for word in racer.communicate(timeout=60)[0].split()]
-        assert [racer.returncode for racer in racers] == [0, 0, 0]
-        assert {**dict.fromkeys(map(str, range(1, 41)), 1), "None": 20} == Counter(numbers)
-
-
-RACER = """
-import sys
-from taskadapter.coordination.dialects import open_engine, transaction
-from taskadapter.coordination.jobs import begin_run
-engine = open_engine(sys.argv[1])
-for _ in range(20):
-    with transaction(engine) as connection:
-        number = begin_run(connection, sys.argv[2], "every-2s", 40)
-    print(number)
-"""
 
 
 class TestState:
@@ -133,7 +36,8 @@ class TestState:
         """A job that never saved has no state, whether it has run or not."""
         with transaction(engine) as connection:
             assert load_state(connection, JOB) is None
-            begin_run(connection, JOB, "every-2s", FOREVER)
+        count_one(engine)
+        with transaction(engine) as connection:
             assert load_state(connection, JOB) is None
 
     def test_survives_and_is_replaced(self, engine: Engine) -> None:
@@ -235,88 +139,75 @@ def test_a_job_that_freezes_in_a_transaction_keeps_nobody_from_taking_over(
         assert load_state(connection, JOB) is None
 
 
-class TestFlights:
-    def test_a_run_in_flight_is_found_by_the_next_term(self, engine: Engine) -> None:
-        """A successor sees what a former node was executing, and not its own runs."""
-        hold(engine, TOKEN)
-        run = RunInFlight(RUN, JOB, TOKEN)
-        with transaction(engine) as connection:
-            start_flight(connection, run)
-            assert flights_before(connection, "group", 7) == ()
-            assert flights_before(connection, "group", 8) == (run,)
-            assert flights_before(connection, "other", 8) == ()
-            end_flight(connection, RUN, "Completed")
-            assert flights_before(connection, "group", 8) == ()
+class TestSwitches:
+    def test_a_paused_job_waits(self, engine: Engine) -> None:
+        """Nothing of a paused job begins, before or after its first tick, until it is resumed."""
+        for _ in range(2):
+            with transaction(engine) as connection:
+                pause(connection, JOB, paused=True)
+            assert count_one(engine) == "Paused"
+            with transaction(engine) as connection:
+                assert resumed(connection, [JOB, "other"]) == set()
+                pause(connection, JOB, paused=False)
+                assert resumed(connection, [JOB, "other"]) == {JOB}
+            assert isinstance(count_one(engine), int)
 
-    def test_starts_once(self, engine: Engine) -> None:
-        """A flow run that is in flight does not start again, by the same node or the next."""
-        hold(engine, TOKEN)
+    def test_a_job_ends_with_its_trigger(self, engine: Engine) -> None:
+        """A job that is over with one trigger goes on with another; its count stays."""
+        assert count_one(engine) == 1
         with transaction(engine) as connection:
-            start_flight(connection, RunInFlight(RUN, JOB, TOKEN))
-        with pytest.raises(AlreadyStartedError, match="node-1"), transaction(engine) as connection:
-            start_flight(connection, RunInFlight(RUN, JOB, TOKEN), rerun=True)
-        take_over(engine)
-        successor = RunInFlight(RUN, JOB, Token("group", "node-2", 8))
-        with pytest.raises(AlreadyStartedError), transaction(engine) as connection:
-            start_flight(connection, successor)
+            end(connection, JOB, "it failed", "every-2s")
+        assert count_one(engine) == "Ended"
+        assert count_one(engine, "every-3s") == 1
 
-    def test_may_be_rerun_in_a_later_term(self, engine: Engine) -> None:
-        """If its declaration asks for it, the next node starts it again."""
-        hold(engine, TOKEN)
+    def test_a_job_ends_whatever_its_trigger(self, engine: Engine) -> None:
+        """An end that names no trigger is one for all, until it is taken back."""
+        assert count_one(engine) == 1
         with transaction(engine) as connection:
-            start_flight(connection, RunInFlight(RUN, JOB, TOKEN))
-        take_over(engine)
-        successor = RunInFlight(RUN, JOB, Token("group", "node-2", 8))
+            end(connection, JOB, "unscheduled")
+        assert [count_one(engine, slug) for slug in ("every-2s", "every-3s")] == ["Ended"] * 2
         with transaction(engine) as connection:
-            start_flight(connection, successor, rerun=True)
-            assert flights_before(connection, "group", 9) == (successor,)
+            end(connection, JOB, None)
+        assert count_one(engine) == 2
 
-    def test_does_not_start_again_after_its_end(self, engine: Engine) -> None:
-        """A run that has ended is remembered: neither a stale claim nor a takeover starts it again."""
-        hold(engine, TOKEN)
-        run = RunInFlight(RUN, JOB, TOKEN)
+    def test_what_is_over_is_forgotten_after_a_while(self, engine: Engine) -> None:
+        """The rows of jobs that are over go; of those that are not, or with one trigger only, none."""
         with transaction(engine) as connection:
-            start_flight(connection, run)
-            assert outcomes(connection, [RUN, "other"]) == {RUN: None}
-            end_flight(connection, RUN, "Completed")
-            assert outcomes(connection, [RUN, "other"]) == {RUN: "Completed"}
-        with pytest.raises(AlreadyStartedError), transaction(engine) as connection:
-            start_flight(connection, run)
-        take_over(engine)
-        successor = RunInFlight(RUN, JOB, Token("group", "node-2", 8))
-        with pytest.raises(AlreadyStartedError), transaction(engine) as connection:
-            start_flight(connection, successor, rerun=True)
+            for job_id, reason, slug in [("a", "gone", None), ("b", "failed", "s"), ("c", None, None)]:
+                end(connection, job_id, reason, slug)
+            prune(connection, 3600)
+            assert row_of(connection, "a") is not None
+            prune(connection, -1)
+            assert [row_of(connection, job_id) is None for job_id in "abc"] == [True, False, False]
 
-    def test_may_be_retried_by_hand(self, engine: Engine) -> None:
-        """Somebody who asks for a run that has ended gets it, but not beside one that goes on."""
-        hold(engine, TOKEN)
-        run = RunInFlight(RUN, JOB, TOKEN)
+    def test_what_changes_in_prefect_is_carried_over(self, engine: Engine) -> None:
+        """A switch that somebody turns in Prefect turns the job's."""
+        assert look(engine, "1", paused=True) == Row(paused=True, ended=None)
+        assert look(engine, "2", paused=False) == Row(paused=False, ended=None)
+        assert look(engine, "3", on=False) == Row(paused=False, ended="its schedule was switched off")
+        assert look(engine, "4") == Row(paused=False, ended=None)
         with transaction(engine) as connection:
-            start_flight(connection, run)
-        with pytest.raises(AlreadyStartedError), transaction(engine) as connection:
-            start_flight(connection, run, retried=True)
-        with transaction(engine) as connection:
-            end_flight(connection, RUN, "Failed")
-            start_flight(connection, run, retried=True)
-            assert flights_before(connection, "group", 8) == (run,)
+            assert seen(connection, [JOB, "other"]) == {JOB: (False, True), "other": (False, True)}
 
-    def test_is_forgotten_after_a_while(self, engine: Engine) -> None:
-        """Runs that ended long ago are forgotten; those that go on, or have just ended, are not."""
-        hold(engine, TOKEN)
+    def test_what_has_not_changed_there_is_not(self, engine: Engine) -> None:
+        """A job whose row has been switched first stays so until Prefect has followed."""
         with transaction(engine) as connection:
-            start_flight(connection, RunInFlight(RUN, JOB, TOKEN))
-            forget_flights(connection, "group", 0)
-            assert outcomes(connection, [RUN]) == {RUN: None}
-            end_flight(connection, RUN, "Crashed")
-            forget_flights(connection, "group", 3600)
-            assert outcomes(connection, [RUN]) == {RUN: "Crashed"}
-            forget_flights(connection, "group", -1)
-            assert outcomes(connection, [RUN]) == {}
+            pause(connection, JOB, paused=True)
+            end(connection, JOB, "failed", "every-2s")
+        assert look(engine, "1") == Row(paused=True, ended="failed")
+        assert look(engine, "2", paused=True, on=False) == Row(paused=True, ended="failed")
+        assert look(engine, "3") == Row(paused=False, ended=None)
 
-    def test_needs_the_token(self, engine: Engine) -> None:
-        """Without the token nothing starts."""
-        with pytest.raises(TokenLostError), transaction(engine) as connection:
-            start_flight(connection, RunInFlight(RUN, JOB, TOKEN))
+    def test_an_older_reading_changes_nothing(self, engine: Engine) -> None:
+        """What was read before a change, and comes after it, is no change back."""
+        assert look(engine, "2", paused=True) == Row(paused=True, ended=None)
+        assert look(engine, "1", paused=False) == Row(paused=True, ended=None)
+
+
+def look(engine: Engine, updated: str, *, paused: bool = False, on: bool = True) -> Row | None:
+    with transaction(engine) as connection:
+        see(connection, JOB, "every-2s", paused=paused, on=on, updated=updated)
+        return row_of(connection, JOB)
 
 
 def test_an_engine_of_the_callers_own_is_fenced_too(prepared_url: str, engine: Engine) -> None:

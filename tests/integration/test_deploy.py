@@ -37,9 +37,9 @@ from taskadapter import (
 )
 from taskadapter.deploy import deploy, prepare
 from taskadapter.domain import Domain, PoolSize
-from taskadapter.planned import detach_job
 from taskadapter.pools import aensure_work_pool, ensure_work_pool
 from taskadapter.schedules import FIRST_TICK_LEAD, slug
+from taskadapter.switches import detach
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterable, Iterator
@@ -409,7 +409,7 @@ def test_a_detached_job_is_switched_on_by_the_next_deploy(
     job_id = deploy_function(name)
     before = schedule_of(prefect_client, name)
 
-    asyncio.run(detach_job(job_id.id, "the service was detached"))
+    asyncio.run(detach(job_id.id, "the service was detached"))
     assert schedule_of(prefect_client, name).active is False
     assert ticks_of_ours(prefect_client, name) == []
     assert "detached" in deployed(prefect_client, name).tags

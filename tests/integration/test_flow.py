@@ -13,11 +13,11 @@ import pytest
 from prefect import flow
 from prefect.client.schemas.filters import FlowFilter, FlowFilterName
 from prefect.client.schemas.sorting import FlowRunSort
+from prefect.exceptions import Abort
 from prefect.flow_engine import run_flow
 from prefect.settings import (
     PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
     PREFECT_LOGGING_TO_API_ENABLED,
-    get_current_settings,
     temporary_settings,
 )
 from pydantic import SecretStr
@@ -35,7 +35,9 @@ from taskadapter import (
     current_run,
     progress,
     runs,
+    turn,
 )
+from taskadapter.coordination.executions import Exhausted, Skipped
 from taskadapter.deploy import deploy
 from taskadapter.errors import DatabaseUnavailableError
 from taskadapter.flow import job_flow
@@ -224,14 +226,16 @@ def test_no_retry_reaches_into_the_next_tick(name: str) -> None:
 
 
 @pytest.mark.parametrize("source", [Counter, AsyncCounter])
-def test_a_direct_call_saves_no_state(name: str, source: type[Service]) -> None:
+def test_a_direct_call_saves_no_state(
+    name: str, source: type[Service], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Called directly, a service starts from its declared values each time, and touches no database."""
-    database = get_current_settings().home / "taskadapter.db"
+    opened: list[str] = []
+    monkeypatch.setattr(progress, "_engine", opened.append)
 
     assert [call(f"{name}-{n}", source) for n in (1, 2)] == [2, 2]
 
-    assert values == [1, 1]
-    assert not database.exists()
+    assert (values, opened) == ([1, 1], [])
 
 
 def test_a_direct_call_of_an_attached_service(name: str) -> None:
@@ -331,10 +335,12 @@ class Agent:
     on: Listener
     job: Flow[..., object]
 
-    def run(self, *, auto_scheduled: bool = False, late: float = 0.0) -> tuple[State[object], Execution]:
+    def run(
+        self, *, auto_scheduled: bool = False, late: float = 0.0
+    ) -> tuple[State[object] | None, Execution]:
         """Start a run of the job now, so many seconds after its time.
 
-        Returns its final state and what the flow tells the agent.
+        Returns its final state, None if its body is not to begin, and what the flow tells the agent.
         """
         deployment_id = asyncio.run(deploy(self.on))[self.name].id
         flow_run = self.client.create_flow_run_from_deployment(deployment_id)
@@ -347,17 +353,20 @@ class Agent:
                 entrypoint="",
                 workspace=Workspace(),
                 node="node-1",
+                incarnation="incarnation-1",
                 database_url=SecretStr(self.database_url),
                 trigger_slug=slug(trigger),
                 trigger=trigger,
             )
         )
         token = runs.execution.set(execution)
+        state = None
         try:
             state = drive(self.job, execution.assignment)
+        except Abort:
+            pass
         finally:
             runs.execution.reset(token)
-        assert state is not None
         return state, execution
 
 
@@ -366,18 +375,20 @@ def given(prefect_client: SyncPrefectClient, name: str, tmp_path: Path) -> Itera
     def give(source: object, **changes: object) -> Agent:
         on = listener(**changes)
         job = on.service(name)(source)
+        turn.keep(job)
         return Agent(prefect_client, name, f"sqlite:///{tmp_path}/tasks.db", on, job)
 
     yield give
-    progress._engine.cache_clear()
+    progress._engine_on.cache_clear()
 
 
 def test_a_job_knows_its_run(given: Callable[..., Agent]) -> None:
     """A run that the agent gives knows its job, its time, its number and its node."""
-    agent = given(look)
+    agent = given(look, trigger=TriggerConfiguration(interval=3600))
 
     for _ in range(2):
-        state, execution = agent.run()
+        state, execution = agent.run(auto_scheduled=True)
+        assert state is not None
         assert state.is_completed()
 
     first, second = seen
@@ -392,11 +403,11 @@ def test_the_last_of_the_counted_runs_ends_the_job(given: Callable[..., Agent]) 
     agent = given(look)
 
     last, execution = agent.run(auto_scheduled=True)
+    assert last is not None
     assert (last.is_completed(), execution.ended) == (True, "the maximum of 1 run is reached")
 
-    skipped, execution = agent.run(auto_scheduled=True)
-    assert (skipped.name, execution.ended) == ("Skipped", "the maximum of 1 run is reached")
-    assert skipped.message == "Skipped: the maximum of 1 run is reached."
+    nothing, execution = agent.run(auto_scheduled=True)
+    assert (nothing, execution.entered) == (None, Exhausted())
     assert len(seen) == 1
 
 
@@ -412,8 +423,8 @@ def test_a_tick_that_was_claimed_in_time_and_begins_too_late(
 
     state, execution = agent.run(auto_scheduled=True, late=6)
 
-    assert state.name == ("Completed" if ran else "Skipped")
-    assert len(seen) == execution.count == ran
+    assert (state is not None, isinstance(execution.entered, Skipped)) == (bool(ran), not ran)
+    assert len(seen) == ran
 
 
 def test_a_services_state_is_saved(given: Callable[..., Agent]) -> None:
@@ -438,9 +449,9 @@ def test_a_failed_attempt_leaves_nothing_behind(given: Callable[..., Agent]) -> 
     """A retry, and the run after a failed one, start from the last saved state."""
     agent = given(Stumbling)
 
-    names = [agent.run()[0].name for _ in range(3)]
+    ended = [agent.run()[0] for _ in range(3)]
 
-    assert names == ["Completed", "Failed", "Completed"]
+    assert [state and state.name for state in ended] == ["Completed", "Failed", "Completed"]
     assert values == [1, 1, 2, 2, 2, 2]
 
 
@@ -455,13 +466,26 @@ def test_a_failed_attempt_leaves_nothing_behind(given: Callable[..., Agent]) -> 
 )
 def test_the_error_policy(given: Callable[..., Agent], policy: ErrorPolicy, ends: bool) -> None:
     """After the last attempt the job ends or goes on as its policy says; the run has failed anyhow."""
-    state, execution = given(fail, task_policy=TaskPolicy(error_policy=policy)).run()
+    policies = TaskPolicy(error_policy=policy)
+    agent = given(
+        fail, trigger=TriggerConfiguration(interval=3600, retry_config=RETRY), task_policy=policies
+    )
+    state, execution = agent.run(auto_scheduled=True)
 
+    assert state is not None
     assert state.is_failed()
     assert (execution.ended is not None) is ends
 
 
-@pytest.mark.parametrize("call", ["begin", "saved_service", "settle"])
+def test_a_run_by_hand_ends_nothing(given: Callable[..., Agent]) -> None:
+    """Whatever its job's policy: somebody has tried something, and its schedule goes on."""
+    state, execution = given(fail).run()
+
+    assert state is not None
+    assert (state.is_failed(), execution.ended) == (True, None)
+
+
+@pytest.mark.parametrize("call", ["saved_service", "settle"])
 def test_a_fault_of_the_database_ends_no_job(
     given: Callable[..., Agent], monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
@@ -473,6 +497,7 @@ def test_a_fault_of_the_database_ends_no_job(
     agent = given(Counter, retry_config=None, trigger=TriggerConfiguration(interval=3600))
     monkeypatch.setattr(progress, call, gone)
 
-    state, execution = agent.run()
+    state, execution = agent.run(auto_scheduled=True)
 
+    assert state is not None
     assert (state.is_failed(), execution.ended) == (True, None)

@@ -66,12 +66,22 @@ def anchor_of(client: SyncPrefectClient, job: UUID) -> datetime:
     return schedules.in_utc(schedule.schedule.anchor_date)
 
 
-def complete(job: UUID, *, found: list[FlowRun] | None = None) -> list[FlowRun]:
+async def nothing_begun(_: UUID) -> list[datetime]:
+    """The ledger of a job that has not begun anything."""
+    return []
+
+
+def complete(
+    job: UUID, *, found: list[FlowRun] | None = None, entered: list[datetime] | None = None
+) -> list[FlowRun]:
     """What a new agent makes of what it finds."""
+
+    async def in_the_ledger(_: UUID) -> list[datetime]:
+        return entered or []
 
     async def look() -> list[FlowRun]:
         async with get_client() as client:
-            timetable = Timetable(client, logging.getLogger("test"))
+            timetable = Timetable(client, logging.getLogger("test"), in_the_ledger)
             timetable.learn([await client.read_deployment(job)])
             return await timetable.complete(found or [], QUEUES, [], datetime.now(UTC))
 
@@ -93,6 +103,18 @@ def test_missing_ticks_are_made(prefect_client: SyncPrefectClient, job: UUID) ->
     assert hours(made, anchor_of(prefect_client, job)) == [0, 1, 2, 3, 4]
     assert {run.state_name for run in made} <= {"Scheduled", "Late"}
     assert all(schedules.is_tick(run) for run in made)
+
+
+def test_what_is_missing_between_what_has_run_is_made(
+    job: UUID, prefect_client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tick that nobody has run, and of which there is no run any more, is found by the ledger's gap."""
+    monkeypatch.setattr("taskadapter.timetable.NEW", timedelta(0))
+    anchor = anchor_of(prefect_client, job)
+
+    made = complete(job, entered=[anchor + 4 * INTERVAL, anchor + 2 * INTERVAL])
+
+    assert [schedules.tick_of(run) for run in made] == [anchor + 3 * INTERVAL]
 
 
 def test_a_tick_is_made_once(job: UUID) -> None:
@@ -146,7 +168,7 @@ def test_a_schedule_that_was_edited_in_the_ui_holds(prefect_client: SyncPrefectC
 
     async def look() -> list[list[FlowRun]]:
         async with get_client() as client:
-            timetable = Timetable(client, logging.getLogger("test"))
+            timetable = Timetable(client, logging.getLogger("test"), nothing_begun)
             found = []
             for change in (False, True):
                 if change:
@@ -232,7 +254,7 @@ def test_a_job_that_is_gone_holds_nothing_up(prefect_client: SyncPrefectClient, 
 
     async def look() -> list[FlowRun]:
         async with get_client() as client:
-            timetable = Timetable(client, logging.getLogger("test"))
+            timetable = Timetable(client, logging.getLogger("test"), nothing_begun)
             timetable.learn([await client.read_deployment(job)])
             await client.delete_deployment(job)
             return await timetable.complete([], QUEUES, [], datetime.now(UTC))

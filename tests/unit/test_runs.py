@@ -36,6 +36,7 @@ def assignment(*, auto_scheduled=True, deployment_id=None, **changes):
         "entrypoint": "flows/counter.py:Counter",
         "workspace": Workspace(working_dir="/code", env={"A": "1", "B": None}),
         "node": "node-1",
+        "incarnation": "incarnation-1",
         "database_url": SECRET,
         "trigger_slug": "every-2s",
         "trigger": TRIGGER,

@@ -86,6 +86,7 @@ def assignment(entrypoint, **changes):
         "entrypoint": entrypoint,
         "workspace": Workspace(),
         "node": "node-1",
+        "incarnation": "incarnation-1",
         "database_url": "sqlite://",
         "trigger": TRIGGER,
         "trigger_slug": "every-2s",

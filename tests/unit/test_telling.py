@@ -10,10 +10,10 @@ import pytest
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.responses import SetStateStatus
 from prefect.exceptions import PrefectHTTPStatusError
-from prefect.states import Cancelled, Completed, Crashed, Running
+from prefect.states import Completed, Crashed, Running
 
-from taskadapter import deployments
-from taskadapter.deployments import Deployments
+from taskadapter import telling
+from taskadapter.telling import Teller
 
 LOG = logging.getLogger("test")
 
@@ -43,14 +43,14 @@ class Api:
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch):
     """Nobody waits before the API is asked again."""
-    monkeypatch.setattr(deployments, "RETRY_SECONDS", 0)
+    monkeypatch.setattr(telling, "RETRY_SECONDS", 0)
 
 
 RUN = FlowRun(id=uuid4(), flow_id=uuid4())
 
 
 def report(api, state, **options):
-    return asyncio.run(Deployments(api, LOG).report(RUN, state, **options))
+    return asyncio.run(Teller(api, LOG).report(RUN, state, **options))
 
 
 def test_a_nul_is_written_out():
@@ -67,7 +67,7 @@ def test_a_message_that_is_refused_for_good():
 
     assert report(api, Crashed(message="too long"))
     assert [name for name, _, _ in api.told] == ["Crashed", "Crashed"]
-    assert api.told[-1][1] == deployments._UNTELLABLE
+    assert api.told[-1][1] == telling._UNTELLABLE
 
 
 def test_a_state_that_is_refused_for_good():
@@ -87,19 +87,33 @@ def test_a_refusal_that_passes(status):
     assert [message for _, message, _ in api.told] == ["boom"] * 4
 
 
-@pytest.mark.parametrize("final", [Completed(), Crashed(message="told by the engine"), Cancelled()])
-def test_a_run_that_has_ended_stays_so(final):
-    """The process has told its end, and has run its hooks: neither happens again."""
-    api = Api(final)
-
-    assert not asyncio.run(Deployments(api, LOG).report_end(RUN, Crashed(message="exited with status 1")))
-    assert api.told == []
+# --- what a run is told to have come to -----------------------------------------------------------
 
 
-@pytest.mark.parametrize(("state", "force"), [(Crashed(message="boom"), False), (Cancelled(), True)])
-def test_the_end_of_a_run_that_goes_on(state, force):
-    """Its end is told, and is news."""
-    api = Api(Running())
+class History(Api):
+    """Knows which states its run has had."""
 
-    assert asyncio.run(Deployments(api, LOG).report_end(RUN, state))
-    assert api.told == [(state.name, state.message, force)]
+    def __init__(self, *states):
+        super().__init__()
+        self.states = states
+
+    async def read_flow_run_states(self, _):
+        return list(self.states)
+
+
+def tell(api, outcome):
+    entry = SimpleNamespace(outcome=outcome, where="on node 'node-1'")
+    asyncio.run(Teller(api, LOG).tell(RUN, entry))
+    return api.told
+
+
+def test_a_run_that_has_been_claimed_after_its_end():
+    """It gets the very state back that it had come to."""
+    once = Completed(message="All well")
+    assert tell(History(Running(), once, Running()), "Completed") == [("Completed", "All well", True)]
+
+
+def test_a_run_whose_end_was_never_told():
+    """It is told where the run was executed."""
+    ((name, message, force),) = tell(History(Running(), Crashed()), "Completed")
+    assert (name, "node-1" in message, force) == ("Completed", True, True)

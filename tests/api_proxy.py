@@ -1,4 +1,4 @@
-"""Counts the requests that reach a server through one address, and passes everything on."""
+"""Stands before Prefect's API: counts the requests, passes them on, and fails those that a test picks."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import threading
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from deployments.local import free_port
@@ -22,9 +23,20 @@ class Request(NamedTuple):
     at: float  # seconds since the epoch
     method: str
     path: str
+    body: bytes = b""
 
 
-class CountingProxy:
+Fault = Callable[["Request"], "bytes | None"]
+"""Returns what a request is answered instead; None for one that is passed on."""
+
+
+def refusal(status: int, body: bytes = b"{}") -> bytes:
+    """Return a whole answer."""
+    head = f"HTTP/1.1 {status} Fault\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    return head.encode() + b"\r\n\r\n" + body
+
+
+class ApiProxy:
     """A reverse proxy for HTTP/1.1 on the loopback interface.
 
     It reads the head of each request and copies all else unseen, so that websockets pass, and so
@@ -33,16 +45,20 @@ class CountingProxy:
 
     Args:
         upstream: The port of the server.
+
+    Attributes:
+        fault: Fails requests; may be changed at any time.
     """
 
     def __init__(self, upstream: int) -> None:
+        self.fault: Fault | None = None
         self.port = free_port()
         self.api_url = f"http://{HOST}:{self.port}/api"
         self.requests: list[Request] = []
         self._upstream = upstream
 
     @contextlib.contextmanager
-    def running(self) -> Iterator[CountingProxy]:
+    def running(self) -> Iterator[ApiProxy]:
         """Serve in a thread for the duration of the block."""
         listening = threading.Event()
         thread = threading.Thread(target=lambda: asyncio.run(self._listen(listening)))
@@ -71,21 +87,26 @@ class CountingProxy:
             return
         answers = asyncio.ensure_future(_copy(server, answer))
         with contextlib.suppress(OSError, asyncio.IncompleteReadError):
-            while await self._pass_on(client, forward):
+            while await self._pass_on(client, forward, answer):
                 pass
             await _copy(client, forward)
         forward.close()
         await answers
 
-    async def _pass_on(self, client: StreamReader, forward: StreamWriter) -> bool:
-        """Forward one request and count it; return whether another may follow it."""
+    async def _pass_on(self, client: StreamReader, forward: StreamWriter, answer: StreamWriter) -> bool:
+        """Forward one request, or fail it, and count it; return whether another may follow it."""
         head = await client.readuntil(b"\r\n\r\n")
         line, *fields = head.decode("latin-1").split("\r\n")
         headers = dict(field.lower().split(": ", 1) for field in fields if field)
         method, path, _ = line.split(" ")
-        self.requests.append(Request(time.time(), method, path.partition("?")[0]))
-        forward.write(head)
-        forward.write(await client.readexactly(int(headers.get("content-length", "0"))))
+        body = await client.readexactly(int(headers.get("content-length", "0")))
+        request = Request(time.time(), method, path.partition("?")[0], body)
+        self.requests.append(request._replace(body=b""))
+        if self.fault is not None and (instead := self.fault(request)) is not None:
+            answer.write(instead)
+            await answer.drain()
+            return True
+        forward.write(head + body)
         await forward.drain()
         return "upgrade" not in headers
 

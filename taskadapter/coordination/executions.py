@@ -1,0 +1,162 @@
+"""What the ledger is asked and what it answers: the words, without the database."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC
+from typing import TYPE_CHECKING, TypeAlias
+
+from taskadapter.coordination.messages import Token
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+ABANDONED = "Abandoned"
+"""The outcome of an execution that was interrupted, and is to be made again."""
+
+SKIPPED = "Skipped"
+"""The outcome of a tick whose body is not to begin: it was too late for its policy, or its job over."""
+
+
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """What is to be executed once.
+
+    Attributes:
+        key: what it is an execution of.
+        flow_run_id: the flow run in which Prefect shows it.
+        job_id: its job; None for a flow run of none.
+        due: a tick's time, aware; None for a run that somebody asked for.
+    """
+
+    key: str
+    flow_run_id: str
+    job_id: str | None = None
+    due: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Who executes: a process of a node, with the token of the job's group if it has one."""
+
+    task_id: str
+    incarnation: str
+    token: Token | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a job's row is to allow of a tick: `max_count` of this trigger; 0 or less is no limit."""
+
+    trigger_slug: str
+    max_count: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A row of the ledger.
+
+    Attributes:
+        key: what it is an execution of.
+        flow_run_id: the flow run that was executed.
+        job_id: its job.
+        due: a tick's time, in UTC as text.
+        number: which execution of its trigger a tick was, from 1.
+        group_id: the job's group.
+        task_id: the node.
+        term: of its token.
+        incarnation: the node's process.
+        outcome: the name of the state that it came to; None while it goes on.
+    """
+
+    key: str
+    flow_run_id: str
+    job_id: str | None
+    due: str | None
+    number: int | None
+    group_id: str | None
+    task_id: str
+    term: int | None
+    incarnation: str
+    outcome: str | None
+
+    @property
+    def where(self) -> str:
+        """Where it was executed, in words."""
+        of_term = "" if self.group_id is None else f" in term {self.term} of group {self.group_id!r}"
+        return f"on node {self.task_id!r}{of_term}"
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """What the ledger tells of an execution to those who look back.
+
+    Attributes:
+        entry: the execution.
+        late: seconds after its time that a tick began, by its node's clock.
+        age: seconds since it began; None if it was skipped.
+        took: seconds from its beginning to its end; None while it goes on.
+        reason: why it was skipped.
+    """
+
+    entry: Entry
+    late: float | None
+    age: float | None
+    took: float | None
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """The body begins now; `number` counts the ticks of a trigger, from 1; None if it is none."""
+
+    number: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Paused:
+    """The job is paused: the tick waits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The job is over."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """The tick is too late for its policy."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Exhausted:
+    """The trigger allows no further execution."""
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """The body has begun before, here or elsewhere."""
+
+    entry: Entry
+
+
+Answer: TypeAlias = Begun | Paused | Ended | Skipped | Exhausted | Taken
+
+
+def tick_key(job_id: str, due: datetime) -> str:
+    """Return the key of a job's tick."""
+    return f"{job_id} {moment(due)}"
+
+
+def asked_key(flow_run_id: str, times: int) -> str:
+    """Return the key of a flow run that somebody asked for, and that had been run so many times then."""
+    return f"{flow_run_id} {times}"
+
+
+def moment(when: datetime) -> str:
+    """Return an aware moment as the ledger has it: in UTC, of one length, so that texts sort as times."""
+    return when.astimezone(UTC).isoformat(sep=" ", timespec="microseconds")

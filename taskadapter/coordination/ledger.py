@@ -1,0 +1,257 @@
+"""The ledger: a row for each execution, which decides whether a tick has run.
+
+Prefect's run objects can be deleted, made anew, claimed by two, retried by a person and forced into any
+state. So what an execution is *of* has a key, a tick's from its job and its time, and a row is inserted
+under that key immediately before the body. A second insertion is refused.
+
+Every function works inside the caller's transaction and takes effect when that commits::
+
+    with transaction(engine) as connection:
+        entered = begin(connection, execution, owner, limits=limits)
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import and_, delete, exists, func, insert, or_, select, update
+from sqlalchemy.exc import IntegrityError
+
+from taskadapter.coordination import jobs
+from taskadapter.coordination.dialects import database_now, ensure_row, seconds_since
+from taskadapter.coordination.executions import (
+    ABANDONED,
+    SKIPPED,
+    Begun,
+    Ended,
+    Entry,
+    Exhausted,
+    Past,
+    Paused,
+    Taken,
+    moment,
+)
+from taskadapter.coordination.schema import ledger, node
+from taskadapter.coordination.tokens import require_token
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from sqlalchemy import ColumnElement, Connection, Row
+
+    from taskadapter.coordination.executions import Answer, Execution, Limits, Owner
+    from taskadapter.coordination.jobs import JobRow
+    from taskadapter.coordination.messages import Token
+
+
+def begin(connection: Connection, execution: Execution, owner: Owner, limits: Limits) -> Answer:
+    """Enter an execution, immediately before its body, unless something forbids it.
+
+    A tick is counted, and begins only while its job's row allows it. A run that somebody asked for counts
+    for nothing, and begins whatever has become of the job.
+
+    Args:
+        connection: in a transaction; the body may begin once that has committed.
+        execution: what begins.
+        owner: who executes it.
+        limits: what the job's row is to allow.
+
+    Raises:
+        TokenLostError: the owner's token is not held any more.
+    """
+    if owner.token is not None:
+        require_token(connection, owner.token)
+    job = None
+    if execution.job_id is not None and execution.due is not None:
+        job = jobs.lock(connection, execution.job_id, limits.trigger_slug)
+    if (row := _locked(connection, execution.key)) is not None:
+        return _again(connection, row, execution, owner)
+    if job is not None and (refusal := _refusal(job, limits)) is not None:
+        return refusal
+    number = None if job is None else job.count + 1
+    try:
+        with connection.begin_nested():
+            connection.execute(insert(ledger).values(_values(execution, owner, number)))
+    except IntegrityError:
+        row = _locked(connection, execution.key)
+        assert row is not None  # noqa: S101 - rows that are so young are not removed
+        return Taken(_entry(row))
+    if job is not None:
+        jobs.count(connection, job)
+    return Begun(number)
+
+
+def _refusal(job: JobRow, limits: Limits) -> Answer | None:
+    if job.ended is not None:
+        return Ended(job.ended)
+    if job.paused:
+        return Paused()
+    return Exhausted() if 0 < limits.max_count <= job.count else None
+
+
+def _again(connection: Connection, row: Row[Any], execution: Execution, owner: Owner) -> Answer:
+    """Begin an interrupted execution that is to be made again; no other has a second beginning."""
+    if row.outcome != ABANDONED:
+        return Taken(_entry(row))
+    values = _values(execution, owner, row.number)
+    connection.execute(update(ledger).where(ledger.c.execution == execution.key).values(values))
+    return Begun(row.number)
+
+
+def _values(execution: Execution, owner: Owner, number: int | None) -> dict[str, Any]:
+    return {
+        "execution": execution.key,
+        "flow_run_id": execution.flow_run_id,
+        "job_id": execution.job_id,
+        "due": None if execution.due is None else moment(execution.due),
+        "number": number,
+        "group_id": owner.token.group_id if owner.token else None,
+        "task_id": owner.task_id,
+        "term": owner.token.term if owner.token else None,
+        "incarnation": owner.incarnation,
+        "late": None if execution.due is None else (datetime.now(UTC) - execution.due).total_seconds(),
+        "begun": database_now(),
+        "ended": None,
+        "outcome": None,
+    }
+
+
+def _locked(connection: Connection, key: str) -> Row[Any] | None:
+    return connection.execute(_entries().where(ledger.c.execution == key).with_for_update()).one_or_none()
+
+
+def _entries() -> Any:
+    columns = ledger.c
+    return select(
+        columns.execution,
+        columns.flow_run_id,
+        columns.job_id,
+        columns.due,
+        columns.number,
+        columns.group_id,
+        columns.task_id,
+        columns.term,
+        columns.incarnation,
+        columns.outcome,
+    )
+
+
+def _entry(row: Row[Any]) -> Entry:
+    return Entry(
+        key=row.execution,
+        flow_run_id=row.flow_run_id,
+        job_id=row.job_id,
+        due=row.due,
+        number=row.number,
+        group_id=row.group_id,
+        task_id=row.task_id,
+        term=row.term,
+        incarnation=row.incarnation,
+        outcome=row.outcome,
+    )
+
+
+def skip(connection: Connection, execution: Execution, owner: Owner, reason: str) -> None:
+    """Enter that a tick is not run, and why; nothing happens if its body has begun."""
+    if _locked(connection, execution.key) is None:
+        values = {"begun": None, "ended": database_now(), "outcome": SKIPPED, "reason": reason}
+        ensure_row(connection, ledger, {**_values(execution, owner, None), **values})
+
+
+def history(connection: Connection, job_id: str, limit: int) -> list[Past]:
+    """Return the last executions of a job, the newest first, as many as `limit` says."""
+    columns = ledger.c
+    begun, ended = seconds_since(columns.begun), seconds_since(columns.ended)
+    query = (
+        _entries()
+        .add_columns(columns.late, columns.reason, begun.label("age"), (begun - ended).label("took"))
+        .where(columns.job_id == job_id)
+        .order_by(func.coalesce(columns.due, "").desc(), columns.execution.desc())
+        .limit(limit)
+    )
+    return [Past(_entry(row), row.late, row.age, row.took, row.reason) for row in connection.execute(query)]
+
+
+def dues(connection: Connection, job_id: str, limit: int) -> list[str]:
+    """Return the times of the last ticks of a job that have begun, or are skipped, the newest first."""
+    columns = ledger.c
+    query = select(columns.due).where(columns.job_id == job_id, columns.due.is_not(None))
+    newest = query.order_by(columns.due.desc()).limit(limit)
+    return [due for (due,) in connection.execute(newest)]
+
+
+def end(connection: Connection, key: str, outcome: str, *, incarnation: str | None = None) -> bool:
+    """Enter what an execution came to, and return whether that is news.
+
+    Args:
+        connection: in a transaction.
+        key: the execution.
+        outcome: the name of the state that Prefect is told next: if the node dies in between, another one
+            tells it.
+        incarnation: of the process that executed it, which knows better than another that took it for
+            dead.
+    """
+    columns = ledger.c
+    unsettled: ColumnElement[bool] = columns.ended.is_(None)
+    if incarnation is not None:
+        unsettled = or_(unsettled, columns.incarnation == incarnation)
+    written = connection.execute(
+        update(ledger)
+        .where(columns.execution == key, unsettled)
+        .values(ended=database_now(), outcome=outcome)
+    )
+    return bool(written.rowcount)
+
+
+def entries(
+    connection: Connection, keys: Collection[str], flow_run_ids: Collection[str] = ()
+) -> list[Entry]:
+    """Return those of some executions that have begun, and those that some flow runs were, oldest first."""
+    columns = ledger.c
+    wanted = or_(columns.execution.in_(keys), columns.flow_run_id.in_(flow_run_ids))
+    return _found(connection, wanted)
+
+
+def interrupted(connection: Connection, token: Token) -> list[Entry]:
+    """Return the executions of a group that began in an earlier term and have not ended.
+
+    To the holder of `token` these are the ones that a former holder left behind.
+    """
+    columns = ledger.c
+    earlier = and_(columns.group_id == token.group_id, columns.term < token.term)
+    return _found(connection, and_(earlier, columns.ended.is_(None)))
+
+
+def orphaned(connection: Connection, interval: float) -> list[Entry]:
+    """Return the executions without a group that have not ended, and whose node is gone.
+
+    A node may execute before it is registered: while its predecessor of the same name is not yet stale.
+
+    Args:
+        connection: in a transaction.
+        interval: seconds after which a node that has not shown that it lives is taken for dead.
+    """
+    columns = ledger.c
+    lives = exists().where(
+        node.c.incarnation == columns.incarnation, seconds_since(node.c.last_seen) <= interval
+    )
+    is_old = seconds_since(columns.begun) > 2 * interval
+    return _found(connection, and_(columns.group_id.is_(None), columns.ended.is_(None), is_old, ~lives))
+
+
+def _found(connection: Connection, wanted: ColumnElement[bool]) -> list[Entry]:
+    query = _entries().where(wanted).order_by(ledger.c.begun, ledger.c.execution)
+    return [_entry(row) for row in connection.execute(query)]
+
+
+def prune(connection: Connection, seconds: float) -> None:
+    """Remove what ended longer ago than so many seconds.
+
+    The newest tick of each job stays: it says how far the job is.
+    """
+    columns = ledger.c
+    newest = select(columns.job_id, func.max(columns.due)).where(columns.due.is_not(None))
+    kept = [f"{job_id} {due}" for job_id, due in connection.execute(newest.group_by(columns.job_id))]
+    old = seconds_since(columns.ended) > seconds
+    connection.execute(delete(ledger).where(old, columns.execution.not_in(kept)))

@@ -1,0 +1,463 @@
+"""Whatever happens to Prefect's objects, its API, and processes: a tick begins once, and none is lost.
+
+The bodies enter what they do into a file; what Prefect shows is read through its API.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import time
+from collections import Counter
+from contextlib import ExitStack
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate
+from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.schedules import IntervalSchedule
+from prefect.states import Scheduled
+
+from deployments.local import prefect_command, wait_until
+from taskadapter.domain import Domain
+from taskadapter.pools import ensure_work_pool
+from tests.acceptance.project import PATIENCE, Prefect, Project, due, is_alive, state_of
+from tests.api_proxy import ApiProxy, refusal
+from tests.processes import nurseries
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from prefect.client.schemas.objects import FlowRun
+
+    from deployments.local import PrefectServer, Program
+    from tests.api_proxy import Request
+
+LIVENESS, HEARTBEAT = 3.0, 0.5
+
+FLOWS = """
+    import time
+    from pathlib import Path
+    from ledger import note
+    from prefect import flow
+    from prefect.flow_runs import suspend_flow_run
+    from taskadapter import ErrorPolicy, Listener, TaskPolicy, TriggerConfiguration, current_run
+
+    yearly = Listener(trigger=TriggerConfiguration(interval=31_536_000, start_time="{later}"))
+    hourly = Listener(trigger=TriggerConfiguration(interval=3600))
+    every_second = Listener(trigger=TriggerConfiguration(interval=1))
+
+    def begun(name):
+        note(name, "began", due=current_run().scheduled_time.timestamp(), count=current_run().count)
+
+    @yearly.service("book-quick")
+    def quick(fails: bool = False) -> None:
+        begun("book-quick")
+        if fails:
+            raise ValueError("as somebody wished")
+
+    @yearly.service("book-slow")
+    def slow(until: str = "") -> None:
+        begun("book-slow")
+        while not Path(until).exists():
+            time.sleep(0.05)
+
+    @hourly.service("book-hour")
+    def hour() -> None:
+        begun("book-hour")
+
+    @every_second.service("book-second")
+    def second(fails: bool = False) -> None:
+        begun("book-second")
+        if fails:
+            raise ValueError("as somebody wished")
+
+    @flow
+    def book_plain() -> None:
+        note("book-plain", "began")
+
+    @flow
+    def book_suspended() -> None:
+        note("book-suspended", "began")
+        suspend_flow_run(timeout=600)
+        note("book-suspended", "went on")
+"""
+
+LATE = """
+    import time
+    from ledger import note
+
+    note("book-late", "loading")
+    time.sleep({seconds})
+
+    from taskadapter import Listener, TriggerConfiguration
+
+    yearly = Listener(trigger=TriggerConfiguration(interval=31_536_000, start_time="{later}"))
+
+    @yearly.service("book-late")
+    def late() -> None:
+        note("book-late", "began")
+"""
+
+
+@pytest.fixture(scope="module")
+def api(prefect_api: PrefectServer) -> Iterator[ApiProxy]:
+    """Prefect's API as the agent reaches it."""
+    with ApiProxy(prefect_api.port).running() as proxy:
+        yield proxy
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _deployed(project: Project, prefect: Prefect) -> None:
+    ensure_work_pool(project.pool, Domain(liveness_check_interval=LIVENESS, heartbeat_frequency=HEARTBEAT))
+    later = (datetime.now(UTC) + timedelta(days=1)).isoformat()
+    project.write("flows/jobs.py", FLOWS.format(later=later))
+    project.write("flows/late.py", LATE.format(later=later, seconds=0))
+    project.deploy()
+    project.write("flows/late.py", LATE.format(later=later, seconds=4))
+
+
+@pytest.fixture(scope="module")
+def node(project: Project, api: ApiProxy) -> Iterator[Program]:
+    """An agent that reaches Prefect by way of the proxy."""
+    with project.agent("book-1", "--limit", "3", env={"PREFECT_API_URL": api.api_url}) as node:
+        yield node
+
+
+def times_begun(project: Project, job: str) -> int:
+    return len(project.entries(job, "began"))
+
+
+def test_what_a_dead_node_was_executing_is_marked(
+    project: Project, prefect: Prefect, tmp_path: Path
+) -> None:
+    """Without a group another node that shares the database says so; nothing runs again."""
+    with ExitStack() as stack:
+        dying = stack.enter_context(project.agent("book-3", "--limit", "1"))
+        run = prefect.start("book-slow", parameters={"until": str(tmp_path / "never")})
+        project.wait_for("book-slow", "began")
+        os.kill(dying.pid, signal.SIGKILL)
+        stack.enter_context(project.agent("book-4"))
+        ended = prefect.wait_for_end(run)
+    assert ended.state_name == "Crashed"
+    assert "'book-3'" in str(state_of(ended).message)
+    assert times_begun(project, "book-slow") == 1
+
+
+# --- an API that fails ----------------------------------------------------------------------------
+
+
+class Failing:
+    """Fails requests of one kind so many times, with a status or with an answer of its own."""
+
+    def __init__(
+        self, method: str, path: str, part: str = "", *, times: int = 1, status: int = 507
+    ) -> None:
+        self._kind = method, path, part.encode()
+        self.left = times
+        self._status = status
+
+    def __call__(self, request: Request) -> bytes | None:
+        method, path, part = self._kind
+        is_meant = request.method == method and path in request.path and part in request.body
+        if not is_meant or not self.left:
+            return None
+        self.left -= 1
+        return refusal(self._status)
+
+
+SET_STATE = ("POST", "/set_state")
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        # 500 is what the API answers while its database is away; 507 nobody repeats.
+        Failing(*SET_STATE, '"RUNNING"', status=500),
+        Failing(*SET_STATE, '"RUNNING"', times=2),
+        Failing(*SET_STATE, '"PENDING"', times=2),
+        Failing("GET", "/api/flow_runs/", times=3),
+        Failing("PATCH", "/api/flow_runs/", times=2),
+        Failing(*SET_STATE, '"COMPLETED"', status=500),
+        Failing(*SET_STATE, '"COMPLETED"', times=2),
+        Failing(*SET_STATE, '"FAILED"', times=0),
+    ],
+    ids=["running-500", "running", "pending", "read", "update", "completed-500", "completed", "none"],
+)
+@pytest.mark.usefixtures("node")
+def test_an_api_that_fails_loses_no_run_and_spoils_none(
+    project: Project, prefect: Prefect, api: ApiProxy, fault: Failing
+) -> None:
+    """Wherever on its way the API fails a run: its body runs, once, and it is Completed."""
+    before = times_begun(project, "book-quick")
+    api.fault = fault
+    try:
+        run = prefect.start("book-quick")
+        wait_until(lambda: completed(prefect, run), PATIENCE, f"run {run.name} to be Completed")
+    finally:
+        api.fault = None
+    assert fault.left == 0
+    assert times_begun(project, "book-quick") == before + 1
+
+
+def completed(prefect: Prefect, run: FlowRun) -> bool:
+    return prefect.client.read_flow_run(run.id).state_type is StateType.COMPLETED
+
+
+def test_an_api_that_fails_while_a_failure_is_told(
+    project: Project, prefect: Prefect, api: ApiProxy, node: Program
+) -> None:
+    """A run that has failed shows as Failed, whatever the engine makes of it."""
+    api.fault = Failing(*SET_STATE, '"FAILED"', times=1)
+    try:
+        run = prefect.start("book-quick", parameters={"fails": True})
+        ended = prefect.wait_for_end(run)
+    finally:
+        api.fault = None
+    assert (ended.state_name, is_alive(node.pid)) == ("Failed", True)
+
+
+def test_an_api_that_talks_nonsense_ends_no_agent(
+    project: Project, prefect: Prefect, api: ApiProxy, node: Program
+) -> None:
+    """What does not parse is told once, and the agent goes on when it does again."""
+    lines = len(node.log.read_text().splitlines())
+    api.fault = lambda _: refusal(200, b'{"nonsense": true}')
+    time.sleep(8)  # many looks of the agent's
+    api.fault = None
+
+    before = times_begun(project, "book-quick")
+    run = prefect.start("book-quick")
+    assert prefect.wait_for_end(run).state_name == "Completed"
+    assert times_begun(project, "book-quick") == before + 1
+    told = [line for line in node.log.read_text().splitlines()[lines:] if "warm-backup" in line]
+    assert len([line for line in told if "Looking for runs failed" in line]) == 1
+    assert len([line for line in told if "WARNING" in line or "ERROR" in line]) <= 3, told
+
+
+# --- runs that are made anew, asked for again, or somebody's --------------------------------------
+
+
+@pytest.mark.usefixtures("node")
+def test_a_tick_that_is_made_anew_does_not_run_again(project: Project, prefect: Prefect) -> None:
+    """A flow run that was deleted and planned again shows what its tick came to."""
+    moment = datetime(2020, 1, 1, tzinfo=UTC)
+    key = f"scheduled {prefect.deployment('book-hour').id} somebody {moment.isoformat(sep=' ')}"
+
+    def make() -> FlowRun:
+        return prefect.start("book-hour", state=Scheduled(scheduled_time=moment), idempotency_key=key)
+
+    def times() -> int:
+        began = project.entries("book-hour", "began")
+        return sum(entry["due"] == moment.timestamp() for entry in began)
+
+    first = prefect.wait_for_end(make())
+    prefect.client.delete_flow_run(first.id)
+    second = prefect.wait_for_end(make())
+
+    assert (first.state_name, second.state_name, second.id != first.id) == ("Completed", "Completed", True)
+    assert times() == 1
+    # Somebody who asks for that very run gets it.
+    prefect.client.set_flow_run_state(second.id, Scheduled(scheduled_time=moment))
+    wait_until(lambda: times() == 2, PATIENCE, "the retry")
+    prefect.wait_for_end(second)
+
+
+@pytest.mark.usefixtures("node")
+def test_a_run_by_hand_counts_for_nothing_and_ends_nothing(project: Project, prefect: Prefect) -> None:
+    """A failure that somebody has asked for leaves the schedule as it is."""
+    project.wait_for("book-second", "began", 2)
+    run = prefect.start("book-second", parameters={"fails": True})
+
+    assert prefect.wait_for_end(run).state_name == "Failed"
+
+    after = times_begun(project, "book-second")
+    project.wait_for("book-second", "began", after + 2)
+    ticks = [
+        entry for entry in project.entries("book-second", "began") if entry["due"] % 1 == anchor(project)
+    ]
+    assert [entry["count"] for entry in ticks] == list(range(1, len(ticks) + 1))
+
+
+def anchor(project: Project) -> float:
+    """Return the fraction of a second at which the ticks of the job are due: most entries are ticks."""
+    fractions = Counter(entry["due"] % 1 for entry in project.entries("book-second", "began"))
+    return fractions.most_common(1)[0][0]
+
+
+@pytest.mark.usefixtures("node")
+def test_a_process_that_is_killed_before_the_body(project: Project, prefect: Prefect) -> None:
+    """Whoever ends it: the run has begun nothing, and is made again."""
+    before = len(project.entries("book-late", "loading"))
+    run = prefect.start("book-late")
+    loading = project.wait_for("book-late", "loading", before + 1)[-1]
+    os.kill(loading.pid, signal.SIGKILL)
+
+    assert prefect.wait_for_end(run).state_name == "Completed"
+    assert times_begun(project, "book-late") == 1
+
+
+@pytest.mark.usefixtures("node")
+def test_a_deployment_that_is_none_of_ours(project: Project, prefect: Prefect) -> None:
+    """A plain flow with a schedule of its owner's own runs, each tick once."""
+    client = prefect.client
+    every = IntervalSchedule(interval=timedelta(seconds=2))
+    deployment = client.create_deployment(
+        client.create_flow_from_name("book-plain"),
+        "mine",
+        work_pool_name=project.pool,
+        entrypoint="flows/jobs.py:book_plain",
+        schedules=[DeploymentScheduleCreate(schedule=every, active=True, slug="mine")],
+    )
+    try:
+        project.wait_for("book-plain", "began", 3)
+        ran = [run for run in prefect.runs_of(deployment) if run.state_name == "Completed"]
+        assert len({due(run) for run in ran}) == len(ran) > 1
+    finally:
+        client.delete_deployment(deployment)
+
+
+@pytest.mark.usefixtures("node")
+@pytest.mark.parametrize("is_tick", [True, False], ids=["tick", "by hand"])
+def test_a_run_that_suspends_itself(project: Project, prefect: Prefect, is_tick: bool) -> None:
+    """It has not crashed, and when somebody resumes it, its body begins again."""
+    client = prefect.client
+    deployment = client.create_deployment(
+        client.create_flow_from_name("book-suspended"),
+        f"suspended-{is_tick}",
+        work_pool_name=project.pool,
+        entrypoint="flows/jobs.py:book_suspended",
+    )
+    before = times_begun(project, "book-suspended")
+    moment = datetime(2020, 1, 1, tzinfo=UTC)
+    key = f"scheduled {deployment} somebody {moment.isoformat(sep=' ')}" if is_tick else None
+    run = client.create_flow_run_from_deployment(
+        deployment, state=Scheduled(scheduled_time=moment), idempotency_key=key
+    )
+
+    def is_suspended() -> bool:
+        return client.read_flow_run(run.id).state_type is StateType.PAUSED
+
+    wait_until(is_suspended, PATIENCE, "the run to suspend itself")
+    time.sleep(3)  # longer than its process takes to end
+    assert is_suspended()
+    client.resume_flow_run(run.id)
+    assert prefect.wait_for_end(run).state_name == "Completed"
+    assert times_begun(project, "book-suspended") == before + 2
+    client.delete_deployment(deployment)
+
+
+@pytest.mark.usefixtures("node")
+def test_the_ledger_is_shown(project: Project) -> None:
+    """The command says what ran when, where and how late, and that nothing between is missing."""
+    project.wait_for("book-second", "began", 5)
+    command = Path(prefect_command()).with_name("taskadapter")
+    lines = json.loads(project.run(command, "ledger", "book-second/book-second", "--json"))
+    assert len(lines) >= 5
+    assert {line["node"] for line in lines} == {"book-1"}
+    assert "missing" not in {line["outcome"] for line in lines}
+    assert all(-0.001 < line["late"] < PATIENCE for line in lines if line["due"])
+    assert "Completed" in project.run(command, "ledger", "book-second/book-second")
+
+
+# --- several nodes, without a group ---------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_pausing_holds_whatever_the_moment(project: Project, prefect: Prefect, node: Program) -> None:
+    """With two agents, at any phase of the job's ticks: nothing begins while it is paused, none is lost."""
+    from taskadapter import pause_job, resume_job
+    from taskadapter.jobs import JobId
+
+    job = JobId(prefect.deployment("book-second").id)
+    with pytest.MonkeyPatch.context() as environment, project.agent("book-2", "--limit", "3"):
+        for name in ("PREFECT_HOME", "PREFECT_PROFILES_PATH"):
+            environment.setenv(name, project.env[name])
+        url = f"sqlite:///{project.home / 'taskadapter.db'}"
+        environment.setenv("PREFECT_INTEGRATIONS_TASKADAPTER_DATABASE_URL", url)
+        for phase in range(6):
+            project.wait_for("book-second", "began", times_begun(project, "book-second") + 2)
+            time.sleep(phase / 6)
+            pause_job(job)
+            paused = time.time()
+            time.sleep(2.5)
+            resumed = time.time()
+            resume_job(job)
+            began = [entry.at for entry in project.entries("book-second", "began")]
+            assert not [at for at in began if paused < at < resumed]
+        project.wait_for("book-second", "began", times_begun(project, "book-second") + 5)
+    dues = sorted(entry["due"] for entry in project.entries("book-second", "began"))
+    ticks = [moment for moment in dues if moment % 1 == anchor(project)]
+    assert [later - earlier for earlier, later in itertools.pairwise(ticks)] == [1.0] * (len(ticks) - 1)
+
+
+# --- two work pools -------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("node")
+def test_two_pools_that_name_one_group(project: Project, prefect: Prefect) -> None:
+    """The second is told whose it is, by its agent and by the doctor, and holds no token."""
+    client, command = prefect.client, Path(prefect_command()).with_name("taskadapter")
+    project.wait_for("book-second", "began")  # the node is up
+    client.create_work_queue("etl", work_pool_name=project.pool)
+    wait_until(
+        lambda: "etl" in project.run(command, "status", "--pool", project.pool), PATIENCE, "a holder"
+    )
+    second = f"{project.pool}-2"
+    template = client.read_work_pool(project.pool).base_job_template
+    client.create_work_pool(WorkPoolCreate(name=second, type="warm-backup", base_job_template=template))
+    client.create_work_queue("etl", work_pool_name=second)
+    try:
+        with project.agent("book-5", pool=second) as other:
+            said = f"group 'etl' belongs to work pool '{project.pool}'"
+            wait_until(lambda: said in other.log.read_text(), PATIENCE, "the second pool to be refused")
+            with pytest.raises(AssertionError, match=said):
+                project.run(command, "doctor", "--pool", second)
+            assert other.log.read_text().count(said) == 1
+    finally:
+        client.delete_work_pool(second)
+
+
+# --- a node that can start no process -------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_node_that_can_start_no_process_leaves_its_groups(
+    project: Project, prefect: Prefect, node: Program
+) -> None:
+    """It says why, once, and another node is active; when it can again, it takes part again."""
+    command = Path(prefect_command()).with_name("taskadapter")
+    group = f"{project.pool}-group"
+    project.wait_for("book-second", "began")  # the node is up
+    prefect.client.create_work_queue(group, work_pool_name=project.pool)
+
+    def holder() -> str:
+        status = json.loads(project.run(command, "status", "--pool", project.pool, "--json"))
+        return next((one["holder"] for one in status["groups"] if one["group_id"] == group), "")
+
+    wait_until(lambda: holder() == "book-1", PATIENCE, "the group to be held")
+    with project.agent("book-6"):
+        wait_until(
+            lambda: "book-6" in project.run(command, "status", "--pool", project.pool),
+            PATIENCE,
+            "a standby",
+        )
+        broken = project.folder / "httpx.py"
+        broken.write_text("raise RuntimeError('broken on purpose')")
+        try:
+            for nursery in nurseries(node.pid):
+                os.kill(nursery.pid, signal.SIGKILL)
+            wait_until(lambda: holder() == "book-6", PATIENCE, "the standby to be active")
+            said = "This node can start no process"
+            wait_until(lambda: said in node.log.read_text(), PATIENCE, "the node to say why")
+        finally:
+            broken.unlink()
+        again = "Processes can be started here again"
+        wait_until(lambda: again in node.log.read_text(), PATIENCE, "the node to take part again")
+        assert node.log.read_text().count(said) == 1
+    wait_until(lambda: holder() == "book-1", PATIENCE, "the node to be active again")

@@ -1,0 +1,333 @@
+"""The ledger, on every database: what is entered, once, and what is refused."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import pytest
+from sqlalchemy import Engine, delete, text
+
+from taskadapter.coordination import ledger, schema
+from taskadapter.coordination.dialects import transaction
+from taskadapter.coordination.executions import ABANDONED, Begun, Execution, Limits, Taken, asked_key
+from taskadapter.coordination.jobs import end as end_job
+from taskadapter.coordination.jobs import pause
+from taskadapter.coordination.tokens import Node, register
+from taskadapter.errors import SchemaError, TokenLostError
+from tests.contract.entering import (
+    ALONE,
+    JOB,
+    NEXT,
+    RUN,
+    TOKEN,
+    count_one,
+    hold,
+    owner,
+    take_over,
+    tick,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from taskadapter.coordination.executions import Answer, Owner
+
+LIMITS = Limits("every-2s")
+ASKED = Execution(asked_key(RUN, 0), RUN, JOB)
+
+
+def begin(engine: Engine, execution: Execution, who: Owner = ALONE, limits: Limits = LIMITS) -> Answer:
+    with transaction(engine) as connection:
+        return ledger.begin(connection, execution, who, limits)
+
+
+def end(engine: Engine, execution: Execution, outcome: str, **options: str) -> bool:
+    with transaction(engine) as connection:
+        return ledger.end(connection, execution.key, outcome, **options)
+
+
+def outcomes(engine: Engine, *executions: Execution) -> list[str | None]:
+    with transaction(engine) as connection:
+        found = ledger.entries(connection, [execution.key for execution in executions])
+    return [entry.outcome for entry in found]
+
+
+class TestCount:
+    def test_counts_from_one(self, engine: Engine) -> None:
+        """The first execution is number 1, and each next one is one more."""
+        assert [count_one(engine) for _ in range(3)] == [1, 2, 3]
+
+    def test_ends_at_max_count(self, engine: Engine) -> None:
+        """Exactly max_count executions are counted; a refused one changes nothing."""
+        ran = [count_one(engine, max_count=2) for _ in range(4)]
+        assert ran == [1, 2, "Exhausted", "Exhausted"]
+        assert count_one(engine, max_count=3) == 3
+
+    def test_an_undone_run_is_not_counted(self, engine: Engine) -> None:
+        """The number belongs to the caller only if its transaction commits."""
+        with engine.connect() as connection:
+            assert ledger.begin(connection, tick(1), ALONE, LIMITS) == Begun(1)
+            connection.rollback()
+        assert begin(engine, tick(1)) == Begun(1)
+
+    def test_a_changed_trigger_starts_again(self, engine: Engine) -> None:
+        """Another trigger resets the count, the same one never does."""
+        for slug in ("every-2s", "every-3s"):
+            assert [count_one(engine, slug, max_count=1) for _ in range(2)] == [1, "Exhausted"]
+
+    def test_jobs_do_not_share_a_count(self, engine: Engine) -> None:
+        """Each job has its own count."""
+        count_one(engine)
+        assert count_one(engine, job_id=RUN) == 1
+
+    def test_racing_threads_never_share_a_number(self, engine: Engine) -> None:
+        """Of racing callers exactly max_count get a number, each another one."""
+        with ThreadPoolExecutor(5) as pool:
+            numbers = list(pool.map(lambda _: count_one(engine, max_count=30), range(40)))
+        assert {**dict.fromkeys(range(1, 31), 1), "Exhausted": 10} == Counter(numbers)
+
+    def test_racing_processes_never_share_a_number(self, engine: Engine) -> None:
+        """The same holds between processes, which share nothing but the database."""
+        url = engine.url.render_as_string(hide_password=False)
+        commands = [[sys.executable, "-c", RACER, url, str(start)] for start in (0, 1000, 2000)]
+        racers = [subprocess.Popen(each, stdout=subprocess.PIPE, text=True) for each in commands]
+        numbers = [word for racer in racers for word in racer.communicate(timeout=60)[0].split()]
+        assert [racer.returncode for racer in racers] == [0, 0, 0]
+        assert {**dict.fromkeys(map(str, range(1, 41)), 1), "Exhausted": 20} == Counter(numbers)
+
+
+RACER = """
+import sys
+from taskadapter.coordination.dialects import open_engine, transaction
+from taskadapter.coordination.executions import Limits
+from taskadapter.coordination.ledger import begin
+from tests.contract.entering import ALONE, tick, told
+engine = open_engine(sys.argv[1])
+for number in range(20):
+    with transaction(engine) as connection:
+        answer = begin(connection, tick(int(sys.argv[2]) + number), ALONE, Limits("every-2s", 40))
+    print(told(answer))
+"""
+
+
+class TestOnce:
+    @pytest.mark.parametrize("execution", [tick(1), ASKED], ids=["tick", "asked"])
+    def test_a_body_begins_once(self, engine: Engine, execution: Execution) -> None:
+        """A second beginning is refused, while the first goes on and after its end, and counts nothing."""
+        begin(engine, execution)
+        for outcome in (None, "Completed"):
+            answer = begin(engine, execution)
+            assert isinstance(answer, Taken)
+            assert answer.entry.outcome == outcome
+            end(engine, execution, "Completed")
+        assert begin(engine, tick(2)) == Begun(2 if execution.due else 1)
+
+    @pytest.mark.parametrize("execution", [tick(1), ASKED], ids=["tick", "asked"])
+    def test_of_racing_callers_one_begins(self, engine: Engine, execution: Execution) -> None:
+        """However many ask at once, on whichever nodes."""
+        with ThreadPoolExecutor(5) as pool:
+            answers = list(pool.map(lambda _: begin(engine, execution), range(20)))
+        assert Counter(type(answer).__name__ for answer in answers) == {"Begun": 1, "Taken": 19}
+
+    def test_a_tick_is_the_same_in_another_run(self, engine: Engine) -> None:
+        """A flow run that was deleted and made anew does not run its tick again."""
+        begin(engine, tick(1))
+        again = begin(engine, tick(1, flow_run_id=JOB))
+        assert isinstance(again, Taken)
+        assert again.entry.flow_run_id == RUN
+
+    def test_asking_again_is_another_execution(self, engine: Engine) -> None:
+        """A person who has a run retried that has ended gets it."""
+        begin(engine, ASKED)
+        end(engine, ASKED, "Failed")
+        assert begin(engine, Execution(asked_key(RUN, 1), RUN, JOB)) == Begun(None)
+
+    def test_what_was_abandoned_may_begin_again(self, engine: Engine) -> None:
+        """An interrupted execution that is to be made again keeps its number, and begins once more."""
+        hold(engine, TOKEN)
+        assert begin(engine, tick(1), owner(TOKEN), Limits("every-2s", 1)) == Begun(1)
+        take_over(engine)
+        assert isinstance(begin(engine, tick(1), owner(NEXT)), Taken)
+        end(engine, tick(1), ABANDONED)
+        assert begin(engine, tick(1), owner(NEXT), Limits("every-2s", 1)) == Begun(1)
+        assert isinstance(begin(engine, tick(1), owner(NEXT)), Taken)
+
+    def test_needs_the_token(self, engine: Engine) -> None:
+        """Without the token nothing begins, and nothing is entered."""
+        hold(engine, NEXT)
+        with pytest.raises(TokenLostError):
+            begin(engine, tick(1), owner(TOKEN))
+        assert outcomes(engine, tick(1)) == []
+
+
+class TestAskedFor:
+    def test_counts_for_nothing(self, engine: Engine) -> None:
+        """A run by hand uses up none of the executions that a trigger allows."""
+        assert begin(engine, ASKED, limits=Limits("every-2s", 1)) == Begun(None)
+        assert count_one(engine, max_count=1) == 1
+        other = Execution(asked_key(JOB, 0), JOB, JOB)
+        assert begin(engine, other, limits=Limits("every-2s", 1)) == Begun(None)
+
+    def test_begins_whatever_has_become_of_the_job(self, engine: Engine) -> None:
+        """A job that is paused, or over, still runs when somebody asks for it."""
+        with transaction(engine) as connection:
+            pause(connection, JOB, paused=True)
+            end_job(connection, JOB, "over")
+        assert begin(engine, ASKED) == Begun(None)
+
+
+class TestEnd:
+    def test_the_first_end_stays(self, engine: Engine) -> None:
+        """An execution has one outcome; only the process that executed it knows better."""
+        begin(engine, tick(1))
+        assert end(engine, tick(1), "Crashed")
+        assert not end(engine, tick(1), "Cancelled")
+        assert outcomes(engine, tick(1)) == ["Crashed"]
+        assert not end(engine, tick(1), "Completed", incarnation="another")
+        assert end(engine, tick(1), "Completed", incarnation=ALONE.incarnation)
+        assert outcomes(engine, tick(1)) == ["Completed"]
+
+    def test_what_has_not_begun_has_no_end(self, engine: Engine) -> None:
+        """Nothing is entered for it."""
+        assert not end(engine, tick(1), "Crashed")
+        assert outcomes(engine, tick(1)) == []
+
+    def test_is_found_by_its_flow_run(self, engine: Engine) -> None:
+        """The executions of a flow run are found too, the oldest first."""
+        for times in range(2):
+            begin(engine, Execution(asked_key(RUN, times), RUN, JOB))
+        with transaction(engine) as connection:
+            found = ledger.entries(connection, [], [RUN])
+        assert [entry.key for entry in found] == [asked_key(RUN, times) for times in range(2)]
+
+
+class TestLeftBehind:
+    def test_is_found_by_the_next_term(self, engine: Engine) -> None:
+        """A successor sees what a former node was executing, and not what is its own or has ended."""
+        hold(engine, TOKEN)
+        for number in (1, 2):
+            begin(engine, tick(number), owner(TOKEN))
+        end(engine, tick(2), "Completed")
+        with transaction(engine) as connection:
+            assert ledger.interrupted(connection, TOKEN) == []
+            assert [entry.key for entry in ledger.interrupted(connection, NEXT)] == [tick(1).key]
+
+    def test_without_a_group_is_found_when_the_node_is_gone(self, engine: Engine) -> None:
+        """A node that shows life keeps what it executes; what one leaves that does not is found."""
+        with transaction(engine) as connection:
+            register(connection, Node("node-1", ALONE.incarnation, "host", 1), [], 30)
+        begin(engine, tick(1))
+        with transaction(engine) as connection:
+            assert ledger.orphaned(connection, 30) == []
+            # Its heartbeat is older than that.
+            assert [entry.key for entry in ledger.orphaned(connection, -1)] == [tick(1).key]
+            connection.execute(delete(schema.node))
+            # It may not be registered yet.
+            assert ledger.orphaned(connection, 30) == []
+
+    def test_is_forgotten_after_a_while(self, engine: Engine) -> None:
+        """What ended long ago is removed, what goes on is not."""
+        begin(engine, tick(1))
+        begin(engine, tick(2))
+        end(engine, tick(1), "Completed")
+        for seconds, left in [(3600, 2), (-1, 1)]:
+            with transaction(engine) as connection:
+                ledger.prune(connection, seconds)
+            assert len(outcomes(engine, tick(1), tick(2))) == left
+        # How far a job is stays known, however long it has been paused.
+        end(engine, tick(2), "Completed")
+        with transaction(engine) as connection:
+            ledger.prune(connection, -1)
+        assert outcomes(engine, tick(2)) == ["Completed"]
+
+
+class TestDues:
+    def test_are_those_that_need_not_run(self, engine: Engine) -> None:
+        """Ticks that have begun or are skipped, the newest first; runs by hand are none."""
+        for execution in (tick(2), tick(1), ASKED):
+            begin(engine, execution)
+        with transaction(engine) as connection:
+            ledger.skip(connection, tick(3), ALONE, "too late")
+            ledger.skip(connection, tick(2), ALONE, "too late")
+            assert [due[17:19] for due in ledger.dues(connection, JOB, 9)] == ["03", "02", "01"]
+            assert len(ledger.dues(connection, JOB, 2)) == 2
+        assert outcomes(engine, tick(2)) + outcomes(engine, tick(3)) == [None, "Skipped"]
+        assert isinstance(begin(engine, tick(3)), Taken)
+
+    def test_what_has_run_is_told(self, engine: Engine) -> None:
+        """Whoever looks back sees when and where, how late, how long, and why not."""
+        begin(engine, tick(1))
+        end(engine, tick(1), "Completed")
+        with transaction(engine) as connection:
+            ledger.skip(connection, tick(2), ALONE, "too late")
+            skipped, completed = ledger.history(connection, JOB, 9)
+        assert (skipped.entry.outcome, skipped.reason, skipped.age) == ("Skipped", "too late", None)
+        assert (completed.entry.task_id, completed.entry.number) == ("node-1", 1)
+        assert completed.late is not None
+        assert completed.took is not None
+        assert 0 <= completed.took < 5
+
+
+class TestUpgrade:
+    @pytest.mark.usefixtures("first_releases")
+    def test_brings_the_first_releases_along(self, engine: Engine) -> None:
+        """Their counts go on, and the runs that they were executing are found by the next term."""
+        with engine.connect() as connection:
+            assert schema.version(connection) == 1
+            with pytest.raises(SchemaError, match="taskadapter db upgrade"):
+                schema.create_missing(connection)
+            assert schema.upgrade(connection) == (2,)
+            assert schema.upgrade(connection) == ()
+            assert schema.create_missing(connection) == ()
+        with transaction(engine) as connection:
+            (entry,) = ledger.interrupted(connection, NEXT)
+        assert (entry.flow_run_id, entry.task_id, entry.term) == (RUN, "node-1", 7)
+        assert count_one(engine) == 6
+
+    def test_a_newer_release_is_left_alone(self, engine: Engine) -> None:
+        """Tables that a newer release has made are not touched, and both versions are named."""
+        with engine.begin() as connection:
+            connection.execute(schema.schema_step.insert().values(step=99))
+        with engine.connect() as connection, pytest.raises(SchemaError, match=r"version 99.*version 2"):
+            schema.create_missing(connection)
+        with engine.connect() as connection, pytest.raises(SchemaError, match="99"):
+            schema.upgrade(connection)
+
+
+@pytest.fixture
+def first_releases(engine: Engine) -> Iterator[None]:
+    """Leave the tables, a job's count and a run in flight of the releases before the ledger."""
+    with engine.begin() as connection:
+        for table in (schema.ledger, schema.schema_step, schema.job_progress):
+            table.drop(connection)
+        connection.execute(
+            text(
+                "CREATE TABLE taskadapter_job (job_id VARCHAR(36) PRIMARY KEY, trigger_slug VARCHAR(255) "
+                "NOT NULL, run_count BIGINT NOT NULL, state TEXT, term BIGINT, updated TIMESTAMP NULL)"
+            )
+        )
+        connection.execute(
+            text(
+                "CREATE TABLE taskadapter_run (flow_run_id VARCHAR(36) PRIMARY KEY, job_id VARCHAR(36), "
+                "group_id VARCHAR(255) NOT NULL, task_id VARCHAR(255) NOT NULL, term BIGINT NOT NULL, "
+                "started TIMESTAMP NULL, ended TIMESTAMP NULL, outcome VARCHAR(32))"
+            )
+        )
+        job = (
+            f"INSERT INTO taskadapter_job (job_id, trigger_slug, run_count) VALUES ('{JOB}', 'every-2s', 5)"
+        )
+        run = (
+            "INSERT INTO taskadapter_run (flow_run_id, job_id, group_id, task_id, term) "
+            f"VALUES ('{RUN}', '{JOB}', 'group', 'node-1', 7)"
+        )
+        for statement in (job, run):
+            connection.execute(text(statement))
+    yield
+    with engine.begin() as connection:
+        schema.metadata.drop_all(connection)
+    with engine.connect() as connection:
+        schema.create_missing(connection)
