@@ -77,6 +77,10 @@ def connected(*, csrf: bool = True) -> Iterator[None]:
         yield
 
 
+DROPPED_WITHIN_SECONDS = 2.0
+"""How long after a run the agent gets a signal that both are sent, at most, and has told the run."""
+
+
 class Host:
     """Carries out one assignment of the agent's.
 
@@ -91,6 +95,8 @@ class Host:
         self._inbox: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._dropped = threading.Event()
         self._released = threading.Event()
+        self._is_to_end = threading.Event()
+        self._unheeded = threading.Event()
 
     def serve(self) -> NoReturn:
         """Carry out what the agent says, and end this process."""
@@ -124,7 +130,12 @@ class Host:
                 match message:
                     case {"do": "cancel"}:
                         prefect_private.intend_cancellation()
+                        self._is_to_end.set()
                         os.kill(os.getpid(), signal.SIGTERM)
+                    case {"do": "end"}:
+                        self._is_to_end.set()
+                        if self._unheeded.is_set():  # the signal came first
+                            os.kill(os.getpid(), signal.SIGTERM)
                     case {"do": "drop"}:
                         self._dropped.set()
                         self._released.set()
@@ -134,6 +145,23 @@ class Host:
                         self._inbox.put(message)
         # Without its agent a process is nobody's: what it runs could run elsewhere already.
         os.killpg(0, signal.SIGKILL)
+
+    def _is_meant(self) -> bool:
+        """Return whether a SIGTERM that has come is to end the run.
+
+        A service manager sends it to all processes of a node. Then the agent, which gets it too, drops what
+        has not begun, lets the others end, and says when they must.
+        """
+        if not self._is_to_end.is_set():
+            self._unheeded.set()
+            if not self._dropped.is_set():
+                threading.Timer(DROPPED_WITHIN_SECONDS, self._end_unless_dropped).start()
+        return self._is_to_end.is_set()
+
+    def _end_unless_dropped(self) -> None:
+        if not self._dropped.is_set():
+            self._is_to_end.set()
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def _tell(self, event: str, **details: Any) -> None:
         # A job may have closed every file that it found open.
@@ -184,6 +212,7 @@ class Host:
         state: State[Any] | None = None
         fault: BaseException | None = None
         turn.keep(flow)
+        prefect_private.heed_sigterm_only_if(self._is_meant)
         try:
             state = drive(flow, assignment)
         except BaseException as exc:  # noqa: BLE001 - reported by the engine, or no longer ours to run

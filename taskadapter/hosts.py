@@ -17,7 +17,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from prefect.client.schemas.objects import State
 from prefect.logging import get_logger
@@ -42,9 +42,6 @@ BUFFER = 65536
 
 _FROM_OUTSIDE = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT}
 """Signals by which somebody ends a process; others are mistakes of its own."""
-
-LONGEST_LINE = 2**20
-"""More than any message of a process has, in bytes."""
 
 
 @dataclass(frozen=True)
@@ -94,15 +91,15 @@ class Host:
     """The process of one run, as the agent sees it.
 
     Args:
-        reader: what it says.
-        writer: what it hears.
+        link: the socket to it.
+        writer: what it hears; another one of the same connection, whose faults lose nothing that it said.
         pid: its id.
         give_up: replaces a nursery that does not tell of the end of a process.
     """
 
     def __init__(
         self,
-        reader: asyncio.StreamReader,
+        link: socket.socket,
         writer: asyncio.StreamWriter,
         pid: int,
         give_up: Callable[[], None],
@@ -110,7 +107,7 @@ class Host:
         self.pid = pid
         self._give_up = give_up
         self._ending: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
-        self._reader = reader
+        self._link = link
         self._writer = writer
         self._said: list[dict[str, Any]] = []
 
@@ -168,14 +165,13 @@ class Host:
         """Give the assignment to the process; yields what it tells, until nothing more can come."""
         self._said.insert(0, {"do": do, "assignment": assignment.model_dump(mode="json")} | more)
         self._send(*self._said)
-        with contextlib.suppress(ConnectionError):  # it was killed before it had read everything
-            while line := await self._reader.readline():
-                event: dict[str, Any] = json.loads(line)
-                if event["event"] != "ready":
-                    yield event
-                    continue
-                # It has become an interpreter of its own, which knows of nothing.
-                self._send(*self._said)
+        reader = LineReader(self._link)
+        while (event := await reader.read()) is not None:
+            if event["event"] != "ready":
+                yield event
+                continue
+            # It has become an interpreter of its own, which knows of nothing.
+            self._send(*self._said)
 
     def cancel(self) -> None:
         """Cancel the run, as Prefect's runner does: its flow can clean up."""
@@ -193,6 +189,7 @@ class Host:
     def end(self, signum: signal.Signals) -> None:
         """Signal the process and all that its job has started."""
         if not self._ending.done():
+            self._say({"do": "end"})  # a SIGTERM alone it would take for one that all get
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signum)
 
@@ -200,7 +197,14 @@ class Host:
         """Take note that the process has ended."""
         if not self._ending.done():
             self._ending.set_result(ending)
-            asyncio.get_running_loop().call_later(LAST_WORDS_SECONDS, self._writer.transport.abort)
+            asyncio.get_running_loop().call_later(LAST_WORDS_SECONDS, self._hang_up)
+
+    def _hang_up(self) -> None:
+        """End the connection; who still reads gets what was said, and then its end."""
+        self._writer.transport.abort()
+        with contextlib.suppress(OSError):
+            self._link.shutdown(socket.SHUT_RDWR)
+        asyncio.get_running_loop().call_later(LAST_WORDS_SECONDS, self._link.close)
 
     def _say(self, message: dict[str, Any]) -> None:
         """Tell the process something, or remember it until it has its assignment."""
@@ -266,7 +270,7 @@ class HostPool:
                 # Ctrl-C in the agent's terminal is for the agent, which ends its runs in order.
                 start_new_session=True,
             )
-        reader = NoticeReader(ours)
+        reader = LineReader(ours)
         first = await reader.read()
         if first is None:
             ours.close()
@@ -295,7 +299,7 @@ class HostPool:
         if self._folder is not None:
             await asyncio.to_thread(self._folder.close)
 
-    async def _watch(self, nursery: socket.socket, reader: NoticeReader, preload: Sequence[str]) -> None:
+    async def _watch(self, nursery: socket.socket, reader: LineReader, preload: Sequence[str]) -> None:
         """Take the nursery's notices; start another one should it end."""
         while (notice := await reader.read()) is not None:
             ending = Ending(notice["exit_code"], tuple(notice["left"]))
@@ -353,19 +357,20 @@ class HostPool:
         ours, theirs = socket.socketpair()
         with theirs:
             socket.send_fds(nursery, [b"+"], [theirs.fileno()])
-        reader, writer = await asyncio.open_unix_connection(sock=ours, limit=LONGEST_LINE)
+        writer = await writer_to(ours)
+        first, fault = None, "it ended at once"
         try:
             async with asyncio.timeout(ANSWER_SECONDS):
-                line = await reader.readline()
+                first = await LineReader(ours).read()
         except TimeoutError:
-            writer.close()
             self._break("no process is forked")
             self._kill_nursery()
-            raise OSError(f"it was not forked within {ANSWER_SECONDS:g} s") from None
-        if not line or nursery is not self._nursery:
-            writer.close()
-            raise OSError("it ended at once")
-        host = Host(reader, writer, json.loads(line)["pid"], self._kill_nursery)
+            fault = f"it was not forked within {ANSWER_SECONDS:g} s"
+        if first is None or nursery is not self._nursery:
+            writer.transport.abort()
+            ours.close()
+            raise OSError(fault)
+        host = Host(ours, writer, first["pid"], self._kill_nursery)
         self._hosts[host.pid] = host
         if (ending := self._endings.pop(host.pid, None)) is not None:
             del self._hosts[host.pid]
@@ -383,23 +388,34 @@ class HostPool:
             await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
 
 
-class NoticeReader:
-    """Reads the nursery's notices, one a line."""
+async def writer_to(link: socket.socket) -> asyncio.StreamWriter:
+    """Return what writes to a socket, and leaves it to others to read from it."""
+    link.setblocking(False)
+    _, writer = await asyncio.open_unix_connection(sock=link.dup())
+    cast("asyncio.ReadTransport", writer.transport).pause_reading()
+    return writer
 
-    def __init__(self, nursery: socket.socket) -> None:
-        self._nursery = nursery
+
+class LineReader:
+    """Reads what the nursery or a process says, a message a line, to the last that it has said.
+
+    A stream of asyncio forgets what it has not handed out when the other end is gone.
+    """
+
+    def __init__(self, link: socket.socket) -> None:
+        self._link = link
         self._pending = b""
 
     async def read(self) -> dict[str, Any] | None:
-        """Return the next notice; None when the nursery has ended."""
+        """Return the next message; None when the other end is gone."""
         while b"\n" not in self._pending:
             try:
-                data = await asyncio.get_running_loop().sock_recv(self._nursery, BUFFER)
+                data = await asyncio.get_running_loop().sock_recv(self._link, BUFFER)
             except OSError:  # it was killed with something unread
                 return None
             if not data:
                 return None
             self._pending += data
         line, _, self._pending = self._pending.partition(b"\n")
-        notice: dict[str, Any] = json.loads(line)
-        return notice
+        message: dict[str, Any] = json.loads(line)
+        return message

@@ -9,8 +9,12 @@ import functools
 import ssl
 import sys
 from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 from prefect._internal import control_listener
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def intend_cancellation() -> None:
@@ -20,6 +24,26 @@ def intend_cancellation() -> None:
     already. Without it the engine reports the run as Crashed, and runs the wrong hooks.
     """
     control_listener._set_intent("cancel")
+
+
+def heed_sigterm_only_if(is_meant: Callable[[], bool]) -> None:
+    """Have Prefect's engine end a run at a SIGTERM only if it is meant for the run, and go on otherwise.
+
+    The engine ends it at any, also at one that all processes of a node get, whose agent lets its runs end.
+
+    Args:
+        is_meant: asked in the signal's handler.
+    """
+    from prefect.utilities import engine
+
+    heed = engine._prefect_sigterm_handler
+
+    @functools.wraps(heed)
+    def handle(*args: Any) -> None:
+        if is_meant():
+            heed(*args)
+
+    engine._prefect_sigterm_handler = handle  # type: ignore[assignment]
 
 
 def is_being_deployed() -> bool:

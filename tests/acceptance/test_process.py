@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
@@ -216,6 +216,28 @@ def test_a_stopping_agent_gives_back_what_has_not_begun(project: Project, prefec
     project.prefect("worker", "start", "--run-once", "--pool", project.pool, "--type", "warm-backup")
     executions = Counter(entry["run"] for entry in project.entries("quick", "ran"))
     assert [executions[str(run.id)] for run in runs] == [1] * len(runs)
+
+
+@pytest.mark.slow
+def test_stopping_all_processes_of_a_node_at_once_loses_nothing(project: Project, prefect: Prefect) -> None:
+    """As a service manager does with a control group: what runs may end, the next runs the rest."""
+    start = datetime.now(UTC) + timedelta(seconds=4)
+    times = [start + timedelta(seconds=number / 4) for number in range(40)]
+    runs = [prefect.start("quick", state=Scheduled(scheduled_time=time)) for time in times]
+    for _ in range(4):
+        before = len(project.entries("quick", "ran"))
+        with project.agent("group-of-processes") as agent:
+            project.wait_for("quick", "ran", before + 3)
+            for process in tree(agent):
+                with suppress(psutil.NoSuchProcess):
+                    process.send_signal(signal.SIGTERM)
+            assert process_of(agent).wait(PATIENCE) == 0
+
+    with project.agent("group-of-processes"):
+        ended = [prefect.wait_for_end(run) for run in runs]
+    executions = Counter(entry["run"] for entry in project.entries("quick", "ran"))
+    for run in ended:
+        assert (run.state_name, executions[str(run.id)]) == ("Completed", 1), (run.name, state_of(run))
 
 
 def test_hosts_do_not_outlive_their_agent(project: Project, prefect: Prefect, tmp_path: Path) -> None:

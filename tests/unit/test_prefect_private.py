@@ -1,6 +1,8 @@
 """Prefect's private names: each is where we look for it and does what we rely on."""
 
 import inspect
+import os
+import signal
 import ssl
 import subprocess
 import sys
@@ -99,3 +101,18 @@ def test_clients_share_a_tls_context(monkeypatch):
 
     assert len(made) == 1
     assert made[0].verify_mode is ssl.CERT_REQUIRED
+
+
+def test_a_sigterm_is_heeded_only_if_it_is_meant(monkeypatch):
+    """The engine's handler, which it installs by this name, ends a run only where we say so."""
+    monkeypatch.setattr(engine, "_prefect_sigterm_handler", engine._prefect_sigterm_handler)
+    answers = iter([False, True])
+    prefect_private.heed_sigterm_only_if(lambda: next(answers))
+
+    with pytest.raises(SystemExit), engine.capture_sigterm():  # noqa: PT012
+        assert signal.getsignal(signal.SIGTERM) is engine._prefect_sigterm_handler
+        os.kill(os.getpid(), signal.SIGTERM)
+        went_on = True
+        monkeypatch.setattr(os, "kill", lambda *_: sys.exit(0))
+        signal.raise_signal(signal.SIGTERM)
+    assert went_on
