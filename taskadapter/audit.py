@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 from taskadapter import schedules
-from taskadapter.coordination import ledger
+from taskadapter.coordination import jobs, ledger
 from taskadapter.coordination.dialects import transaction
 from taskadapter.coordination.executions import moment
 from taskadapter.timetable import plan_of
@@ -69,7 +69,8 @@ def history(engine: Engine, deployment: DeploymentResponse, last: int) -> list[L
     """
     with transaction(engine) as connection:
         past = ledger.history(connection, str(deployment.id), last)
-    lines = [*map(_line, past), *_missing(deployment, past)]
+        opened = jobs.opened(connection, str(deployment.id))
+    lines = [*map(_line, past), *_missing(deployment, past, opened)]
     return sorted(lines, key=lambda line: line.due or "", reverse=True)
 
 
@@ -89,12 +90,12 @@ def _line(past: Past) -> Line:
     )
 
 
-def _missing(deployment: DeploymentResponse, past: Sequence[Past]) -> list[Line]:
+def _missing(deployment: DeploymentResponse, past: Sequence[Past], opened: str | None) -> list[Line]:
     """Return the ticks of the job's present schedule that are not among its executions, but should be."""
     dues = {one.entry.due for one in past if one.entry.due is not None}
     plan = plan_of(deployment)
     if plan is None or not dues or deployment.paused:
         return []
-    first = max(datetime.fromisoformat(min(dues)), plan.switched)
+    first = max(datetime.fromisoformat(max(min(dues), opened or "")), plan.created)
     ticks = schedules.ticks(plan.anchor, plan.interval, after=first, until=datetime.now(UTC) - GRACE)
     return [Line(moment(tick)) for tick in ticks if moment(tick) not in dues]

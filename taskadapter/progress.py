@@ -33,7 +33,7 @@ from taskadapter.runs import Assignment
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine
 
-    from taskadapter.coordination.executions import Answer, Entry
+    from taskadapter.coordination.executions import Answer, Entry, Switches
     from taskadapter.coordination.messages import Token
     from taskadapter.switches import Reading
 
@@ -200,12 +200,21 @@ def prune(database_url: str, seconds: float) -> None:
     _ask(database_url, forget)
 
 
-def dues(database_url: str, job_id: UUID, limit: int) -> list[datetime]:
-    """Return the times of the last ticks of a job that have begun, or are skipped, the newest first."""
-    from taskadapter.coordination import ledger
+def dues(database_url: str, job_id: UUID, limit: int) -> tuple[list[datetime], datetime | None]:
+    """Return the times of the last ticks of a job that have begun, or are skipped, the newest first.
 
-    found = _ask(database_url, lambda connection: ledger.dues(connection, str(job_id), limit))
-    return [datetime.fromisoformat(due) for due in found]
+    And since when its ticks are owed, if not since its schedule was made.
+    """
+    from taskadapter.coordination import jobs, ledger
+
+    def look(connection: Connection) -> tuple[list[str], str | None]:
+        return ledger.dues(connection, str(job_id), limit), jobs.opened(connection, str(job_id))
+
+    found, opened = _ask(database_url, look)
+    return (
+        [datetime.fromisoformat(due) for due in found],
+        None if opened is None else datetime.fromisoformat(opened),
+    )
 
 
 def pause(database_url: str, job_id: UUID, *, paused: bool) -> None:
@@ -237,8 +246,8 @@ def end_job(database_url: str, job_id: UUID, reason: str | None, trigger_slug: s
     _ask(database_url, lambda connection: jobs.end(connection, str(job_id), reason, trigger_slug))
 
 
-def seen(database_url: str, job_ids: Collection[UUID]) -> dict[UUID, tuple[bool, bool]]:
-    """Return whether each job was paused, and switched on, when Prefect was looked at last."""
+def seen(database_url: str, job_ids: Collection[UUID]) -> dict[UUID, Switches]:
+    """Return what Prefect had of each job when it was looked at last."""
     from taskadapter.coordination import jobs
 
     ids = [str(job_id) for job_id in job_ids]
@@ -252,14 +261,8 @@ def see(database_url: str, readings: Iterable[Reading]) -> None:
 
     def carry_over(connection: Connection) -> None:
         for reading in readings:
-            jobs.see(
-                connection,
-                str(reading.job_id),
-                reading.trigger_slug,
-                paused=reading.paused,
-                on=reading.on,
-                updated=reading.updated,
-            )
+            job_id, switches = str(reading.job_id), reading.switches
+            jobs.see(connection, job_id, reading.trigger_slug, switches, reading.updated)
 
     _ask(database_url, carry_over)
 
@@ -342,13 +345,12 @@ def _answer(assignment: Assignment, ask: Callable[[Connection], T]) -> T:
 
 
 def _ask(database_url: str, ask: Callable[[Connection], T]) -> T:
-    """Ask in a transaction; where tables are missing, make them, and ask again."""
+    """Ask in a transaction; where tables are missing, make them, unless others just did, and ask again."""
     try:
         with _transaction(database_url) as connection:
             return ask(connection)
     except SchemaError:
-        if not _create_tables(database_url):
-            raise
+        _create_tables(database_url)
     with _transaction(database_url) as connection:
         return ask(connection)
 
@@ -382,14 +384,14 @@ def _engine_on(url: str, _file: tuple[int, int] | None) -> Engine:
     return open_engine(url, timeouts=Timeouts(idle=IDLE_SECONDS))
 
 
-def _create_tables(database_url: str) -> bool:
-    """Create the tables that the database lacks; returns whether there were any."""
+def _create_tables(database_url: str) -> None:
+    """Create the tables that the database lacks."""
     from taskadapter.coordination import schema
     from taskadapter.coordination.dialects import translated
 
     engine = _engine(database_url)
     with translated(engine.url), engine.connect() as connection:
-        return bool(schema.create_missing(connection))
+        schema.create_missing(connection)
 
 
 @lru_cache(maxsize=1)

@@ -16,11 +16,11 @@ from prefect.exceptions import ObjectNotFound
 
 from taskadapter import progress, schedules
 from taskadapter.api import api_client
-from taskadapter.coordination.executions import moment
+from taskadapter.coordination.executions import Switches, moment
 from taskadapter.domain import Domain
 from taskadapter.planned import DETACHED, switch_off
 from taskadapter.settings import TaskadapterSettings
-from taskadapter.timetable import is_on, trigger_of
+from taskadapter.timetable import is_on, plan_of, trigger_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -36,15 +36,13 @@ class Reading:
     Attributes:
         job_id: the job.
         trigger_slug: its trigger.
-        paused: whether it is paused.
-        on: whether its schedule is switched on.
+        switches: whether it is paused, or over, and its plan.
         updated: when any of that was last changed, as text that sorts as time.
     """
 
     job_id: UUID
     trigger_slug: str
-    paused: bool
-    on: bool
+    switches: Switches
     updated: str
 
     @classmethod
@@ -55,10 +53,14 @@ class Reading:
         return cls(
             job_id=deployment.id,
             trigger_slug="" if trigger is None else schedules.slug(trigger),
-            paused=deployment.paused,
-            on=is_on(deployment),
+            switches=Switches(deployment.paused, is_on(deployment), _plan_in_words(deployment)),
             updated=max((moment(when) for when in moments if when is not None), default=""),
         )
+
+
+def _plan_in_words(deployment: DeploymentResponse) -> str:
+    plan = plan_of(deployment)
+    return "" if plan is None else f"{plan.schedule_id} {plan.interval!r} from {moment(plan.anchor)}"
 
 
 async def pause(client: PrefectClient, deployment: DeploymentResponse) -> None:
@@ -116,7 +118,7 @@ class CarryOver:
     """Carries over to the jobs' rows what somebody has changed in Prefect."""
 
     def __init__(self) -> None:
-        self._seen: dict[UUID, tuple[bool, bool]] = {}
+        self._seen: dict[UUID, Switches] = {}
 
     async def look(self, database_url: str, deployments: Iterable[DeploymentResponse]) -> None:
         """Compare what was read with what was seen last, here or by another agent.
@@ -128,9 +130,7 @@ class CarryOver:
         unknown = [reading.job_id for reading in readings if reading.job_id not in self._seen]
         if unknown:
             self._seen |= await asyncio.to_thread(progress.seen, database_url, unknown)
-        news = [
-            reading for reading in readings if self._seen[reading.job_id] != (reading.paused, reading.on)
-        ]
+        news = [reading for reading in readings if self._seen[reading.job_id] != reading.switches]
         if news:
             await asyncio.to_thread(progress.see, database_url, news)
-        self._seen = {reading.job_id: (reading.paused, reading.on) for reading in readings}
+        self._seen = {reading.job_id: reading.switches for reading in readings}

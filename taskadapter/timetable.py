@@ -67,7 +67,6 @@ class Plan:
         interval: seconds between two ticks.
         trigger: as deployed.
         created: when the schedule was made.
-        switched: when it was last touched, as by switching it on.
     """
 
     queue: str
@@ -78,7 +77,20 @@ class Plan:
     # Deploying again touches these, and leaves the ticks what they are.
     trigger: TriggerConfiguration = field(compare=False)
     created: datetime = field(compare=False)
-    switched: datetime = field(compare=False)
+
+
+@dataclass(frozen=True)
+class Entered:
+    """What the coordination database has of a job's ticks.
+
+    Attributes:
+        dues: the times of the last ones that have begun, or are skipped, the newest first.
+        opened: since when they are owed: its schedule was switched on again then, or edited; None if since
+            that was made.
+    """
+
+    dues: list[datetime] = field(default_factory=list)
+    opened: datetime | None = None
 
 
 @dataclass
@@ -138,7 +150,7 @@ class Timetable:
     Args:
         client: connected to the API.
         log: the agent's.
-        entered: returns the last ticks of a job that the ledger has, the newest first.
+        entered: returns what the database has of a job's ticks.
 
     Attributes:
         has_new: whether only the first ticks of a job have been made, and others are to follow.
@@ -148,7 +160,7 @@ class Timetable:
         self,
         client: PrefectClient,
         log: Logger | LoggerAdapter[Any],
-        entered: Callable[[UUID], Awaitable[list[datetime]]],
+        entered: Callable[[UUID], Awaitable[Entered]],
     ) -> None:
         self._client = client
         self._log = log
@@ -322,7 +334,7 @@ class Timetable:
                 return await create_tick(self._client, line.deployment_id, line.plan.schedule_id, tick)
         # The engine takes an API that fails it before the body for a crash, and then its node has died.
         is_crashed = run.state is not None and run.state.is_crashed()
-        if is_crashed and tick not in await self._entered(line.deployment_id):
+        if is_crashed and tick not in (await self._entered(line.deployment_id)).dues:
             await self._teller.put_back(run, tick)
             return await self._client.read_flow_run(run.id)
         line.settle(tick)
@@ -363,19 +375,19 @@ class Timetable:
     async def _settled(self, deployment_id: UUID, plan: Plan) -> tuple[datetime, set[datetime]]:
         """Return the moment until which all ticks are settled, and later ones that are.
 
-        Nothing is owed from before the schedule was made or last switched on; but its first tick is, where
-        that is to come at once. Since then the ledger says what has run: whatever is missing between its
-        entries has been lost.
+        Nothing is owed from before the schedule was made, edited or switched on again; but its first tick
+        is, where that is to come at once. Since then the ledger says what has run: whatever is missing
+        between its entries has been lost.
         """
-        fresh = plan.switched - plan.created < timedelta(seconds=1)
         start = plan.created
         if plan.trigger.start_time is None:
             start = min(start, plan.anchor - timedelta(microseconds=1))
-        if fresh and datetime.now(UTC) - plan.created < NEW:
+        if datetime.now(UTC) - plan.created < NEW:
             return start, set()  # its few ticks show for themselves whether they are settled
-        start = start if fresh else plan.switched
-        if entered := await self._entered(deployment_id):
-            return max(start, entered[-1]), set(entered)
+        entered = await self._entered(deployment_id)
+        start = max(start, entered.opened or start)
+        if entered.dues:
+            return max(start, entered.dues[-1]), set(entered.dues)
         # Ticks of one job are claimed in order.
         last = await self._last_settled(deployment_id, plan.schedule_id)
         return max(start, last or start), set()
@@ -428,7 +440,6 @@ def plan_of(deployment: DeploymentResponse) -> Plan | None:
     schedule = _schedule(deployment, trigger)
     if trigger is None or schedule is None or not isinstance(schedule.schedule, IntervalSchedule):
         return None
-    created = schedules.in_utc(schedule.created or datetime.now(UTC))
     return Plan(
         queue=deployment.work_queue_name or "",
         queue_id=deployment.work_queue_id,
@@ -436,6 +447,5 @@ def plan_of(deployment: DeploymentResponse) -> Plan | None:
         anchor=schedules.in_utc(schedule.schedule.anchor_date),
         interval=schedule.schedule.interval.total_seconds(),
         trigger=trigger,
-        created=created,
-        switched=schedules.in_utc(schedule.updated or created),
+        created=schedules.in_utc(schedule.created or datetime.now(UTC)),
     )

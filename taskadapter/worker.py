@@ -46,7 +46,7 @@ from taskadapter.settings import TaskadapterSettings
 from taskadapter.signals import at_a_signal
 from taskadapter.switches import CarryOver
 from taskadapter.takeover import Takeover
-from taskadapter.timetable import POLL_LIMIT, Timetable
+from taskadapter.timetable import POLL_LIMIT, Entered, Timetable
 
 VISIT_SECONDS = 8.0
 IDLE_VISIT_SECONDS = 2.0
@@ -489,9 +489,9 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
                     reason = "its deployment was deleted"
                     await asyncio.to_thread(progress.end_job, self._database_url, job_id, reason)
 
-    async def _entered(self, job_id: UUID) -> list[datetime]:
-        """Return the last ticks of a job that the ledger has."""
-        return await asyncio.to_thread(progress.dues, self._database_url, job_id, POLL_LIMIT)
+    async def _entered(self, job_id: UUID) -> Entered:
+        """Return what the database has of a job's ticks."""
+        return Entered(*await asyncio.to_thread(progress.dues, self._database_url, job_id, POLL_LIMIT))
 
     async def _stand_by(self) -> None:
         """Stand by for the groups that the pool has, which are its queues."""

@@ -10,16 +10,17 @@ from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING, assert_never
 
+from taskadapter.coordination.board import clock
 from taskadapter.coordination.dialects import (
     Interrupter,
     Timeouts,
     exclusive,
     file_of,
-    has_writable_ctes,
     hear,
     listen,
     open_engine,
     translated,
+    where,
 )
 from taskadapter.coordination.messages import (
     Acquire,
@@ -65,12 +66,11 @@ class Courier:
         self, database: Database, me: Node, timing: Timing, report: Callable[[Event], None]
     ) -> None:
         timeouts = Timeouts(
-            connect=timing.call_timeout,
-            statement=timing.call_timeout,
+            connect=timing.beat_timeout,
+            statement=timing.beat_timeout,
             idle=timing.liveness_check_interval,
         )
         engine = open_engine(database, timeouts=timeouts, pre_ping=False)
-        self.one_round_trip = has_writable_ctes(engine.dialect)
         # A transaction of a client that freezes keeps its locks: a single statement does not.
         self._engine = engine.execution_options(isolation_level="AUTOCOMMIT")
         self._me, self._interval, self._report = me, timing.liveness_check_interval, report
@@ -80,6 +80,7 @@ class Courier:
         self._ears: int | None = None
         self._interrupter: Interrupter | None = None
         self._guard = threading.Lock()
+        self._is_abandoned = False
         self._has_tables = False
         self._file: tuple[int, int] | None = None
 
@@ -91,6 +92,7 @@ class Courier:
     def abandon(self) -> None:
         """Break off the call that is under way, so that it fails soon."""
         with self._guard:
+            self._is_abandoned = True
             if self._interrupter is not None:
                 self._interrupter()
 
@@ -134,24 +136,31 @@ class Courier:
             self._hang_up()
 
     def _make(self, call: Call, group_ids: Collection[str]) -> Event:
+        self._is_abandoned = False
         try:
             with translated(self._engine.url):
                 return Answered(call, self._serve(self._connected(), call, group_ids))
         except DuplicateNodeError as exc:
             return Failed(call, str(exc), exc.age)
-        except TaskError as exc:
-            self._hang_up()
-            return Failed(call, str(exc))
         except Exception as exc:  # noqa: BLE001  whatever it is, the node must go on
             self._hang_up()
-            _log.debug("unexpected error", exc_info=True)
-            return Failed(call, f"{type(exc).__name__}: {exc}")
+            return Failed(call, self._why(exc, call))
+
+    def _why(self, fault: Exception, call: Call) -> str:
+        if self._is_abandoned:
+            seconds = clock() - call.sent_at
+            database = where(self._engine.url)
+            return f"{database} has not answered for {seconds:.1f} s; is it overloaded, or cut off?"
+        if isinstance(fault, TaskError):
+            return str(fault)
+        _log.debug("unexpected error", exc_info=fault)
+        return f"{type(fault).__name__}: {fault}"
 
     def _serve(self, connection: Connection, call: Call, group_ids: Collection[str]) -> Answer:
         self._ensure_tables(connection)
         match call:
-            case Pulse(tokens=tokens, brief=brief):
-                return pulse(connection, self._me, tokens, group_ids, self._interval, brief=brief)
+            case Pulse(tokens=tokens):
+                return pulse(connection, self._me, tokens, group_ids, self._interval)
             case Acquire(group_id=group_id):
                 with exclusive(connection):
                     return acquire(connection, self._me, group_id, self._interval)

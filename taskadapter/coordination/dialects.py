@@ -9,6 +9,7 @@ import math
 import os
 import socket
 import sqlite3
+from collections import namedtuple
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -30,10 +31,10 @@ from taskadapter.errors import (
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from sqlalchemy import Column, Connection, Dialect, Engine, Table
+    from sqlalchemy import Column, Connection, Dialect, Engine, Select, Table
     from sqlalchemy.engine.interfaces import DBAPIConnection
     from sqlalchemy.sql.compiler import SQLCompiler
-    from sqlalchemy.sql.dml import Insert
+    from sqlalchemy.sql.dml import Insert, ValuesBase
 
 __all__ = [
     "Database",
@@ -41,6 +42,7 @@ __all__ = [
     "Timeouts",
     "database_now",
     "ensure_row",
+    "ensured",
     "exclusive",
     "file_of",
     "has_writable_ctes",
@@ -50,10 +52,12 @@ __all__ = [
     "notify",
     "open_engine",
     "seconds_since",
+    "together",
     "transaction",
     "translated",
     "upsert",
     "url_of",
+    "where",
     "widen",
 ]
 
@@ -162,11 +166,14 @@ def _postgresql_connect_args(timeouts: Timeouts) -> dict[str, Any]:
 
 
 def _mysql_connect_args(timeouts: Timeouts) -> dict[str, Any]:
+    from pymysql.constants import CLIENT  # an extra, which need not be installed
+
     return {
         "connect_timeout": max(1, math.ceil(timeouts.connect)),
         "read_timeout": timeouts.statement,
         "write_timeout": timeouts.statement,
         "charset": "utf8mb4",
+        "client_flag": CLIENT.FOUND_ROWS | CLIENT.MULTI_STATEMENTS,
     }
 
 
@@ -288,44 +295,78 @@ def _since_sqlite(element: Any, compiler: SQLCompiler, **kw: Any) -> str:
     return f"((julianday('now') - julianday({moment})) * 86400.0)"
 
 
-def ensure_row(connection: Connection, table: Table, values: Mapping[str, Any]) -> None:
-    """Insert a row unless its primary key exists; lock it next, to see which.
+def ensured(dialect: Dialect, table: Table, values: Mapping[str, Any]) -> Insert:
+    """Return what inserts a row unless its primary key exists; lock it next, to see which.
 
-    Where another transaction has inserted the same key, this waits for its outcome.
+    Where another transaction has inserted the same key, that waits for its outcome.
     """
     keys = list(table.primary_key.columns)
-    match connection.dialect.name:
+    match dialect.name:
         case "postgresql":
-            connection.execute(
-                postgresql.insert(table).values(values).on_conflict_do_nothing(index_elements=keys)
-            )
+            return postgresql.insert(table).values(values).on_conflict_do_nothing(index_elements=keys)
         case "sqlite":
-            connection.execute(
-                sqlite.insert(table).values(values).on_conflict_do_nothing(index_elements=keys)
-            )
+            return sqlite.insert(table).values(values).on_conflict_do_nothing(index_elements=keys)
         case _:
             # IGNORE would also cut values that are too long. And after an error of a plain INSERT
             # several transactions would share a lock, and deadlock as each wants its own.
             unchanged = {column.name: column for column in keys}
-            connection.execute(mysql.insert(table).values(values).on_duplicate_key_update(unchanged))
+            return mysql.insert(table).values(values).on_duplicate_key_update(unchanged)
 
 
-def upsert(
-    connection: Connection, table: Table, values: Mapping[str, Any], changes: Mapping[str, Any]
-) -> None:
-    """Insert a row, or make `changes` to the one whose primary key exists."""
+def ensure_row(connection: Connection, table: Table, values: Mapping[str, Any]) -> None:
+    """Insert a row unless its primary key exists, as `ensured` does."""
+    connection.execute(ensured(connection.dialect, table, values))
+
+
+def upsert(dialect: Dialect, table: Table, values: Mapping[str, Any], changes: Mapping[str, Any]) -> Insert:
+    """Return what inserts a row, or makes `changes` to the one whose primary key exists."""
     keys, changed = list(table.primary_key.columns), dict(changes)
-    statement: Insert
-    match connection.dialect.name:
+    match dialect.name:
         case "postgresql":
             postgres_insert = postgresql.insert(table).values(values)
-            statement = postgres_insert.on_conflict_do_update(index_elements=keys, set_=changed)
+            return postgres_insert.on_conflict_do_update(index_elements=keys, set_=changed)
         case "sqlite":
             sqlite_insert = sqlite.insert(table).values(values)
-            statement = sqlite_insert.on_conflict_do_update(index_elements=keys, set_=changed)
+            return sqlite_insert.on_conflict_do_update(index_elements=keys, set_=changed)
         case _:
-            statement = mysql.insert(table).values(values).on_duplicate_key_update(changed)
-    connection.execute(statement)
+            return mysql.insert(table).values(values).on_duplicate_key_update(changed)
+
+
+def together(connection: Connection, *statements: Select[Any] | ValuesBase) -> list[Any]:
+    """Execute statements in their order, in one round trip to a server.
+
+    Returns:
+        For each its rows, or how many it has matched where it gives none.
+    """
+    if connection.dialect.name == "sqlite":
+        results = [connection.execute(statement) for statement in statements]
+        return [result.all() if result.returns_rows else result.rowcount for result in results]
+    dialect: Any = connection.dialect
+    # Values are written into the text: a driver sends no more than one statement with parameters.
+    options = {"literal_binds": True}
+    texts = [str(statement.compile(dialect=dialect, compile_kwargs=options)) for statement in statements]
+    driver = connection.connection.cursor()
+    try:
+        # The compiler doubles percent signs, for a driver that is given parameters.
+        driver.execute("; ".join(texts).replace("%%", "%"))
+        found = [_outcome(driver)]
+        while len(found) < len(statements):
+            driver.nextset()
+            found.append(_outcome(driver))
+    except dialect.loaded_dbapi.Error as exc:
+        base = dialect.loaded_dbapi.Error
+        raise DBAPIError.instance(None, None, exc, base, dialect=dialect) from exc
+    finally:
+        driver.close()
+    return found
+
+
+def _outcome(driver: Any) -> Any:
+    """Return the rows of the statement that a cursor is at, or how many it has matched."""
+    if driver.description is None:
+        return driver.rowcount
+    row = namedtuple("row", [column[0] for column in driver.description], rename=True)  # type: ignore[misc]
+    return [row(*values) for values in driver.fetchall()]
 
 
 def has_writable_ctes(dialect: Dialect) -> bool:
@@ -475,10 +516,12 @@ def translated(url: URL) -> Iterator[None]:
 def _explain(exc: DBAPIError, url: URL) -> CoordinationError:
     kind = _CLASSIFY[url.get_backend_name()](exc)
     reason = " ".join(str(exc.orig).split())
-    return kind(f"{_where(url)}: {reason}; {_REMEDIES[kind]}")
+    remedy = _IF_LATE if _is_late(exc) else _REMEDIES[kind]
+    return kind(f"{where(url)}: {reason}; {remedy}")
 
 
-def _where(url: URL) -> str:
+def where(url: URL) -> str:
+    """Say which database it is, without a secret."""
     if url.get_backend_name() == "sqlite":
         return f"database {url.database}"
     user = f"{url.username}@" if url.username else ""
@@ -492,6 +535,18 @@ _REMEDIES: dict[type[CoordinationError], str] = {
     SchemaError: "run `taskadapter db upgrade`, or give a DBA the output of `taskadapter db sql`",
     CoordinationError: "see `taskadapter doctor`",
 }
+
+_IF_LATE = "the statement took too long: the database is overloaded, or another session holds a lock"
+
+
+def _is_late(exc: DBAPIError) -> bool:
+    """Return whether a server that can be reached did not finish a statement in time."""
+    if getattr(exc.orig, "sqlstate", None) in {"57014", "55P03"}:
+        return True
+    code = exc.orig.args[0] if exc.orig and exc.orig.args else 0
+    words = str(exc.orig)
+    return code in {1205, 1969, 3024} or (code == 2013 and "timed out" in words) or "is locked" in words
+
 
 _DENIED, _GONE, _SCHEMA = AccessDeniedError, DatabaseUnavailableError, SchemaError
 

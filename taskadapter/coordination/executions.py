@@ -107,6 +107,21 @@ class Past:
 
 
 @dataclass(frozen=True, slots=True)
+class Switches:
+    """What Prefect has of a job at one time.
+
+    Attributes:
+        paused: whether it is paused.
+        on: whether its schedule is switched on.
+        plan: that schedule's id, and then what says which its ticks are; empty where it is not known.
+    """
+
+    paused: bool = False
+    on: bool = True
+    plan: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Begun:
     """The body begins now; `number` counts the ticks of a trigger, from 1; None if it is none."""
 

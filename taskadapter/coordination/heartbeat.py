@@ -14,7 +14,6 @@ import socket
 import threading
 import time
 import uuid
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, assert_never
 
 from taskadapter.coordination.board import NEVER, clock
@@ -113,7 +112,7 @@ class Heartbeat:
         self._tell, self._publish, self._log = tell, publish, log
         self._lease = Lease(
             task_id=task_id,
-            timing=replace(timing, one_round_trip=self._courier.one_round_trip),
+            timing=timing,
             group_ids=frozenset(group_ids),
             next_beat=clock(),
         )

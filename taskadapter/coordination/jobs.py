@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import and_, delete, select, update
 
 from taskadapter.coordination.dialects import database_now, ensure_row, seconds_since, upsert
+from taskadapter.coordination.executions import Switches
 from taskadapter.coordination.messages import Token
 from taskadapter.coordination.schema import job_progress
 from taskadapter.coordination.tokens import require_token
@@ -127,44 +128,67 @@ def end(connection: Connection, job_id: str, reason: str | None, trigger_slug: s
 
 def _write(connection: Connection, job_id: str, values: dict[str, Any]) -> None:
     values = {**values, "updated": database_now()}
-    upsert(
-        connection, job_progress, {"job_id": job_id, "trigger_slug": "", "run_count": 0, **values}, values
-    )
+    new = {"job_id": job_id, "trigger_slug": "", "run_count": 0, **values}
+    connection.execute(upsert(connection.dialect, job_progress, new, values))
 
 
-def seen(connection: Connection, job_ids: Collection[str]) -> dict[str, tuple[bool, bool]]:
-    """Return whether each job was paused, and switched on, when Prefect was looked at last."""
+def opened(connection: Connection, job_id: str) -> str | None:
+    """Return since when a job's ticks are owed, if not since its schedule was made."""
     columns = job_progress.c
-    query = select(columns.job_id, columns.seen_paused, columns.seen_on).where(columns.job_id.in_(job_ids))
-    found = dict.fromkeys(job_ids, (False, True))
-    for row in connection.execute(query):
-        found[row.job_id] = bool(row.seen_paused), row.seen_on != 0
+    found: str | None = connection.execute(
+        select(columns.opened).where(columns.job_id == job_id)
+    ).scalar_one_or_none()
     return found
 
 
-def see(
-    connection: Connection, job_id: str, trigger_slug: str, *, paused: bool, on: bool, updated: str
-) -> None:
+def seen(connection: Connection, job_ids: Collection[str]) -> dict[str, Switches]:
+    """Return what Prefect had of each job when it was looked at last."""
+    columns = job_progress.c
+    query = select(columns.job_id, columns.seen_paused, columns.seen_on, columns.seen_plan).where(
+        columns.job_id.in_(job_ids)
+    )
+    return dict.fromkeys(job_ids, Switches()) | {
+        row.job_id: _switches(row) for row in connection.execute(query)
+    }
+
+
+def see(connection: Connection, job_id: str, trigger_slug: str, now: Switches, updated: str) -> None:
     """Carry over what has changed in Prefect since it was looked at last, unless that was later.
 
     Args:
         connection: in a transaction.
         job_id: the job.
         trigger_slug: its trigger.
-        paused: whether it is paused there.
-        on: whether its schedule is switched on there.
+        now: what Prefect has of it.
         updated: when it was last changed there: text that sorts as time.
     """
     row = _locked_job(connection, job_id, trigger_slug)
     if updated < (row.seen_updated or ""):
         return
-    values: dict[str, Any] = {"seen_paused": int(paused), "seen_on": int(on), "seen_updated": updated}
-    if paused != bool(row.seen_paused):
-        values["paused"] = int(paused)
-    if on != (row.seen_on != 0):
-        reason = None if on else "its schedule was switched off"
+    before = _switches(row)
+    values: dict[str, Any] = {
+        "seen_paused": int(now.paused),
+        "seen_on": int(now.on),
+        "seen_plan": now.plan or before.plan,
+        "seen_updated": updated,
+    }
+    if now.paused != before.paused:
+        values["paused"] = int(now.paused)
+    if now.on != before.on:
+        reason = None if now.on else "its schedule was switched off"
         values |= {"ended": row.ended or reason if reason else None, "ended_trigger": trigger_slug}
+    if (now.on and not before.on) or _is_edited(before.plan, now.plan):
+        values["opened"] = updated
     _write(connection, job_id, values)
+
+
+def _is_edited(before: str, now: str) -> bool:
+    """Return whether the ticks of a schedule are others by now; those of a new one are new anyhow."""
+    return bool(now) and before != now and before.split()[:1] == now.split()[:1]
+
+
+def _switches(row: Row[Any]) -> Switches:
+    return Switches(bool(row.seen_paused), row.seen_on != 0, row.seen_plan or "")
 
 
 def prune(connection: Connection, seconds: float) -> None:
@@ -185,6 +209,7 @@ def _locked_job(connection: Connection, job_id: str, trigger_slug: str) -> Row[A
             columns.ended_trigger,
             columns.seen_paused,
             columns.seen_on,
+            columns.seen_plan,
             columns.seen_updated,
         )
         .where(columns.job_id == job_id)
@@ -239,7 +264,7 @@ def save_state(
         "updated": database_now(),
     }
     new = {"job_id": job_id, "trigger_slug": "", "run_count": 0, **values}
-    upsert(connection, job_progress, new, values)
+    connection.execute(upsert(connection.dialect, job_progress, new, values))
 
 
 def save_state_fenced(connection: Connection, job_id: str, state: dict[str, Any], token: Token) -> None:

@@ -64,13 +64,10 @@ class Timing:
 
     `heartbeat_frequency` is the time between two heartbeats, or two looks of a standby.
     `liveness_check_interval` is the age at which a heartbeat is stale, and its token free.
-
-    `one_round_trip` says that the database does in one statement what a heartbeat has to do.
     """
 
     liveness_check_interval: float
     heartbeat_frequency: float
-    one_round_trip: bool = True
 
     def __post_init__(self) -> None:
         # Rounding must not refuse 0.3 for 0.1.
@@ -97,8 +94,8 @@ class Timing:
         return self.liveness_check_interval - self.margin
 
     @property
-    def call_timeout(self) -> float:
-        """How long a call may take: short enough for another try within the trust."""
+    def beat_timeout(self) -> float:
+        """How long a heartbeat may take: short enough for another try within the trust."""
         return self.trust / 3
 
     @property
@@ -140,7 +137,6 @@ class Lease:
     call: Call | None = None
     abandoned: bool = False
     hinted: bool = False
-    brief_last: bool = True
     faults: int = 0
     fault: str = ""
     failing_since: float | None = None
@@ -158,8 +154,19 @@ class Lease:
         if self.call is None:
             times.append(self.next_call_at())
         elif not self.abandoned:
-            times.append(self.call.sent_at + self.timing.call_timeout)
+            times.append(self.overdue_at(self.call))
         return min(times, default=float("inf"))
+
+    def overdue_at(self, call: Call) -> float:
+        """Return when a call is broken off that has no answer until then.
+
+        What is no heartbeat takes several round trips, and may take as long as one fits in after it.
+        """
+        heartbeat, trust = self.timing.beat_timeout, self.timing.trust
+        if isinstance(call, Pulse):
+            return call.sent_at + heartbeat
+        last = min((held.deadline - heartbeat for held in self.held.values()), default=float("inf"))
+        return call.sent_at + min(trust, max(heartbeat, last - call.sent_at))
 
     def next_call_at(self) -> float:
         """Return when the next call is due: a beat, or the moment when a token becomes free."""
@@ -326,8 +333,6 @@ def _duplicate(done: Step, reason: str, age: float, now: float) -> Step:
 def _looked(done: Step, call: Pulse, answer: PulseAnswer, now: float) -> Step:
     if not answer.registered:
         return _superseded(done, now)
-    if answer.sightings is None:
-        return done
     seen = {sighting.group_id: sighting for sighting in answer.sightings}
     for token in call.tokens:
         done = _confirmed(done, call, token, seen.get(token.group_id))
@@ -380,9 +385,9 @@ def _watched(done: Step, seen: Mapping[str, Sighting], now: float) -> Step:
 def _acquired(done: Step, call: Acquire, answer: Acquired, now: float) -> Step:
     lease = replace(done.lease, free=done.lease.free - {call.group_id})
     done = done.then(lease)
-    deadline = call.sent_at + lease.timing.trust
     if answer.term is None:
         return done
+    deadline = answer.since + lease.timing.trust
     token = Token(call.group_id, lease.task_id, answer.term)
     if lease.stopping or call.group_id not in lease.group_ids:
         return done.then(replace(lease, releasing=(*lease.releasing, token)))
@@ -400,17 +405,16 @@ def _call(done: Step, now: float) -> Step:
     if lease.stopped:
         return done
     if lease.call is not None:
-        overdue = now >= lease.call.sent_at + lease.timing.call_timeout
-        if overdue and not lease.abandoned:
+        if now >= lease.overdue_at(lease.call) and not lease.abandoned:
             return done.then(replace(lease, abandoned=True), Abandon(lease.call))
         return done
     call = _due(lease, now)
     if call is None:
         return done
     match call:
-        case Pulse(brief=brief):
+        case Pulse():
             next_beat = now + lease.timing.heartbeat_frequency
-            lease = replace(lease, next_beat=next_beat, hinted=False, brief_last=brief)
+            lease = replace(lease, next_beat=next_beat, hinted=False)
         case _:
             pass
     return done.then(replace(lease, call=call), Send(call))
@@ -438,7 +442,4 @@ def _earliest(lease: Lease, group_id: str) -> float:
 
 def _pulse(lease: Lease, now: float) -> Pulse:
     tokens = tuple(lease.held[group_id].token for group_id in sorted(lease.held))
-    stale = any(at <= now for at in lease.stale_at.values())
-    calm = not (tokens or lease.free or lease.hinted or stale)
-    brief = calm and not lease.timing.one_round_trip and not lease.brief_last
-    return Pulse(now, tokens, brief)
+    return Pulse(now, tokens)

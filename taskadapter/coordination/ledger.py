@@ -66,7 +66,7 @@ def begin(connection: Connection, execution: Execution, owner: Owner, limits: Li
     if execution.job_id is not None and execution.due is not None:
         job = jobs.lock(connection, execution.job_id, limits.trigger_slug)
     if (row := _locked(connection, execution.key)) is not None:
-        return _again(connection, row, execution, owner)
+        return _again(connection, row, job, execution, owner)
     if job is not None and (refusal := _refusal(job, limits)) is not None:
         return refusal
     number = None if job is None else job.count + 1
@@ -90,10 +90,17 @@ def _refusal(job: JobRow, limits: Limits) -> Answer | None:
     return Exhausted() if 0 < limits.max_count <= job.count else None
 
 
-def _again(connection: Connection, row: Row[Any], execution: Execution, owner: Owner) -> Answer:
-    """Begin an interrupted execution that is to be made again; no other has a second beginning."""
+def _again(
+    connection: Connection, row: Row[Any], job: JobRow | None, execution: Execution, owner: Owner
+) -> Answer:
+    """Begin an interrupted execution that is to be made again; no other has a second beginning.
+
+    It has been counted, and its job may have ended with it.
+    """
     if row.outcome != ABANDONED:
         return Taken(_entry(row))
+    if job is not None and job.paused:
+        return Paused()
     values = _values(execution, owner, row.number)
     connection.execute(update(ledger).where(ledger.c.execution == execution.key).values(values))
     return Begun(row.number)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 __all__ = [
@@ -67,14 +67,10 @@ class Register:
 
 @dataclass(frozen=True, slots=True)
 class Pulse:
-    """Renew `tokens`, show that the node lives, and look at all its groups.
-
-    A `brief` one only looks if something is free.
-    """
+    """Renew `tokens`, show that the node lives, and look at all its groups."""
 
     sent_at: float
     tokens: tuple[Token, ...] = ()
-    brief: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,21 +126,25 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class PulseAnswer:
-    """The sightings of all groups that have a token; None in a brief pulse where nothing is free.
+    """The sightings of all groups that have a token.
 
     `registered` is false if another process has taken the node's name.
     """
 
     registered: bool
-    sightings: tuple[Sighting, ...] | None = None
+    sightings: tuple[Sighting, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Acquired:
-    """The new term and why the token was free; `term` is None if it was not."""
+    """The new term and why the token was free; `term` is None if it was not.
+
+    `since` is the node's clock just before the first heartbeat was sent.
+    """
 
     term: int | None
     reason: str = ""
+    since: float = field(default=0.0, compare=False)
 
 
 Answer: TypeAlias = Done | PulseAnswer | Acquired

@@ -135,7 +135,10 @@ job_progress = Table(
     # What Prefect had of it when that was last carried over, and when that had been changed there.
     Column("seen_paused", Integer),
     Column("seen_on", Integer),
+    Column("seen_plan", String(160)),
     Column("seen_updated", String(32)),
+    # Since when its ticks are owed, by Prefect's clock, if not since its schedule was made.
+    Column("opened", String(32)),
     Column("updated", _Moment),
     **_MYSQL,
 )

@@ -34,13 +34,16 @@ from sqlalchemy import (
     update,
 )
 
+from taskadapter.coordination.board import clock
 from taskadapter.coordination.dialects import (
     database_now,
     ensure_row,
+    ensured,
     has_writable_ctes,
     limit_idle,
     notify,
     seconds_since,
+    together,
     upsert,
 )
 from taskadapter.coordination.messages import Acquired, PulseAnswer, Sighting, Token
@@ -50,7 +53,8 @@ from taskadapter.errors import CoordinationError, DuplicateNodeError, TokenLostE
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
 
-    from sqlalchemy import ColumnElement, Connection, Row, Select, Update
+    from sqlalchemy import ColumnElement, Connection, Dialect, Row, Select, Update
+    from sqlalchemy.sql.dml import ValuesBase
 
 __all__ = [
     "GroupStatus",
@@ -202,9 +206,9 @@ def register(connection: Connection, me: Node, group_ids: Collection[str], inter
     }
     columns = node.c
     new = {"task_id": me.entry, "started": database_now(), **entry}
-    ensure_row(connection, node, new)
     locked = select(columns.incarnation).where(columns.task_id == me.entry).with_for_update()
-    if connection.execute(locked).scalar_one() != me.incarnation:
+    _, (found,) = together(connection, ensured(connection.dialect, node, new), locked)
+    if found.incarnation != me.incarnation:
         _require_gone(connection, me, interval)
         entry["started"] = database_now()
     connection.execute(update(node).where(columns.task_id == me.entry).values(entry))
@@ -234,31 +238,17 @@ def unregister(connection: Connection, me: Node) -> None:
 
 
 def pulse(
-    connection: Connection,
-    me: Node,
-    tokens: Sequence[Token],
-    group_ids: Collection[str],
-    interval: float,
-    *,
-    brief: bool = False,
+    connection: Connection, me: Node, tokens: Sequence[Token], group_ids: Collection[str], interval: float
 ) -> PulseAnswer:
-    """Renew tokens, show that the node lives, and look at its groups.
-
-    PostgreSQL does it all in one statement. Elsewhere it takes three with tokens, and one without:
-    then it only looks, or, if `brief`, shows that the node lives and only looks if something is
-    free.
-    """
+    """Renew tokens, show that the node lives, and look at its groups, in one round trip."""
     if has_writable_ctes(connection.dialect):
         return _pulse_at_once(connection, me, tokens, group_ids, interval)
-    if brief and _touch_if_calm(connection, me, group_ids, interval):
-        return PulseAnswer(registered=True)
-    if tokens:
-        connection.execute(_renewal(me, tokens))
-        connection.execute(_touch(me))
     # Terms never come back: a token that is ours now was ours when it was renewed. Without its row
     # in health_check, though, there was nothing to renew.
     renewed = and_(_held(tokens), health_check.c.last_heartbeat.is_not(None))
-    return _answer(connection.execute(_look(me, group_ids, interval, renewed)).all())
+    beats = [_renewal(me, tokens)] if tokens else []
+    *_, rows = together(connection, *beats, _touch(me), _look(me, group_ids, interval, renewed))
+    return _answer(rows)
 
 
 def _pulse_at_once(
@@ -302,18 +292,6 @@ def _touch(me: Node) -> Update:
     columns = node.c
     mine = and_(columns.task_id == me.entry, columns.incarnation == me.incarnation)
     return update(node).where(mine).values(last_seen=database_now())
-
-
-def _touch_if_calm(connection: Connection, me: Node, group_ids: Collection[str], interval: float) -> bool:
-    """Show that the node lives, unless a group's token is free or the node is not registered."""
-    taken = (
-        select(func.count())
-        .select_from(_tokens_with_heartbeats())
-        .where(token_holder.c.group_id.in_(group_ids), ~_free(me, interval))
-        .scalar_subquery()
-    )
-    calm = _touch(me).where(taken == len(group_ids))
-    return connection.execute(calm).rowcount == 1
 
 
 def _tokens_with_heartbeats() -> Any:
@@ -385,63 +363,58 @@ def acquire(connection: Connection, me: Node, group_id: str, interval: float) ->
 
     Only call it where this process does not trust that it holds the token.
     """
-    last = select(func.coalesce(func.max(tenure.c.term), 0)).where(tenure.c.group_id == group_id)
-    recorded: int = connection.execute(last).scalar_one()
-    row = _locked_row(connection, group_id, recorded)
-    reason = _why_free(connection, me, group_id, interval)
+    last = _last_term(group_id)
+    # Of several nodes that insert a row at once, the primary key lets one succeed; the others wait.
+    row = {"group_id": group_id, "task_id": NOBODY, "term": last.scalar_subquery()}
+    made = ensured(connection.dialect, token_holder, row)
+    is_free = _whether_free(me, group_id, interval)
+    _, (recorded,), (locked,), (seen,) = together(connection, made, last, _lock(group_id), is_free)
+    reason = _why_free(seen)
     if reason is None:
         return Acquired(None)
-    term = max(row.term, recorded) + 1
-    taken = connection.execute(
-        update(token_holder)
-        .where(_held([Token(group_id, row.task_id, row.term)]))
-        .values(task_id=me.task_id, term=term)
-    )
-    if taken.rowcount != 1:
-        return Acquired(None)
-    return _settle(connection, me, Token(group_id, me.task_id, term), reason)
+    term = max(locked.term, recorded.term) + 1
+    since = clock()
+    together(connection, *_taking(connection.dialect, me, Token(group_id, me.task_id, term), reason))
+    return Acquired(term, reason, since)
 
 
-def _locked_row(connection: Connection, group_id: str, recorded: int) -> Row[Any]:
-    """Lock a group's token; if it has none, insert one that nobody holds.
+def _last_term(group_id: str) -> Select[Any]:
+    last = func.coalesce(func.max(tenure.c.term), 0).label("term")
+    return select(last).where(tenure.c.group_id == group_id)
 
-    Of several nodes that insert it at once, the primary key lets one succeed; the others wait.
-    """
+
+def _lock(group_id: str) -> Select[Any]:
     columns = token_holder.c
-    query = select(columns.task_id, columns.term).where(columns.group_id == group_id)
-    row = connection.execute(query.with_for_update()).one_or_none()
-    if row is None:
-        released = {"group_id": group_id, "task_id": NOBODY, "term": recorded}
-        ensure_row(connection, token_holder, released)
-        row = connection.execute(query.with_for_update()).one()
-    return row
+    return select(columns.term).where(columns.group_id == group_id).with_for_update()
 
 
-def _why_free(connection: Connection, me: Node, group_id: str, interval: float) -> str | None:
-    row = connection.execute(
-        select(
-            token_holder.c.task_id,
-            token_holder.c.term,
-            seconds_since(health_check.c.last_heartbeat).label("age"),
-            _free(me, interval).label("free"),
-        )
+def _whether_free(me: Node, group_id: str, interval: float) -> Select[Any]:
+    age = seconds_since(health_check.c.last_heartbeat).label("age")
+    return (
+        select(token_holder.c.task_id, token_holder.c.term, age, _free(me, interval).label("free"))
         .select_from(_tokens_with_heartbeats())
         .where(token_holder.c.group_id == group_id)
-    ).one()
-    if not row.free:
+    )
+
+
+def _why_free(seen: Row[Any]) -> str | None:
+    if not seen.free:
         return None
-    if row.task_id == NOBODY:
-        return "it was released" if row.term else "the first to take it"
-    if row.age is None:
-        return f"node {row.task_id!r} has no heartbeat"
-    return f"node {row.task_id!r} was silent for {row.age:.1f} s"
+    if seen.task_id == NOBODY:
+        return "it was released" if seen.term else "the first to take it"
+    if seen.age is None:
+        return f"node {seen.task_id!r} has no heartbeat"
+    return f"node {seen.task_id!r} was silent for {seen.age:.1f} s"
 
 
-def _settle(connection: Connection, me: Node, token: Token, reason: str) -> Acquired:
-    """Write the new holder's first heartbeat, without which the token would count as free."""
+def _taking(dialect: Dialect, me: Node, token: Token, reason: str) -> list[ValuesBase]:
+    """Return what makes a node the holder of a token whose row is locked.
+
+    That includes its first heartbeat, without which the token would count as free.
+    """
+    taken = update(token_holder).where(token_holder.c.group_id == token.group_id)
     beat = {"task_id": me.task_id, "group_id": token.group_id, "last_heartbeat": database_now()}
     now = {"last_heartbeat": database_now()}
-    upsert(connection, health_check, beat, now)
     term = {
         "group_id": token.group_id,
         "term": token.term,
@@ -450,8 +423,11 @@ def _settle(connection: Connection, me: Node, token: Token, reason: str) -> Acqu
         "reason": reason[:255],
         "acquired": database_now(),
     }
-    connection.execute(insert(tenure).values(term))
-    return Acquired(token.term, reason)
+    return [
+        taken.values(task_id=me.task_id, term=token.term),
+        upsert(dialect, health_check, beat, now),
+        insert(tenure).values(term),
+    ]
 
 
 def release(connection: Connection, tokens: Iterable[Token]) -> tuple[Token, ...]:

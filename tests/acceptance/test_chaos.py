@@ -34,16 +34,19 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.slow
 
-SECONDS = 40.0
+SECONDS = float(os.environ.get("TASKADAPTER_TEST_CHAOS_SECONDS", "40"))
 """How long things go wrong."""
+
+JOBS = int(os.environ.get("TASKADAPTER_TEST_CHAOS_JOBS", "4"))
+"""How many jobs there are."""
 
 EVERY = 2.0
 """Seconds between two of them."""
 
-INTERVAL = 4.0
+INTERVAL = float(os.environ.get("TASKADAPTER_TEST_CHAOS_INTERVAL", "4"))
 """Seconds between two ticks of a job."""
 
-NAMES = [f"chaos-{kind}-{number}" for kind in ("group", "alone") for number in (1, 2)]
+NAMES = [f"chaos-{kind}-{number}" for kind in ("group", "alone") for number in range(JOBS // 2)]
 
 FLOWS = """
     from ledger import note
@@ -204,7 +207,7 @@ def judge(project: Project, prefect: Prefect, until: float) -> None:
         def has_caught_up() -> bool:
             return max(ticks()) > until
 
-        wait_until(has_caught_up, 2 * PATIENCE, f"{name} to catch up")
+        wait_until(has_caught_up, 2 * PATIENCE + SECONDS / 4, f"{name} to catch up")
         first = ticks()[0]
         expected = [first + INTERVAL * number for number in range(int((until - first) // INTERVAL) + 1)]
         wait_until(lambda e=expected: set(e) <= set(ticks()), PATIENCE, f"no tick of {name} to be lost")

@@ -49,9 +49,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "prepared_url" not in metafunc.fixturenames:
         return
     mark = metafunc.definition.get_closest_marker("databases")
-    wanted = mark.args if mark else ("sqlite", "postgresql", "mysql")
-    if NEED_A_SERVER & set(metafunc.fixturenames):
-        wanted = ("postgresql", "mysql")
+    servers = ("postgresql", "mysql")
+    every = servers if NEED_A_SERVER & set(metafunc.fixturenames) else ("sqlite", *servers)
+    wanted = mark.args if mark else every
     names = [name for name in ("sqlite", *SERVERS) if name in wanted]
     metafunc.parametrize("prepared_url", names, indirect=True, scope="session")
 

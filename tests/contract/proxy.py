@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from contextlib import suppress
+from queue import SimpleQueue
 
 
 class Proxy:
     """Forwards TCP to a server. `freeze` it, and what is sent is neither answered nor refused.
 
-    `cut` it, and connections break and are refused. `thaw` ends both.
+    `cut` it, and connections break and are refused. `thaw` ends both. `delay` is how many seconds all takes
+    each way, and `asked` counts what clients have sent.
     """
 
     def __init__(self, host: str, port: int) -> None:
         self.target = (host, port)
         self.connections = 0
+        self.asked = 0
+        self.delay = 0.0
         self._open = threading.Event()
         self._open.set()
         self._is_cut = False
@@ -75,9 +80,19 @@ class Proxy:
             self._start(self._pump, server, client)
 
     def _pump(self, source: socket.socket, sink: socket.socket) -> None:
+        under_way: SimpleQueue[tuple[float, bytes]] = SimpleQueue()
+        self._start(self._deliver, under_way, sink)
         with suppress(OSError):
             while data := source.recv(65536):
+                self.asked += sink.getpeername() == self.target
+                under_way.put((time.monotonic() + self.delay, data))
+        under_way.put((0.0, b""))
+
+    def _deliver(self, under_way: SimpleQueue[tuple[float, bytes]], sink: socket.socket) -> None:
+        with suppress(OSError):
+            while (item := under_way.get())[1]:
+                time.sleep(max(0.0, item[0] - time.monotonic()))
                 self._open.wait()
-                sink.sendall(data)
+                sink.sendall(item[1])
         with suppress(OSError):
             sink.shutdown(socket.SHUT_RDWR)

@@ -10,10 +10,12 @@ from sqlalchemy import Engine, update
 
 from taskadapter import progress
 from taskadapter.coordination.dialects import open_engine, transaction
+from taskadapter.coordination.executions import Switches
 from taskadapter.coordination.jobs import (
     Token,
     end,
     load_state,
+    opened,
     pause,
     prune,
     require_token,
@@ -187,7 +189,7 @@ class TestSwitches:
         assert look(engine, "3", on=False) == Row(paused=False, ended="its schedule was switched off")
         assert look(engine, "4") == Row(paused=False, ended=None)
         with transaction(engine) as connection:
-            assert seen(connection, [JOB, "other"]) == {JOB: (False, True), "other": (False, True)}
+            assert seen(connection, [JOB, "other"]) == {JOB: Switches(), "other": Switches()}
 
     def test_what_has_not_changed_there_is_not(self, engine: Engine) -> None:
         """A job whose row has been switched first stays so until Prefect has followed."""
@@ -203,10 +205,27 @@ class TestSwitches:
         assert look(engine, "2", paused=True) == Row(paused=True, ended=None)
         assert look(engine, "1", paused=False) == Row(paused=True, ended=None)
 
+    def test_since_when_ticks_are_owed(self, engine: Engine) -> None:
+        """That is since a schedule was switched on again, or edited; not since it was deployed again."""
 
-def look(engine: Engine, updated: str, *, paused: bool = False, on: bool = True) -> Row | None:
+        for updated, on, plan, expected in [
+            ("1", True, "a hourly", None),
+            ("2", True, "a hourly", None),
+            ("3", False, "", None),
+            ("4", True, "a hourly", "4"),
+            ("5", True, "a daily", "5"),
+            ("6", True, "b hourly", "5"),
+        ]:
+            look(engine, updated, on=on, plan=plan)
+            with transaction(engine) as connection:
+                assert opened(connection, JOB) == expected
+
+
+def look(
+    engine: Engine, updated: str, *, paused: bool = False, on: bool = True, plan: str = ""
+) -> Row | None:
     with transaction(engine) as connection:
-        see(connection, JOB, "every-2s", paused=paused, on=on, updated=updated)
+        see(connection, JOB, "every-2s", Switches(paused, on, plan), updated)
         return row_of(connection, JOB)
 
 

@@ -13,7 +13,15 @@ from sqlalchemy import Engine, delete, text
 
 from taskadapter.coordination import ledger, schema
 from taskadapter.coordination.dialects import transaction
-from taskadapter.coordination.executions import ABANDONED, Begun, Execution, Limits, Taken, asked_key
+from taskadapter.coordination.executions import (
+    ABANDONED,
+    Begun,
+    Execution,
+    Limits,
+    Paused,
+    Taken,
+    asked_key,
+)
 from taskadapter.coordination.jobs import end as end_job
 from taskadapter.coordination.jobs import pause
 from taskadapter.coordination.tokens import Node, register
@@ -153,7 +161,11 @@ class TestOnce:
         take_over(engine)
         assert isinstance(begin(engine, tick(1), owner(NEXT)), Taken)
         end(engine, tick(1), ABANDONED)
-        assert begin(engine, tick(1), owner(NEXT), Limits("every-2s", 1)) == Begun(1)
+        for paused in (True, False):
+            with transaction(engine) as connection:
+                pause(connection, JOB, paused=paused)
+            expected = Paused() if paused else Begun(1)
+            assert begin(engine, tick(1), owner(NEXT), Limits("every-2s", 1)) == expected
         assert isinstance(begin(engine, tick(1), owner(NEXT)), Taken)
 
     def test_needs_the_token(self, engine: Engine) -> None:

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 from sqlalchemy import Engine, text
 
+from taskadapter import progress
 from taskadapter.coordination import schema
 from taskadapter.coordination.dialects import transaction
 from taskadapter.coordination.tokens import Node, acquire, pulse, register
@@ -31,6 +32,15 @@ def test_nodes_may_create_at_once(engine: Engine) -> None:
     race([partial(create, engine)] * 4)
     with engine.connect() as connection:
         assert schema.missing_tables(connection) == ()
+
+
+def test_whoever_comes_first_makes_them(engine: Engine, prepared_url: str) -> None:
+    """Of several that ask for something at once, where there are no tables, none fails."""
+    calls = [partial(progress.claim_groups, prepared_url, "pool", {f"group-{n}"}) for n in range(5)]
+    for _ in range(5):
+        drop(engine)
+        assert race(calls) == [{}] * len(calls)
+    progress._engine(prepared_url).dispose()
 
 
 def test_the_script_does_the_same(engine: Engine) -> None:

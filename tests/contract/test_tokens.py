@@ -215,38 +215,26 @@ class TestPulse:
         with transaction(engine) as connection:
             assert not pulse(connection, NODE, [], [GROUP], INTERVAL).registered
 
-    @pytest.mark.parametrize("brief", [True, False])
-    def test_shows_that_the_node_lives(self, engine: Engine, brief: bool) -> None:
-        """With tokens, or where it is brief, a pulse refreshes the node's entry."""
+    @pytest.mark.parametrize("holds", [True, False])
+    def test_shows_that_the_node_lives(self, engine: Engine, holds: bool) -> None:
+        """A pulse refreshes the node's entry, of a standby too."""
         enter(engine, NODE)
-        token = must_take(engine)
+        tokens = [must_take(engine)] if holds else []
         rewind(engine, "taskadapter_node", "last_seen", 20)
         with transaction(engine) as connection:
-            if brief:
-                pulse(connection, NODE, [], [], INTERVAL, brief=True)
-            else:
-                pulse(connection, NODE, [token], [GROUP], INTERVAL)
+            pulse(connection, NODE, tokens, [GROUP], INTERVAL)
             assert read_status(connection).nodes[0].last_seen_age < 5
 
-    @pytest.mark.parametrize("free", [True, False])
-    def test_a_brief_one_sees_what_is_free(self, engine: Engine, free: bool) -> None:
-        """A brief pulse may leave out what is not free, and never what is."""
-        enter(engine, OTHER)
-        take(engine)
-        if free:
-            go_silent(engine)
+    def test_names_with_signs_that_a_text_of_sql_knows(self, engine: Engine) -> None:
+        """What has a meaning in SQL has none in a name."""
+        name = "a%s %% 'b' \\ \"c\"; :d -- é"
+        me = Node(name, NODE.incarnation, "host", 1)
         with transaction(engine) as connection:
-            answer = pulse(connection, OTHER, [], [GROUP], INTERVAL, brief=True)
-        assert answer.registered
-        if free:
-            assert [s.free for s in answer.sightings or ()] == [True]
-
-    def test_a_brief_one_sees_an_absent_row(self, engine: Engine) -> None:
-        """A group that has no row yet is free too."""
-        enter(engine, OTHER)
+            register(connection, me, [name], INTERVAL)
+        token = must_take(engine, me, name)
         with transaction(engine) as connection:
-            answer = pulse(connection, OTHER, [], [GROUP], INTERVAL, brief=True)
-        assert answer.sightings == ()
+            answer = pulse(connection, me, [token], [name], INTERVAL)
+        assert [(s.group_id, s.holder, s.renewed) for s in answer.sightings] == [(name, name, True)]
 
     def test_never_agrees_with_a_takeover(self, engine: Engine) -> None:
         """Renewing and taking over at the same moment: exactly one of them succeeds, every time."""

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import uuid
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,11 +17,12 @@ from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.states import Pending
 
 from deployments.local import wait_until
-from taskadapter import schedules
+from taskadapter import progress, schedules
 from taskadapter.model import TriggerConfiguration
 from taskadapter.pools import ensure_work_pool
+from taskadapter.switches import CarryOver
 from taskadapter.ticks import create_tick
-from taskadapter.timetable import MADE_AHEAD, Timetable
+from taskadapter.timetable import MADE_AHEAD, Entered, Timetable
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -66,9 +68,9 @@ def anchor_of(client: SyncPrefectClient, job: UUID) -> datetime:
     return schedules.in_utc(schedule.schedule.anchor_date)
 
 
-async def nothing_begun(_: UUID) -> list[datetime]:
+async def nothing_begun(_: UUID) -> Entered:
     """The ledger of a job that has not begun anything."""
-    return []
+    return Entered()
 
 
 def complete(
@@ -76,8 +78,8 @@ def complete(
 ) -> list[FlowRun]:
     """What a new agent makes of what it finds."""
 
-    async def in_the_ledger(_: UUID) -> list[datetime]:
-        return entered or []
+    async def in_the_ledger(_: UUID) -> Entered:
+        return Entered(entered or [])
 
     async def look() -> list[FlowRun]:
         async with get_client() as client:
@@ -86,6 +88,39 @@ def complete(
             return await timetable.complete(found or [], QUEUES, [], datetime.now(UTC))
 
     return asyncio.run(look())
+
+
+class Node:
+    """What agents that share a database, one after the other, make of a job."""
+
+    def __init__(self, folder: Path, job: UUID) -> None:
+        self.database = f"sqlite:///{folder / 'tasks.db'}"
+        self.job = job
+
+    def complete(self) -> list[FlowRun]:
+        """Start a new agent, and return what it finds to be due."""
+
+        async def entered(job: UUID) -> Entered:
+            return Entered(*progress.dues(self.database, job, 10))
+
+        async def look() -> list[FlowRun]:
+            async with get_client() as client:
+                timetable = Timetable(client, logging.getLogger("test"), entered)
+                deployment = await client.read_deployment(self.job)
+                await CarryOver().look(self.database, [deployment])
+                timetable.learn([deployment])
+                return await timetable.complete([], QUEUES, [], datetime.now(UTC))
+
+        return asyncio.run(look())
+
+
+@pytest.fixture
+def node(tmp_path: Path, job: UUID, monkeypatch: pytest.MonkeyPatch) -> Node:
+    """The database knows the job, whose schedule is not so new that it is not asked."""
+    monkeypatch.setattr("taskadapter.timetable.NEW", timedelta(0))
+    found = Node(tmp_path, job)
+    found.complete()
+    return found
 
 
 def hours(runs: list[FlowRun], anchor: datetime, interval: timedelta = INTERVAL) -> list[float]:
@@ -200,21 +235,50 @@ def test_a_paused_job_owes_nothing_until_it_is_resumed(
 
 
 def test_a_schedule_that_is_switched_on_again_begins_afresh(
-    prefect_client: SyncPrefectClient, job: UUID
+    prefect_client: SyncPrefectClient, job: UUID, node: Node
 ) -> None:
     """What a job that had ended would have been due meanwhile is not made up for."""
     (schedule,) = prefect_client.read_deployment(job).schedules
-    assert schedule.created is not None
-    created = schedule.created
+    prefect_client.update_deployment_schedule(job, schedule.id, active=False)
+    assert node.complete() == []
+    prefect_client.update_deployment_schedule(job, schedule.id, active=True)
+    assert node.complete() == []
 
-    def switched_on_later() -> bool:
-        for active in (False, True):
-            prefect_client.update_deployment_schedule(job, schedule.id, active=active)
+
+def test_a_schedule_that_was_edited_while_no_agent_was_there(
+    prefect_client: SyncPrefectClient, job: UUID, node: Node
+) -> None:
+    """None of its ticks from before the edit is owed, and each after it is."""
+    (schedule,) = prefect_client.read_deployment(job).schedules
+    edited = IntervalSchedule(
+        interval=timedelta(seconds=1), anchor_date=anchor_of(prefect_client, job), timezone="UTC"
+    )
+    prefect_client.update_deployment_schedule(job, schedule.id, schedule=edited)
+    updated = prefect_client.read_deployment(job).updated
+    assert updated is not None
+
+    made = wait_until(node.complete, 20, "a tick")
+    assert 0 < (schedules.in_utc(made[0].expected_start_time) - updated).total_seconds() <= 1
+
+
+def test_what_is_deployed_again_owes_what_it_did(
+    prefect_client: SyncPrefectClient, job: UUID, node: Node
+) -> None:
+    """Ticks that nobody has planned are not forgotten because the same declaration is deployed again."""
+    (schedule,) = prefect_client.read_deployment(job).schedules
+    prefect_client.pause_deployment(job)
+    created = schedule.created
+    assert created is not None
+    same = schedule.schedule
+
+    def deployed_again_later() -> bool:
+        prefect_client.update_deployment_schedule(job, schedule.id, schedule=same, active=True)
         (now,) = prefect_client.read_deployment(job).schedules
         return now.updated is not None and now.updated - created > timedelta(seconds=1)
 
-    wait_until(switched_on_later, 20, "the schedule to be switched on a second after it was made")
-    assert complete(job) == []
+    wait_until(deployed_again_later, 20, "it to be deployed a second after it was made")
+    prefect_client.resume_deployment(job)
+    assert hours(node.complete(), anchor_of(prefect_client, job)) == [0, 1, 2, 3, 4]
 
 
 def test_the_scheduler_does_not_plan_what_is_made(prefect_client: SyncPrefectClient) -> None:

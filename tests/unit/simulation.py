@@ -117,8 +117,8 @@ class Database:
                         self.tokens[token.group_id] = replace(token, task_id="")
                         self.beats.pop((token.task_id, token.group_id), None)
                 return Done()
-            case Acquire(group_id=group_id):
-                return self._acquire(task_id, incarnation, group_id, seen)
+            case Acquire():
+                return self._acquire(task_id, incarnation, call, seen)
             case Pulse():
                 return self._pulse(task_id, incarnation, call, seen)
 
@@ -130,7 +130,8 @@ class Database:
         self.nodes[task_id] = (incarnation, self.now)
         return Done()
 
-    def _acquire(self, task_id: str, incarnation: str, group_id: str, seen: object) -> Answer:
+    def _acquire(self, task_id: str, incarnation: str, call: Acquire, seen: object) -> Answer:
+        group_id = call.group_id
         old = self.tokens.get(group_id, Token(group_id, "", 0))
         free = self.is_free(group_id, incarnation)
         if isinstance(seen, tuple):
@@ -141,23 +142,19 @@ class Database:
         self.tokens[group_id] = new
         self.takers[group_id, new.term] = incarnation
         self.beats[task_id, group_id] = self.now
-        return Acquired(new.term, "free")
+        return Acquired(new.term, "free", call.sent_at)
 
     def _pulse(self, task_id: str, incarnation: str, call: Pulse, seen: object) -> Answer:
-        at_once = self.timing.one_round_trip
         registered = self.nodes.get(task_id, ("", 0))[0] == incarnation
-        calm = not any(self.is_free(group_id, incarnation) for group_id in GROUPS)
-        if registered and (at_once or call.tokens or (call.brief and calm)):
+        if registered:
             self.nodes[task_id] = (incarnation, self.now)
-        if registered and call.brief and calm and not at_once:
-            return PulseAnswer(registered=True)
         kept = {t for t in call.tokens if self.tokens.get(t.group_id) == t}
         if isinstance(seen, set):
             kept = seen
         for token in kept:
             self.beats[task_id, token.group_id] = self.now
         sightings = [self._sighting(group_id, incarnation, kept) for group_id in self.tokens]
-        return PulseAnswer(registered, tuple(sightings) if registered else None)
+        return PulseAnswer(registered, tuple(sightings) if registered else ())
 
     def _sighting(self, group_id: str, incarnation: str, kept: set[Token]) -> Sighting:
         token = self.tokens[group_id]

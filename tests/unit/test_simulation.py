@@ -18,9 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 TIMINGS = [
-    Timing(liveness_check_interval=interval, heartbeat_frequency=frequency, one_round_trip=at_once)
+    Timing(liveness_check_interval=interval, heartbeat_frequency=frequency)
     for interval, frequency in [(3.0, 1.0), (6.0, 1.0), (30.0, 5.0)]
-    for at_once in (True, False)
 ]
 NAMES = ["node-1", "node-2", "node-3"]
 

@@ -16,7 +16,7 @@ ID = UUID(int=1)
 
 def line(through=NOON - SECOND, **changes):
     trigger = TriggerConfiguration(**({"interval": 5} | changes))
-    plan = Plan("default", ID, ID, NOON, trigger.interval, trigger, created=NOON, switched=NOON)
+    plan = Plan("default", ID, ID, NOON, trigger.interval, trigger, created=NOON)
     return Line(ID, "job", plan, through)
 
 
