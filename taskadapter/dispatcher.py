@@ -380,7 +380,8 @@ class Dispatcher:
             await self._teller.report(run.flow_run, Crashed(message=f"{exc}"))
         finally:
             del self._in_hand[run.flow_run.id]
-            self._through[run.flow_run.id] = time.monotonic()
+            if run.flow_run.id not in self._upcoming:
+                self._through[run.flow_run.id] = time.monotonic()
             self._release()
             self._news.set()
 

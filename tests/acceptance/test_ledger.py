@@ -395,6 +395,28 @@ def test_pausing_holds_whatever_the_moment(project: Project, prefect: Prefect, n
     assert [later - earlier for earlier, later in itertools.pairwise(ticks)] == [1.0] * (len(ticks) - 1)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("node")
+def test_a_backlog_is_drained_in_order(project: Project, prefect: Prefect) -> None:
+    """A job that is far behind is on time again soon, though its new ticks go on; none is lost."""
+    job = prefect.deployment("book-second").id
+    project.wait_for("book-second", "began")
+    prefect.client.pause_deployment(job)
+    time.sleep(40)  # that many of its ticks are missed
+    resumed = time.time()
+    prefect.client.resume_deployment(job)
+
+    def is_on_time() -> bool:
+        last = project.entries("book-second", "began")[-1]
+        return last["due"] > resumed and last.at - last["due"] < 1
+
+    wait_until(is_on_time, PATIENCE, "the job to be on time again")
+    began = [entry for entry in project.entries("book-second", "began") if entry.at > resumed]
+    dues = [entry["due"] for entry in sorted(began, key=lambda entry: entry.at)]
+    assert len(dues) > 40
+    assert dues == [dues[0] + number for number in range(len(dues))]
+
+
 # --- two work pools -------------------------------------------------------------------------------
 
 

@@ -1,6 +1,8 @@
 """In which order the ticks of a job begin."""
 
+import asyncio
 import logging
+import time
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 from uuid import uuid4
@@ -24,21 +26,29 @@ class Process:
         self.released = True
 
 
+def new_dispatcher():
+    """A dispatcher that has nothing to do."""
+    return Dispatcher(SimpleNamespace(client=None, log=LOG), None, Deployments(None, LOG), None)
+
+
+def tick(job_id, seconds, planned=True):
+    """A job's tick, so many seconds after noon."""
+    return FlowRun(
+        id=uuid4(),
+        flow_id=uuid4(),
+        deployment_id=job_id,
+        expected_start_time=NOON + timedelta(seconds=seconds),
+        auto_scheduled=planned,
+    )
+
+
 def in_hand(*begun, planned=True):
     """A dispatcher with ticks of one job, a second apart; each has begun or not, and waits in a process."""
-    deployments = Deployments(None, LOG)
-    dispatcher = Dispatcher(SimpleNamespace(client=None, log=LOG), None, deployments, None)
+    dispatcher = new_dispatcher()
     job_id = uuid4()
     runs = []
     for n, has in enumerate(begun):
-        due = NOON + timedelta(seconds=n)
-        flow_run = FlowRun(
-            id=uuid4(),
-            flow_id=uuid4(),
-            deployment_id=job_id,
-            expected_start_time=due,
-            auto_scheduled=planned,
-        )
+        flow_run = tick(job_id, n, planned)
         runs.append(RunInHand(flow_run, host=Process(), begun=has))
         dispatcher._in_hand[flow_run.id] = runs[-1]
     dispatcher._release()
@@ -61,3 +71,22 @@ def test_ticks_begin_in_their_order(begun, released):
 def test_runs_by_hand_wait_for_nobody():
     """What somebody asks for has no place in the order."""
     assert in_hand(False, False, planned=False) == [True, True]
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_tick_that_waits_for_its_turn_is_not_passed_over(waits):
+    """The answer to a look from before it was put off has it still, and one that is through not."""
+    dispatcher = new_dispatcher()
+    first, second = (tick(uuid4(), seconds) for seconds in (1, 2))
+    dispatcher._in_hand[first.id] = RunInHand(first)
+
+    async def decide(run):
+        if waits:
+            dispatcher._upcoming[run.flow_run.id] = run.flow_run
+
+    dispatcher._decide = decide
+    asked = time.monotonic()
+    asyncio.run(dispatcher._handle(dispatcher._in_hand[first.id]))
+    dispatcher.found([first, second], asked)
+
+    assert set(dispatcher._upcoming) == ({first.id, second.id} if waits else {second.id})
