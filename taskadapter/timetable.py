@@ -235,10 +235,6 @@ class Timetable:
         """The jobs of this agent that were paused when they were last looked at."""
         return {id_ for id_, line in self._lines.items() if line.held}
 
-    def has_held(self) -> bool:
-        """Return whether a job of this agent was paused when it was last looked at."""
-        return any(line.held for line in self._lines.values())
-
     def strangers(self, found: Iterable[FlowRun]) -> set[UUID]:
         """Return the jobs of some runs that were not there at the last look."""
         known = self._deployments.keys() | self._ended

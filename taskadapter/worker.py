@@ -429,7 +429,7 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
 
     async def _look(self) -> list[FlowRun]:
         # Has a job been resumed? Its missed ticks are late already.
-        is_busy = self._dispatcher.is_busy and not self._timetable.has_held()
+        is_busy = self._dispatcher.is_busy and not self._timetable.held
         pause = VISIT_SECONDS if is_busy else IDLE_VISIT_SECONDS
         if time.monotonic() - self._visited_at > pause:
             await self._visit()

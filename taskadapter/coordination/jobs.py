@@ -18,7 +18,6 @@ from sqlalchemy import and_, delete, select, update
 
 from taskadapter.coordination.dialects import database_now, ensure_row, seconds_since, upsert
 from taskadapter.coordination.executions import Switches
-from taskadapter.coordination.messages import Token
 from taskadapter.coordination.schema import job_progress
 from taskadapter.coordination.tokens import require_token
 from taskadapter.errors import CoordinationError, DatabaseUnavailableError
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "JobRow",
-    "Token",
     "count",
     "end",
     "load_state",
@@ -40,7 +38,6 @@ __all__ = [
     "require_token",
     "resumed",
     "save_state",
-    "save_state_fenced",
     "see",
     "seen",
 ]
@@ -258,20 +255,4 @@ def save_state(
     Raises:
         ValueError, TypeError: the state holds a value that JSON has not.
     """
-    values = {
-        "state": json.dumps(state, allow_nan=False),
-        "term": term,
-        "updated": database_now(),
-    }
-    new = {"job_id": job_id, "trigger_slug": "", "run_count": 0, **values}
-    connection.execute(upsert(connection.dialect, job_progress, new, values))
-
-
-def save_state_fenced(connection: Connection, job_id: str, state: dict[str, Any], token: Token) -> None:
-    """Replace the state of a job, if `token` is still held; see `require_token`, `save_state`.
-
-    Raises:
-        TokenLostError: it is not; nothing was written.
-    """
-    require_token(connection, token)
-    save_state(connection, job_id, state, term=token.term)
+    _write(connection, job_id, {"state": json.dumps(state, allow_nan=False), "term": term})

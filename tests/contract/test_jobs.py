@@ -12,7 +12,6 @@ from taskadapter import progress
 from taskadapter.coordination.dialects import open_engine, transaction
 from taskadapter.coordination.executions import Switches
 from taskadapter.coordination.jobs import (
-    Token,
     end,
     load_state,
     opened,
@@ -21,16 +20,24 @@ from taskadapter.coordination.jobs import (
     require_token,
     resumed,
     save_state,
-    save_state_fenced,
     see,
     seen,
 )
+from taskadapter.coordination.messages import Token
 from taskadapter.coordination.schema import job_progress
 from taskadapter.errors import CoordinationError, DatabaseUnavailableError, TokenLostError
 from tests.contract.entering import JOB, TOKEN, Row, count_one, hold, row_of, take_over
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from sqlalchemy import Connection
+
+
+def save_state_fenced(connection: Connection, job_id: str, state: dict[str, int], token: Token) -> None:
+    """Save as the end of a run does: in the transaction that has checked the token."""
+    require_token(connection, token)
+    save_state(connection, job_id, state, term=token.term)
 
 
 class TestState:
