@@ -20,7 +20,7 @@ from deployments.local import wait_until
 from taskadapter import progress, schedules
 from taskadapter.model import TriggerConfiguration
 from taskadapter.pools import ensure_work_pool
-from taskadapter.switches import CarryOver
+from taskadapter.switches import CarryOver, Reading
 from taskadapter.ticks import create_tick
 from taskadapter.timetable import MADE_AHEAD, Entered, Timetable
 
@@ -254,8 +254,7 @@ def test_a_schedule_that_was_edited_while_no_agent_was_there(
         interval=timedelta(seconds=1), anchor_date=anchor_of(prefect_client, job), timezone="UTC"
     )
     prefect_client.update_deployment_schedule(job, schedule.id, schedule=edited)
-    updated = prefect_client.read_deployment(job).updated
-    assert updated is not None
+    updated = datetime.fromisoformat(Reading.of(prefect_client.read_deployment(job)).updated)
 
     made = wait_until(node.complete, 20, "a tick")
     assert 0 < (schedules.in_utc(made[0].expected_start_time) - updated).total_seconds() <= 1
