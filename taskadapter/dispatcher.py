@@ -172,7 +172,9 @@ class Dispatcher:
         self._timetable = timetable
         self._upcoming: dict[UUID, FlowRun] = {}
         self._in_hand: dict[UUID, RunInHand] = {}
+        # When runs have been through, and when some were given back: older answers do not know of it.
         self._through: dict[UUID, float] = {}
+        self._returned: dict[UUID, float] = {}
         self._handling: set[asyncio.Task[None]] = set()
         self._waits: set[asyncio.Timeout] = set()
         # How often runs were ended before their bodies, and when the next process may be made for each.
@@ -192,8 +194,10 @@ class Dispatcher:
             asked: when it was asked, on the monotonic clock: what has been through since is no news.
         """
         self._through = {run_id: when for run_id, when in self._through.items() if when >= asked}
+        self._returned = {run_id: when for run_id, when in self._returned.items() if when >= asked}
         through = self._in_hand.keys() | self._through.keys()
-        self._upcoming = {run.id: run for run in runs if run.id not in through}
+        returned = {id_: run for id_, run in self._upcoming.items() if id_ in self._returned}
+        self._upcoming = {run.id: run for run in runs if run.id not in through} | returned
         self._tries = {
             id_: tries for id_, tries in self._tries.items() if id_ in self._upcoming.keys() | through
         }
@@ -617,6 +621,10 @@ class Dispatcher:
             await self._teller.skip(run.flow_run, run.over)
         else:
             await self._teller.put_back(run.flow_run, run.due)
+            if not run.dropped and not run.lost:
+                # It is still first: later ticks of its job do not pass it until the next look.
+                self._upcoming[run.flow_run.id] = run.flow_run
+                self._returned[run.flow_run.id] = time.monotonic()
 
     async def _report_crash(self, run: RunInHand, assignment: Assignment, message: str) -> None:
         """Enter and report the end of a run whose process could not, and run the hooks it owes."""

@@ -90,3 +90,25 @@ def test_a_tick_that_waits_for_its_turn_is_not_passed_over(waits):
     dispatcher.found([first, second], asked)
 
     assert set(dispatcher._upcoming) == ({first.id, second.id} if waits else {second.id})
+
+
+@pytest.mark.parametrize("dropped", [True, False])
+def test_a_tick_that_is_put_back_is_not_passed_over(dropped):
+    """It stays the first of its job, unless this agent is to begin nothing more: older answers lack it."""
+    dispatcher = new_dispatcher()
+    job_id = uuid4()
+    first, second = (tick(job_id, seconds) for seconds in (1, 2))
+    run = dispatcher._in_hand[first.id] = RunInHand(first, dropped=dropped)
+
+    async def told(*_):
+        pass
+
+    dispatcher._teller.put_back = told
+    dispatcher._decide = dispatcher._put_back
+    asked = time.monotonic()
+    asyncio.run(dispatcher._handle(run))
+    dispatcher.found([second], asked)
+
+    assert [found.id for found in dispatcher._firsts()] == [second.id if dropped else first.id]
+    dispatcher.found([second], time.monotonic())
+    assert set(dispatcher._upcoming) == {second.id}
