@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 from prefect.client.orchestration import PrefectClient
-from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.client.schemas.objects import FlowRun, State, StateDetails, StateType
 from prefect.client.schemas.responses import SetStateStatus
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Scheduled
@@ -78,13 +78,18 @@ class Teller:
         """Tell the API of a state that only the agent knows; returns whether it has taken it.
 
         One that it refuses for good is told again in the barest form.
+
+        Raises:
+            HTTPError: as any of `API_FAULTS`: the API does not answer an impatient teller.
         """
-        for told in (_printable(state), State(type=state.type, name=state.name, message=_UNTELLABLE)):
+        for told in (_printable(state), _bare(state)):
             try:
                 answer = await self.until_told(
                     lambda told=told: self._client.set_flow_run_state(flow_run.id, told, force=force)
                 )
             except httpx.HTTPStatusError as refusal:
+                if not _is_for_good(refusal):
+                    raise
                 self._log.warning("State %s of run %s is refused: %s", state.name, flow_run.name, refusal)
             else:
                 return answer is not None and answer.status is SetStateStatus.ACCEPT
@@ -118,6 +123,12 @@ def _printable(state: State[Any]) -> State[Any]:
     """Return the state with a message that a database can keep: PostgreSQL has no NUL in a text."""
     message = state.message
     return state if message is None else state.model_copy(update={"message": message.replace("\0", "\\0")})
+
+
+def _bare(state: State[Any]) -> State[Any]:
+    """Return as little of the state as makes it what it is: one that is scheduled has its time."""
+    details = StateDetails(scheduled_time=state.state_details.scheduled_time)
+    return State(type=state.type, name=state.name, message=_UNTELLABLE, state_details=details)
 
 
 def _is_for_good(fault: Exception) -> bool:

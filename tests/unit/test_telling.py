@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from datetime import UTC, datetime
 from types import SimpleNamespace
 from uuid import uuid4
 
@@ -26,12 +27,14 @@ class Api:
         self.status = status
         self.refusals = refusals
         self.told = []
+        self.times = []
 
     async def read_flow_run(self, run_id):
         return FlowRun(id=run_id, flow_id=uuid4(), state=self.state)
 
     async def set_flow_run_state(self, _, state, force=False):
         self.told.append((state.name, state.message, force))
+        self.times.append(state.state_details.scheduled_time)
         if self.refusals:
             self.refusals -= 1
             request = httpx.Request("POST", "http://api")
@@ -47,6 +50,7 @@ def at_once(monkeypatch):
 
 
 RUN = FlowRun(id=uuid4(), flow_id=uuid4())
+NOON = datetime(2030, 1, 1, 12, tzinfo=UTC)
 
 
 def report(api, state, **options):
@@ -68,6 +72,24 @@ def test_a_message_that_is_refused_for_good():
     assert report(api, Crashed(message="too long"))
     assert [name for name, _, _ in api.told] == ["Crashed", "Crashed"]
     assert api.told[-1][1] == telling._UNTELLABLE
+
+
+def test_what_is_due_again_keeps_its_time():
+    """Whatever of it is refused."""
+    api = Api(status=422, refusals=1)
+
+    asyncio.run(Teller(api, LOG).put_back(RUN, NOON))
+    assert api.times == [NOON, NOON]
+
+
+def test_an_api_that_fails_refuses_nothing():
+    """Whoever is impatient hears of it, and tells all of it the next time."""
+    api = Api(status=500, refusals=1)
+    teller = Teller(api, LOG, patient=False)
+
+    with pytest.raises(httpx.HTTPStatusError):
+        asyncio.run(teller.put_back(RUN, NOON))
+    assert api.times == [NOON]
 
 
 def test_a_state_that_is_refused_for_good():
