@@ -75,7 +75,10 @@ from taskadapter import (
     Listener, MysqlConfig, PostgresqlConfig, TaskPolicy, TriggerConfiguration, WarmBackupConfig, current_run
 )
 
-engine = create_engine(os.environ["LEDGER_URL"], pool_pre_ping=True)
+url = make_url(os.environ["LEDGER_URL"])
+# MySQL ends the transaction of a frozen process only if it was told when.
+ends = {{"init_command": "SET SESSION wait_timeout = 2"}} if url.get_backend_name() == "mysql" else {{}}
+engine = create_engine(url, pool_pre_ping=True, connect_args=ends)
 NOW = {now!r}[engine.dialect.name]
 
 
@@ -112,7 +115,6 @@ class Entry:
         self.set("ended")
 
 
-url = make_url(os.environ["LEDGER_URL"])
 config = PostgresqlConfig if url.get_backend_name() == "postgresql" else MysqlConfig
 database = config(
     host=url.host, port=url.port, user=url.username, password=url.password, database=url.database

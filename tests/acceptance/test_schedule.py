@@ -61,9 +61,9 @@ OVERLAPPING = """
     from ledger import note
     from taskadapter import Listener, Service, TaskPolicy, TriggerConfiguration, current_run
 
-    def slow(name):
+    def slow(name, seconds=1.5):
         note(name, "began", due=current_run().scheduled_time.timestamp())
-        time.sleep(1.5)
+        time.sleep(seconds)
         note(name, "ended")
 
     free = Listener(trigger=TriggerConfiguration(interval=1, max_count=3))
@@ -73,7 +73,7 @@ OVERLAPPING = """
 
     @free.service("overlapping")
     def overlapping() -> None:
-        slow("overlapping")
+        slow("overlapping", 6)
 
     @single.service("single")
     def one_at_a_time() -> None:
