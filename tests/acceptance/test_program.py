@@ -631,10 +631,10 @@ def test_what_does_not_fit_into_a_program_is_refused(
 @pytest.mark.slow
 @pytest.mark.parametrize("round_", range(10))
 def test_nodes_start_together_ten_times(
-    project: Project, prefix: str, nodes: dict[str, Program], round_: int
+    project: Project, prefect: Prefect, prefix: str, nodes: dict[str, Program], round_: int
 ) -> None:
     """No race for pool, queue, deployment, schedule or first tick is lost, however often it is run."""
-    test_nodes_that_start_together_share_the_jobs(project, prefix, nodes)
+    test_nodes_that_start_together_share_the_jobs(project, prefect, prefix, nodes)
 
 
 @pytest.mark.slow
