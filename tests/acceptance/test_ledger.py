@@ -24,7 +24,7 @@ from prefect.states import Scheduled
 from deployments.local import prefect_command, wait_until
 from taskadapter.domain import Domain
 from taskadapter.pools import ensure_work_pool
-from tests.acceptance.project import PATIENCE, Prefect, Project, due, is_alive, state_of
+from tests.acceptance.project import PATIENCE, Entry, Prefect, Project, due, is_alive, state_of
 from tests.api_proxy import ApiProxy, refusal
 from tests.processes import nurseries
 
@@ -276,10 +276,8 @@ def test_a_run_by_hand_counts_for_nothing_and_ends_nothing(project: Project, pre
 
     after = times_begun(project, "book-second")
     project.wait_for("book-second", "began", after + 2)
-    ticks = [
-        entry for entry in project.entries("book-second", "began") if entry["due"] % 1 == anchor(project)
-    ]
-    assert [entry["count"] for entry in ticks] == list(range(1, len(ticks) + 1))
+    counts = [entry["count"] for entry in ticks_begun(project)]
+    assert counts == list(range(1, len(counts) + 1))
 
 
 def anchor(project: Project) -> float:
@@ -388,20 +386,24 @@ def test_pausing_holds_whatever_the_moment(project: Project, prefect: Prefect, n
             resume_job(job)
             began = [entry.at for entry in project.entries("book-second", "began")]
             assert not [at for at in began if paused < at < resumed]
-        until = max(ticks_begun(project)) + 5
+
+        def ticks() -> list[float]:
+            return sorted(entry["due"] for entry in ticks_begun(project))
+
+        until = ticks()[-1] + 5
 
         def is_none_lost() -> bool:
             # Agents that share a queue may each begin some of its late ticks: not all in one order.
-            ticks = ticks_begun(project)
-            return ticks[-1] >= until and ticks == [ticks[0] + number for number in range(len(ticks))]
+            begun = ticks()
+            return begun[-1] >= until and begun == [begun[0] + number for number in range(len(begun))]
 
         wait_until(is_none_lost, PATIENCE, "every tick to begin, once")
 
 
-def ticks_begun(project: Project) -> list[float]:
-    """Return the ticks of the job of every second that have begun, in the order of their times."""
-    dues = (entry["due"] for entry in project.entries("book-second", "began"))
-    return sorted(moment for moment in dues if moment % 1 == anchor(project))
+def ticks_begun(project: Project) -> list[Entry]:
+    """Return what the bodies of the job of every second noted when they began, without runs by hand."""
+    fraction = anchor(project)
+    return [entry for entry in project.entries("book-second", "began") if entry["due"] % 1 == fraction]
 
 
 @pytest.mark.slow
