@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Coroutine, Iterator
+import asyncio
+from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from json import JSONDecodeError
 from typing import Any, TypeVar, cast
@@ -16,6 +17,9 @@ from pydantic import ValidationError
 from taskadapter.errors import ApiUnavailableError
 
 T = TypeVar("T")
+
+AT_ONCE = 8
+"""How many calls are made side by side: a server on SQLite gains nothing from more, and others little."""
 
 API_FAULTS = (httpx.HTTPError, ValidationError, JSONDecodeError)
 """What Prefect's client raises when the API does not answer, refuses, or does not make sense."""
@@ -31,6 +35,25 @@ def in_words(fault: Exception) -> str:
 def run_sync(work: Coroutine[Any, Any, T]) -> T:
     """Return what a coroutine does, from code that is not async; also while an event loop is running."""
     return cast("T", run_coro_as_sync(work))
+
+
+async def side_by_side(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Make calls a few at a time, and return what they return, in their order.
+
+    Raises:
+        Exception: what the first of them has raised, once all have ended.
+    """
+    places = asyncio.Semaphore(AT_ONCE)
+
+    async def make(call: Coroutine[Any, Any, T]) -> T:
+        async with places:
+            return await call
+
+    answers = await asyncio.gather(*map(make, calls), return_exceptions=True)
+    for answer in answers:
+        if isinstance(answer, BaseException):
+            raise answer
+    return cast("list[T]", answers)
 
 
 @asynccontextmanager

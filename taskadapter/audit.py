@@ -69,7 +69,7 @@ def history(engine: Engine, deployment: DeploymentResponse, last: int) -> list[L
     """
     with transaction(engine) as connection:
         past = ledger.history(connection, str(deployment.id), last)
-        opened = jobs.opened(connection, str(deployment.id))
+        opened = jobs.opened(connection, [str(deployment.id)]).get(str(deployment.id))
     lines = [*map(_line, past), *_missing(deployment, past, opened)]
     return sorted(lines, key=lambda line: line.due or "", reverse=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from logging import Logger, LoggerAdapter
@@ -12,19 +13,13 @@ from uuid import UUID
 
 import httpx
 from prefect.client.orchestration import PrefectClient
-from prefect.client.schemas.filters import (
-    DeploymentFilter,
-    DeploymentFilterId,
-    FlowRunFilter,
-    FlowRunFilterState,
-    FlowRunFilterStateType,
-)
 from prefect.client.schemas.objects import FlowRun, StateType, WorkPool
 from prefect.client.schemas.responses import DeploymentResponse
+from prefect.exceptions import ObjectNotFound
 from prefect.workers.base import BaseJobConfiguration, BaseVariables
 from pydantic import Field, ValidationError
 
-from taskadapter import schedules
+from taskadapter import planned, schedules
 from taskadapter.api import API_FAULTS
 from taskadapter.errors import DeclarationError
 from taskadapter.model import TaskPolicy, TriggerConfiguration
@@ -105,24 +100,52 @@ class WarmBackupVariables(BaseVariables):
 
 
 @dataclass(frozen=True)
-class DeployedJob:
-    """A deployment as it was read, and what a run of it needs.
+class Reading:
+    """A deployment as it was read.
 
     Attributes:
-        deployment: as Prefect has it.
-        flow_name: its flow's name.
-        configuration: the pool's template, filled.
-        trigger: as declared; None for a deployment that is not of ours.
+        deployment: as Prefect had it.
         newest_run: when the newest run known at that time was made.
         read_at: on the monotonic clock.
     """
 
     deployment: DeploymentResponse
+    newest_run: datetime | None
+    read_at: float = field(default_factory=time.monotonic)
+
+    def serves(self, flow_run: FlowRun) -> bool:
+        """Return whether this reading is recent enough for a run.
+
+        A deployment that changes has its planned runs made anew. So a run made after this reading may
+        be of a changed deployment, an older one is not.
+        """
+        if time.monotonic() - self.read_at > FRESH_SECONDS:
+            return False
+        if self.newest_run is None or flow_run.created is None:
+            return False
+        return flow_run.created <= self.newest_run + BATCH
+
+
+@dataclass(frozen=True)
+class DeployedJob:
+    """A deployment as it was read, and what a run of it needs.
+
+    Attributes:
+        reading: the deployment.
+        flow_name: its flow's name.
+        configuration: the pool's template, filled.
+        trigger: as declared; None for a deployment that is not of ours.
+    """
+
+    reading: Reading
     flow_name: str
     configuration: WarmBackupJobConfiguration
     trigger: TriggerConfiguration | None
-    newest_run: datetime | None
-    read_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def deployment(self) -> DeploymentResponse:
+        """The deployment as it was read."""
+        return self.reading.deployment
 
     @property
     def name(self) -> str:
@@ -165,18 +188,6 @@ class DeployedJob:
             env=names | self.configuration.env,
         )
 
-    def serves(self, flow_run: FlowRun) -> bool:
-        """Return whether this reading is recent enough for the run.
-
-        A deployment that changes has its planned runs made anew. So a run made after this reading may
-        be of a changed deployment, an older one is not.
-        """
-        if flow_run.job_variables or time.monotonic() - self.read_at > FRESH_SECONDS:
-            return False
-        if self.newest_run is None or flow_run.created is None:
-            return False
-        return flow_run.created <= self.newest_run + BATCH
-
 
 class Deployments:
     """Reads deployments and ends their jobs.
@@ -193,19 +204,46 @@ class Deployments:
         self._client = client
         self._log = log
         self.teller = Teller(client, log)
-        self._read: dict[UUID, DeployedJob] = {}
+        self._readings: dict[UUID, Reading] = {}
+        self._flow_names: dict[UUID, str] = {}
+        # When the newest run was made that the agent knows of.
+        self._newest_run: datetime | None = None
+        self._jobs: dict[UUID, DeployedJob] = {}
         self._reading = asyncio.Lock()
         self._ending: dict[UUID, asyncio.Task[None]] = {}
         self._server_has_storage = True
         self._storage_asked_at = float("-inf")
 
-    async def job_of(self, flow_run: FlowRun, pool: WorkPool, newest: datetime | None) -> DeployedJob:
+    async def prepare(self, flow_runs: Iterable[FlowRun]) -> None:
+        """Read what `job_of` will need for some runs, of all of them at once.
+
+        Raises:
+            HTTPError: as any of `API_FAULTS`: the API failed.
+        """
+        flow_runs = list(flow_runs)
+        made = [run.created for run in flow_runs if run.created is not None]
+        newest = self._newest_run = max([*made, *filter(None, [self._newest_run])], default=None)
+        wanted = {run.deployment_id for run in flow_runs if run.deployment_id and not self._is_read(run)}
+        if not wanted:
+            return
+        found = await planned.deployments_of(self._client, wanted)
+        unknown = {deployment.flow_id for deployment in found} - self._flow_names.keys()
+        if unknown:
+            self._flow_names |= await planned.flow_names(self._client, unknown)
+        for job_id in wanted:
+            self._readings.pop(job_id, None)
+        self._readings |= {deployment.id: Reading(deployment, newest) for deployment in found}
+
+    def _is_read(self, flow_run: FlowRun) -> bool:
+        reading = self._readings.get(flow_run.deployment_id) if flow_run.deployment_id else None
+        return reading is not None and reading.serves(flow_run)
+
+    async def job_of(self, flow_run: FlowRun, pool: WorkPool) -> DeployedJob:
         """Return the deployment of a run.
 
         Args:
             flow_run: the run.
             pool: its work pool.
-            newest: when the newest run was made that the agent knows of.
 
         Raises:
             ObjectNotFound: the deployment is gone.
@@ -213,21 +251,25 @@ class Deployments:
         """
         assert flow_run.deployment_id is not None  # noqa: S101 - a pool's runs have one
         async with self._reading:
-            known = self._read.get(flow_run.deployment_id)
-            if known is not None and known.serves(flow_run):
+            if not self._is_read(flow_run):
+                await self.prepare([flow_run])
+            reading = self._readings.get(flow_run.deployment_id)
+            flow_name = self._flow_names.get(flow_run.flow_id)
+            if reading is None or flow_name is None:
+                raise ObjectNotFound(LookupError(f"the deployment of run {flow_run.name}"))
+            known = self._jobs.get(flow_run.deployment_id)
+            if known is not None and known.reading is reading and not flow_run.job_variables:
                 return known
-            job = await self._read_job(flow_run, pool, newest, known)
+            job = await self._fill(flow_run, pool, reading, flow_name)
             if not flow_run.job_variables:
-                self._read[job.deployment.id] = job
+                self._jobs[flow_run.deployment_id] = job
         return job
 
-    async def _read_job(
-        self, flow_run: FlowRun, pool: WorkPool, newest: datetime | None, known: DeployedJob | None
+    async def _fill(
+        self, flow_run: FlowRun, pool: WorkPool, reading: Reading, flow_name: str
     ) -> DeployedJob:
-        assert flow_run.deployment_id is not None  # noqa: S101 - see job_of
-        deployment = await self._client.read_deployment(flow_run.deployment_id)
-        flow_name = known.flow_name if known else (await self._client.read_flow(flow_run.flow_id)).name
-        values = {**(deployment.job_variables or {}), **(flow_run.job_variables or {})}
+        """Fill the pool's template with what a deployment and a run of it say."""
+        values = {**(reading.deployment.job_variables or {}), **(flow_run.job_variables or {})}
         try:
             configuration = await self._configuration(pool, values)
         except ValidationError as error:
@@ -236,7 +278,7 @@ class Deployments:
             ) from error
         variables = configuration.trigger
         trigger = None if variables is None else TriggerConfiguration.model_validate(variables)
-        return DeployedJob(deployment, flow_name, configuration, trigger, newest)
+        return DeployedJob(reading, flow_name, configuration, trigger)
 
     async def _configuration(self, pool: WorkPool, values: dict[str, Any]) -> WarmBackupJobConfiguration:
         found: WarmBackupJobConfiguration = await WarmBackupJobConfiguration.from_template_and_values(
@@ -267,7 +309,7 @@ class Deployments:
 
     def known(self, flow_run: FlowRun) -> DeployedJob | None:
         """Return the deployment of a run as it was last read, if it was."""
-        return self._read.get(flow_run.deployment_id) if flow_run.deployment_id else None
+        return self._jobs.get(flow_run.deployment_id) if flow_run.deployment_id else None
 
     def is_ending(self, flow_run: FlowRun) -> bool:
         """Return whether the run's job is over and its planned runs are being put away."""
@@ -293,16 +335,10 @@ class Deployments:
         for schedule in deployment.schedules:
             if schedule.slug == job.slug and schedule.active:
                 await self._client.update_deployment_schedule(deployment.id, schedule.id, active=False)
-        self._read.pop(deployment.id, None)
+        self._readings.pop(deployment.id, None)
 
     async def _skip_planned(self, job: DeployedJob, reason: str) -> None:
-        planned = await self._client.read_flow_runs(
-            deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[job.deployment.id])),
-            flow_run_filter=FlowRunFilter(
-                state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED]))
-            ),
-        )
-        for flow_run in planned:
+        for flow_run in await planned.runs_of(self._client, [job.deployment.id], [StateType.SCHEDULED]):
             # One that waits for its next attempt is Scheduled too.
             if schedules.is_tick(flow_run) and flow_run.run_count == 0:
                 await self.teller.skip(flow_run, reason)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import signal
 import time
@@ -41,6 +42,7 @@ from taskadapter.coordination.messages import Token
 from taskadapter.deployments import DeployedJob, Deployments
 from taskadapter.domain import PoolSize
 from taskadapter.errors import CoordinationError, TokenLostError
+from taskadapter.hearing import Kind, News
 from taskadapter.hosts import Host, HostPool, Outcome, Progress
 from taskadapter.model import WaitingPolicy
 from taskadapter.runs import Assignment
@@ -58,7 +60,10 @@ LONGEST_LOAD_SECONDS = 8.0
 """No run is claimed longer before its time: the agent does not know of more."""
 
 WATCH_SECONDS = 2.0
-"""How often the agent asks whether one of its runs is to be cancelled."""
+"""How often the agent looks after its runs, and asks whether one is to be cancelled."""
+
+HEARING_WATCHES = 8
+"""An agent that hears of a cancellation asks at each eighth time only."""
 
 CANCEL_GRACE_SECONDS = 30.0
 """How long a cancelled run may take to clean up before its process is killed."""
@@ -71,6 +76,9 @@ JUST_READ_SECONDS = 0.5
 
 LONGEST_WAIT_SECONDS = 15.0
 """How long a run waits at most that was ended before its body, before it is tried again."""
+
+PLENTY = 4
+"""So many runs for each process are more than it begins before the agent looks again."""
 
 PAUSE_SECONDS = 5.0
 """How long to wait before a run is tried again that no process could be started for."""
@@ -121,8 +129,13 @@ class RunInHand:
 
     @property
     def due(self) -> datetime:
-        """When the tick is to start."""
+        """When the run is to start, as Prefect has it now."""
         return _due(self.flow_run)
+
+    @property
+    def tick(self) -> datetime:
+        """When the tick was due, whenever Prefect has put it since."""
+        return schedules.tick_of(self.flow_run) or self.due
 
 
 @dataclass(frozen=True)
@@ -139,6 +152,8 @@ class Node:
         may_run: returns whether this node may run a run now: it has no group, or the token is held.
         database_url: returns the coordination database's URL.
         board: returns the file with the deadlines of tokens.
+        hears: returns whether the agent hears of a cancellation.
+        heard: is told what the agent is to look at.
     """
 
     name: str
@@ -150,6 +165,8 @@ class Node:
     may_run: Callable[[FlowRun], bool]
     database_url: Callable[[], str]
     board: Callable[[], Path | None]
+    hears: Callable[[], bool]
+    heard: Callable[[News], None]
 
 
 class Dispatcher:
@@ -179,7 +196,6 @@ class Dispatcher:
         self._waits: set[asyncio.Timeout] = set()
         # How often runs were ended before their bodies, and when the next process may be made for each.
         self._tries: dict[UUID, tuple[int, float]] = {}
-        self._newest_run: datetime | None = None
         self._is_held_up = False
         self._load_seconds: dict[UUID | None, float] = {}
         self._news = asyncio.Event()
@@ -201,8 +217,6 @@ class Dispatcher:
         self._tries = {
             id_: tries for id_, tries in self._tries.items() if id_ in self._upcoming.keys() | through
         }
-        made = [run.created for run in runs if run.created is not None]
-        self._newest_run = max([*made, self._newest_run] if self._newest_run else made, default=None)
         self._news.set()
 
     @property
@@ -219,6 +233,11 @@ class Dispatcher:
     def is_busy(self) -> bool:
         """Whether there is something to run, now or soon."""
         return bool(self._upcoming or self._in_hand)
+
+    @property
+    def has_plenty(self) -> bool:
+        """Whether there is much more to run, now or soon, than there is room for."""
+        return len(self._upcoming) > PLENTY * self._hosts.limit
 
     def forget(self, which: Which = any_run) -> None:
         """Start nothing more of what is known, or of some of it; what waits for its moment goes back."""
@@ -319,6 +338,11 @@ class Dispatcher:
                 wait = (self._claimed_at(first) - datetime.now(UTC)).total_seconds()
                 if wait <= 0:
                     return self._upcoming.pop(first.id)
+            again = [when - time.monotonic() for _, when in self._tries.values()]
+            wait = min(
+                [seconds for seconds in again if seconds > 0] + ([] if wait is None else [wait]),
+                default=None,
+            )
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(wait):
                     await self._news.wait()
@@ -372,6 +396,7 @@ class Dispatcher:
             await self._decide(run)
         except ObjectNotFound:
             self._log.info("Run %s or its deployment was deleted.", run.flow_run.name)
+            self._node.heard(News(Kind.DEPLOYMENT, run.flow_run.deployment_id))
         except (*API_FAULTS, CoordinationError) as fault:
             # One line is enough until a claim succeeds again.
             level = logging.DEBUG if self._is_held_up else logging.WARNING
@@ -379,6 +404,7 @@ class Dispatcher:
             self._is_held_up = True
             if run.claimed:
                 await self._put_back(run)
+            self._node.heard(News(Kind.WAITS, run.flow_run.id))
         except Exception as exc:  # noqa: BLE001 - one run's trouble must not end the agent
             self._log.exception("Run %s could not be run.", run.flow_run.name)
             await self._teller.report(run.flow_run, Crashed(message=f"{exc}"))
@@ -394,7 +420,7 @@ class Dispatcher:
         flow_run = run.flow_run
         if self._deployments.is_ending(flow_run):
             return
-        job = await self._deployments.job_of(flow_run, self._node.pool(), self._newest_run)
+        job = await self._deployments.job_of(flow_run, self._node.pool())
         # Decided already, or due before this one: they go first.
         others = [other for other in self._siblings(flow_run) if other is not run]
         ahead = sum(other.decided or other.due < run.due for other in others)
@@ -425,7 +451,7 @@ class Dispatcher:
         if flow_run.auto_scheduled and not self._timetable.may_be_over(flow_run):
             return False
         deployment = job.deployment
-        if time.monotonic() - job.read_at > JUST_READ_SECONDS:
+        if time.monotonic() - job.reading.read_at > JUST_READ_SECONDS:
             deployment = await self._client.read_deployment(flow_run.deployment_id)
         if deployment.paused:
             self._timetable.hold(deployment)
@@ -441,7 +467,7 @@ class Dispatcher:
         waiting_time = PoolSize.of(self._node.pool()).waiting_time
         judgement = schedules.judge(
             job.trigger,
-            run.due,
+            run.tick,
             now=datetime.now(UTC),
             waiting_time=waiting_time,
             paused=self._timetable.fell_into_pause(run.flow_run),
@@ -468,7 +494,7 @@ class Dispatcher:
         self._timetable.settle(run.flow_run)
         if job.policy.waiting_policy is WaitingPolicy.LOG_AND_IGNORE:
             log = flow_run_logger(run.flow_run)
-            log.warning("Job %s skips its tick of %s: %s.", job.name, run.due.isoformat(), reason)
+            log.warning("Job %s skips its tick of %s: %s.", job.name, run.tick.isoformat(), reason)
 
     # --- running ----------------------------------------------------------------------------------
 
@@ -649,7 +675,7 @@ class Dispatcher:
         """Run a run that something other than a poll has claimed."""
         run = self._in_hand[flow_run.id] = RunInHand(flow_run, self._node.token(flow_run))
         try:
-            job = await self._deployments.job_of(flow_run, self._node.pool(), None)
+            job = await self._deployments.job_of(flow_run, self._node.pool())
             await self.run(run, job)
         finally:
             del self._in_hand[flow_run.id]
@@ -658,7 +684,7 @@ class Dispatcher:
 
     async def watch(self) -> None:
         """Look after the runs that are going on, as long as the agent lives."""
-        while True:
+        for watch in itertools.count():
             await asyncio.sleep(WATCH_SECONDS)
             since = datetime.now(UTC) - timedelta(seconds=WATCH_SECONDS)
             runs = self._in_hand.items()
@@ -666,7 +692,7 @@ class Dispatcher:
             try:
                 self._kill_overdue(going_on.values())
                 self._send_heartbeats(going_on.values())
-                if going_on:
+                if going_on and (watch % HEARING_WATCHES == 0 or not self._node.hears()):
                     await self._cancel_what_is_to_be(going_on)
             except API_FAULTS as fault:
                 self._log.debug("Could not look for cancelled runs: %s", fault)
@@ -708,10 +734,14 @@ class Dispatcher:
             )
         )
         for flow_run in cancelling:
-            run = going_on[flow_run.id]
-            if run.cancelled is None and run.host is not None:
-                run.cancelled = time.monotonic()
-                run.host.cancel()
+            self.cancel(flow_run.id)
+
+    def cancel(self, run_id: UUID) -> None:
+        """End a run that is to be cancelled, if it is going on here."""
+        run = self._in_hand.get(run_id)
+        if run is not None and run.cancelled is None and run.host is not None:
+            run.cancelled = time.monotonic()
+            run.host.cancel()
 
 
 def _due(flow_run: FlowRun) -> datetime:

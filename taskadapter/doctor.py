@@ -78,9 +78,9 @@ async def examine(pool_name: str, flows: Path, file: Path) -> AsyncIterator[Find
             jobs = await planned.jobs_of_pool(client, pool_name)
             for finding in _jobs(jobs):
                 yield finding
-            queues = await client.read_work_queues(work_pool_name=pool_name)
+            queues = await planned.queue_names(client, pool_name)
             url = await Domain.of(pool).database_url(TaskadapterSettings())
-        groups = sorted(queue.name for queue in queues if queue.name != DEFAULT_QUEUE)
+        groups = sorted(queues - {DEFAULT_QUEUE})
         for finding in _database(open_engine(url), groups, pool):
             yield finding
     except TaskError as error:

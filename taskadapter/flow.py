@@ -246,7 +246,7 @@ class Turn:
         number = entered.number if isinstance(entered, Begun) else None
         return runs.CurrentRun(
             job_id=JobId(assignment.job_id) if assignment.job_id else None,
-            scheduled_time=assignment.due,
+            scheduled_time=assignment.scheduled_time,
             count=number or 1,
             attempt=0,
             group_id=assignment.token.group_id if assignment.token else None,

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from datetime import datetime
+from typing import Any
 from uuid import UUID
 
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.filters import (
     DeploymentFilter,
     DeploymentFilterId,
+    FlowFilter,
+    FlowFilterId,
     FlowRunFilter,
     FlowRunFilterState,
     FlowRunFilterStateType,
@@ -37,24 +40,40 @@ PAGE = 200
 
 async def deployments_of_pool(client: PrefectClient, work_pool: str) -> list[DeploymentResponse]:
     """Return the deployments of a work pool."""
-    found: dict[UUID, DeploymentResponse] = {}
-    for offset in _offsets():
-        page = await client.read_deployments(
-            work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[work_pool])),
-            sort=DeploymentSort.CREATED_DESC,
-            limit=PAGE,
-            offset=offset,
-        )
-        found |= {deployment.id: deployment for deployment in page}
-        if len(page) < PAGE:
-            break
-    return list(found.values())
+    pool = WorkPoolFilter(name=WorkPoolFilterName(any_=[work_pool]))
+    return await _deployments(client, work_pool_filter=pool)
 
 
 async def deployments_of(client: PrefectClient, ids: Iterable[UUID]) -> list[DeploymentResponse]:
     """Return some deployments, without those that are gone."""
     ids_filter = DeploymentFilter(id=DeploymentFilterId(any_=list(ids)))
-    return await client.read_deployments(deployment_filter=ids_filter, limit=PAGE)
+    return await _deployments(client, deployment_filter=ids_filter)
+
+
+async def _deployments(client: PrefectClient, **filters: Any) -> list[DeploymentResponse]:
+    return await _all(client.read_deployments, sort=DeploymentSort.CREATED_DESC, **filters)
+
+
+async def flow_names(client: PrefectClient, ids: Collection[UUID]) -> dict[UUID, str]:
+    """Return the names of some flows, without those that are gone."""
+    some = FlowFilter(id=FlowFilterId(any_=list(ids)))
+    return {flow.id: flow.name for flow in await _all(client.read_flows, flow_filter=some)}
+
+
+async def queue_names(client: PrefectClient, work_pool: str) -> set[str]:
+    """Return the names of the queues of a work pool."""
+    return {queue.name for queue in await _all(client.read_work_queues, work_pool_name=work_pool)}
+
+
+async def _all(read: Callable[..., Awaitable[list[Any]]], **filters: Any) -> list[Any]:
+    """Return all pages of what a method of Prefect's client returns."""
+    found: dict[UUID, Any] = {}
+    for offset in itertools.count(0, PAGE):
+        page = await read(limit=PAGE, offset=offset, **filters)
+        found |= {one.id: one for one in page}
+        if len(page) < PAGE:
+            break
+    return list(found.values())
 
 
 async def jobs_of_pool(client: PrefectClient, work_pool: str) -> list[DeploymentResponse]:
@@ -65,7 +84,7 @@ async def jobs_of_pool(client: PrefectClient, work_pool: str) -> list[Deployment
 async def unfinished(client: PrefectClient, job_ids: Iterable[UUID]) -> set[UUID]:
     """Return those of the jobs that have a run which is planned, or goes on."""
     states = [kind for kind in StateType if kind not in TERMINAL_STATES]
-    found = await _runs(client, job_ids, states)
+    found = await runs_of(client, job_ids, states)
     return {flow_run.deployment_id for flow_run in found if flow_run.deployment_id is not None}
 
 
@@ -110,7 +129,7 @@ async def switch_off(client: PrefectClient, deployment: DeploymentResponse, reas
 
 async def _end_planned(client: PrefectClient, job_id: UUID, reason: str) -> None:
     """Have nothing more of a job begin: what is claimed is Skipped, what is not is deleted."""
-    for flow_run in await _runs(client, [job_id], [StateType.PENDING, StateType.SCHEDULED]):
+    for flow_run in await runs_of(client, [job_id], [StateType.PENDING, StateType.SCHEDULED]):
         if flow_run.state_type is StateType.PENDING:
             await client.set_flow_run_state(flow_run.id, schedules.skipped(reason), force=True)
         elif flow_run.state_name != "AwaitingRetry":  # that one has begun
@@ -120,7 +139,7 @@ async def _end_planned(client: PrefectClient, job_id: UUID, reason: str) -> None
 async def _ticks_of_ours(client: PrefectClient, job_id: UUID) -> list[FlowRun]:
     return [
         flow_run
-        for flow_run in await _runs(client, [job_id], [StateType.SCHEDULED])
+        for flow_run in await runs_of(client, [job_id], [StateType.SCHEDULED])
         if schedules.is_tick(flow_run) and not flow_run.auto_scheduled and flow_run.run_count == 0
     ]
 
@@ -131,27 +150,21 @@ def _place(flow_run: FlowRun) -> tuple[str, datetime]:
     return of, datetime.fromisoformat(due)
 
 
-async def _runs(client: PrefectClient, job_ids: Iterable[UUID], states: list[StateType]) -> list[FlowRun]:
+async def runs_of(client: PrefectClient, job_ids: Iterable[UUID], states: list[StateType]) -> list[FlowRun]:
     """Return the runs of jobs that are in one of some states."""
-    wanted, found = list(job_ids), dict[UUID, FlowRun]()
-    for offset in _offsets() if wanted else ():
-        page = await client.read_flow_runs(
-            deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=wanted)),
-            flow_run_filter=FlowRunFilter(
-                state=FlowRunFilterState(type=FlowRunFilterStateType(any_=states))
-            ),
-            sort=FlowRunSort.ID_DESC,
-            limit=PAGE,
-            offset=offset,
-        )
-        found |= {flow_run.id: flow_run for flow_run in page}
-        if len(page) < PAGE:
-            break
-    return list(found.values())
+    wanted = list(job_ids)
+    if not wanted:
+        return []
+    return await all_runs(
+        client,
+        FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=states))),
+        deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=wanted)),
+    )
 
 
-def _offsets() -> Iterator[int]:
-    return itertools.count(0, PAGE)
+async def all_runs(client: PrefectClient, which: FlowRunFilter, **filters: Any) -> list[FlowRun]:
+    """Return all runs that some filters let through, which `read_flow_runs` has as well."""
+    return await _all(client.read_flow_runs, flow_run_filter=which, sort=FlowRunSort.ID_DESC, **filters)
 
 
 async def _delete(client: PrefectClient, flow_run: FlowRun) -> None:

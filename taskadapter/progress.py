@@ -18,7 +18,7 @@ from prefect.logging import get_logger
 
 from taskadapter import runs
 from taskadapter.coordination.board import DeadlineBoard, clock
-from taskadapter.coordination.executions import Limits
+from taskadapter.coordination.executions import Entered, Limits
 from taskadapter.errors import (
     AccessDeniedError,
     CoordinationError,
@@ -160,11 +160,11 @@ def entries(database_url: str, keys: Collection[str], flow_run_ids: Collection[s
     return _ask(database_url, lambda connection: ledger.entries(connection, keys, flow_run_ids))
 
 
-def interrupted(database_url: str, token: Token) -> list[Entry]:
-    """Return what earlier holders of a group's token were executing when they lost it."""
+def interrupted(database_url: str, tokens: Collection[Token]) -> list[Entry]:
+    """Return what earlier holders of groups' tokens were executing when they lost them."""
     from taskadapter.coordination import ledger
 
-    return _ask(database_url, lambda connection: ledger.interrupted(connection, token))
+    return _ask(database_url, lambda connection: ledger.interrupted(connection, tokens))
 
 
 def orphaned(database_url: str, interval: float) -> list[Entry]:
@@ -200,21 +200,23 @@ def prune(database_url: str, seconds: float) -> None:
     _ask(database_url, forget)
 
 
-def dues(database_url: str, job_id: UUID, limit: int) -> tuple[list[datetime], datetime | None]:
-    """Return the times of the last ticks of a job that have begun, or are skipped, the newest first.
-
-    And since when its ticks are owed, if not since its schedule was made.
-    """
+def entered(database_url: str, job_ids: Iterable[UUID], limit: int) -> dict[UUID, Entered]:
+    """Return what is entered of the ticks of each job, of the last ones as many as `limit` says."""
     from taskadapter.coordination import jobs, ledger
 
-    def look(connection: Connection) -> tuple[list[str], str | None]:
-        return ledger.dues(connection, str(job_id), limit), jobs.opened(connection, str(job_id))
+    ids = {str(job_id): job_id for job_id in job_ids}
 
-    found, opened = _ask(database_url, look)
-    return (
-        [datetime.fromisoformat(due) for due in found],
-        None if opened is None else datetime.fromisoformat(opened),
-    )
+    def look(connection: Connection) -> tuple[dict[str, list[str]], dict[str, str]]:
+        return ledger.dues(connection, ids, limit), jobs.opened(connection, ids)
+
+    dues, opened = _ask(database_url, look)
+    return {
+        job_id: Entered(
+            [datetime.fromisoformat(due) for due in dues.get(key, [])],
+            datetime.fromisoformat(opened[key]) if key in opened else None,
+        )
+        for key, job_id in ids.items()
+    }
 
 
 def pause(database_url: str, job_id: UUID, *, paused: bool) -> None:

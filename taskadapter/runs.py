@@ -112,6 +112,11 @@ class Assignment(BaseModel, frozen=True):
         return Owner(self.node, self.incarnation, self.token)
 
     @property
+    def scheduled_time(self) -> datetime:
+        """When the tick was due, whenever Prefect has put it since; of other runs, when it is to start."""
+        return self.execution.due or self.due
+
+    @property
     def execution(self) -> executions.Execution:
         """What is executed once."""
         return execution_of(self.flow_run, is_ours=self.trigger is not None)

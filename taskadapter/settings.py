@@ -61,8 +61,9 @@ class TaskadapterSettings(PrefectBaseSettings):
         default=0.6,
         gt=0,
         description=(
-            "Seconds between two looks for new runs of an idle agent; one that has something to run "
-            "takes three times as long. PREFECT_WORKER_QUERY_SECONDS, where set, wins for both."
+            "Seconds between two looks for new runs of an idle agent that cannot hear Prefect's event "
+            "stream: a run by hand begins so much later. One that has something to run takes three times "
+            "as long. PREFECT_WORKER_QUERY_SECONDS, where set, wins for both."
         ),
     )
     preload: Annotated[tuple[str, ...], NoDecode] = Field(

@@ -133,4 +133,4 @@ class CarryOver:
         news = [reading for reading in readings if self._seen[reading.job_id] != reading.switches]
         if news:
             await asyncio.to_thread(progress.see, database_url, news)
-        self._seen = {reading.job_id: reading.switches for reading in readings}
+        self._seen |= {reading.job_id: reading.switches for reading in readings}

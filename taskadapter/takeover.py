@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Coroutine, Iterable
 from logging import Logger, LoggerAdapter
 from typing import Any
 from uuid import UUID
@@ -23,8 +22,8 @@ from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled, Crashed
 
-from taskadapter import progress, settling
-from taskadapter.api import API_FAULTS
+from taskadapter import planned, progress, settling
+from taskadapter.api import API_FAULTS, side_by_side
 from taskadapter.coordination.executions import ABANDONED, Entry
 from taskadapter.coordination.messages import Token
 from taskadapter.deployments import Deployments
@@ -66,7 +65,7 @@ class Takeover:
         self._suspects: dict[UUID, UUID | None] = {}
         self._troubles: set[str] = set()
 
-    async def clean_up(self, token: Token) -> None:
+    async def clean_up(self, tokens: Collection[Token]) -> None:
         """End what earlier holders were executing, and make due again what they had only claimed.
 
         It may be repeated: each step is done once.
@@ -75,17 +74,17 @@ class Takeover:
             CoordinationError: the database failed.
             HTTPError: the API failed.
         """
-        await self._end_all(await asyncio.to_thread(progress.interrupted, self.database_url, token))
-        await self._settle(await self._claimed(token.group_id))
+        await self._end_all(await asyncio.to_thread(progress.interrupted, self.database_url, tokens))
+        await self._settle(await self._claimed([token.group_id for token in tokens]))
 
-    async def sweep(self, queue: str, in_hand: Callable[[], frozenset[UUID]]) -> None:
+    async def sweep(self, queues: Collection[str], in_hand: Callable[[], frozenset[UUID]]) -> None:
         """Do the same for runs that are nobody's: a former holder's claim came too late to be seen.
 
         Only a run that was in the same state, and not in hand, at two sweeps in a row is nobody's; and
         where another node has it all the same, the ledger lets one of the two begin.
 
         Args:
-            queue: a group whose token this node holds, or the queue of jobs without one.
+            queues: the groups whose tokens this node holds, and the queue of jobs without one.
             in_hand: returns the runs that this node has claimed.
 
         Raises:
@@ -93,7 +92,7 @@ class Takeover:
             HTTPError: the API failed.
         """
         busy = in_hand()
-        claimed = await self._claimed(queue)
+        claimed = await self._claimed(queues)
         idle = [run for run in claimed if run.id not in busy | in_hand()]
         await self._settle([run for run in idle if self._suspects.get(run.id) == run.state_id])
         self._suspects = {run.id: run.state_id for run in idle}
@@ -111,9 +110,7 @@ class Takeover:
         await self._end_all(await asyncio.to_thread(progress.orphaned, self.database_url, interval))
 
     async def _end_all(self, interrupted: Iterable[Entry]) -> None:
-        for entry in interrupted:
-            with self._rest_goes_on(entry.flow_run_id):
-                await self._end(entry)
+        await side_by_side(self._apart(entry.flow_run_id, self._end(entry)) for entry in interrupted)
 
     async def _end(self, entry: Entry) -> None:
         """Settle one: Prefect first, so that what fails half-way is found again."""
@@ -138,11 +135,10 @@ class Takeover:
         await self._teller.report(flow_run, state, force=True)
         return settling.outcome_of(state.type)
 
-    @contextmanager
-    def _rest_goes_on(self, what: str) -> Iterator[None]:
+    async def _apart(self, what: str, work: Coroutine[Any, Any, None]) -> None:
         """Let one run's trouble not keep the others waiting; the API's and the database's are all runs'."""
         try:
-            yield
+            await work
         except (*API_FAULTS, CoordinationError):
             raise
         except Exception:  # noqa: BLE001 - whatever it is, it is told, and is this run's alone
@@ -157,9 +153,9 @@ class Takeover:
         keys = [key for run in claimed for key in _keys(run)]
         ids = [str(run.id) for run in claimed]
         found = await asyncio.to_thread(progress.entries, self.database_url, keys, ids)
-        for flow_run in claimed:
-            with self._rest_goes_on(flow_run.name):
-                await self._settle_one(flow_run, _entry_of(flow_run, found))
+        await side_by_side(
+            self._apart(run.name, self._settle_one(run, _entry_of(run, found))) for run in claimed
+        )
 
     async def _settle_one(self, flow_run: FlowRun, entry: Entry | None) -> None:
         match settling.decide(entry, flow_run.state_type, lives=True):
@@ -190,13 +186,12 @@ class Takeover:
         except (ObjectNotFound, DeclarationError):
             return False
 
-    async def _claimed(self, queue: str) -> list[FlowRun]:
-        return await self._client.read_flow_runs(
-            flow_run_filter=FlowRunFilter(
-                state=FlowRunFilterState(type=FlowRunFilterStateType(any_=CLAIMED))
-            ),
+    async def _claimed(self, queues: Collection[str]) -> list[FlowRun]:
+        return await planned.all_runs(
+            self._client,
+            FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=CLAIMED))),
             work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[self._pool_name])),
-            work_queue_filter=WorkQueueFilter(name=WorkQueueFilterName(any_=[queue])),
+            work_queue_filter=WorkQueueFilter(name=WorkQueueFilterName(any_=list(queues))),
         )
 
 

@@ -8,10 +8,11 @@ policy says.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
+from collections import Counter
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from itertools import islice
+from itertools import islice, starmap
 from logging import Logger, LoggerAdapter
 from typing import Any
 from uuid import UUID
@@ -33,6 +34,8 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.states import Pending
 
 from taskadapter import schedules
+from taskadapter.api import API_FAULTS, side_by_side
+from taskadapter.coordination.executions import Entered
 from taskadapter.errors import DeclarationError
 from taskadapter.model import TriggerConfiguration, WaitingPolicy
 from taskadapter.telling import Teller
@@ -40,6 +43,9 @@ from taskadapter.ticks import create_tick
 
 MADE_AHEAD = 20
 """How many late ticks of a job wait at most that the agent has made: the others follow in order."""
+
+MADE_AT_ONCE = 64
+"""How many late ticks of all jobs are made at one look, the oldest first, before it is acted on."""
 
 LOOK_AHEAD = timedelta(seconds=3)
 """A tick that nobody has planned this long before its time is made: longer than from one look of an agent
@@ -50,6 +56,9 @@ NEW = timedelta(seconds=5)
 
 SHOWN = 100
 """How many ticks that a policy ignores are made, to be shown as skipped; those before are passed over."""
+
+CLAIM_LEAD = timedelta(seconds=10)
+"""A run is to be known longer before its time than it is claimed."""
 
 POLL_LIMIT = 200
 """How many runs the API returns at once; those that are due first."""
@@ -77,20 +86,6 @@ class Plan:
     # Deploying again touches these, and leaves the ticks what they are.
     trigger: TriggerConfiguration = field(compare=False)
     created: datetime = field(compare=False)
-
-
-@dataclass(frozen=True)
-class Entered:
-    """What the coordination database has of a job's ticks.
-
-    Attributes:
-        dues: the times of the last ones that have begun, or are skipped, the newest first.
-        opened: since when they are owed: its schedule was switched on again then, or edited; None if since
-            that was made.
-    """
-
-    dues: list[datetime] = field(default_factory=list)
-    opened: datetime | None = None
 
 
 @dataclass
@@ -129,6 +124,14 @@ class Line:
         ticks = self._ticks(until)
         return list(islice((tick for tick in ticks if tick not in self.settled), MADE_AHEAD))
 
+    def unplanned(self, after: datetime, until: datetime, known: Collection[datetime]) -> datetime | None:
+        """Return the first tick in a span of time that nobody has planned, settled ones aside."""
+        end = self.plan.trigger.end_time
+        until = until if end is None else min(until, end)
+        after = max(after, self.through)
+        ticks = schedules.ticks(self.plan.anchor, self.plan.interval, after=after, until=until)
+        return next((tick for tick in ticks if tick not in known and tick not in self.settled), None)
+
     def settle(self, tick: datetime) -> None:
         """Take note that a tick has been claimed, skipped or ended."""
         if tick <= self.through:
@@ -150,17 +153,18 @@ class Timetable:
     Args:
         client: connected to the API.
         log: the agent's.
-        entered: returns what the database has of a job's ticks.
+        entered: returns what the database has of the ticks of some jobs.
 
     Attributes:
         has_new: whether only the first ticks of a job have been made, and others are to follow.
+        complete_until: when it is to be completed again.
     """
 
     def __init__(
         self,
         client: PrefectClient,
         log: Logger | LoggerAdapter[Any],
-        entered: Callable[[UUID], Awaitable[Entered]],
+        entered: Callable[[Collection[UUID]], Awaitable[Mapping[UUID, Entered]]],
     ) -> None:
         self._client = client
         self._log = log
@@ -172,6 +176,7 @@ class Timetable:
         self._lines: dict[UUID, Line] = {}
         self._ended: set[UUID] = set()
         self.has_new = False
+        self.complete_until = datetime.now(UTC)
 
     def learn(self, deployments: Iterable[DeploymentResponse]) -> set[UUID]:
         """Take note of all deployments of the pool as they are now; returns those that are gone."""
@@ -179,8 +184,14 @@ class Timetable:
         gone = (self._deployments.keys() | self._ended) - known.keys()
         # A job that has ended shows as active until the API has been told, and in what was read before.
         self._ended = {id_ for id_ in self._ended if id_ in known and is_on(known[id_])}
-        self._deployments = {id_: known[id_] for id_ in known.keys() - self._ended}
-        plans = {id_: plan_of(deployment) for id_, deployment in self._deployments.items()}
+        before, self._deployments = (
+            self._deployments,
+            {id_: known[id_] for id_ in known.keys() - self._ended},
+        )
+        plans = {
+            id_: self._plans.get(id_) if before.get(id_) is deployment else plan_of(deployment)
+            for id_, deployment in self._deployments.items()
+        }
         self._plans = {id_: plan for id_, plan in plans.items() if plan is not None}
         for deployment_id, line in list(self._lines.items()):
             plan = self._plans.get(deployment_id)
@@ -267,7 +278,12 @@ class Timetable:
             line.settle(tick)
 
     async def complete(
-        self, found: list[FlowRun], queues: Collection[str], in_hand: Iterable[FlowRun], until: datetime
+        self,
+        found: list[FlowRun],
+        queues: Collection[str],
+        in_hand: Iterable[FlowRun],
+        now: datetime,
+        until: datetime,
     ) -> list[FlowRun]:
         """Add the ticks that are due, or soon will be, and that nobody has planned.
 
@@ -275,7 +291,8 @@ class Timetable:
             found: the runs that wait on the queues, those that are due first.
             queues: the ones that this agent runs.
             in_hand: the runs that it has taken and not finished.
-            until: the moment of the look.
+            now: the moment of the look.
+            until: up to when it has looked for runs.
 
         Returns:
             The runs to be started; without those of a job that has earlier ones still to be made.
@@ -284,38 +301,74 @@ class Timetable:
             HTTPError: the API failed; the same call may be repeated.
         """
         await self._open_lines(queues)
-        if len(found) >= POLL_LIMIT:
+        if is_full := len(found) >= POLL_LIMIT:
             until = min(until, max(filter(None, map(schedules.tick_of, found)), default=until))
+            now = min(now, until - timedelta.resolution)  # perhaps others are due at that very moment
         known: dict[UUID | None, set[datetime]] = {}
         for run in (*found, *in_hand):
             if (tick := schedules.tick_of(run)) is not None:
                 known.setdefault(run.deployment_id, set()).add(tick)
         self.has_new = False
-        for line in list(self._lines.values()):
-            still_open = line.deployment_id in self._lines  # its job may have ended meanwhile
-            if still_open and line.plan.queue in queues and not line.held:
+        self.complete_until = until - CLAIM_LEAD if is_full else until
+        missing: list[tuple[datetime, Line]] = []
+        held_up: dict[UUID | None, datetime] = {}
+        for line in self._lines.values():
+            if line.plan.queue in queues and not line.held:
                 # What a new job is due to do at once need not wait for what is to follow.
-                ahead = timedelta(0) if line.is_new else LOOK_AHEAD
+                owed = line.owed(now if line.is_new else now + LOOK_AHEAD)
                 self.has_new |= line.is_new
                 line.is_new = False
-                found = await self._fill(line, found, known.get(line.deployment_id, set()), until + ahead)
-        return found
+                planned = known.get(line.deployment_id, set())
+                missing += [(tick, line) for tick in owed if tick not in planned]
+                if len(owed) == MADE_AHEAD:
+                    held_up[line.deployment_id] = owed[-1] + timedelta.resolution
+                if (tick := line.unplanned(now + LOOK_AHEAD, until, planned)) is not None:
+                    self.complete_until = min(self.complete_until, tick - LOOK_AHEAD)
+        missing.sort(key=lambda one: one[0])
+        for tick, line in missing[MADE_AT_ONCE:]:
+            held_up[line.deployment_id] = min(tick, held_up.get(line.deployment_id, tick))
+        made = await self._make_all(missing[:MADE_AT_ONCE], held_up)
+        if held_up:
+            self.complete_until = min(self.complete_until, now)
+        # Ticks of a job begin in order: later ones wait for those that are still to be made.
+        return [run for run in (*found, *made) if _is_before(run, held_up.get(run.deployment_id))]
 
-    async def _fill(
-        self, line: Line, found: list[FlowRun], known: set[datetime], until: datetime
+    async def _make_all(
+        self, missing: list[tuple[datetime, Line]], held_up: dict[UUID | None, datetime]
     ) -> list[FlowRun]:
-        owed = line.owed(until)
-        made = [run for tick in owed if tick not in known and (run := await self._make(line, tick))]
-        if made:
-            self._log.info("%d tick(s) of job %s had not been planned.", len(made), line.name)
-        if len(owed) < MADE_AHEAD:
-            return [*found, *made]
-        others = [run for run in found if run.deployment_id != line.deployment_id]
-        ours = [run for run in found if run.deployment_id == line.deployment_id]
-        return [*others, *(run for run in ours if (schedules.tick_of(run) or until) <= owed[-1]), *made]
+        """Make ticks side by side; where the API fails for some, those of other jobs go on.
+
+        Args:
+            missing: the ticks, oldest first.
+            held_up: of each job the first tick that is not made; those that fail are added.
+
+        Raises:
+            HTTPError: the API fails for all.
+        """
+        faults: list[Exception] = []
+
+        async def make(tick: datetime, line: Line) -> FlowRun | None:
+            try:
+                return await self._make(line, tick)
+            except API_FAULTS as fault:
+                faults.append(fault)
+                held_up[line.deployment_id] = min(tick, held_up.get(line.deployment_id, tick))
+                return None
+
+        made = [run for run in await side_by_side(starmap(make, missing)) if run is not None]
+        if len(faults) == len(missing) and faults:
+            raise faults[0]
+        names = {line.deployment_id: line.name for _, line in missing}
+        for job_id, count in Counter(run.deployment_id for run in made).items():
+            self._log.info(
+                "%d tick(s) of job %s had not been planned.", count, names[job_id or UUID(int=0)]
+            )
+        return made
 
     async def _make(self, line: Line, tick: datetime) -> FlowRun | None:
         """Return the run of a tick if it waits: made now, unless somebody was quicker."""
+        if self._lines.get(line.deployment_id) is not line:
+            return None  # its job has ended meanwhile
         try:
             run = await create_tick(self._client, line.deployment_id, line.plan.schedule_id, tick)
         except httpx.HTTPStatusError as fault:
@@ -326,15 +379,21 @@ class Timetable:
         if run.state is not None and run.state.is_scheduled():
             if run.work_queue_id == line.plan.queue_id:
                 return run
+            if (await self._client.read_deployment(line.deployment_id)).work_queue_id != line.plan.queue_id:
+                line.held = True  # it has moved, and is another agent's
+                return None
             if await self._withdraw(run):
                 return await create_tick(self._client, line.deployment_id, line.plan.schedule_id, tick)
         # The engine takes an API that fails it before the body for a crash, and then its node has died.
         is_crashed = run.state is not None and run.state.is_crashed()
-        if is_crashed and tick not in (await self._entered(line.deployment_id)).dues:
+        if is_crashed and not await self._has_begun(line.deployment_id, tick):
             await self._teller.put_back(run, tick)
             return await self._client.read_flow_run(run.id)
         line.settle(tick)
         return None
+
+    async def _has_begun(self, job_id: UUID, tick: datetime) -> bool:
+        return tick in (await self._entered([job_id]))[job_id].dues
 
     async def _withdraw(self, run: FlowRun) -> bool:
         """Take a tick back from the queue that its job was on before; False if an agent there has it.
@@ -350,13 +409,14 @@ class Timetable:
         return True
 
     async def _open_lines(self, queues: Collection[str]) -> None:
-        for deployment_id, plan in list(self._plans.items()):
-            line = self._lines.get(deployment_id)
-            if plan.queue not in queues or (line is not None and not line.is_stale):
-                continue
-            through, settled = await self._settled(deployment_id, plan)
-            # It may have ended meanwhile.
-            if (deployment := self._deployments.get(deployment_id)) is not None:
+        """Begin the lines of the jobs that have none yet, or a stale one."""
+        lines = {id_: self._lines.get(id_) for id_, plan in self._plans.items() if plan.queue in queues}
+        plans = {id_: self._plans[id_] for id_, line in lines.items() if line is None or line.is_stale}
+        entered, last = await self._settled(plans)
+        for deployment_id, plan in plans.items():
+            line, deployment = lines[deployment_id], self._deployments.get(deployment_id)
+            if deployment is not None:  # else it has ended meanwhile
+                through, settled = _begin(plan, entered.get(deployment_id), last.get(deployment_id))
                 self._lines[deployment_id] = Line(
                     deployment_id,
                     deployment.name,
@@ -368,40 +428,72 @@ class Timetable:
                     is_new=line is None,
                 )
 
-    async def _settled(self, deployment_id: UUID, plan: Plan) -> tuple[datetime, set[datetime]]:
-        """Return the moment until which all ticks are settled, and later ones that are.
+    async def _settled(
+        self, plans: Mapping[UUID, Plan]
+    ) -> tuple[Mapping[UUID, Entered], Mapping[UUID, datetime]]:
+        """Return what is entered of some jobs and, where nothing is, their last tick that is settled."""
+        # The few ticks of a schedule that is new show for themselves whether they are settled.
+        old = [id_ for id_, plan in plans.items() if datetime.now(UTC) - plan.created >= NEW]
+        entered = await self._entered(old) if old else {}
+        unknown = {id_: plans[id_].schedule_id for id_, found in entered.items() if not found.dues}
+        return entered, await self._last_settled(unknown)
 
-        Nothing is owed from before the schedule was made, edited or switched on again; but its first tick
-        is, where that is to come at once. Since then the ledger says what has run: whatever is missing
-        between its entries has been lost.
-        """
-        start = plan.created
-        if plan.trigger.start_time is None:
-            start = min(start, plan.anchor - timedelta(microseconds=1))
-        if datetime.now(UTC) - plan.created < NEW:
-            return start, set()  # its few ticks show for themselves whether they are settled
-        entered = await self._entered(deployment_id)
-        start = max(start, entered.opened or start)
-        if entered.dues:
-            return max(start, entered.dues[-1]), set(entered.dues)
-        # Ticks of one job are claimed in order.
-        last = await self._last_settled(deployment_id, plan.schedule_id)
-        return max(start, last or start), set()
-
-    async def _last_settled(self, deployment_id: UUID, schedule_id: UUID) -> datetime | None:
+    async def _last_settled(self, schedule_ids: Mapping[UUID, UUID]) -> dict[UUID, datetime]:
+        """Return the last tick of each job that is settled, as Prefect has it."""
         types = [kind for kind in StateType if kind is not StateType.SCHEDULED]
-        runs = await self._client.read_flow_runs(
-            deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[deployment_id])),
-            flow_run_filter=FlowRunFilter(
-                state=FlowRunFilterState(type=FlowRunFilterStateType(any_=types)),
-                expected_start_time=FlowRunFilterExpectedStartTime(before_=datetime.now(UTC)),
-            ),
-            sort=FlowRunSort.EXPECTED_START_TIME_DESC,
-            limit=POLL_LIMIT,
-        )
-        ours = f"scheduled {deployment_id} {schedule_id} "
-        ticks = (schedules.tick_of(run) for run in runs if (run.idempotency_key or "").startswith(ours))
-        return next(filter(None, ticks), None)
+        left, last = set(schedule_ids), dict[UUID, datetime]()
+        while left:
+            runs = await self._client.read_flow_runs(
+                deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=list(left))),
+                flow_run_filter=FlowRunFilter(
+                    state=FlowRunFilterState(type=FlowRunFilterStateType(any_=types)),
+                    expected_start_time=FlowRunFilterExpectedStartTime(before_=datetime.now(UTC)),
+                ),
+                sort=FlowRunSort.EXPECTED_START_TIME_DESC,
+                limit=POLL_LIMIT,
+            )
+            for run in runs:
+                job_id, tick = run.deployment_id, schedules.tick_of(run)
+                if job_id in left and tick is not None and _is_of(run, schedule_ids[job_id]):
+                    last.setdefault(job_id, tick)
+            if len(runs) < POLL_LIMIT:
+                break
+            left -= {run.deployment_id for run in runs}
+        return last
+
+
+def _is_of(flow_run: FlowRun, schedule_id: UUID) -> bool:
+    key = flow_run.idempotency_key or ""
+    return key.startswith(f"scheduled {flow_run.deployment_id} {schedule_id} ")
+
+
+def _is_before(flow_run: FlowRun, first: datetime | None) -> bool:
+    """Return whether a run goes before a tick of its job that is still to be made."""
+    return first is None or (tick := schedules.tick_of(flow_run)) is None or tick < first
+
+
+def _begin(plan: Plan, entered: Entered | None, last: datetime | None) -> tuple[datetime, set[datetime]]:
+    """Return the moment until which all ticks of a job are settled, and later ones that are.
+
+    Nothing is owed from before the schedule was made, edited or switched on again; but its first tick is,
+    where that is to come at once. Since then the ledger says what has run: whatever is missing between its
+    entries has been lost.
+
+    Args:
+        plan: the job's.
+        entered: what the ledger has of it.
+        last: its last tick that is settled, where the ledger has none.
+    """
+    start = plan.created
+    if plan.trigger.start_time is None:
+        start = min(start, plan.anchor - timedelta(microseconds=1))
+    if entered is None:
+        return start, set()
+    start = max(start, entered.opened or start)
+    if entered.dues:
+        return max(start, entered.dues[-1]), set(entered.dues)
+    # Ticks of one job are claimed in order.
+    return max(start, last or start), set()
 
 
 def trigger_of(deployment: DeploymentResponse) -> TriggerConfiguration | None:

@@ -75,7 +75,7 @@ def _too_late(assignment: Assignment) -> Answer | None:
         return None
     judgement = schedules.judge(
         assignment.trigger,
-        assignment.due,
+        assignment.scheduled_time,
         now=datetime.now(UTC),
         waiting_time=assignment.waiting_time,
         begun=assignment.flow_run.run_count > 0,

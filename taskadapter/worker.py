@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Collection, Coroutine
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -23,6 +23,7 @@ from uuid import UUID, uuid4
 
 import anyio.abc
 from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.responses import DeploymentResponse
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import (
     PREFECT_CLIENT_MAX_RETRIES,
@@ -34,26 +35,40 @@ from prefect.workers.base import BaseWorker, BaseWorkerResult
 
 from taskadapter import planned, progress
 from taskadapter.api import API_FAULTS, in_words
+from taskadapter.coordination.executions import Entered
 from taskadapter.coordination.messages import FOREIGN_GROUP, Gained, Lost, Refused, ResignAsked, Token
 from taskadapter.deployments import Deployments, WarmBackupJobConfiguration, WarmBackupVariables
 from taskadapter.dispatcher import Dispatcher, Node
 from taskadapter.domain import Domain, PoolSize, preload_of
 from taskadapter.errors import ApiUnavailableError, CoordinationError, TaskError
 from taskadapter.groups import Groups
+from taskadapter.hearing import Hearing, Kind, News
 from taskadapter.hosts import HostPool
+from taskadapter.looks import SHORTEST_PAUSE_SECONDS, Looks
 from taskadapter.model import DEFAULT_QUEUE
 from taskadapter.settings import TaskadapterSettings
 from taskadapter.signals import at_a_signal
 from taskadapter.switches import CarryOver
 from taskadapter.takeover import Takeover
-from taskadapter.timetable import POLL_LIMIT, Entered, Timetable
+from taskadapter.timetable import POLL_LIMIT, Timetable
 
+LOOP_SECONDS = 0.2
+"""How often the agent sees whether it is time for a look."""
+
+PLENTY_SECONDS = 2.0
+"""How long there is between two looks at least, while there is more to do than there is room for."""
+
+LISTENING_SECONDS = 30.0
+"""How often the agent looks for runs that hears of what it cannot know ahead: it looks as far ahead."""
+
+LISTENING_VISIT_SECONDS = 60.0
 VISIT_SECONDS = 8.0
 IDLE_VISIT_SECONDS = 2.0
-"""How often the agent looks at the queues, which are groups, and deployments of its pool: at work, idle."""
+"""How often the agent looks at the queues, which are groups, and deployments of its pool: while it hears
+what changes; else at work, and idle."""
 
 BUSY_POLLS = 3
-"""At work, the agent looks for runs at each third time only: it sees them well ahead."""
+"""At work, an agent that does not hear looks for runs at each third time only: it sees them well ahead."""
 
 SWEEP_SECONDS = 15.0
 """How often an active node looks for runs of its groups that are nobody's."""
@@ -79,6 +94,9 @@ LONGEST_BACKOFF_SECONDS = 15.0
 
 LIVES_WITHIN_BEATS = 4
 """A process of this node's name that lives has shown so after so many heartbeats: this one is refused."""
+
+NAMED = 3
+"""How many groups a line of the log names; it counts the others."""
 
 JOIN_SECONDS = 0.02
 """How long to wait between two looks whether this node takes part already."""
@@ -113,7 +131,10 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         self._incarnation = str(uuid4())
         self._carry_over = CarryOver()
         self._database_url = self._settings.default_database_url()
-        # The groups that this node is active for, once what former holders left is put in order.
+        # Tokens that were gained, and since when what former holders left is being put in order.
+        self._gained: dict[Token, float] = {}
+        self._has_gained = asyncio.Event()
+        # The groups that this node is active for, once that is done.
         self._active: dict[str, Token] = {}
         # Groups that are known to be this pool's, and those that are another's.
         self._claimed: AbstractSet[str] = frozenset()
@@ -127,15 +148,20 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         self._is_up = asyncio.Event()
         # When it was first seen that another process has, or had, this node's name.
         self._waits_since = float("inf")
-        self._visited_at = float("-inf")
-        self._polled_at = float("-inf")
+        self._looks = Looks()
         self._looking = asyncio.Lock()
+        # The pool's deployments, as they were last looked at.
+        self._deployed: dict[UUID, DeploymentResponse] = {}
         self._gone: set[UUID] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._faults = 0
         self._refused: str | None = None
         self._once = False
-        self._busy_poll_seconds = BUSY_POLLS * self._settings.poll_seconds
+        self._hearing = Hearing(self._logger, self._hear, lambda: self._faults > 0)
+        self._listening: asyncio.Task[None] | None = None
+        self._heard_pool: UUID | None = None
+        self._poll_seconds = self._settings.poll_seconds
+        self._busy_poll_seconds = BUSY_POLLS * self._poll_seconds
 
     # --- life cycle -------------------------------------------------------------------------------
 
@@ -148,9 +174,8 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         """Work until stopped, by SIGTERM or Ctrl-C; the arguments are those of `BaseWorker.start`."""
         self._once = run_once
         worker = get_current_settings().worker
-        seconds = self._settings.poll_seconds
         if "query_seconds" in worker.model_fields_set:
-            seconds, self._busy_poll_seconds = worker.query_seconds, 0.0
+            self._poll_seconds = self._busy_poll_seconds = worker.query_seconds
         task = asyncio.current_task()
 
         def stop() -> None:
@@ -161,7 +186,7 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         # Prefect's command turns SIGTERM into an interrupt, which a process ignores that a script has
         # started in the background.
         # The agent's own waits tell of an API that does not answer, and are shorter than the client's.
-        settings = {PREFECT_WORKER_QUERY_SECONDS: seconds, PREFECT_CLIENT_MAX_RETRIES: CLIENT_RETRIES}
+        settings = {PREFECT_WORKER_QUERY_SECONDS: LOOP_SECONDS, PREFECT_CLIENT_MAX_RETRIES: CLIENT_RETRIES}
         with temporary_settings(settings), at_a_signal(stop):
             await super().start(run_once, with_healthcheck, printer)
 
@@ -191,11 +216,14 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
             may_run=self._may_run,
             database_url=lambda: self._database_url,
             board=lambda: self._groups.board if self._groups else None,
+            hears=lambda: self._hearing.hears,
+            heard=self._looks.hear,
         )
         self._dispatcher = Dispatcher(node, self._hosts, self._deployments, self._timetable)
         self._dispatching = asyncio.create_task(self._for_ever(self._dispatcher.dispatch))
         self._watching = asyncio.create_task(self._for_ever(self._dispatcher.watch))
-        self._spawn(self._for_ever(self._look_after_default))
+        self._spawn(self._for_ever(self._take_over))
+        self._spawn(self._for_ever(self._look_after_claimed))
         self._spawn(self._for_ever(self._look_after_hosts))
         self._spawn(self._for_ever(self._look_after_paused))
         self._is_up.set()
@@ -259,7 +287,7 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         self._left_out -= set(job_ids)
         end = time.monotonic() + within
         if self._groups is not None and domain not in (None, self._groups.domain):
-            self._visited_at = float("-inf")  # nobody has declared one before
+            self._looks.want_visit()  # nobody has declared one before
         await self._look_at_once(queue, job_ids, end)
         if queue != DEFAULT_QUEUE:
             await self._until_registered(queue, end)
@@ -296,12 +324,12 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
             if time.monotonic() >= end:
                 raise ApiUnavailableError(f"Prefect's API does not answer{fault}.")
             await asyncio.sleep(JOIN_SECONDS)
-        self._polled_at = float("-inf")  # the next poll is not left out
+        self._looks.want()
 
     async def _learn(self, queue: str, job_ids: Collection[UUID]) -> None:
         """Look at one queue of the pool and some of its jobs, as a visit does at all of them."""
-        groups = self._groups
-        if groups is None or self._visited_at == float("-inf"):
+        groups, asked = self._groups, time.monotonic()
+        if groups is None or self._looks.is_visit_due(float("inf")):
             await self._visit()
             return
         self._queues.add(queue)
@@ -309,9 +337,10 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         groups.stand_by(frozenset() if self._stands_back else names, self._database_url)
         found = await planned.deployments_of(self.client, job_ids)
         await self._carry_over.look(self._database_url, found)
+        self._deployed |= {deployment.id: deployment for deployment in found}
         self._timetable.add(found)
         # To list all deployments is dear, and many may join one after the other.
-        self._visited_at = time.monotonic()
+        self._looks.visited(asked)
 
     async def _until_registered(self, queue: str, end: float) -> None:
         groups = self._groups
@@ -392,13 +421,13 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         self._last_polled_time = datetime.now(UTC)
         if self._refused is not None:
             raise CoordinationError(self._refused)
-        if not self._has_successfully_synced or self._may_wait():
+        if not self._has_successfully_synced or not self._looks.is_due(self._pause):
             return []
         async with self._looking:  # a takeover looks at once, perhaps in the middle of another look
             return await self._look_once()
 
     async def _look_once(self) -> list[FlowRun]:
-        asked = self._polled_at = time.monotonic()
+        asked = time.monotonic()
         try:
             found = await self._look()
         except (*API_FAULTS, TaskError) as fault:
@@ -412,13 +441,43 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
             self._logger.info("Looking for runs succeeds again, after %d failures.", self._faults)
             self._faults = 0
         self._dispatcher.found(found, asked)
+        by_hand = {run.id: run.created for run in found if not run.auto_scheduled}
+        self._hearing.compare(by_hand | {id_: deployed.created for id_, deployed in self._deployed.items()})
+        ahead = (self._timetable.complete_until - datetime.now(UTC)).total_seconds()
+        shortest = PLENTY_SECONDS if self._dispatcher.has_plenty else SHORTEST_PAUSE_SECONDS
+        self._looks.looked(asked, max(ahead, 0.0 if self._timetable.has_new else shortest))
         return found
 
-    def _may_wait(self) -> bool:
-        """Return whether this look is to be left out: what is due soon was seen at the last one."""
-        may_pause = self._dispatcher.is_busy and not self._timetable.has_new
-        pause = self._busy_poll_seconds if may_pause else 0.0
-        return time.monotonic() - self._polled_at < pause * 0.9
+    @property
+    def _pause(self) -> float:
+        """How many seconds there are between two looks: what is due until the next one is seen before."""
+        if self._hearing.hears:
+            return LISTENING_SECONDS
+        return self._busy_poll_seconds if self._dispatcher.is_busy else self._poll_seconds
+
+    @property
+    def _visit_pause(self) -> float:
+        if self._hearing.hears:
+            return LISTENING_VISIT_SECONDS
+        # Has a job been resumed? Its missed ticks are late already.
+        is_busy = self._dispatcher.is_busy and not self._timetable.held
+        return VISIT_SECONDS if is_busy else IDLE_VISIT_SECONDS
+
+    def _listen(self) -> None:
+        """Hear of what happens in the pool, which may have been deleted and made anew."""
+        if self._heard_pool != self.work_pool.id:
+            self._heard_pool = self.work_pool.id
+            if self._listening is not None:
+                self._listening.cancel()
+            self._listening = self._spawn(self._hearing.listen(self._heard_pool))
+
+    def _hear(self, news: News | None) -> None:
+        """Do about some news what is to be done, or look at what it is about."""
+        about = None if news is None else news.about
+        if news is not None and news.kind is Kind.CANCELLING and about is not None:
+            self._dispatcher.cancel(about)
+        elif about not in self._dispatcher.in_hand:
+            self._looks.hear(news)
 
     async def _back_off(self, fault: str) -> None:
         """Say once why, and wait longer each time."""
@@ -428,16 +487,15 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         await asyncio.sleep(min(LONGEST_BACKOFF_SECONDS, 2.0 ** min(self._faults, 10) / 4))
 
     async def _look(self) -> list[FlowRun]:
-        # Has a job been resumed? Its missed ticks are late already.
-        is_busy = self._dispatcher.is_busy and not self._timetable.held
-        pause = VISIT_SECONDS if is_busy else IDLE_VISIT_SECONDS
-        if time.monotonic() - self._visited_at > pause:
+        if self._looks.is_visit_due(self._visit_pause):
             await self._visit()
-        wanted = [name for name in (DEFAULT_QUEUE, *self._active) if self._polls(name)]
+        elif changed := self._looks.changed:
+            await self._look_at(changed)
+        wanted = self._polled_queues()
         if not wanted:
             return []
         now = datetime.now(UTC)
-        before = now + timedelta(seconds=self._prefetch_seconds)
+        before = now + timedelta(seconds=self._pause + self._prefetch_seconds)
         try:
             # The server looks up each queue by its name, but not those of the whole pool.
             names = None if self._queues <= set(wanted) else wanted
@@ -445,7 +503,7 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
                 self._work_pool_name, work_queue_names=names, scheduled_before=before
             )
         except ObjectNotFound:
-            self._visited_at = float("-inf")  # a queue, or the pool, was deleted
+            self._looks.want_visit()  # a queue, or the pool, was deleted
             return []
         runs = [response.flow_run for response in found if _queue_of(response.flow_run) in wanted]
         runs = [run for run in runs if self._runs_job_of(run)]
@@ -458,7 +516,12 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         if self._timetable.strangers(runs) - self._gone:
             await self._visit()
             self._gone = self._timetable.strangers(runs)
-        return await self._timetable.complete(runs, wanted, self._dispatcher.runs_in_hand, now)
+        runs = await self._timetable.complete(runs, wanted, self._dispatcher.runs_in_hand, now, before)
+        await self._deployments.prepare(runs)
+        return runs
+
+    def _polled_queues(self) -> list[str]:
+        return [name for name in (DEFAULT_QUEUE, *self._active) if self._polls(name)]
 
     def _runs_job_of(self, flow_run: FlowRun) -> bool:
         return flow_run.deployment_id not in self._left_out
@@ -468,15 +531,30 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
 
     async def _visit(self) -> None:
         """Look at the pool's queues and deployments: at its groups, and at what its jobs are to do."""
+        asked = time.monotonic()
         await self._stand_by()
+        self._listen()
         found = await planned.deployments_of_pool(self.client, self._work_pool_name)
-        await self._carry_over.look(self._database_url, found)
-        found = [deployment for deployment in found if deployment.id not in self._left_out]
-        if gone := self._timetable.learn(found):
-            self._spawn(self._end_gone(gone))
+        self._deployed = {deployment.id: deployment for deployment in found}
+        await self._take_note(found)
         size = PoolSize.of(self.work_pool)
         self._hosts.limit = self._limit or size.worker_count or self._settings.worker_count
-        self._visited_at = time.monotonic()
+        self._looks.visited(asked)
+
+    async def _look_at(self, job_ids: Collection[UUID]) -> None:
+        """Look at some deployments of which there is news."""
+        found = await planned.deployments_of(self.client, job_ids)
+        ours = [deployment for deployment in found if deployment.work_pool_name == self._work_pool_name]
+        rest = {id_: deployment for id_, deployment in self._deployed.items() if id_ not in job_ids}
+        self._deployed = rest | {deployment.id: deployment for deployment in ours}
+        await self._take_note(ours)
+
+    async def _take_note(self, news: Collection[DeploymentResponse]) -> None:
+        """Carry over what has changed in some deployments, and see what all jobs are to do."""
+        await self._carry_over.look(self._database_url, news)
+        found = [deployment for id_, deployment in self._deployed.items() if id_ not in self._left_out]
+        if gone := self._timetable.learn(found):
+            self._spawn(self._end_gone(gone))
 
     async def _end_gone(self, job_ids: set[UUID]) -> None:
         """Have nothing of jobs begin that were deleted."""
@@ -489,14 +567,13 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
                     reason = "its deployment was deleted"
                     await asyncio.to_thread(progress.end_job, self._database_url, job_id, reason)
 
-    async def _entered(self, job_id: UUID) -> Entered:
-        """Return what the database has of a job's ticks."""
-        return Entered(*await asyncio.to_thread(progress.dues, self._database_url, job_id, POLL_LIMIT))
+    async def _entered(self, job_ids: Collection[UUID]) -> dict[UUID, Entered]:
+        """Return what the database has of the ticks of some jobs."""
+        return await asyncio.to_thread(progress.entered, self._database_url, job_ids, POLL_LIMIT)
 
     async def _stand_by(self) -> None:
         """Stand by for the groups that the pool has, which are its queues."""
-        queues = await self.client.read_work_queues(work_pool_name=self._work_pool_name)
-        self._queues = {queue.name for queue in queues}
+        self._queues = await planned.queue_names(self.client, self._work_pool_name)
         names = {name for name in self._queues if self._polls(name)} - {DEFAULT_QUEUE}
         groups = self._groups
         # Whoever declares a new group may have declared another database or timing with it.
@@ -567,8 +644,10 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
     def _on_change(self, change: Gained | Lost | ResignAsked | Refused) -> None:
         match change:
             case Gained(token):
-                self._spawn(self._take_over(token))
+                self._gained[token] = time.monotonic()
+                self._has_gained.set()
             case Lost(token):
+                self._gained.pop(token, None)
                 if self._active.get(token.group_id) == token:
                     del self._active[token.group_id]
                     self._timetable.forget(token.group_id)
@@ -578,10 +657,11 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
             case Refused(reason):
                 self._refused = reason
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._has_ended)
+        return task
 
     def _has_ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
@@ -597,23 +677,48 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
                 self._logger.exception("The agent goes on after an error that should not be.")
                 await asyncio.sleep(1)
 
-    async def _take_over(self, token: Token) -> None:
-        """Put in order what former holders left, then run the group's jobs for as long as it is ours."""
-        takeover = self._new_takeover()
-        await self._persist(token, lambda: takeover.clean_up(token), gives_up=True)
-        if not self._holds(token) or not self._polls(token.group_id):
-            return
-        self._active[token.group_id] = token
-        self._polled_at = float("-inf")  # the next poll is not left out
-        if token.term > 1:
+    async def _take_over(self) -> None:
+        """Put in order what former holders of groups left that were gained, then run the groups' jobs.
+
+        All at once, again and again until it succeeds. A token is given back when it has not within a
+        lease: another node may be able to.
+        """
+        takeover, faults, told = self._new_takeover(), 0, ""
+        while True:
+            tokens = [token for token in self._gained if self._holds(token)]
+            if not tokens:
+                self._gained.clear()
+                self._has_gained.clear()
+                await self._has_gained.wait()
+                takeover, faults, told = self._new_takeover(), 0, ""
+                continue
+            try:
+                await takeover.clean_up(tokens)
+                await self._be_active(tokens)
+            except Exception as fault:  # noqa: BLE001 - whoever holds a token runs its jobs, or says why not
+                if str(fault) != told:
+                    self._logger.warning("%s held up: %s", _in_words(tokens), in_words(fault))
+                told, faults = str(fault), faults + 1
+                await self._give_up(tokens, told)
+                await asyncio.sleep(min(LONGEST_BACKOFF_SECONDS, 2.0 ** min(faults, 10) / 4))
+
+    async def _give_up(self, tokens: Collection[Token], reason: str) -> None:
+        """Leave those groups to other nodes that could not be taken over within a lease."""
+        lease = 0.0 if self._groups is None else self._groups.domain.liveness_check_interval
+        for token in tokens:
+            if time.monotonic() - self._gained.get(token, float("inf")) > lease:
+                del self._gained[token]
+                self._logger.warning("Group %s is left to another node: %s", token.group_id, reason)
+                await self._hand_over(token)
+
+    async def _be_active(self, tokens: Collection[Token]) -> None:
+        """Run the jobs of groups that are in order."""
+        for token in tokens:
+            if self._gained.pop(token, None) is not None and self._polls(token.group_id):
+                self._active[token.group_id] = token
+        self._looks.want()
+        if any(token.term > 1 for token in tokens):
             await self.get_and_submit_flow_runs()  # what was due meanwhile need not even wait for that
-
-        async def sweep() -> None:
-            await takeover.sweep(token.group_id, lambda: self._dispatcher.in_hand)
-
-        while self._holds(token):
-            await asyncio.sleep(SWEEP_SECONDS)
-            await self._persist(token, sweep)
 
     def _new_takeover(self) -> Takeover:
         return Takeover(
@@ -633,7 +738,7 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
                 groups.stand_by((), self._database_url)
             elif self._stands_back and not self._hosts.broken_for:
                 self._logger.info("Processes can be started here again.")
-                self._visited_at = float("-inf")  # the next look takes part again
+                self._looks.want_visit()  # which takes part again
             self._stands_back = is_broken
 
     async def _look_after_paused(self) -> None:
@@ -649,56 +754,31 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
                 resumed = await asyncio.to_thread(progress.resumed, self._database_url, held)
                 # Prefect follows; where it does not, the usual looks will do.
                 if any(looks.get(job_id, 0) < RESUMED_LOOKS for job_id in resumed):
-                    self._visited_at = self._polled_at = float("-inf")
+                    for job_id in resumed:
+                        self._looks.hear(News(Kind.DEPLOYMENT, job_id))
+                    self._looks.want()
                     await self.get_and_submit_flow_runs()
                 looks |= {job_id: looks.get(job_id, 0) + 1 for job_id in resumed}
 
-    async def _look_after_default(self) -> None:
-        """Settle what nodes that are gone have left of jobs without a group, and forget what is old."""
+    async def _look_after_claimed(self) -> None:
+        """Settle what is nobody's and what nodes that are gone have left, and forget what is old."""
         takeover, sweeps = None, 0
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
-            if self._groups is None or not self._polls(DEFAULT_QUEUE):
+            if self._groups is None:
                 continue
             if takeover is None or takeover.database_url != self._database_url:
                 takeover = self._new_takeover()
             try:
-                await takeover.end_orphans(self._groups.domain.liveness_check_interval)
-                await takeover.sweep(DEFAULT_QUEUE, lambda: self._dispatcher.in_hand)
+                if self._polls(DEFAULT_QUEUE):
+                    await takeover.end_orphans(self._groups.domain.liveness_check_interval)
+                await takeover.sweep(self._polled_queues(), lambda: self._dispatcher.in_hand)
                 if sweeps % SWEEPS_PER_PRUNING == 0:
                     seconds = self._settings.ledger_days * 86400.0
                     await asyncio.to_thread(progress.prune, self._database_url, seconds)
                 sweeps += 1
             except (*API_FAULTS, CoordinationError) as fault:
-                self._logger.debug("Queue %s is looked after later: %s", DEFAULT_QUEUE, fault)
-
-    async def _persist(
-        self, token: Token, work: Callable[[], Coroutine[Any, Any, None]], *, gives_up: bool = False
-    ) -> None:
-        """Do something for a group, again and again until it succeeds or the token is lost.
-
-        Args:
-            token: of the group.
-            work: what is done.
-            gives_up: whether the token is given back when it has not succeeded within a lease: another
-                node may be able to.
-        """
-        faults, told, since = 0, "", time.monotonic()
-        while self._holds(token):
-            try:
-                await work()
-            except Exception as fault:  # noqa: BLE001 - whoever holds a token runs its jobs, or says why not
-                if str(fault) != told:
-                    self._logger.warning("Group %s is held up: %s", token.group_id, in_words(fault))
-                told, faults = str(fault), faults + 1
-                lease = 0.0 if self._groups is None else self._groups.domain.liveness_check_interval
-                if gives_up and time.monotonic() - since > lease:
-                    self._logger.warning("Group %s is left to another node: %s", token.group_id, told)
-                    await self._hand_over(token)
-                    return
-                await asyncio.sleep(min(LONGEST_BACKOFF_SECONDS, 2.0 ** min(faults, 10) / 4))
-            else:
-                return
+                self._logger.debug("What is claimed is looked after later: %s", fault)
 
     def _holds(self, token: Token) -> bool:
         return self._groups is not None and self._groups.token(token.group_id) == token
@@ -714,6 +794,14 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
 
 def _queue_of(flow_run: FlowRun) -> str:
     return flow_run.work_queue_name or DEFAULT_QUEUE
+
+
+def _in_words(tokens: Sequence[Token]) -> str:
+    """Return which groups those tokens are of, as far as a line has room, and the verb."""
+    names = ", ".join(token.group_id for token in tokens[:NAMED])
+    if len(tokens) > NAMED:
+        names += f" and {len(tokens) - NAMED} more"
+    return f"Group {names} is" if len(tokens) == 1 else f"Groups {names} are"
 
 
 def _is_on(queue: str) -> Callable[[FlowRun], bool]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from taskadapter.coordination.messages import Token
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from datetime import datetime
 
 ABANDONED = "Abandoned"
@@ -50,6 +51,20 @@ class Limits:
 
     trigger_slug: str
     max_count: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Entered:
+    """What is entered of a job's ticks.
+
+    Attributes:
+        dues: the times of the last ones that have begun, or are skipped, the newest first.
+        opened: since when they are owed: its schedule was switched on again then, or edited; None if since
+            that was made.
+    """
+
+    dues: Sequence[datetime] = ()
+    opened: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)

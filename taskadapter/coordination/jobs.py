@@ -129,13 +129,11 @@ def _write(connection: Connection, job_id: str, values: dict[str, Any]) -> None:
     connection.execute(upsert(connection.dialect, job_progress, new, values))
 
 
-def opened(connection: Connection, job_id: str) -> str | None:
-    """Return since when a job's ticks are owed, if not since its schedule was made."""
+def opened(connection: Connection, job_ids: Collection[str]) -> dict[str, str]:
+    """Return since when the ticks of each job are owed, without those for which their schedule says it."""
     columns = job_progress.c
-    found: str | None = connection.execute(
-        select(columns.opened).where(columns.job_id == job_id)
-    ).scalar_one_or_none()
-    return found
+    query = select(columns.job_id, columns.opened).where(columns.opened.is_not(None))
+    return {row.job_id: row.opened for row in connection.execute(query.where(columns.job_id.in_(job_ids)))}
 
 
 def seen(connection: Connection, job_ids: Collection[str]) -> dict[str, Switches]:

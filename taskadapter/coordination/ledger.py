@@ -15,7 +15,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import and_, delete, exists, func, insert, or_, select, update
+from sqlalchemy import and_, delete, exists, func, insert, or_, select, union_all, update
 from sqlalchemy.exc import IntegrityError
 
 from taskadapter.coordination import jobs
@@ -36,13 +36,16 @@ from taskadapter.coordination.schema import ledger, node
 from taskadapter.coordination.tokens import require_token
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Iterable
 
     from sqlalchemy import ColumnElement, Connection, Row
 
     from taskadapter.coordination.executions import Answer, Execution, Limits, Owner
     from taskadapter.coordination.jobs import JobRow
     from taskadapter.coordination.messages import Token
+
+JOBS_AT_ONCE = 100
+"""Of how many jobs one statement asks: SQLite takes no more than 500 parts."""
 
 
 def begin(connection: Connection, execution: Execution, owner: Owner, limits: Limits) -> Answer:
@@ -180,12 +183,25 @@ def history(connection: Connection, job_id: str, limit: int) -> list[Past]:
     return [Past(_entry(row), row.late, row.age, row.took, row.reason) for row in connection.execute(query)]
 
 
-def dues(connection: Connection, job_id: str, limit: int) -> list[str]:
-    """Return the times of the last ticks of a job that have begun, or are skipped, the newest first."""
+def dues(connection: Connection, job_ids: Collection[str], limit: int) -> dict[str, list[str]]:
+    """Return the times of the last ticks of each job that have begun, or are skipped, the newest first.
+
+    Args:
+        connection: in a transaction.
+        job_ids: the jobs; those of which there is none are left out.
+        limit: how many of each job.
+    """
     columns = ledger.c
-    query = select(columns.due).where(columns.job_id == job_id, columns.due.is_not(None))
-    newest = query.order_by(columns.due.desc()).limit(limit)
-    return [due for (due,) in connection.execute(newest)]
+    ticks = select(columns.job_id, columns.due).where(columns.due.is_not(None))
+    newest, ids = ticks.order_by(columns.due.desc()).limit(limit), list(job_ids)
+    found: dict[str, list[str]] = {}
+    for start in range(0, len(ids), JOBS_AT_ONCE):
+        # Each job's own are read from the index, however many there are.
+        some = ids[start : start + JOBS_AT_ONCE]
+        parts = [select(newest.where(columns.job_id == job_id).subquery()) for job_id in some]
+        for job_id, due in connection.execute(union_all(*parts)):
+            found.setdefault(job_id, []).append(due)
+    return {job_id: sorted(times, reverse=True) for job_id, times in found.items()}
 
 
 def end(connection: Connection, key: str, outcome: str, *, incarnation: str | None = None) -> bool:
@@ -220,14 +236,14 @@ def entries(
     return _found(connection, wanted)
 
 
-def interrupted(connection: Connection, token: Token) -> list[Entry]:
-    """Return the executions of a group that began in an earlier term and have not ended.
+def interrupted(connection: Connection, tokens: Iterable[Token]) -> list[Entry]:
+    """Return the executions of groups that began in an earlier term and have not ended.
 
-    To the holder of `token` these are the ones that a former holder left behind.
+    To the holder of `tokens` these are the ones that former holders left behind.
     """
-    columns = ledger.c
-    earlier = and_(columns.group_id == token.group_id, columns.term < token.term)
-    return _found(connection, and_(earlier, columns.ended.is_(None)))
+    columns, terms = ledger.c, {token.group_id: token.term for token in tokens}
+    unsettled = _found(connection, and_(columns.group_id.in_(terms), columns.ended.is_(None)))
+    return [entry for entry in unsettled if (entry.term or 0) < terms.get(entry.group_id or "", 0)]
 
 
 def orphaned(connection: Connection, interval: float) -> list[Entry]:

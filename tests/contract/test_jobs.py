@@ -225,7 +225,7 @@ class TestSwitches:
         ]:
             look(engine, updated, on=on, plan=plan)
             with transaction(engine) as connection:
-                assert opened(connection, JOB) == expected
+                assert opened(connection, [JOB]).get(JOB) == expected
 
 
 def look(

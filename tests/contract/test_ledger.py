@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 from sqlalchemy import Engine, delete, text
 
-from taskadapter.coordination import ledger, schema
+from taskadapter.coordination import jobs, ledger, schema
 from taskadapter.coordination.dialects import transaction
 from taskadapter.coordination.executions import (
     ABANDONED,
@@ -225,8 +225,8 @@ class TestLeftBehind:
             begin(engine, tick(number), owner(TOKEN))
         end(engine, tick(2), "Completed")
         with transaction(engine) as connection:
-            assert ledger.interrupted(connection, TOKEN) == []
-            assert [entry.key for entry in ledger.interrupted(connection, NEXT)] == [tick(1).key]
+            assert ledger.interrupted(connection, [TOKEN]) == []
+            assert [entry.key for entry in ledger.interrupted(connection, [NEXT])] == [tick(1).key]
 
     def test_without_a_group_is_found_when_the_node_is_gone(self, engine: Engine) -> None:
         """A node that shows life keeps what it executes; what one leaves that does not is found."""
@@ -265,10 +265,22 @@ class TestDues:
         with transaction(engine) as connection:
             ledger.skip(connection, tick(3), ALONE, "too late")
             ledger.skip(connection, tick(2), ALONE, "too late")
-            assert [due[17:19] for due in ledger.dues(connection, JOB, 9)] == ["03", "02", "01"]
-            assert len(ledger.dues(connection, JOB, 2)) == 2
+            found = ledger.dues(connection, [JOB, "another"], 9)
+            assert [due[17:19] for due in found.pop(JOB)] == ["03", "02", "01"]
+            assert found == {}
+            assert [due[17:19] for due in ledger.dues(connection, [JOB], 2)[JOB]] == ["03", "02"]
         assert outcomes(engine, tick(2)) + outcomes(engine, tick(3)) == [None, "Skipped"]
         assert isinstance(begin(engine, tick(3)), Taken)
+
+    def test_are_told_of_many_jobs_at_once(self, engine: Engine) -> None:
+        """However many there are, and each with its own."""
+        names = [f"job-{number}" for number in range(2 * ledger.JOBS_AT_ONCE + 1)]
+        for name in names[::50]:
+            begin(engine, tick(1, name))
+        with transaction(engine) as connection:
+            assert sorted(ledger.dues(connection, names, 9)) == sorted(names[::50])
+            assert ledger.dues(connection, [], 9) == {}
+            assert jobs.opened(connection, names) == {}
 
     def test_what_has_run_is_told(self, engine: Engine) -> None:
         """Whoever looks back sees when and where, how late, how long, and why not."""
@@ -296,7 +308,7 @@ class TestUpgrade:
             assert schema.upgrade(connection) == ()
             assert schema.create_missing(connection) == ()
         with transaction(engine) as connection:
-            (entry,) = ledger.interrupted(connection, NEXT)
+            (entry,) = ledger.interrupted(connection, [NEXT])
         assert (entry.flow_run_id, entry.task_id, entry.term) == (RUN, "node-1", 7)
         assert count_one(engine) == 6
 

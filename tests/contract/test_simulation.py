@@ -289,7 +289,7 @@ class World:
             return
         with transaction(self.engine) as connection:
             left = (
-                ledger.interrupted(connection, agent.token)
+                ledger.interrupted(connection, [agent.token])
                 if agent.token
                 else [entry for entry in self._open(connection) if not self._lives(entry)]
             )

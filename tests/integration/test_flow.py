@@ -345,10 +345,12 @@ class Agent:
         deployment_id = asyncio.run(deploy(self.on))[self.name].id
         flow_run = self.client.create_flow_run_from_deployment(deployment_id)
         trigger = self.on.services[self.name].trigger
+        due = datetime.now(UTC) - timedelta(seconds=late)
+        ours = {"auto_scheduled": auto_scheduled, "expected_start_time": due}
         execution = Execution(
             Assignment(
-                flow_run=flow_run.model_copy(update={"auto_scheduled": auto_scheduled}),
-                due=datetime.now(UTC) - timedelta(seconds=late),
+                flow_run=flow_run.model_copy(update=ours),
+                due=due,
                 flow_name=self.name,
                 entrypoint="",
                 workspace=Workspace(),

@@ -18,13 +18,15 @@ from prefect.states import Pending
 
 from deployments.local import wait_until
 from taskadapter import progress, schedules
+from taskadapter.coordination.executions import Entered
 from taskadapter.model import TriggerConfiguration
 from taskadapter.pools import ensure_work_pool
 from taskadapter.switches import CarryOver, Reading
 from taskadapter.ticks import create_tick
-from taskadapter.timetable import MADE_AHEAD, Entered, Timetable
+from taskadapter.timetable import MADE_AHEAD, Timetable
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
     from uuid import UUID
 
     from prefect.client.orchestration import SyncPrefectClient
@@ -78,14 +80,14 @@ def complete(
 ) -> list[FlowRun]:
     """What a new agent makes of what it finds."""
 
-    async def in_the_ledger(_: UUID) -> Entered:
-        return Entered(entered or [])
+    async def in_the_ledger(jobs: Collection[UUID]) -> dict[UUID, Entered]:
+        return dict.fromkeys(jobs, Entered(entered or []))
 
     async def look() -> list[FlowRun]:
         async with get_client() as client:
             timetable = Timetable(client, logging.getLogger("test"), in_the_ledger)
             timetable.learn([await client.read_deployment(job)])
-            return await timetable.complete(found or [], QUEUES, [], datetime.now(UTC))
+            return await timetable.complete(found or [], QUEUES, [], now := datetime.now(UTC), now)
 
     return asyncio.run(look())
 
@@ -100,8 +102,8 @@ class Node:
     def complete(self) -> list[FlowRun]:
         """Start a new agent, and return what it finds to be due."""
 
-        async def entered(job: UUID) -> Entered:
-            return Entered(*progress.dues(self.database, job, 10))
+        async def entered(jobs: Collection[UUID]) -> dict[UUID, Entered]:
+            return progress.entered(self.database, jobs, 10)
 
         async def look() -> list[FlowRun]:
             async with get_client() as client:
@@ -109,7 +111,7 @@ class Node:
                 deployment = await client.read_deployment(self.job)
                 await CarryOver().look(self.database, [deployment])
                 timetable.learn([deployment])
-                return await timetable.complete([], QUEUES, [], datetime.now(UTC))
+                return await timetable.complete([], QUEUES, [], now := datetime.now(UTC), now)
 
         return asyncio.run(look())
 
@@ -210,7 +212,7 @@ def test_a_schedule_that_was_edited_in_the_ui_holds(prefect_client: SyncPrefectC
                     await client.update_deployment_schedule(job, schedule.id, schedule=edited)
                 timetable.learn([await client.read_deployment(job)])
                 until = datetime.now(UTC) + timedelta(seconds=change * 21)
-                found.append(await timetable.complete([], QUEUES, [], until))
+                found.append(await timetable.complete([], QUEUES, [], until, until))
             return found
 
     before, after = asyncio.run(look())
@@ -320,6 +322,6 @@ def test_a_job_that_is_gone_holds_nothing_up(prefect_client: SyncPrefectClient, 
             timetable = Timetable(client, logging.getLogger("test"), nothing_begun)
             timetable.learn([await client.read_deployment(job)])
             await client.delete_deployment(job)
-            return await timetable.complete([], QUEUES, [], datetime.now(UTC))
+            return await timetable.complete([], QUEUES, [], now := datetime.now(UTC), now)
 
     assert asyncio.run(look()) == []

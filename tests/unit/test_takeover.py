@@ -129,7 +129,7 @@ def test_what_was_only_claimed_is_due_again(monkeypatch: pytest.MonkeyPatch, sta
     claimed = flow_run(state)
     Ledger(monkeypatch)
 
-    asyncio.run(of(api := Api(claimed)).clean_up(HELD))
+    asyncio.run(of(api := Api(claimed)).clean_up([HELD]))
 
     assert api.told == [(claimed.id, "Scheduled")]
 
@@ -139,7 +139,7 @@ def test_what_was_only_claimed_and_is_cancelled_does_not_begin(monkeypatch: pyte
     cancelling = flow_run(StateType.CANCELLING)
     Ledger(monkeypatch)
 
-    asyncio.run(of(api := Api(cancelling)).clean_up(HELD))
+    asyncio.run(of(api := Api(cancelling)).clean_up([HELD]))
 
     assert api.told == [(cancelling.id, "Cancelled")]
 
@@ -149,7 +149,7 @@ def test_what_was_executing_is_crashed(monkeypatch: pytest.MonkeyPatch) -> None:
     running = flow_run(StateType.RUNNING)
     ledger = Ledger(monkeypatch, running.id)
 
-    asyncio.run(of(api := Api(running)).clean_up(HELD))
+    asyncio.run(of(api := Api(running)).clean_up([HELD]))
 
     assert (api.told, ledger.outcomes) == ([(running.id, "Crashed")], ["Crashed"])
 
@@ -159,7 +159,7 @@ def test_what_waits_for_a_retry_is_crashed_too(monkeypatch: pytest.MonkeyPatch) 
     waiting = flow_run(StateType.SCHEDULED)
     Ledger(monkeypatch, waiting.id)
 
-    asyncio.run(of(api := Api(waiting)).clean_up(HELD))
+    asyncio.run(of(api := Api(waiting)).clean_up([HELD]))
 
     assert api.told == [(waiting.id, "Crashed")]
 
@@ -169,7 +169,7 @@ def test_a_job_may_ask_for_a_rerun(monkeypatch: pytest.MonkeyPatch) -> None:
     running = flow_run(StateType.RUNNING)
     ledger = Ledger(monkeypatch, running.id)
 
-    asyncio.run(of(api := Api(running), reruns=True).clean_up(HELD))
+    asyncio.run(of(api := Api(running), reruns=True).clean_up([HELD]))
 
     assert (api.told, ledger.outcomes) == ([(running.id, "Scheduled")], [ABANDONED])
 
@@ -180,7 +180,7 @@ def test_what_ended_after_all_stays_as_it_is(monkeypatch: pytest.MonkeyPatch, is
     completed = flow_run(StateType.COMPLETED)
     ledger = Ledger(monkeypatch, completed.id)
 
-    asyncio.run(of(api := Api(*[completed] * is_there)).clean_up(HELD))
+    asyncio.run(of(api := Api(*[completed] * is_there)).clean_up([HELD]))
 
     assert (api.told, ledger.outcomes) == ([], ["Completed" if is_there else "Crashed"])
 
@@ -191,7 +191,7 @@ def test_what_ended_unreported_is_reported(monkeypatch: pytest.MonkeyPatch, outc
     running = flow_run(StateType.RUNNING)
     Ledger(monkeypatch, ended={running.id: outcome})
 
-    asyncio.run(of(api := Api(running)).clean_up(HELD))
+    asyncio.run(of(api := Api(running)).clean_up([HELD]))
 
     assert api.told == [(running.id, outcome)]
 
@@ -202,9 +202,9 @@ def test_cleaning_up_twice_does_nothing_more(monkeypatch: pytest.MonkeyPatch) ->
     Ledger(monkeypatch, running.id)
     cleaner = of(api := Api(running, claimed))
 
-    asyncio.run(cleaner.clean_up(HELD))
+    asyncio.run(cleaner.clean_up([HELD]))
     told = list(api.told)
-    asyncio.run(cleaner.clean_up(HELD))
+    asyncio.run(cleaner.clean_up([HELD]))
 
     assert api.told == told
 
@@ -225,10 +225,10 @@ def test_a_sweep_takes_two_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     Ledger(monkeypatch)
     cleaner = of(api := Api(stuck))
 
-    asyncio.run(cleaner.sweep("group", frozenset))
+    asyncio.run(cleaner.sweep(["group"], frozenset))
     assert api.told == []
 
-    asyncio.run(cleaner.sweep("group", frozenset))
+    asyncio.run(cleaner.sweep(["group"], frozenset))
     assert api.told == [(stuck.id, "Scheduled")]
 
 
@@ -239,7 +239,7 @@ def test_a_sweep_leaves_what_is_in_hand(monkeypatch: pytest.MonkeyPatch) -> None
     cleaner = of(api := Api(mine))
 
     for _ in range(3):
-        asyncio.run(cleaner.sweep("group", lambda: frozenset([mine.id])))
+        asyncio.run(cleaner.sweep(["group"], lambda: frozenset([mine.id])))
 
     assert api.told == []
 
@@ -250,8 +250,8 @@ def test_a_sweep_leaves_what_moves(monkeypatch: pytest.MonkeyPatch) -> None:
     Ledger(monkeypatch)
     cleaner = of(api := Api(run))
 
-    asyncio.run(cleaner.sweep("group", frozenset))
+    asyncio.run(cleaner.sweep(["group"], frozenset))
     api.runs[run.id] = flow_run(StateType.RUNNING, run.id)
-    asyncio.run(cleaner.sweep("group", frozenset))
+    asyncio.run(cleaner.sweep(["group"], frozenset))
 
     assert api.told == []

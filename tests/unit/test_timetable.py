@@ -1,13 +1,17 @@
 """Which ticks a job owes, and what settling one does."""
 
+import asyncio
+import logging
 from datetime import UTC, datetime, timedelta
-from uuid import UUID
+from uuid import UUID, uuid4
 
+import httpx
 import pytest
+from prefect.client.schemas.objects import FlowRun
 
 from taskadapter.model import TaskPolicy, TriggerConfiguration, WaitingPolicy
-from taskadapter.schedules import ticks
-from taskadapter.timetable import MADE_AHEAD, SHOWN, Line, Plan
+from taskadapter.schedules import tick_of, ticks
+from taskadapter.timetable import MADE_AHEAD, MADE_AT_ONCE, SHOWN, Line, Plan, Timetable
 
 NOON = datetime(2030, 1, 1, 12, 0, tzinfo=UTC)
 SECOND = timedelta(seconds=1)
@@ -92,3 +96,84 @@ def test_what_is_to_be_ignored_is_passed_over_beyond_what_is_shown(policy):
     job = line(task_policy=TaskPolicy(waiting_policy=policy))
 
     assert owed(job, 86400)[0] == NOON + timedelta(seconds=86400 - 5 * (SHOWN - 1))
+
+
+def test_the_first_tick_that_nobody_has_planned():
+    """Neither settled nor known, after one moment and until another, and before the end."""
+    job = line(end_time=NOON + 20 * SECOND)
+    job.settle(NOON)
+
+    def unplanned(after, until, *known):
+        return job.unplanned(NOON + after * SECOND, NOON + until * SECOND, at(*known))
+
+    assert unplanned(-10, 60) == NOON + 5 * SECOND
+    assert unplanned(5, 60) == NOON + 10 * SECOND
+    assert unplanned(0, 60, 5, 10) == NOON + 15 * SECOND
+    assert unplanned(0, 4) is None
+    assert unplanned(0, 60, 5, 10, 15, 20) is None
+
+
+class Api:
+    """Makes ticks, except those that it is asked to fail for."""
+
+    def __init__(self, *failing):
+        self.failing = failing
+        self.made = []
+
+    async def make(self, job, tick):
+        if tick in self.failing:
+            raise httpx.ConnectError("away")
+        self.made.append(tick)
+        run_id, key = uuid4(), f"scheduled {job.deployment_id} {ID} {tick.isoformat(sep=' ')}"
+        return FlowRun(id=run_id, flow_id=ID, deployment_id=job.deployment_id, idempotency_key=key)
+
+
+def complete(api, *jobs, now):
+    """What a look makes of the lines of some jobs of which nothing is planned."""
+    timetable = Timetable(None, logging.getLogger("test"), None)
+    timetable._lines = {job.deployment_id: job for job in jobs}
+    timetable._make = api.make
+    now = NOON + now * SECOND
+    found = asyncio.run(timetable.complete([], ["default"], [], now, now))
+    return [(run.deployment_id, tick_of(run)) for run in found], timetable
+
+
+def test_a_tick_that_cannot_be_made_holds_up_its_own_job_only():
+    """Later ticks of that job wait for it, those of others begin, and it is tried again soon."""
+    one, other = line(), line()
+    other.deployment_id = UUID(int=2)
+    api = Api()
+    made, timetable = complete(api, one, other, now=10)
+    assert made == [(job, tick) for tick in at(0, 5, 10) for job in (ID, UUID(int=2))]
+    assert timetable.complete_until == NOON + 10 * SECOND
+
+    async def fails_for_one(job, tick):
+        if (job, tick) == (one, NOON + 5 * SECOND):
+            raise httpx.ConnectError("away")
+        return await Api.make(api, job, tick)
+
+    api.make = fails_for_one
+    made, timetable = complete(api, one, other, now=10)
+    assert [tick for job, tick in made if job == ID] == at(0)
+    assert [tick for job, tick in made if job != ID] == at(0, 5, 10)
+    assert timetable.complete_until == NOON + 10 * SECOND
+
+
+def test_an_api_that_fails_for_all_is_a_fault():
+    """The look has not succeeded."""
+    with pytest.raises(httpx.ConnectError):
+        complete(Api(*at(0, 5)), line(), now=5)
+
+
+def test_of_many_jobs_the_oldest_ticks_are_made_first():
+    """A bounded number at one look, so that they begin; of no job a later one without an earlier one."""
+    jobs = [line() for _ in range(10)]
+    for number, job in enumerate(jobs):
+        job.deployment_id = UUID(int=number + 1)
+    api = Api()
+    made, timetable = complete(api, *jobs, now=60)
+
+    assert len(made) == len(api.made) == MADE_AT_ONCE
+    assert api.made == sorted(api.made)
+    assert max(api.made) == NOON + 30 * SECOND
+    assert timetable.complete_until <= NOON + 60 * SECOND
