@@ -22,10 +22,11 @@ import threading
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, NoReturn
 
 from prefect import Flow
-from prefect.client.schemas.objects import State
+from prefect.client.schemas.objects import State, StateType
 from prefect.context import SyncClientContext
 from prefect.events.worker import EventsWorker
 from prefect.flow_engine import run_flow
@@ -213,6 +214,7 @@ class Host:
         fault: BaseException | None = None
         turn.keep(flow)
         prefect_private.heed_sigterm_only_if(self._is_meant)
+        prefect_private.abort_if_untold(assignment.flow_run.id, partial(setattr, execution, "untold"))
         try:
             state = drive(flow, assignment)
         except BaseException as exc:  # noqa: BLE001 - reported by the engine, or no longer ours to run
@@ -221,6 +223,8 @@ class Host:
             over.set()
             runs.execution.reset(token)
         self._report(execution, state, fault)
+        if execution.has_begun and execution.untold is not None:
+            run_hooks(flow, assignment, execution.untold)
 
     def _report(
         self, execution: runs.Execution, state: State[Any] | None, fault: BaseException | None
@@ -233,9 +237,10 @@ class Host:
                 self._tell("done", told=_is_told(state) and not _is_crashed(state))
             case Begun():
                 told = _is_told(state) and not _was_spoilt(execution, state)
-                if told and state is not None and execution.outcome is None:
+                end = state if told else execution.untold
+                if end is not None and execution.outcome is None:
                     with contextlib.suppress(CoordinationError, TokenLostError):
-                        progress.settle(execution.assignment, None, state.type.value.capitalize())
+                        progress.settle(execution.assignment, None, end.type.value.capitalize())
                 self._tell("done", told=told, ended=execution.ended)
             case Paused():
                 self._tell("paused")
@@ -317,8 +322,13 @@ async def _exhaust(items: Any) -> None:
 
 
 def run_hooks(flow: Flow[..., Any], assignment: runs.Assignment, state: State[Any]) -> None:
-    """Run the hooks of a run whose own process did not live to run them."""
-    hooks = flow.on_cancellation_hooks if state.is_cancelled() else flow.on_crashed_hooks
+    """Run the hooks for a state that the engine has not told."""
+    hooks = {
+        StateType.COMPLETED: flow.on_completion_hooks,
+        StateType.FAILED: flow.on_failure_hooks,
+        StateType.CANCELLED: flow.on_cancellation_hooks,
+        StateType.CRASHED: flow.on_crashed_hooks,
+    }[state.type]
     logger = flow_run_logger(assignment.flow_run, flow)
     for hook in hooks:
         try:

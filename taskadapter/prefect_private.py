@@ -8,13 +8,21 @@ from __future__ import annotations
 import functools
 import ssl
 import sys
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from prefect import flow_engine
 from prefect._internal import control_listener
+from prefect.exceptions import Abort
+
+from taskadapter.api import API_FAULTS, in_words
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+    from uuid import UUID
+
+    from prefect.client.schemas.objects import State
 
 
 def intend_cancellation() -> None:
@@ -44,6 +52,41 @@ def heed_sigterm_only_if(is_meant: Callable[[], bool]) -> None:
             heed(*args)
 
     engine._prefect_sigterm_handler = handle  # type: ignore[assignment]
+
+
+def abort_if_untold(flow_run_id: UUID, keep: Callable[[State[Any]], None]) -> None:
+    """Have Prefect's engine end a run there where it cannot tell the API what its body came to.
+
+    The engine takes that for a failure of the body: it tells that one instead, if it can by then, calls the
+    hooks for it, and runs the body again if the flow has retries.
+
+    Args:
+        flow_run_id: the run; those that it starts itself are left to it.
+        keep: gets the state that could not be told.
+    """
+
+    @contextmanager
+    def guarded(state: State[Any], proposed_for: UUID) -> Iterator[None]:
+        try:
+            yield
+        except API_FAULTS as fault:
+            if proposed_for != flow_run_id or not (state.is_completed() or state.is_failed()):
+                raise
+            keep(state)
+            raise Abort(f"state {state.name} could not be told: {in_words(fault)}") from fault
+
+    engine: Any = flow_engine
+    propose, propose_sync = engine.propose_state, engine.propose_state_sync
+
+    async def propose_guarded(client: Any, state: State[Any], *, flow_run_id: UUID, **options: Any) -> Any:
+        with guarded(state, flow_run_id):
+            return await propose(client, state, flow_run_id=flow_run_id, **options)
+
+    def propose_sync_guarded(client: Any, state: State[Any], *, flow_run_id: UUID, **options: Any) -> Any:
+        with guarded(state, flow_run_id):
+            return propose_sync(client, state, flow_run_id=flow_run_id, **options)
+
+    engine.propose_state, engine.propose_state_sync = propose_guarded, propose_sync_guarded
 
 
 def is_being_deployed() -> bool:

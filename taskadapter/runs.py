@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.objects import FlowRun, State
 from pydantic import BaseModel, SecretStr, field_serializer
 
 from taskadapter.coordination import executions
@@ -150,11 +150,13 @@ class Execution:
         assignment: the run.
         entered: what the ledger has answered, once it has been asked.
         outcome: the name of the state that the body came to, once that is entered.
+        untold: the state that it came to, if the API could not be told.
     """
 
     assignment: Assignment
     entered: executions.Answer | None = None
     outcome: str | None = None
+    untold: State[Any] | None = None
     on_progress: Callable[[], None] = lambda: None
     """Called once the body begins, and as soon as it is known that the job is over."""
     ended: str | None = None

@@ -13,7 +13,7 @@ from collections import Counter
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate
@@ -31,7 +31,7 @@ from tests.processes import nurseries
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from prefect.client.schemas.objects import FlowRun
+    from prefect.client.schemas.objects import FlowRun, State
 
     from deployments.local import PrefectServer, Program
     from tests.api_proxy import Request
@@ -78,6 +78,14 @@ FLOWS = """
     @flow
     def book_plain() -> None:
         note("book-plain", "began")
+
+    @flow(
+        retries=1,
+        on_completion=[lambda *_: note("book-untold", "completed")],
+        on_failure=[lambda *_: note("book-untold", "failed")],
+    )
+    def book_untold() -> None:
+        note("book-untold", "began")
 
     @flow
     def book_suspended() -> None:
@@ -151,7 +159,7 @@ def test_what_a_dead_node_was_executing_is_marked(
 
 
 class Failing:
-    """Fails requests of one kind so many times, with a status or with an answer of its own."""
+    """Fails requests of one kind about a run so many times, with a status or with an answer of its own."""
 
     def __init__(
         self, method: str, path: str, part: str = "", *, times: int = 1, status: int = 507
@@ -159,11 +167,17 @@ class Failing:
         self._kind = method, path, part.encode()
         self.left = times
         self._status = status
+        self._run: FlowRun | None = None
+
+    def start(self, prefect: Prefect, run: FlowRun) -> None:
+        """Start a run that is to start some time, and fail requests about it from now on."""
+        self._run = run
+        prefect.client.set_flow_run_state(run.id, Scheduled(), force=True)
 
     def __call__(self, request: Request) -> bytes | None:
         method, path, part = self._kind
         is_meant = request.method == method and path in request.path and part in request.body
-        if not is_meant or not self.left:
+        if not is_meant or not self.left or self._run is None or str(self._run.id) not in request.path:
             return None
         self.left -= 1
         return refusal(self._status)
@@ -195,12 +209,43 @@ def test_an_api_that_fails_loses_no_run_and_spoils_none(
     before = times_begun(project, "book-quick")
     api.fault = fault
     try:
-        run = prefect.start("book-quick")
+        run = prefect.start("book-quick", state=some_time())
+        fault.start(prefect, run)
         wait_until(lambda: completed(prefect, run), PATIENCE, f"run {run.name} to be Completed")
     finally:
         api.fault = None
     assert fault.left == 0
     assert times_begun(project, "book-quick") == before + 1
+    # Its agent may be killed before it has mended what was told wrong.
+    assert not {"Failed", "Crashed"} & {state.name for state in prefect.history(run)}
+
+
+@pytest.mark.usefixtures("node")
+def test_an_end_that_cannot_be_told_at_once(project: Project, prefect: Prefect, api: ApiProxy) -> None:
+    """It is no failure: the body does not run again, and the hooks that are called are its own."""
+    client = prefect.client
+    deployment = client.create_deployment(
+        client.create_flow_from_name("book-untold"),
+        "untold",
+        work_pool_name=project.pool,
+        entrypoint="flows/jobs.py:book_untold",
+    )
+    try:
+        api.fault = fault = Failing(*SET_STATE, '"COMPLETED"')
+        run = client.create_flow_run_from_deployment(deployment, state=some_time())
+        fault.start(prefect, run)
+        wait_until(lambda: completed(prefect, run), PATIENCE, f"run {run.name} to be Completed")
+        project.wait_for("book-untold", "completed")
+    finally:
+        api.fault = None
+        client.delete_deployment(deployment)
+    assert fault.left == 0
+    assert [entry.what for entry in project.entries("book-untold")] == ["began", "completed"]
+
+
+def some_time() -> State[Any]:
+    """Return the state of a run that waits for somebody to start it."""
+    return Scheduled(scheduled_time=datetime.now(UTC) + timedelta(hours=1))
 
 
 def completed(prefect: Prefect, run: FlowRun) -> bool:
@@ -211,9 +256,10 @@ def test_an_api_that_fails_while_a_failure_is_told(
     project: Project, prefect: Prefect, api: ApiProxy, node: Program
 ) -> None:
     """A run that has failed shows as Failed, whatever the engine makes of it."""
-    api.fault = Failing(*SET_STATE, '"FAILED"', times=1)
+    api.fault = fault = Failing(*SET_STATE, '"FAILED"', times=1)
     try:
-        run = prefect.start("book-quick", parameters={"fails": True})
+        run = prefect.start("book-quick", parameters={"fails": True}, state=some_time())
+        fault.start(prefect, run)
         ended = prefect.wait_for_end(run)
     finally:
         api.fault = None

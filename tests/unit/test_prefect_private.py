@@ -1,5 +1,6 @@
 """Prefect's private names: each is where we look for it and does what we rely on."""
 
+import asyncio
 import inspect
 import os
 import signal
@@ -7,13 +8,17 @@ import ssl
 import subprocess
 import sys
 from importlib.util import find_spec
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from uuid import uuid4
 
+import httpx
 import pytest
-from prefect import flow_engine
+from prefect import flow, flow_engine
 from prefect._internal import control_listener
 from prefect.cli.deploy import _commands
 from prefect.client import orchestration
+from prefect.exceptions import Abort
+from prefect.states import Completed, Crashed, Failed, Running
 from prefect.utilities import engine
 
 from taskadapter import prefect_private
@@ -116,3 +121,55 @@ def test_a_sigterm_is_heeded_only_if_it_is_meant(monkeypatch):
         monkeypatch.setattr(os, "kill", lambda *_: sys.exit(0))
         signal.raise_signal(signal.SIGTERM)
     assert went_on
+
+
+class TestUntold:
+    """Where the engine cannot tell the API of a state that a run has come to."""
+
+    RUN = uuid4()
+
+    @pytest.fixture(params=["sync", "async"])
+    def propose(self, request, monkeypatch):
+        """Propose a state as either engine does, to an API that does not answer."""
+
+        def refuse(*_, **__):
+            raise httpx.ConnectError("nobody there")
+
+        async def refuse_async(*_, **__):
+            refuse()
+
+        monkeypatch.setattr(flow_engine, "propose_state_sync", refuse)
+        monkeypatch.setattr(flow_engine, "propose_state", refuse_async)
+        kept = []
+        prefect_private.abort_if_untold(self.RUN, kept.append)
+        is_sync = request.param == "sync"
+        engine = (flow_engine.FlowRunEngine if is_sync else flow_engine.AsyncFlowRunEngine)(flow(lambda: 1))
+        engine._client, engine._is_started = object(), True
+
+        def propose(state, run=self.RUN):
+            engine.flow_run = SimpleNamespace(id=run, state=Running())
+            done = engine.set_state(state)
+            if not is_sync:
+                asyncio.run(done)
+
+        return propose, kept
+
+    @pytest.mark.parametrize("state", [Completed(), Failed()], ids=str)
+    def test_what_the_body_came_to_is_kept(self, propose, state):
+        """And the engine ends there: it would take the fault for the body's."""
+        propose, kept = propose
+
+        with pytest.raises(Abort, match="nobody there"):
+            propose(state)
+
+        assert kept == [state]
+
+    @pytest.mark.parametrize(("state", "run"), [(Running(), RUN), (Crashed(), RUN), (Completed(), uuid4())])
+    def test_all_else_is_left_to_the_engine(self, propose, state, run):
+        """What is no outcome of the body, and runs that the run has started."""
+        propose, kept = propose
+
+        with pytest.raises(httpx.ConnectError):
+            propose(state, run)
+
+        assert kept == []
