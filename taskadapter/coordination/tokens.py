@@ -17,20 +17,19 @@ token alive that its own dead predecessor holds under the same name.
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import (
     and_,
     delete,
-    exists,
     false,
     func,
     insert,
     or_,
     select,
     true,
-    tuple_,
     update,
 )
 
@@ -246,7 +245,7 @@ def pulse(
     # Terms never come back: a token that is ours now was ours when it was renewed. Without its row
     # in health_check, though, there was nothing to renew.
     renewed = and_(_held(tokens), health_check.c.last_heartbeat.is_not(None))
-    beats = [_renewal(me, tokens)] if tokens else []
+    beats = [_renewal(me, _kept(tokens))] if tokens else []
     *_, rows = together(connection, *beats, _touch(me), _look(me, group_ids, interval, renewed))
     return _answer(rows)
 
@@ -262,28 +261,39 @@ def _pulse_at_once(
     if not tokens:
         look = _look(me, group_ids, interval, false())
         return _answer(connection.execute(look.add_cte(touched)).all())
+    # Apart, or PostgreSQL may lock all of them anew for each heartbeat that it writes.
+    kept = _kept(tokens).cte("kept")
+    beaten = _renewal(me, select(kept)).returning(health_check.c.group_id).cte("beaten")
     # The look sees what was there before the renewal; only what the renewal returns is certain.
-    beaten = _renewal(me, tokens).returning(health_check.c.group_id).cte("beaten")
-    renewed = exists().where(beaten.c.group_id == token_holder.c.group_id)
+    renewed = token_holder.c.group_id.in_(select(beaten))
     look = _look(me, group_ids, interval, renewed)
-    return _answer(connection.execute(look.add_cte(touched, beaten)).all())
+    return _answer(connection.execute(look.add_cte(touched, kept, beaten)).all())
 
 
 def _held(tokens: Iterable[Token]) -> ColumnElement[bool]:
+    """Say in SQL that a row is one of these tokens: by term, so that groups are found in a list."""
     columns = token_holder.c
-    rows = [(token.group_id, token.task_id, token.term) for token in tokens]
-    if not rows:
-        return false()
-    return tuple_(columns.group_id, columns.task_id, columns.term).in_(rows)
+    groups: dict[tuple[str, int], list[str]] = defaultdict(list)
+    for token in tokens:
+        groups[token.task_id, token.term].append(token.group_id)
+    rows = (
+        and_(columns.task_id == task_id, columns.term == term, columns.group_id.in_(group_ids))
+        for (task_id, term), group_ids in groups.items()
+    )
+    return or_(false(), *rows)
 
 
-def _renewal(me: Node, tokens: Sequence[Token]) -> Update:
-    """Write a heartbeat for each token that is held, waiting for whoever is taking it over."""
-    kept = select(token_holder.c.group_id).where(_held(tokens)).with_for_update(read=True)
+def _kept(tokens: Iterable[Token]) -> Select[Any]:
+    """Select the groups of tokens that are still held, waiting for whoever is taking one over."""
+    return select(token_holder.c.group_id).where(_held(tokens)).with_for_update(read=True)
+
+
+def _renewal(me: Node, group_ids: Select[Any]) -> Update:
+    """Write a heartbeat for each of some groups."""
     beats = health_check.c
     return (
         update(health_check)
-        .where(beats.task_id == me.task_id, beats.group_id.in_(kept))
+        .where(beats.task_id == me.task_id, beats.group_id.in_(group_ids))
         .values(last_heartbeat=database_now())
     )
 
