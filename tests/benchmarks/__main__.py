@@ -1,4 +1,4 @@
-"""`make bench`: a trivial job every two seconds under several runners, one after another.
+"""`make bench`: a trivial job every two seconds, and many jobs, under several runners, one after another.
 
 Each runner is started as its user would start it, against the same server, through a proxy that
 counts its requests. What it does is read from outside: from a ledger to which the job's body writes
@@ -16,10 +16,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from deployments.local import postgres, prefect_server
 from tests.benchmarks.bench import Bench, Figures
-from tests.benchmarks.runners import AGENT, BASELINE, IMPORTING, RUNNERS, Runner
+from tests.benchmarks.crowd import AGENT as CROWD_AGENT
+from tests.benchmarks.crowd import LEASE, PROCESS, Crowd, Way
+from tests.benchmarks.groups import renewals
+from tests.benchmarks.runners import AGENT, BASELINE, IMPORTING, RUNNERS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
+
+    from deployments.local import Postgres
 
 
 class Row(NamedTuple):
@@ -49,36 +54,86 @@ BACKLOG = (
     Row("first", "poll to first start, s", 2, "1.00"),
     Row("rate", "runs begun per second", 2, "8"),
 )
-Results = dict[Runner, list[Figures]]
+AT_ONCE = (
+    Row("due", "jobs due in one second", 0),
+    Row("begun", "begun within a minute", 0, "all"),
+    Row("first", "the first begins, s", 2, "0.5"),
+    Row("p50", "lateness p50, s", 2),
+    Row("last", "the last begins, s", 2),
+    Row("rate", "runs begun per second", 2, "8, 80 %"),
+    Row("requests", "API requests per run", 1, "6.5"),
+)
+CEILING = (Row("rate", "the server alone, runs per second", 2),)
+SPREAD = (
+    Row("due", "jobs, each once a minute", 0),
+    Row("begun", "ticks run in a minute", 0, "all"),
+    Row("p50", "lateness p50, s", 2),
+    Row("p99", "lateness p99, s", 2, "1"),
+    Row("max", "lateness max, s", 2),
+    Row("cpu", "CPU of the agent alone", 3, "0.1"),
+)
+IDLE = (
+    Row("active", "requests a minute, active", 1, "20"),
+    Row("standby", "requests a minute, standing by", 1, "10"),
+)
+REACTIONS = (
+    Row("by hand", "a run by hand begins after, s", 2, "2"),
+    Row("new", "a new job's first tick, late, s", 2, "2"),
+    Row("resumed", "a resumed job begins after, s", 2, "2"),
+    Row("cancelled", "a run is cancelled after, s", 2, "2"),
+)
+TAKEOVER = (
+    Row("due", "ticks due within a minute of the kill", 0),
+    Row("begun", "ticks run", 0, "all"),
+    Row("p50", "lateness p50, s", 2),
+    Row("p99", "lateness p99, s", 2),
+    Row("max", "lateness max, s", 2, f"{LEASE + 2:.0f}"),
+)
+RENEWALS = (
+    Row("p50", "a heartbeat takes, p50, ms", 1),
+    Row("p99", "a heartbeat takes, p99, ms", 1, "50"),
+    Row("cpu", "CPU with the database, % of a core", 1, "10"),
+)
+Results = dict[str, list[Figures]]
 
 
 def main() -> None:
     """Run what the command line asks for and print its tables."""
     options = _options()
-    runners = [r for r in RUNNERS if r.name in options.runner]
-    steady: Results = {runner: [] for runner in runners}
-    backlog: Results = {runner: [] for runner in runners if runner.drains}
-    importing: Results = {runner: [] for runner in IMPORTING if options.pandas}
     with (
         tempfile.TemporaryDirectory() as directory,
         postgres() as database,
         prefect_server(Path(directory) / "prefect", database.url(driver="asyncpg")) as server,
         server.client() as client,
     ):
-        bench = Bench(server, client, Path(directory))
-        for n in range(1, options.repeat + 1):
-            for runner in steady:
-                _say(f"{runner.name}: every 2 s for {options.seconds} s ({n}/{options.repeat})")
-                steady[runner].append(bench.steady(runner, options.seconds))
-                if options.requests:
-                    _say(_requests(bench, steady[runner][-1]["bodies"]))
-            for runner in backlog:
+        if options.seconds:
+            _one_job(Bench(server, client, Path(directory)), options)
+        if options.jobs:
+            _many_jobs(Crowd(server, client, database, Path(directory)), options)
+        if options.groups:
+            _many_groups(database, options)
+
+
+def _one_job(bench: Bench, options: argparse.Namespace) -> None:
+    """One job, often, under each runner."""
+    runners = [r for r in RUNNERS if r.name in options.runner]
+    steady: Results = {runner.name: [] for runner in runners}
+    backlog: Results = {runner.name: [] for runner in runners if runner.drains}
+    importing: Results = {runner.name: [] for runner in IMPORTING if options.pandas}
+    for n in range(1, options.repeat + 1):
+        for runner in runners:
+            _say(f"{runner.name}: every 2 s for {options.seconds} s ({n}/{options.repeat})")
+            steady[runner.name].append(bench.steady(runner, options.seconds))
+            if options.requests:
+                _say(_requests(bench, steady[runner.name][-1]["bodies"]))
+        for runner in runners:
+            if runner.drains:
                 _say(f"{runner.name}: {options.backlog} late ticks ({n}/{options.repeat})")
-                backlog[runner].append(bench.backlog(runner, options.backlog))
-            for runner in importing:
-                _say(f"a job that imports pandas, {runner.name} ({n}/{options.repeat})")
-                importing[runner].append(bench.steady(runner, options.seconds))
-        held = bench.endurance(AGENT, options.endurance) if options.endurance else []
+                backlog[runner.name].append(bench.backlog(runner, options.backlog))
+        for runner in IMPORTING if options.pandas else ():
+            _say(f"a job that imports pandas, {runner.name} ({n}/{options.repeat})")
+            importing[runner.name].append(bench.steady(runner, options.seconds))
+    held = bench.endurance(AGENT, options.endurance) if options.endurance else []
     _say(_table("A job every 2 s", STEADY, steady))
     _say(_table("After an outage", BACKLOG, backlog))
     if importing:
@@ -87,10 +142,56 @@ def main() -> None:
         _say(_held(held))
 
 
+def _many_jobs(crowd: Crowd, options: argparse.Namespace) -> None:
+    """From one job to many, all at once, spread, and idle; then what an agent does that has many."""
+
+    def grow(title: str, rows: Sequence[Row], measure: Callable[[Way, int], Figures], most: int) -> None:
+        results: Results = {}
+        for way in (PROCESS, CROWD_AGENT):
+            for jobs in options.jobs:
+                # A process worker begins no more in a minute than this.
+                if way is CROWD_AGENT or jobs <= most:
+                    results[f"{way.name} {jobs}"] = _rounds(options, title, lambda: measure(way, jobs))  # noqa: B023
+        _say(_table(title, rows, results))
+
+    grow("Due at once", AT_ONCE, crowd.at_once, 10)
+    most = min(max(options.jobs), 200)
+    alone = {f"{most}": _rounds(options, "The server alone", lambda: {"rate": crowd.ceiling(most)})}
+    _say(_table("The server alone", CEILING, alone))
+    grow("Spread over a minute", SPREAD, crowd.spread, 10)
+    grow("Nothing to do", IDLE, crowd.idle, max(options.jobs))
+    reactions = _rounds(options, "Reactions", lambda: crowd.reactions(most))
+    _say(_table(f"An idle agent with {most} jobs", REACTIONS, {"taskadapter": reactions}))
+    taken = _rounds(options, "Takeover", lambda: crowd.takeover(most))
+    _say(_table(f"A node with {most} groups is killed", TAKEOVER, {"taskadapter": taken}))
+
+
+def _many_groups(database: Postgres, options: argparse.Namespace) -> None:
+    """What a heartbeat takes for many groups, and beside many standbys."""
+    growth = {
+        f"{groups}": _rounds(options, "Heartbeats", lambda: renewals(database, groups))  # noqa: B023
+        for groups in options.groups
+    }
+    _say(_table("Groups of a node", RENEWALS, growth))
+    beside = {
+        f"{standbys}": _rounds(options, "Standbys", lambda: renewals(database, 1, standbys))  # noqa: B023
+        for standbys in (0, 50)
+    }
+    _say(_table("Standbys of a group", RENEWALS, beside))
+
+
+def _rounds(options: argparse.Namespace, title: str, measure: Callable[[], Figures]) -> list[Figures]:
+    results = []
+    for n in range(1, options.repeat + 1):
+        _say(f"{title} ({n}/{options.repeat})")
+        results.append(measure())
+    return results
+
+
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
     names = [runner.name for runner in RUNNERS]
-    parser.add_argument("--seconds", type=int, default=60, help="length of a window")
+    parser.add_argument("--seconds", type=int, default=60, help="length of a window; 0 leaves one job out")
     parser.add_argument("--repeat", type=int, default=1, help="rounds; the tables show medians")
     parser.add_argument("--backlog", type=int, default=100, help="late ticks")
     parser.add_argument(
@@ -100,16 +201,21 @@ def _options() -> argparse.Namespace:
         "--pandas", action=argparse.BooleanOptionalAction, default=True, help="a job that imports it, too"
     )
     parser.add_argument("--runner", action="append", choices=names, help="only this; repeatable")
+    growth = [1, 10, 50, 200, 1000]
+    parser.add_argument(
+        "--jobs", type=int, nargs="*", default=growth, help="how many jobs; none leaves them out"
+    )
+    parser.add_argument("--groups", type=int, nargs="*", default=growth, help="how many groups; the same")
     parser.add_argument("--requests", action="store_true", help="list requests by kind")
     options = parser.parse_args()
     options.runner = options.runner or names
     return options
 
 
-def _table(title: str, rows: Sequence[Row], results: Mapping[Runner, Sequence[Figures]]) -> str:
+def _table(title: str, rows: Sequence[Row], results: Mapping[str, Sequence[Figures]]) -> str:
     """Return a table with a column a runner: median, spread if repeated, times the baseline."""
-    header = [title, *(runner.name for runner in results), "reach"]
-    body = [[r.label, *(_cell(r, runner, results) for runner in results), r.reach] for r in rows]
+    header = [title, *results, "reach"]
+    body = [[r.label, *(_cell(r, name, results) for name in results), r.reach] for r in rows]
     widths = [max(len(line[i]) for line in [header, *body]) for i in range(len(header))]
     lines = [
         "  ".join(
@@ -128,14 +234,14 @@ def _held(samples: Sequence[Figures]) -> str:
     return "\n".join(["", "  ".join(names), *lines])
 
 
-def _cell(row: Row, runner: Runner, results: Mapping[Runner, Sequence[Figures]]) -> str:
-    values = [figures[row.key] for figures in results[runner]]
+def _cell(row: Row, name: str, results: Mapping[str, Sequence[Figures]]) -> str:
+    values = [figures[row.key] for figures in results[name]]
     median = statistics.median(values)
     text = "-" if math.isnan(median) else f"{median:.{row.decimals}f}"
     if len(values) > 1:
         text += f" [{min(values):.{row.decimals}f}..{max(values):.{row.decimals}f}]"
-    if runner != BASELINE and BASELINE in results:
-        base = statistics.median(figures[row.key] for figures in results[BASELINE])
+    if name != BASELINE.name and BASELINE.name in results:
+        base = statistics.median(figures[row.key] for figures in results[BASELINE.name])
         text += f" {_times(median, base):>8}"
     return text
 
