@@ -135,7 +135,7 @@ class Hearing:
             if not self._is_doubt_told:
                 self._is_doubt_told = True
                 self._log.warning(
-                    "Prefect's event stream does not tell all that happens, and is asked as well."
+                    "Prefect's event stream does not tell all that happens; the API is asked more often."
                     " Do the API's servers share a message broker (PREFECT_MESSAGING_BROKER)?"
                 )
 
@@ -185,7 +185,9 @@ class Hearing:
         # One that had been heard may just have to be opened again, as after the server's restart.
         if self._failures > 1 and not self._is_told and not self._is_api_away():
             self._is_told = True
-            self._log.warning("Prefect's event stream is not heard, and asked instead: %s", fault)
+            self._log.warning(
+                "Prefect's event stream cannot be heard; the API is asked more often: %s", fault
+            )
 
 
 def _about(pool_id: UUID) -> EventFilter:
