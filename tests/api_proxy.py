@@ -56,6 +56,7 @@ class ApiProxy:
         self.api_url = f"http://{HOST}:{self.port}/api"
         self.requests: list[Request] = []
         self._upstream = upstream
+        self._connections: set[asyncio.Task[None]] = set()
 
     @contextlib.contextmanager
     def running(self) -> Iterator[ApiProxy]:
@@ -76,22 +77,33 @@ class ApiProxy:
         server = await asyncio.start_server(self._serve, HOST, self.port)
         listening.set()
         await self._stop.wait()
-        server.close()  # connections that are still open end with the loop
+        server.close()
+        for connection in self._connections:
+            connection.cancel()
+        await asyncio.gather(*self._connections, return_exceptions=True)
 
     async def _serve(self, client: StreamReader, answer: StreamWriter) -> None:
-        """Handle one connection until either side ends it."""
+        """Handle one connection until the client ends it."""
         try:
             server, forward = await asyncio.open_connection(HOST, self._upstream)
         except OSError:
             answer.close()
             return
-        answers = asyncio.ensure_future(_copy(server, answer))
-        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
-            while await self._pass_on(client, forward, answer):
-                pass
-            await _copy(client, forward)
-        forward.close()
-        await answers
+        # The loop forgets who waits for what nobody else remembers.
+        connection = asyncio.current_task()
+        assert connection is not None
+        self._connections.add(connection)
+        answers = asyncio.create_task(_copy(server, answer))
+        try:
+            with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+                while await self._pass_on(client, forward, answer):
+                    pass
+                await _copy(client, forward)
+        finally:
+            answers.cancel()
+            forward.close()
+            answer.close()
+            self._connections.discard(connection)
 
     async def _pass_on(self, client: StreamReader, forward: StreamWriter, answer: StreamWriter) -> bool:
         """Forward one request, or fail it, and count it; return whether another may follow it."""
