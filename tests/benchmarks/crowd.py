@@ -201,14 +201,7 @@ class Crowd:
             time.sleep(5)  # the last ticks may be so late
             since, until = opens.timestamp(), opens.timestamp() + WINDOW
             late = [line.began - line.due for line in self._lines() if since <= line.due < until]
-        return {
-            "due": jobs,
-            "begun": len(late),
-            "p50": percentile(late, 0.5),
-            "p99": percentile(late, 0.99),
-            "max": max(late, default=math.nan),
-            "cpu": cpu / WINDOW,
-        }
+        return {"cpu": cpu / WINDOW, **_lateness(late, jobs)}
 
     def idle(self, way: Way, jobs: int) -> Figures:
         """Return how often two nodes that have nothing to do ask the API a minute."""
@@ -276,13 +269,7 @@ class Crowd:
                 time.sleep(WINDOW + 10)
                 until = killed + WINDOW
                 late = [line.began - line.due for line in self._lines() if killed <= line.due < until]
-        return {
-            "due": jobs,
-            "begun": len(late),
-            "p50": percentile(late, 0.5),
-            "p99": percentile(late, 0.99),
-            "max": max(late, default=math.nan),
-        }
+        return _lateness(late, jobs)
 
     # --- jobs and nodes ---------------------------------------------------------------------------
 
@@ -325,6 +312,16 @@ class Crowd:
 
         wait_until(begun, REACTION_WITHIN, "a body to begin")
         return min(begun())
+
+
+def _lateness(late: Sequence[float], jobs: int) -> Figures:
+    return {
+        "due": jobs,
+        "begun": len(late),
+        "p50": percentile(late, 0.5),
+        "p99": percentile(late, 0.99),
+        "max": max(late, default=math.nan),
+    }
 
 
 def _in(seconds: float) -> datetime:
