@@ -24,7 +24,7 @@ from deployments.local import free_port, running, wait_until
 from taskadapter.schedules import tick_key
 from tests.acceptance.project import PATIENCE, state_of
 from tests.acceptance.project import due as due_of
-from tests.processes import nurseries
+from tests.processes import catches, nurseries
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -665,6 +665,8 @@ def test_the_readmes_program(project: Project, prefect: Prefect, database: dict[
     project.write("report.py", section.split("```python\n")[1].split("```")[0])
     with running(project.program("report.py", env=database)) as program:
         wait_until(lambda: "Report 100" in program.output(), PATIENCE, "the first report")
+        # The first listener reports while the second one starts.
+        wait_until(lambda: catches(program.pid, signal.SIGTERM), PATIENCE, "it to wait for its end")
         send(program, signal.SIGTERM)
         assert program.process is not None
         assert program.process.wait(PATIENCE) == 0, program.output()
