@@ -6,6 +6,7 @@ through Prefect's API. Neither is taken from what the agent says of itself.
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -207,10 +208,14 @@ class Prefect:
     def runs_of(self, deployment_id: UUID) -> list[FlowRun]:
         """Return all runs of a deployment, also of one that is gone."""
         ours = FlowRunFilter(deployment_id=FlowRunFilterDeploymentId(any_=[deployment_id]))
-        found: list[FlowRun] = []
-        while page := self.client.read_flow_runs(flow_run_filter=ours, limit=PAGE, offset=len(found)):
-            found += page
-        return found
+        found: dict[UUID, FlowRun] = {}
+        # What is planned meanwhile moves the pages.
+        for offset in itertools.count(0, PAGE):
+            page = self.client.read_flow_runs(flow_run_filter=ours, limit=PAGE, offset=offset)
+            found |= {run.id: run for run in page}
+            if len(page) < PAGE:
+                break
+        return list(found.values())
 
     def waiting(self, job: str) -> list[FlowRun]:
         """Return the runs that are still to come, or late."""
