@@ -32,6 +32,16 @@ def in_words(fault: Exception) -> str:
     return " ".join(str(fault).split()) or type(fault).__name__
 
 
+def backoff(failures: int, longest: float) -> float:
+    """Return how many seconds to wait after failures in a row: half a one, then twice as many each time.
+
+    Args:
+        failures: from 1; after none it is half as long.
+        longest: how many seconds it is at most.
+    """
+    return min(longest, 2.0 ** min(failures, 10) / 4)
+
+
 def run_sync(work: Coroutine[Any, Any, T]) -> T:
     """Return what a coroutine does, from code that is not async; also while an event loop is running."""
     return cast("T", run_coro_as_sync(work))

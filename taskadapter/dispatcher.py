@@ -36,7 +36,7 @@ from prefect.settings import get_current_settings
 from prefect.states import Cancelled, Crashed, Pending
 
 from taskadapter import progress, schedules, settling
-from taskadapter.api import API_FAULTS, in_words
+from taskadapter.api import API_FAULTS, backoff, in_words
 from taskadapter.coordination.executions import ABANDONED, Entry
 from taskadapter.coordination.messages import Token
 from taskadapter.deployments import DeployedJob, Deployments
@@ -580,7 +580,7 @@ class Dispatcher:
     def _wait_before_another(self, run: RunInHand) -> None:
         """Let a run that was ended before its body wait before it is tried again, longer each time."""
         times, _ = self._tries.get(run.flow_run.id, (0, 0.0))
-        seconds = min(LONGEST_WAIT_SECONDS, 2.0**times / 4)
+        seconds = backoff(times, LONGEST_WAIT_SECONDS)
         self._tries[run.flow_run.id] = times + 1, time.monotonic() + seconds
 
     def _assignment(

@@ -19,7 +19,7 @@ from prefect.events import Event
 from prefect.events.clients import get_events_subscriber
 from prefect.events.filters import EventAnyResourceFilter, EventFilter, EventNameFilter
 
-from taskadapter.api import in_words
+from taskadapter.api import backoff, in_words
 
 LONGEST_BACKOFF_SECONDS = 30.0
 """How long to wait at most before the stream is tried again."""
@@ -153,7 +153,7 @@ class Hearing:
             except Exception as exc:  # noqa: BLE001 - whatever it is, the agent looks instead of listening
                 fault = in_words(exc)
             self._fail(fault)
-            await asyncio.sleep(min(LONGEST_BACKOFF_SECONDS, 2.0 ** min(self._failures, 10) / 2))
+            await asyncio.sleep(backoff(self._failures + 1, LONGEST_BACKOFF_SECONDS))
 
     async def _listen_to(self, events: AsyncIterable[Event]) -> None:
         """Hear a stream to its end; before and after it, something may have been missed."""

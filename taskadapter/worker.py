@@ -34,7 +34,7 @@ from prefect.settings import (
 from prefect.workers.base import BaseWorker, BaseWorkerResult
 
 from taskadapter import planned, progress
-from taskadapter.api import API_FAULTS, in_words
+from taskadapter.api import API_FAULTS, backoff, in_words
 from taskadapter.coordination.executions import Entered
 from taskadapter.coordination.messages import FOREIGN_GROUP, Gained, Lost, Refused, ResignAsked, Token
 from taskadapter.deployments import Deployments, WarmBackupJobConfiguration, WarmBackupVariables
@@ -484,7 +484,7 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         if not self._faults:
             self._logger.warning("Looking for runs failed, trying again: %s", fault)
         self._faults += 1
-        await asyncio.sleep(min(LONGEST_BACKOFF_SECONDS, 2.0 ** min(self._faults, 10) / 4))
+        await asyncio.sleep(backoff(self._faults, LONGEST_BACKOFF_SECONDS))
 
     async def _look(self) -> list[FlowRun]:
         if self._looks.is_visit_due(self._visit_pause):
@@ -700,7 +700,7 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
                     self._logger.warning("%s held up: %s", _in_words(tokens), in_words(fault))
                 told, faults = str(fault), faults + 1
                 await self._give_up(tokens, told)
-                await asyncio.sleep(min(LONGEST_BACKOFF_SECONDS, 2.0 ** min(faults, 10) / 4))
+                await asyncio.sleep(backoff(faults, LONGEST_BACKOFF_SECONDS))
 
     async def _give_up(self, tokens: Collection[Token], reason: str) -> None:
         """Leave those groups to other nodes that could not be taken over within a lease."""
