@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from deployments.local import Postgres, PrefectServer, Program
     from taskadapter import Service
 
+DATABASE_VARIABLE = "PREFECT_INTEGRATIONS_TASKADAPTER_DATABASE_URL"
 DAY = 86400.0
 LEASE = 3.0  # seconds
 BEAT = 1.0
@@ -60,6 +61,13 @@ class Planned(NamedTuple):
     interval: float
     group: str = STANDBY
     service: type[Service] = Crowded
+
+
+class Begun(NamedTuple):
+    """A run by hand that has begun, so many seconds after it was asked for."""
+
+    run: FlowRun
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -136,7 +144,9 @@ class Crowd:
         self._home = home
         self._rounds = 0
         database.create_database("crowd")
-        self._database_url = database.url("crowd")
+        # Jobs are paused from here: the nodes, and this process, coordinate in one database.
+        self._coordination = {DATABASE_VARIABLE: database.url("crowd")}
+        os.environ.update(self._coordination)
 
     def at_once(self, way: Way, jobs: int) -> Figures:
         """Return how jobs begin that are due in the same second, ten at once."""
@@ -222,36 +232,44 @@ class Crowd:
         """Return how many seconds an idle agent takes to do what somebody asks for now."""
         tomorrow = _in(DAY)
         planned = [Planned(f"crowd-{n}", tomorrow, DAY) for n in range(jobs)]
-        often = Planned("crowd-often", _in(1), 1.0)
-        endless = Planned("crowd-endless", tomorrow, DAY, service=Endless)
-        with self._deployed(AGENT, [*planned, endless]) as ids, self._node(AGENT):
+        planned.append(Planned("crowd-endless", tomorrow, DAY, service=Endless))
+        with self._deployed(AGENT, planned) as (quick, *_, endless), self._node(AGENT):
             time.sleep(SETTLED_SECONDS)
-            asked = time.time()
-            self._client.create_flow_run_from_deployment(ids[0])
-            by_hand = self._next_line(asked) - asked
-            asked = time.time()
-            run = self._client.create_flow_run_from_deployment(ids[-1])
-            self._next_line(asked)
-            asked = time.time()
-            self._client.set_flow_run_state(run.id, Cancelling())
-            cancelled = StateType.CANCELLED
+            by_hand = self._begin(quick).seconds
+            cancelled = self._cancel(self._begin(endless).run)
+            new, resumed = self._add()
+        return {"by hand": by_hand, "cancelled": cancelled, "new": new, "resumed": resumed}
 
-            def is_cancelled() -> bool:
-                return self._client.read_flow_run(run.id).state_type is cancelled
+    def _begin(self, job: UUID) -> Begun:
+        """Start a run by hand, and return it, and after how many seconds it has begun."""
+        asked = time.time()
+        run = self._client.create_flow_run_from_deployment(job)
+        return Begun(run, self._next_line(asked) - asked)
 
-            wait_until(is_cancelled, REACTION_WITHIN, "the run to be cancelled")
-            cancellation = time.time() - asked
-            often = often._replace(first=_in(1))
-            (new,) = AGENT.deploy(self._client, [often])
-            line = self._next_line(often.first.timestamp())
-            first = line - often.first.timestamp()
-            pause_job(JobId(new))
-            time.sleep(3)
-            asked = time.time()
-            resume_job(JobId(new))
-            resumed = self._next_line(asked) - asked
-            self._client.delete_deployment(new)
-        return {"by hand": by_hand, "cancelled": cancellation, "new": first, "resumed": resumed}
+    def _cancel(self, run: FlowRun) -> float:
+        """Return after how many seconds a run is cancelled."""
+        asked = time.time()
+        self._client.set_flow_run_state(run.id, Cancelling())
+
+        def is_cancelled() -> bool:
+            return self._client.read_flow_run(run.id).state_type is StateType.CANCELLED
+
+        wait_until(is_cancelled, REACTION_WITHIN, "the run to be cancelled")
+        return time.time() - asked
+
+    def _add(self) -> tuple[float, float]:
+        """Return how late a new job's first tick is, and after how many seconds it goes on when resumed."""
+        often = Planned("crowd-often", _in(1), 1.0)
+        (job,) = AGENT.deploy(self._client, [often])
+        due = often.first.timestamp()
+        late = self._next_line(due) - due
+        pause_job(JobId(job))
+        time.sleep(3)
+        asked = time.time()
+        resume_job(JobId(job))
+        resumed = self._next_line(asked) - asked
+        self._client.delete_deployment(job)
+        return late, resumed
 
     def takeover(self, jobs: int) -> Figures:
         """Return how late ticks begin that are due after a node is killed, each of a group of its own."""
@@ -289,7 +307,7 @@ class Crowd:
         with ApiProxy(self._server.port).running() as proxy:
             ours = {
                 "PREFECT_API_URL": proxy.api_url,
-                "PREFECT_INTEGRATIONS_TASKADAPTER_DATABASE_URL": self._database_url,
+                **self._coordination,
                 ledger.VARIABLE: str(self._ledger),
             }
             name = f"crowd-{self._rounds}-{proxy.port}"
