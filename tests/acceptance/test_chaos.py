@@ -230,8 +230,9 @@ def judge(project: Project, prefect: Prefect, until: float, killed: frozenset[st
         wait_until(are_settled, PATIENCE, f"the runs of {name} to end")
         began, ended = Counter(ticks("began")), set(ticks("ended"))
         assert max(began.values()) == 1, began.most_common(3)
-        runs = {due(run).timestamp(): run for run in final(prefect, name)}
-        assert sum(due(run).timestamp() in expected for run in final(prefect, name)) == len(expected)
+        found = final(prefect, name)
+        runs = {due(run).timestamp(): run for run in found}
+        assert sum(due(run).timestamp() in expected for run in found) == len(expected)
         for moment in expected:
             # What was killed shows so: most bodies had begun, one or the other was just about to.
             is_right = moment in ended and runs[moment].state_name == "Completed"
