@@ -65,6 +65,35 @@ async def queue_names(client: PrefectClient, work_pool: str) -> set[str]:
     return {queue.name for queue in await _all(client.read_work_queues, work_pool_name=work_pool)}
 
 
+async def due(
+    client: PrefectClient, work_pool: str, queues: list[str] | None, until: datetime
+) -> tuple[list[FlowRun], datetime]:
+    """Return the runs on the queues of a work pool that are due until some moment, and that moment.
+
+    The API lists so many at once, and those first whose queue comes first, however late others are. Where
+    more are due the moment is an earlier one, until which all are listed; a longer list is of one moment.
+
+    Args:
+        client: connected to the API.
+        work_pool: the pool's name.
+        queues: the names of the queues; None for all of the pool.
+        until: the moment.
+
+    Raises:
+        ObjectNotFound: a queue, or the pool, is gone.
+    """
+    while True:
+        found = await client.get_scheduled_flow_runs_for_work_pool(
+            work_pool, work_queue_names=queues, scheduled_before=until
+        )
+        runs = [response.flow_run for response in found]
+        moments = sorted(filter(None, (run.next_scheduled_start_time for run in runs)))
+        earlier = [moment for moment in moments if moment < until]
+        if len(runs) < PAGE or not earlier:
+            return runs, until
+        until = earlier[len(earlier) // 2]
+
+
 async def _all(read: Callable[..., Awaitable[list[Any]]], **filters: Any) -> list[Any]:
     """Return all pages of what a method of Prefect's client returns."""
     found: dict[UUID, Any] = {}

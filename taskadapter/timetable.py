@@ -157,6 +157,7 @@ class Timetable:
 
     Attributes:
         has_new: whether only the first ticks of a job have been made, and others are to follow.
+        is_cut: whether the list of runs was too short for jobs that are in time, besides late ones.
         complete_until: when it is to be completed again.
     """
 
@@ -175,7 +176,7 @@ class Timetable:
         self._plans: dict[UUID, Plan] = {}
         self._lines: dict[UUID, Line] = {}
         self._ended: set[UUID] = set()
-        self.has_new = False
+        self.has_new = self.is_cut = False
         self.complete_until = datetime.now(UTC)
 
     def learn(self, deployments: Iterable[DeploymentResponse]) -> set[UUID]:
@@ -292,7 +293,7 @@ class Timetable:
             queues: the ones that this agent runs.
             in_hand: the runs that it has taken and not finished.
             now: the moment of the look.
-            until: up to when it has looked for runs.
+            until: up to when it has looked for runs; before the moment of the look where there are more.
 
         Returns:
             The runs to be started; without those of a job that has earlier ones still to be made.
@@ -308,14 +309,20 @@ class Timetable:
         for run in (*found, *in_hand):
             if (tick := schedules.tick_of(run)) is not None:
                 known.setdefault(run.deployment_id, set()).add(tick)
-        self.has_new = False
+        listed = {run.deployment_id for run in found}
+        self.has_new = self.is_cut = False
         self.complete_until = until - CLAIM_LEAD if is_full else until
         missing: list[tuple[datetime, Line]] = []
         held_up: dict[UUID | None, datetime] = {}
         for line in self._lines.values():
             if line.plan.queue in queues and not line.held:
                 # What a new job is due to do at once need not wait for what is to follow.
-                owed = line.owed(now if line.is_new else now + LOOK_AHEAD)
+                soon = now if line.is_new else now + LOOK_AHEAD
+                owed = line.owed(min(until, soon))
+                if not owed and until < now and line.deployment_id not in listed:
+                    # However late others are: its ticks are there, or are made.
+                    owed = line.owed(soon)
+                    self.is_cut |= bool(owed)
                 self.has_new |= line.is_new
                 line.is_new = False
                 planned = known.get(line.deployment_id, set())

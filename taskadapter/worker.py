@@ -56,7 +56,9 @@ LOOP_SECONDS = 0.2
 """How often the agent sees whether it is time for a look."""
 
 PLENTY_SECONDS = 2.0
-"""How long there is between two looks at least, while there is more to do than there is room for."""
+LISTENING_PLENTY_SECONDS = 10.0
+"""How long there is between two looks at least, while there is more to do than there is room for: where
+the agent does not know of what is to be done besides, and where it does."""
 
 LISTENING_SECONDS = 30.0
 """How often the agent looks for runs that hears of what it cannot know ahead: it looks as far ahead."""
@@ -149,6 +151,8 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         # When it was first seen that another process has, or had, this node's name.
         self._waits_since = float("inf")
         self._looks = Looks()
+        # Whether there was more to do than there was room for at the last look, and still is.
+        self._had_plenty = False
         self._looking = asyncio.Lock()
         # The pool's deployments, as they were last looked at.
         self._deployed: dict[UUID, DeploymentResponse] = {}
@@ -421,6 +425,9 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         self._last_polled_time = datetime.now(UTC)
         if self._refused is not None:
             raise CoordinationError(self._refused)
+        if self._had_plenty and not self._dispatcher.has_plenty:
+            self._had_plenty = False
+            self._looks.want()
         if not self._has_successfully_synced or not self._looks.is_due(self._pause):
             return []
         async with self._looking:  # a takeover looks at once, perhaps in the middle of another look
@@ -444,7 +451,8 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         by_hand = {run.id: run.created for run in found if not run.auto_scheduled}
         self._hearing.compare(by_hand | {id_: deployed.created for id_, deployed in self._deployed.items()})
         ahead = (self._timetable.complete_until - datetime.now(UTC)).total_seconds()
-        shortest = PLENTY_SECONDS if self._dispatcher.has_plenty else SHORTEST_PAUSE_SECONDS
+        self._had_plenty = self._dispatcher.has_plenty
+        shortest = self._plenty_pause if self._had_plenty else SHORTEST_PAUSE_SECONDS
         self._looks.looked(asked, max(ahead, 0.0 if self._timetable.has_new else shortest))
         return found
 
@@ -454,6 +462,11 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         if self._hearing.hears:
             return LISTENING_SECONDS
         return self._busy_poll_seconds if self._dispatcher.is_busy else self._poll_seconds
+
+    @property
+    def _plenty_pause(self) -> float:
+        is_known = self._hearing.hears and not self._timetable.is_cut
+        return LISTENING_PLENTY_SECONDS if is_known else PLENTY_SECONDS
 
     @property
     def _visit_pause(self) -> float:
@@ -499,24 +512,21 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         try:
             # The server looks up each queue by its name, but not those of the whole pool.
             names = None if self._queues <= set(wanted) else wanted
-            found = await self.client.get_scheduled_flow_runs_for_work_pool(
-                self._work_pool_name, work_queue_names=names, scheduled_before=before
-            )
+            found, until = await planned.due(self.client, self._work_pool_name, names, before)
         except ObjectNotFound:
             self._looks.want_visit()  # a queue, or the pool, was deleted
             return []
-        runs = [response.flow_run for response in found if _queue_of(response.flow_run) in wanted]
-        runs = [run for run in runs if self._runs_job_of(run)]
-        if len(runs) < len(found) >= POLL_LIMIT:
+        runs = [run for run in found if _queue_of(run) in wanted and self._runs_job_of(run)]
+        if len(runs) < len(found) and (until < before or len(found) >= POLL_LIMIT):
             # Those that are left out could fill the list for ever.
-            ours = self._timetable.jobs_of(wanted)
+            ours, until = self._timetable.jobs_of(wanted), before
             runs = await self.client.get_scheduled_flow_runs_for_deployments(ours, before)
             runs = [run for run in runs if _queue_of(run) in wanted]
         # A new job's first ticks may not be planned: it must be known before one of them is started.
         if self._timetable.strangers(runs) - self._gone:
             await self._visit()
             self._gone = self._timetable.strangers(runs)
-        runs = await self._timetable.complete(runs, wanted, self._dispatcher.runs_in_hand, now, before)
+        runs = await self._timetable.complete(runs, wanted, self._dispatcher.runs_in_hand, now, until)
         await self._deployments.prepare(runs)
         return runs
 

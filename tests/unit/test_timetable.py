@@ -128,13 +128,14 @@ class Api:
         return FlowRun(id=run_id, flow_id=ID, deployment_id=job.deployment_id, idempotency_key=key)
 
 
-def complete(api, *jobs, now):
-    """What a look makes of the lines of some jobs of which nothing is planned."""
+def complete(api, *jobs, now, found=(), until=None):
+    """What a look makes of the lines of some jobs, of which some runs were found."""
     timetable = Timetable(None, logging.getLogger("test"), None)
     timetable._lines = {job.deployment_id: job for job in jobs}
     timetable._make = api.make
     now = NOON + now * SECOND
-    found = asyncio.run(timetable.complete([], ["default"], [], now, now))
+    until = now if until is None else NOON + until * SECOND
+    found = asyncio.run(timetable.complete([*found], ["default"], [], now, until))
     return [(run.deployment_id, tick_of(run)) for run in found], timetable
 
 
@@ -177,3 +178,17 @@ def test_of_many_jobs_the_oldest_ticks_are_made_first():
     assert api.made == sorted(api.made)
     assert max(api.made) == NOON + 30 * SECOND
     assert timetable.complete_until <= NOON + 60 * SECOND
+
+
+def test_where_more_is_due_than_is_listed_each_job_has_its_turn():
+    """What is due later is not missing; of a job that is not in the list all is seen to."""
+    deep, other = line(), line()
+    other.deployment_id = UUID(int=2)
+    api = Api()
+    listed = [asyncio.run(Api().make(deep, tick)) for tick in at(0, 5)]
+    other.through = NOON + 50 * SECOND
+    found, timetable = complete(api, deep, other, now=60, found=listed, until=5)
+
+    assert found == [(ID, tick) for tick in at(0, 5)] + [(UUID(int=2), tick) for tick in at(55, 60)]
+    assert api.made == at(55, 60)
+    assert timetable.is_cut
