@@ -4,11 +4,9 @@ Ballerina's ``task`` module gives the vocabulary: jobs and services on listeners
 retries and a group of nodes of which one is active. Prefect gives the engine, the history and the UI.
 """
 
-from taskadapter.civil import Civil, ZoneOffset
-from taskadapter.errors import TaskError
-from taskadapter.jobs import Job, JobId, Service
-from taskadapter.listener import Listener
-from taskadapter.model import (
+from taskadapter.declare.civil import Civil, ZoneOffset
+from taskadapter.declare.jobs import Job, JobId, Service
+from taskadapter.declare.triggers import (
     ErrorPolicy,
     MysqlConfig,
     PostgresqlConfig,
@@ -20,8 +18,10 @@ from taskadapter.model import (
     WaitingPolicy,
     WarmBackupConfig,
 )
-from taskadapter.progress import fenced
-from taskadapter.runs import current_run
+from taskadapter.errors import TaskError
+from taskadapter.execution.current import current_run
+from taskadapter.execution.record import fenced
+from taskadapter.listener import Listener
 from taskadapter.scheduler import (
     aconfigure_worker_pool,
     aget_running_jobs,

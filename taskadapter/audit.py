@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
-from taskadapter import schedules
-from taskadapter.coordination import jobs, ledger
+from taskadapter.agent.timetable import plan_of
+from taskadapter.coordination import ledger, progress
 from taskadapter.coordination.dialects import transaction
 from taskadapter.coordination.executions import moment
-from taskadapter.timetable import plan_of
+from taskadapter.rules import ticks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -69,7 +69,7 @@ def history(engine: Engine, deployment: DeploymentResponse, last: int) -> list[L
     """
     with transaction(engine) as connection:
         past = ledger.history(connection, str(deployment.id), last)
-        opened = jobs.opened(connection, [str(deployment.id)]).get(str(deployment.id))
+        opened = progress.opened(connection, [str(deployment.id)]).get(str(deployment.id))
     lines = [*map(_line, past), *_missing(deployment, past, opened)]
     return sorted(lines, key=lambda line: line.due or "", reverse=True)
 
@@ -97,5 +97,5 @@ def _missing(deployment: DeploymentResponse, past: Sequence[Past], opened: str |
     if plan is None or not dues or deployment.paused:
         return []
     first = max(datetime.fromisoformat(max(min(dues), opened or "")), plan.created)
-    ticks = schedules.ticks(plan.anchor, plan.interval, after=first, until=datetime.now(UTC) - GRACE)
-    return [Line(moment(tick)) for tick in ticks if moment(tick) not in dues]
+    owed = ticks.between(plan.anchor, plan.interval, after=first, until=datetime.now(UTC) - GRACE)
+    return [Line(moment(tick)) for tick in owed if moment(tick) not in dues]

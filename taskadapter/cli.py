@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Engine
 
     from taskadapter.coordination.tokens import Status
-    from taskadapter.domain import Domain
+    from taskadapter.prefect_api.pool import Domain
 
 app = App(name="taskadapter", help="Periodic Prefect jobs, each on exactly one of several machines.")
 database = App(name="db", help="The tables of the coordination database.")
@@ -138,7 +138,7 @@ async def _deployment(job: str) -> DeploymentResponse:
     Raises:
         TaskError: there is none.
     """
-    from taskadapter.api import api_client
+    from taskadapter.prefect_api.client import api_client
 
     async with api_client() as client:
         try:
@@ -221,9 +221,9 @@ def sql(*, pool: Pool = None) -> None:
 
 def _domain(pool: str | None) -> tuple[Domain, Engine]:
     """Return a pool's domain, and an engine on its database."""
-    from taskadapter.api import api_client
     from taskadapter.coordination.dialects import open_engine
-    from taskadapter.domain import Domain
+    from taskadapter.prefect_api.client import api_client
+    from taskadapter.prefect_api.pool import Domain
     from taskadapter.settings import TaskadapterSettings
 
     settings = TaskadapterSettings()

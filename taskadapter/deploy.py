@@ -23,15 +23,16 @@ from prefect.exceptions import ObjectNotFound, ScriptError
 from prefect.utilities.callables import parameter_schema
 from prefect.utilities.importtools import load_script_as_module
 
-from taskadapter import attached, schedules
-from taskadapter.api import api_client
+from taskadapter.declare import attached
+from taskadapter.declare.jobs import JobId
+from taskadapter.declare.triggers import DEFAULT_QUEUE
 from taskadapter.errors import DeclarationError, TaskError
-from taskadapter.jobs import JobId
 from taskadapter.listener import Declared, Listener, listeners, refuse_disagreement
-from taskadapter.locks import lock
-from taskadapter.model import DEFAULT_QUEUE
-from taskadapter.planned import DETACHED, TAG
-from taskadapter.ticks import create_tick
+from taskadapter.prefect_api.client import api_client
+from taskadapter.prefect_api.locks import lock
+from taskadapter.prefect_api.planned import DETACHED, TAG
+from taskadapter.prefect_api.ticks import create_tick
+from taskadapter.rules import ticks
 
 HEADER = """\
 # Made by `taskadapter render` from the declarations in {flows}/: change those, not this file.
@@ -108,7 +109,7 @@ def _refuse_duplicates(found: Iterable[Declared]) -> None:
 
 
 def _entry(listener: Listener, declared: Declared) -> dict[str, Any]:
-    slug = schedules.slug(listener.trigger)
+    slug = ticks.slug(listener.trigger)
     _refuse_templates(declared, description(declared), declared.initial_state)
     entry: dict[str, Any] = {
         "name": declared.name,
@@ -127,7 +128,7 @@ def _entry(listener: Listener, declared: Declared) -> dict[str, Any]:
     step["id"] = "prepared"
     entry["build"] = [{"taskadapter.deploy.prepare": step}]
     anchor = listener.trigger.start_time or "{{ prepared.first_tick }}"
-    entry["schedules"] = [schedules.schedule(listener.trigger, anchor)]
+    entry["schedules"] = [ticks.schedule(listener.trigger, anchor)]
     return entry
 
 
@@ -221,7 +222,7 @@ async def prepare(
     has added stay.
 
     It also finds the moment of tick 0 of a trigger without start time. That is when it is first
-    deployed (and a little more, see `schedules.FIRST_TICK_LEAD`); each further deploy finds it on the
+    deployed (and a little more, see `ticks.FIRST_TICK_LEAD`); each further deploy finds it on the
     server and leaves it as it is.
 
     Args:
@@ -233,7 +234,7 @@ async def prepare(
     Returns:
         ``{"first_tick": ...}``, in ISO 8601 with its offset.
     """
-    first_tick = datetime.now(UTC) + schedules.FIRST_TICK_LEAD
+    first_tick = datetime.now(UTC) + ticks.FIRST_TICK_LEAD
     if start_time is not None:
         first_tick = datetime.fromisoformat(start_time)
     async with api_client() as client:
@@ -278,7 +279,7 @@ async def find(client: PrefectClient, flow_name: str, name: str) -> DeploymentRe
 async def _end_earlier_triggers(client: PrefectClient, deployed: DeploymentResponse, slug: str) -> None:
     """Delete the schedules of other triggers of ours, and that of a service which was detached."""
     for schedule in deployed.schedules:
-        if schedules.is_slug(schedule.slug) and (schedule.slug != slug or DETACHED in deployed.tags):
+        if ticks.is_slug(schedule.slug) and (schedule.slug != slug or DETACHED in deployed.tags):
             with suppress(ObjectNotFound):
                 await client.delete_deployment_schedule(deployed.id, schedule.id)
 
@@ -309,7 +310,7 @@ async def make_first_tick(
         since: when the schedule was asked for: what was due before is no tick of it.
     """
     deployment = await client.read_deployment(job_id)
-    if deployment.paused or not since <= anchor <= since + schedules.FIRST_TICK_LEAD:
+    if deployment.paused or not since <= anchor <= since + ticks.FIRST_TICK_LEAD:
         return
     for schedule in deployment.schedules:
         if schedule.slug == slug:
@@ -340,7 +341,7 @@ async def _deploy(client: PrefectClient, listener: Listener, declared: Declared)
     anchor = listener.trigger.start_time or now
     done = await put(client, declared, wanted_of(declared, listener.work_pool, listener.group_id), anchor)
     if done.has_new_schedule:
-        await make_first_tick(client, done.job_id, schedules.slug(listener.trigger), anchor, now)
+        await make_first_tick(client, done.job_id, ticks.slug(listener.trigger), anchor, now)
     return done.job_id
 
 
@@ -394,7 +395,7 @@ async def put(
         wanted: what `wanted_of` says of it.
         anchor: the moment of tick 0, if the schedule is new; None for a job without a schedule.
     """
-    slug, flow_name = schedules.slug(declared.trigger), declared.flow.name
+    slug, flow_name = ticks.slug(declared.trigger), declared.flow.name
     planned = [] if anchor is None else [_schedule(declared.trigger.interval, anchor, slug)]
     if (deployed := await find(client, flow_name, declared.name)) is None:
         async with lock(client, _lock_name(flow_name, declared.name)):

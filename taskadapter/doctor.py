@@ -16,17 +16,18 @@ from prefect.exceptions import ObjectNotFound
 from prefect.settings import get_current_settings
 from sqlalchemy import Engine
 
-from taskadapter import deploy, planned
-from taskadapter.api import api_client
+from taskadapter import deploy
+from taskadapter.agent.worker import WarmBackupWorker
 from taskadapter.coordination import schema
 from taskadapter.coordination.dialects import open_engine, transaction
 from taskadapter.coordination.messages import FOREIGN_GROUP
 from taskadapter.coordination.tokens import Status, groups_of_others, read_status
-from taskadapter.domain import Domain
+from taskadapter.declare.triggers import DEFAULT_QUEUE, TriggerConfiguration
 from taskadapter.errors import DeclarationError, TaskError
-from taskadapter.model import DEFAULT_QUEUE, TriggerConfiguration
+from taskadapter.prefect_api import planned
+from taskadapter.prefect_api.client import api_client
+from taskadapter.prefect_api.pool import Domain
 from taskadapter.settings import TaskadapterSettings, check_interval
-from taskadapter.worker import WarmBackupWorker
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import WorkPool

@@ -18,25 +18,26 @@ from prefect.settings import get_current_settings
 from prefect.types.names import BANNED_CHARACTERS
 from pydantic import model_validator
 
-from taskadapter import flow as flows
-from taskadapter import prefect_private, switches
-from taskadapter.api import api_client, run_sync
-from taskadapter.config import overridden, read_config
-from taskadapter.declaration import Declaration
-from taskadapter.domain import Domain, password_of
-from taskadapter.errors import DeclarationError, TaskError
-from taskadapter.jobs import Job, Service, dump_state
-from taskadapter.model import (
+from taskadapter.agent import switches
+from taskadapter.agent.program import Part, ProgramAgent, agents, done, stop_all
+from taskadapter.agent.signals import at_a_signal
+from taskadapter.declare.base import Declaration
+from taskadapter.declare.jobs import Job, Service, dump_state
+from taskadapter.declare.toml import overridden, read_config
+from taskadapter.declare.triggers import (
     DEFAULT_QUEUE,
     RetryConfiguration,
     TaskPolicy,
     TriggerConfiguration,
     WarmBackupConfig,
 )
+from taskadapter.errors import DeclarationError, TaskError
+from taskadapter.execution import flow as flows
 from taskadapter.pools import aensure_work_pool
-from taskadapter.program import Part, ProgramAgent, agents, done, stop_all
+from taskadapter.prefect_api import private
+from taskadapter.prefect_api.client import api_client, run_sync
+from taskadapter.prefect_api.pool import Domain, password_of
 from taskadapter.settings import TaskadapterSettings, check_interval
-from taskadapter.signals import at_a_signal
 
 REASON = "the service was detached"
 
@@ -129,7 +130,7 @@ class Listener:
         self._agent: ProgramAgent | None = None
         self._part: Part | None = None
         check_interval(self.trigger.interval)
-        if prefect_private.is_being_deployed():
+        if private.is_being_deployed():
             self.ensure_work_pool()
         else:
             self._check_task_id()

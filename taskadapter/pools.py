@@ -8,11 +8,11 @@ from prefect.blocks.system import Secret
 from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 
-from taskadapter.api import api_client, run_sync
-from taskadapter.domain import Domain, PoolSize
+from taskadapter.agent.worker import WarmBackupWorker
 from taskadapter.errors import TaskError
-from taskadapter.locks import lock
-from taskadapter.worker import WarmBackupWorker
+from taskadapter.prefect_api.client import api_client, run_sync
+from taskadapter.prefect_api.locks import lock
+from taskadapter.prefect_api.pool import Domain, PoolSize
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import PrefectClient

@@ -18,19 +18,26 @@ from prefect.client.schemas.responses import DeploymentResponse
 from prefect.exceptions import ObjectNotFound
 from prefect.utilities.slugify import slugify
 
-from taskadapter import flow as flows
-from taskadapter import schedules, switches, ticks
-from taskadapter.api import api_client, run_sync
-from taskadapter.civil import Civil, Instant
-from taskadapter.declaration import Declaration
+from taskadapter.agent import switches
+from taskadapter.declare.base import Declaration
+from taskadapter.declare.civil import Civil, Instant
+from taskadapter.declare.jobs import Job, JobId, dump_state
+from taskadapter.declare.triggers import (
+    TaskPolicy,
+    TriggerConfiguration,
+    WarmBackupConfig,
+    WorkerPoolConfiguration,
+)
 from taskadapter.deploy import find, has_schedule, make_first_tick, put, wanted_of
-from taskadapter.domain import PoolSize
 from taskadapter.errors import TaskError
-from taskadapter.jobs import Job, JobId, dump_state
+from taskadapter.execution import flow as flows
 from taskadapter.listener import Declared, check_name
-from taskadapter.model import TaskPolicy, TriggerConfiguration, WarmBackupConfig, WorkerPoolConfiguration
-from taskadapter.planned import TAG, jobs_of_pool, remake_ticks, remove_ticks, unfinished
 from taskadapter.pools import aensure_work_pool
+from taskadapter.prefect_api.client import api_client, run_sync
+from taskadapter.prefect_api.planned import TAG, jobs_of_pool, remake_ticks, remove_ticks, unfinished
+from taskadapter.prefect_api.pool import PoolSize
+from taskadapter.prefect_api.ticks import create_tick
+from taskadapter.rules import ticks
 from taskadapter.settings import TaskadapterSettings, check_interval
 
 When = Civil | datetime | str
@@ -106,7 +113,7 @@ async def aschedule_one_time_job(
     when = OneTime(trigger_time=cast("Any", trigger_time)).trigger_time
     _refuse_past("trigger_time", when, datetime.now(UTC))
     trigger = TriggerConfiguration(
-        interval=schedules.ONE_TIME, max_count=1, start_time=when, task_policy=task_policy
+        interval=ticks.ONE_TIME, max_count=1, start_time=when, task_policy=task_policy
     )
     return await _schedule(job, trigger, name, group_id, work_pool, once=True)
 
@@ -222,7 +229,7 @@ async def _is_deployed(declared: Declared) -> bool:
     """Return whether the job has this very trigger already: then its start has passed in its time."""
     async with api_client() as client:
         known = await find(client, declared.flow.name, declared.name)
-    return known is not None and has_schedule(known, schedules.slug(declared.trigger))
+    return known is not None and has_schedule(known, ticks.slug(declared.trigger))
 
 
 def _declare(job: Job, trigger: TriggerConfiguration, name: str | None) -> Declared:
@@ -248,13 +255,13 @@ async def _put_once(client: PrefectClient, declared: Declared, wanted: dict[str,
     if done.was_there and done.has_changed:
         await remove_ticks(client, done.job_id)
     when = cast("datetime", declared.trigger.start_time)
-    await ticks.create_tick(client, done.job_id, schedules.ONCE, when)
+    await create_tick(client, done.job_id, ticks.ONCE, when)
     return done.job_id
 
 
 async def _put_recurring(client: PrefectClient, declared: Declared, wanted: dict[str, Any]) -> UUID:
     """Deploy a job with its schedule; make the tick that is too near for Prefect's scheduler to plan."""
-    now, slug = datetime.now(UTC), schedules.slug(declared.trigger)
+    now, slug = datetime.now(UTC), ticks.slug(declared.trigger)
     anchor = declared.trigger.start_time or now
     done = await put(client, declared, wanted, anchor)
     if done.was_there and done.has_changed:
@@ -400,7 +407,7 @@ async def aget_running_jobs(*, work_pool: str | None = None) -> list[JobId]:
     async with api_client() as client:
         jobs = await jobs_of_pool(client, _pool(work_pool))
         recurring = {
-            job.id: [schedule.active for schedule in job.schedules if schedules.is_slug(schedule.slug)]
+            job.id: [schedule.active for schedule in job.schedules if ticks.is_slug(schedule.slug)]
             for job in jobs
         }
         waiting = await unfinished(client, [job_id for job_id, ours in recurring.items() if not ours])

@@ -14,7 +14,7 @@ from prefect.settings.base import PrefectBaseSettings, build_settings_config
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
 
-from taskadapter import schedules
+from taskadapter.rules import ticks
 
 DEFAULT_WORK_POOL = "taskadapter"
 
@@ -26,10 +26,10 @@ def check_interval(interval: float) -> None:
         interval: seconds between two ticks.
 
     Raises:
-        DeclarationError: as `schedules.check_interval`.
+        DeclarationError: as `ticks.check_interval`.
     """
     scheduler = get_current_settings().server.services.scheduler
-    schedules.check_interval(interval, max_runs=scheduler.max_runs, loop_seconds=scheduler.loop_seconds)
+    ticks.check_interval(interval, max_runs=scheduler.max_runs, loop_seconds=scheduler.loop_seconds)
 
 
 class TaskadapterSettings(PrefectBaseSettings):

@@ -13,7 +13,11 @@ if TYPE_CHECKING:
 
 def nurseries(pid: int) -> list[psutil.Process]:
     """Return the processes below one that fork others."""
-    return [child for child in psutil.Process(pid).children() if "taskadapter.nursery" in child.cmdline()]
+    return [
+        child
+        for child in psutil.Process(pid).children()
+        if "taskadapter.execution.nursery" in child.cmdline()
+    ]
 
 
 def catches(pid: int, number: signal.Signals) -> bool:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import and_, delete, exists, func, insert, or_, select, union_all, update
 from sqlalchemy.exc import IntegrityError
 
-from taskadapter.coordination import jobs
+from taskadapter.coordination import progress
 from taskadapter.coordination.dialects import database_now, ensure_row, seconds_since
 from taskadapter.coordination.executions import (
     ABANDONED,
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from sqlalchemy import ColumnElement, Connection, Row
 
     from taskadapter.coordination.executions import Answer, Execution, Limits, Owner
-    from taskadapter.coordination.jobs import JobRow
     from taskadapter.coordination.messages import Token
+    from taskadapter.coordination.progress import JobRow
 
 JOBS_AT_ONCE = 100
 """Of how many jobs one statement asks: SQLite takes no more than 500 parts."""
@@ -67,7 +67,7 @@ def begin(connection: Connection, execution: Execution, owner: Owner, limits: Li
         require_token(connection, owner.token)
     job = None
     if execution.job_id is not None and execution.due is not None:
-        job = jobs.lock(connection, execution.job_id, limits.trigger_slug)
+        job = progress.lock(connection, execution.job_id, limits.trigger_slug)
     if (row := _locked(connection, execution.key)) is not None:
         return _again(connection, row, job, execution, owner)
     if job is not None and (refusal := _refusal(job, limits)) is not None:
@@ -81,7 +81,7 @@ def begin(connection: Connection, execution: Execution, owner: Owner, limits: Li
         assert row is not None  # noqa: S101 - rows that are so young are not removed
         return Taken(_entry(row))
     if job is not None:
-        jobs.count(connection, job)
+        progress.count(connection, job)
     return Begun(number)
 
 

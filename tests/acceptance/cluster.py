@@ -29,8 +29,8 @@ from sqlalchemy import create_engine, make_url, text
 
 from deployments.local import environment, prefect_command, wait_until
 from taskadapter.coordination import schema
-from taskadapter.domain import Domain
 from taskadapter.pools import ensure_work_pool
+from taskadapter.prefect_api.pool import Domain
 from tests.acceptance.project import PATIENCE, Prefect, Project, due, state_of
 from tests.contract.proxy import Proxy
 

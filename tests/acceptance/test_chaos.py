@@ -19,9 +19,9 @@ import pytest
 
 from deployments.local import wait_until
 from taskadapter import pause_job, resume_job
-from taskadapter.domain import Domain
-from taskadapter.jobs import JobId
+from taskadapter.declare.jobs import JobId
 from taskadapter.pools import ensure_work_pool
+from taskadapter.prefect_api.pool import Domain
 from tests.acceptance.project import PATIENCE, Prefect, Project, due
 from tests.api_proxy import ApiProxy, refusal
 

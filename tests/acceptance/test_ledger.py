@@ -22,8 +22,8 @@ from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.states import Scheduled
 
 from deployments.local import prefect_command, wait_until
-from taskadapter.domain import Domain
 from taskadapter.pools import ensure_work_pool
+from taskadapter.prefect_api.pool import Domain
 from tests.acceptance.project import PATIENCE, Entry, Prefect, Project, due, is_alive, state_of
 from tests.api_proxy import ApiProxy, refusal
 from tests.processes import nurseries
@@ -414,7 +414,7 @@ def test_the_ledger_is_shown(project: Project) -> None:
 def test_pausing_holds_whatever_the_moment(project: Project, prefect: Prefect, node: Program) -> None:
     """With two agents, at any phase of the job's ticks: nothing begins while it is paused, none is lost."""
     from taskadapter import pause_job, resume_job
-    from taskadapter.jobs import JobId
+    from taskadapter.declare.jobs import JobId
 
     job = JobId(prefect.deployment("book-second").id)
     with pytest.MonkeyPatch.context() as environment, project.agent("book-2", "--limit", "3"):

@@ -21,7 +21,7 @@ import pytest
 from prefect.states import Scheduled
 
 from deployments.local import free_port, running, wait_until
-from taskadapter.schedules import tick_key
+from taskadapter.rules.ticks import tick_key
 from tests.acceptance.project import PATIENCE, state_of
 from tests.acceptance.project import due as due_of
 from tests.processes import catches, nurseries

@@ -21,9 +21,9 @@ from prefect.states import Cancelling, Completed, Pending, Running
 
 from deployments.local import agent, wait_until
 from taskadapter import Listener, TriggerConfiguration, WarmBackupConfig, pause_job, resume_job
-from taskadapter.api import side_by_side
+from taskadapter.declare.jobs import JobId
 from taskadapter.deploy import deploy
-from taskadapter.jobs import JobId
+from taskadapter.prefect_api.client import side_by_side
 from tests.api_proxy import ApiProxy
 from tests.benchmarks import ledger
 from tests.benchmarks.bench import Figures

@@ -14,7 +14,7 @@ from sqlalchemy import Engine, text
 
 from taskadapter.coordination import schema
 from taskadapter.coordination.dialects import Timeouts, open_engine, transaction, url_of
-from taskadapter.coordination.jobs import load_state
+from taskadapter.coordination.progress import load_state
 from taskadapter.coordination.tokens import Node, acquire, read_status
 from taskadapter.errors import (
     AccessDeniedError,

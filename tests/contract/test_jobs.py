@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import pytest
 from sqlalchemy import Engine, update
 
-from taskadapter import progress
 from taskadapter.coordination.dialects import open_engine, transaction
 from taskadapter.coordination.executions import Switches
-from taskadapter.coordination.jobs import (
+from taskadapter.coordination.messages import Token
+from taskadapter.coordination.progress import (
     end,
     load_state,
     opened,
@@ -23,9 +23,9 @@ from taskadapter.coordination.jobs import (
     see,
     seen,
 )
-from taskadapter.coordination.messages import Token
 from taskadapter.coordination.schema import job_progress
 from taskadapter.errors import CoordinationError, DatabaseUnavailableError, TokenLostError
+from taskadapter.execution import record
 from tests.contract.entering import JOB, TOKEN, Row, count_one, hold, row_of, take_over
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class TestFencing:
 
 
 def write_late(url: str, freeze: Callable[[], None]) -> None:
-    with progress._transaction(url) as connection:
+    with record._transaction(url) as connection:
         require_token(connection, TOKEN)
         freeze()
         save_state(connection, JOB, {"i": 1})
@@ -143,7 +143,7 @@ def test_a_job_that_freezes_in_a_transaction_keeps_nobody_from_taking_over(
     hold(engine, TOKEN)
     with ThreadPoolExecutor(1) as pool, pytest.raises(DatabaseUnavailableError):
         write_late(prepared_url, lambda: pool.submit(take_over, engine).result(timeout=5))
-    progress._engine(prepared_url).dispose()
+    record._engine(prepared_url).dispose()
     with transaction(engine) as connection:
         assert load_state(connection, JOB) is None
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 from sqlalchemy import Engine, delete, text
 
-from taskadapter.coordination import jobs, ledger, schema
+from taskadapter.coordination import ledger, progress, schema
 from taskadapter.coordination.dialects import transaction
 from taskadapter.coordination.executions import (
     ABANDONED,
@@ -22,8 +22,8 @@ from taskadapter.coordination.executions import (
     Taken,
     asked_key,
 )
-from taskadapter.coordination.jobs import end as end_job
-from taskadapter.coordination.jobs import pause
+from taskadapter.coordination.progress import end as end_job
+from taskadapter.coordination.progress import pause
 from taskadapter.coordination.tokens import Node, register
 from taskadapter.errors import SchemaError, TokenLostError
 from tests.contract.entering import (
@@ -280,7 +280,7 @@ class TestDues:
         with transaction(engine) as connection:
             assert sorted(ledger.dues(connection, names, 9)) == sorted(names[::50])
             assert ledger.dues(connection, [], 9) == {}
-            assert jobs.opened(connection, names) == {}
+            assert progress.opened(connection, names) == {}
 
     def test_what_has_run_is_told(self, engine: Engine) -> None:
         """Whoever looks back sees when and where, how late, how long, and why not."""

@@ -16,8 +16,9 @@ import pytest
 from prefect.client.schemas.objects import TERMINAL_STATES, StateType
 from sqlalchemy import delete, insert, update
 
-from taskadapter import settling
-from taskadapter.coordination import jobs, ledger, schema
+from taskadapter.agent import settling
+from taskadapter.agent.settling import Todo, decide
+from taskadapter.coordination import ledger, progress, schema
 from taskadapter.coordination.dialects import transaction
 from taskadapter.coordination.executions import (
     ABANDONED,
@@ -33,7 +34,6 @@ from taskadapter.coordination.executions import (
 )
 from taskadapter.coordination.messages import Token
 from taskadapter.errors import TokenLostError
-from taskadapter.settling import Todo, decide
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -368,7 +368,7 @@ class World:
         elif luck < 0.6:
             self.paused = not self.paused
             with transaction(self.engine) as connection:
-                jobs.pause(connection, JOB, paused=self.paused)
+                progress.pause(connection, JOB, paused=self.paused)
         elif luck < 0.7 and self.grouped:
             self.take_over(agent)
         elif luck < 0.8:
@@ -394,7 +394,7 @@ class World:
                 self.happen()
         self.faults = self.paused = False
         with transaction(self.engine) as connection:
-            jobs.pause(connection, JOB, paused=False)
+            progress.pause(connection, JOB, paused=False)
         for _ in range(60):
             self.plan()
             self.renew()

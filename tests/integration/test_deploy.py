@@ -35,11 +35,11 @@ from taskadapter import (
     aschedule_one_time_job,
     locks,
 )
+from taskadapter.agent.switches import detach
 from taskadapter.deploy import deploy, prepare
-from taskadapter.domain import Domain, PoolSize
 from taskadapter.pools import aensure_work_pool, ensure_work_pool
-from taskadapter.schedules import FIRST_TICK_LEAD, slug
-from taskadapter.switches import detach
+from taskadapter.prefect_api.pool import Domain, PoolSize
+from taskadapter.rules.ticks import FIRST_TICK_LEAD, slug
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterable, Iterator

@@ -40,10 +40,11 @@ from taskadapter import (
 from taskadapter.coordination.executions import Exhausted, Skipped
 from taskadapter.deploy import deploy
 from taskadapter.errors import DatabaseUnavailableError
-from taskadapter.flow import job_flow
-from taskadapter.host import drive
-from taskadapter.runs import Assignment, Execution, Workspace
-from taskadapter.schedules import slug
+from taskadapter.execution.assignment import Assignment, Workspace
+from taskadapter.execution.current import Execution
+from taskadapter.execution.flow import job_flow
+from taskadapter.execution.host import drive
+from taskadapter.rules.ticks import slug
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
     from prefect.client.schemas.objects import State
 
-    from taskadapter.runs import CurrentRun
+    from taskadapter.execution.current import CurrentRun
 
 RETRY = RetryConfiguration(max_attempts=2, retry_interval=0.01)
 TRIGGER = TriggerConfiguration(interval=3600, max_count=1, retry_config=RETRY)
@@ -314,7 +315,7 @@ def test_nothing_is_counted_then(
     deployment_id = asyncio.run(deploy(on))[name].id
     flow_run = prefect_client.create_flow_run_from_deployment(deployment_id)
     asked: list[object] = []
-    monkeypatch.setattr("taskadapter.progress.begin", asked.append)
+    monkeypatch.setattr("taskadapter.execution.record.begin", asked.append)
 
     run_flow(job, flow_run=flow_run, return_type="state")
 

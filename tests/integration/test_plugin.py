@@ -9,8 +9,8 @@ from importlib.metadata import entry_points
 import psutil
 from prefect.workers.base import BaseWorker
 
-from taskadapter.program import ProgramAgent
-from taskadapter.worker import WarmBackupWorker
+from taskadapter.agent.program import ProgramAgent
+from taskadapter.agent.worker import WarmBackupWorker
 
 
 def in_a_fresh_interpreter(script):
@@ -23,7 +23,7 @@ def test_the_entry_point():
     """The installed package offers the worker's module to Prefect."""
     ours = [point for point in entry_points(group="prefect.collections") if point.name == "taskadapter"]
 
-    assert [point.value for point in ours] == ["taskadapter.worker"]
+    assert [point.value for point in ours] == ["taskadapter.agent.worker"]
 
 
 def test_prefect_finds_the_type():
@@ -35,7 +35,7 @@ def test_prefect_finds_the_type():
         "print(json.dumps([found.__module__, found.__name__]))\n"
     )
 
-    assert found == ["taskadapter.worker", "WarmBackupWorker"]
+    assert found == ["taskadapter.agent.worker", "WarmBackupWorker"]
 
 
 def test_the_type_is_registered():
@@ -58,14 +58,14 @@ def test_an_agent_that_cannot_start_leaves_no_process():
     asyncio.run(agent.gone())
 
     children = psutil.Process().children(recursive=True)
-    assert [child.pid for child in children if "taskadapter.nursery" in child.cmdline()] == []
+    assert [child.pid for child in children if "taskadapter.execution.nursery" in child.cmdline()] == []
 
 
 def test_importing_the_worker_is_cheap():
     """Prefect imports it for each of its commands: no database driver, no server, no CLI comes along."""
     imported = in_a_fresh_interpreter(
         "import sys, json\n"
-        "import taskadapter.worker\n"
+        "import taskadapter.agent.worker\n"
         "heavy = ('sqlalchemy', 'psycopg', 'pymysql', 'fastapi', 'prefect.server.api', 'cyclopts')\n"
         "print(json.dumps([name for name in heavy if name in sys.modules]))\n"
     )

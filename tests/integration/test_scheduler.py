@@ -51,10 +51,10 @@ from taskadapter import (
     unschedule_job,
 )
 from taskadapter.deploy import deploy
-from taskadapter.domain import Domain, PoolSize
-from taskadapter.flow import job_flow
+from taskadapter.execution.flow import job_flow
 from taskadapter.pools import ensure_work_pool
-from taskadapter.schedules import ONE_TIME, is_tick, slug, tick_key
+from taskadapter.prefect_api.pool import Domain, PoolSize
+from taskadapter.rules.ticks import ONE_TIME, is_tick, slug, tick_key
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient

@@ -17,13 +17,14 @@ from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.states import Pending
 
 from deployments.local import wait_until
-from taskadapter import progress, schedules
+from taskadapter.agent.switches import CarryOver, Reading
+from taskadapter.agent.timetable import MADE_AHEAD, Timetable
 from taskadapter.coordination.executions import Entered
-from taskadapter.model import TriggerConfiguration
+from taskadapter.declare.triggers import TriggerConfiguration
+from taskadapter.execution import record
 from taskadapter.pools import ensure_work_pool
-from taskadapter.switches import CarryOver, Reading
-from taskadapter.ticks import create_tick
-from taskadapter.timetable import MADE_AHEAD, Timetable
+from taskadapter.prefect_api.ticks import create_tick
+from taskadapter.rules import ticks
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -58,7 +59,7 @@ def deployed(client: SyncPrefectClient, anchor: datetime) -> UUID:
         schedules=[
             DeploymentScheduleCreate(
                 schedule=IntervalSchedule(interval=INTERVAL, anchor_date=anchor, timezone="UTC"),
-                slug=schedules.slug(trigger),
+                slug=ticks.slug(trigger),
             )
         ],
     )
@@ -67,7 +68,7 @@ def deployed(client: SyncPrefectClient, anchor: datetime) -> UUID:
 def anchor_of(client: SyncPrefectClient, job: UUID) -> datetime:
     (schedule,) = client.read_deployment(job).schedules
     assert isinstance(schedule.schedule, IntervalSchedule)
-    return schedules.in_utc(schedule.schedule.anchor_date)
+    return ticks.in_utc(schedule.schedule.anchor_date)
 
 
 async def nothing_begun(_: UUID) -> Entered:
@@ -103,7 +104,7 @@ class Node:
         """Start a new agent, and return what it finds to be due."""
 
         async def entered(jobs: Collection[UUID]) -> dict[UUID, Entered]:
-            return progress.entered(self.database, jobs, 10)
+            return record.entered(self.database, jobs, 10)
 
         async def look() -> list[FlowRun]:
             async with get_client() as client:
@@ -127,7 +128,7 @@ def node(tmp_path: Path, job: UUID, monkeypatch: pytest.MonkeyPatch) -> Node:
 
 def hours(runs: list[FlowRun], anchor: datetime, interval: timedelta = INTERVAL) -> list[float]:
     return [
-        (schedules.in_utc(run.expected_start_time) - anchor) / interval
+        (ticks.in_utc(run.expected_start_time) - anchor) / interval
         for run in runs
         if run.expected_start_time
     ]
@@ -139,7 +140,7 @@ def test_missing_ticks_are_made(prefect_client: SyncPrefectClient, job: UUID) ->
 
     assert hours(made, anchor_of(prefect_client, job)) == [0, 1, 2, 3, 4]
     assert {run.state_name for run in made} <= {"Scheduled", "Late"}
-    assert all(schedules.is_tick(run) for run in made)
+    assert all(ticks.is_tick(run) for run in made)
 
 
 def test_what_is_missing_between_what_has_run_is_made(
@@ -151,7 +152,7 @@ def test_what_is_missing_between_what_has_run_is_made(
 
     made = complete(job, entered=[anchor + 4 * INTERVAL, anchor + 2 * INTERVAL])
 
-    assert [schedules.tick_of(run) for run in made] == [anchor + 3 * INTERVAL]
+    assert [ticks.tick_of(run) for run in made] == [anchor + 3 * INTERVAL]
 
 
 def test_a_tick_is_made_once(job: UUID) -> None:
@@ -259,7 +260,7 @@ def test_a_schedule_that_was_edited_while_no_agent_was_there(
     updated = datetime.fromisoformat(Reading.of(prefect_client.read_deployment(job)).updated)
 
     made = wait_until(node.complete, 20, "a tick")
-    assert 0 < (schedules.in_utc(made[0].expected_start_time) - updated).total_seconds() <= 1
+    assert 0 < (ticks.in_utc(made[0].expected_start_time) - updated).total_seconds() <= 1
 
 
 def test_what_is_deployed_again_owes_what_it_did(

@@ -8,7 +8,7 @@ import pendulum
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from taskadapter.civil import Civil, Instant, ZoneOffset
+from taskadapter.declare.civil import Civil, Instant, ZoneOffset
 from taskadapter.errors import DeclarationError, TaskError
 
 INSTANT = TypeAdapter(Instant)

@@ -10,8 +10,8 @@ from uuid import uuid4
 import pytest
 from prefect.client.schemas.objects import FlowRun
 
-from taskadapter.deployments import Deployments
-from taskadapter.dispatcher import Dispatcher, RunInHand
+from taskadapter.agent.dispatcher import Dispatcher, RunInHand
+from taskadapter.agent.jobs import Deployments
 
 NOON = datetime(2030, 1, 1, 12, 0, tzinfo=UTC)
 LOG = logging.getLogger("test")

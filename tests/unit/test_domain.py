@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from prefect.client.schemas.objects import WorkPool
 
-from taskadapter.domain import Domain, PoolSize, password_of
-from taskadapter.model import PostgresqlConfig, WarmBackupConfig
+from taskadapter.agent.worker import WarmBackupWorker
+from taskadapter.declare.triggers import PostgresqlConfig, WarmBackupConfig
+from taskadapter.prefect_api.pool import Domain, PoolSize, password_of
 from taskadapter.settings import TaskadapterSettings
-from taskadapter.worker import WarmBackupWorker
 
 DATABASE = PostgresqlConfig(host="db", user="tasks", password="open sesame", database="tasks")
 CONFIG = WarmBackupConfig(group_id="group", database_config=DATABASE, liveness_check_interval=6)

@@ -9,8 +9,8 @@ from uuid import UUID, uuid4
 import pytest
 from prefect.events import Event, Resource
 
-from taskadapter import hearing
-from taskadapter.hearing import Hearing, Kind, News
+from taskadapter.agent import hearing
+from taskadapter.agent.hearing import Hearing, Kind, News
 
 RUN = UUID(int=7)
 

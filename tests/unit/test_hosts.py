@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from taskadapter.hosts import Ending, Host, Progress, writer_to
+from taskadapter.agent.hosts import Ending, Host, Progress, writer_to
 
 ASSIGNMENT: Any = SimpleNamespace(model_dump=lambda **_: {})
 IGNORED = Progress(loaded=lambda _: None, started=lambda: None, begun=lambda _: None)
@@ -19,7 +19,7 @@ IGNORED = Progress(loaded=lambda _: None, started=lambda: None, begun=lambda _: 
 def test_the_last_words_of_a_process_are_heard(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where it is gone by the time the agent says something, and has not read all."""
 
-    monkeypatch.setattr("taskadapter.hosts.LAST_WORDS_SECONDS", 0.01)
+    monkeypatch.setattr("taskadapter.agent.hosts.LAST_WORDS_SECONDS", 0.01)
 
     async def course() -> str:
         ours, theirs = socket.socketpair()

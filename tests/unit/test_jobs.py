@@ -10,9 +10,9 @@ from uuid import UUID
 import pytest
 from pydantic import Field, PrivateAttr, Secret, SecretStr
 
+from taskadapter.declare.jobs import Job, JobId, Service, dump_state, load_state
+from taskadapter.declare.triggers import PostgresqlConfig
 from taskadapter.errors import DeclarationError
-from taskadapter.jobs import Job, JobId, Service, dump_state, load_state
-from taskadapter.model import PostgresqlConfig
 
 LOCK = type(threading.Lock())
 

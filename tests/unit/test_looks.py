@@ -4,8 +4,8 @@ from uuid import uuid4
 
 import pytest
 
-from taskadapter.hearing import Kind, News
-from taskadapter.looks import Looks
+from taskadapter.agent.hearing import Kind, News
+from taskadapter.agent.looks import Looks
 
 PAUSE = 30.0
 

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
-from taskadapter.errors import DeclarationError, TaskError
-from taskadapter.model import (
+from taskadapter.declare.triggers import (
     ErrorPolicy,
     MysqlConfig,
     PostgresqlConfig,
@@ -22,6 +21,7 @@ from taskadapter.model import (
     WaitingPolicy,
     WarmBackupConfig,
 )
+from taskadapter.errors import DeclarationError, TaskError
 
 
 def message(call, *args, **kwargs):

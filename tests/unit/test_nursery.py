@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from taskadapter import nursery
+from taskadapter.execution import nursery
 
 
 @pytest.fixture

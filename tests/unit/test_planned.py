@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from taskadapter import planned
+from taskadapter.prefect_api import planned
 
 NOON = datetime(2026, 11, 26, 12, tzinfo=UTC)
 PAGE = 4

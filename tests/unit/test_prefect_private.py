@@ -21,7 +21,7 @@ from prefect.exceptions import Abort
 from prefect.states import Completed, Crashed, Failed, Running
 from prefect.utilities import engine
 
-from taskadapter import prefect_private
+from taskadapter.prefect_api import private
 
 
 @pytest.fixture
@@ -39,14 +39,14 @@ def test_without_an_intent_there_is_none(no_intent):
 
 def test_intend_cancellation(no_intent):
     """The engine reads back the intent as the cancellation it acts on."""
-    prefect_private.intend_cancellation()
+    private.intend_cancellation()
 
     assert control_listener.get_intent() == "cancel"
 
 
 def test_an_intent_is_cleared(no_intent):
     """The intent of one run does not outlive it, when cleared by Prefect's own function."""
-    prefect_private.intend_cancellation()
+    private.intend_cancellation()
     control_listener.clear_intent()
 
     assert control_listener.get_intent() is None
@@ -60,7 +60,7 @@ def test_the_engine_asks_the_module_that_we_tell():
 
 def test_this_process_does_not_deploy():
     """Where `prefect deploy` does not run, nothing is being deployed."""
-    assert prefect_private.is_being_deployed() is False
+    assert private.is_being_deployed() is False
 
 
 def test_prefect_deploy_is_recognized(monkeypatch):
@@ -69,7 +69,7 @@ def test_prefect_deploy_is_recognized(monkeypatch):
     assert find_spec("prefect.cli.deploy._core") is not None
 
     monkeypatch.setitem(sys.modules, "prefect.cli.deploy._core", ModuleType("_core"))
-    assert prefect_private.is_being_deployed() is True
+    assert private.is_being_deployed() is True
 
 
 @pytest.mark.parametrize("command", ["worker start --help", "deploy --help"])
@@ -81,7 +81,7 @@ def test_other_commands_do_not_deploy(command):
         "from prefect.cli import app\n"
         "with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit): app()\n"
         "from taskadapter import prefect_private\n"
-        "print(prefect_private.is_being_deployed())\n"
+        "print(private.is_being_deployed())\n"
     )
 
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
@@ -92,7 +92,7 @@ def test_other_commands_do_not_deploy(command):
 def test_clients_share_a_tls_context(monkeypatch):
     """Two of Prefect's clients verify servers by one and the same context."""
     monkeypatch.setattr(orchestration, "ssl", orchestration.ssl)
-    prefect_private.share_tls_context()
+    private.share_tls_context()
     made = []
     load = ssl.SSLContext.load_verify_locations
     monkeypatch.setattr(
@@ -112,7 +112,7 @@ def test_a_sigterm_is_heeded_only_if_it_is_meant(monkeypatch):
     """The engine's handler, which it installs by this name, ends a run only where we say so."""
     monkeypatch.setattr(engine, "_prefect_sigterm_handler", engine._prefect_sigterm_handler)
     answers = iter([False, True])
-    prefect_private.heed_sigterm_only_if(lambda: next(answers))
+    private.heed_sigterm_only_if(lambda: next(answers))
 
     with pytest.raises(SystemExit), engine.capture_sigterm():  # noqa: PT012
         assert signal.getsignal(signal.SIGTERM) is engine._prefect_sigterm_handler
@@ -141,7 +141,7 @@ class TestUntold:
         monkeypatch.setattr(flow_engine, "propose_state_sync", refuse)
         monkeypatch.setattr(flow_engine, "propose_state", refuse_async)
         kept = []
-        prefect_private.abort_if_untold(self.RUN, kept.append)
+        private.abort_if_untold(self.RUN, kept.append)
         is_sync = request.param == "sync"
         engine = (flow_engine.FlowRunEngine if is_sync else flow_engine.AsyncFlowRunEngine)(flow(lambda: 1))
         engine._client, engine._is_started = object(), True

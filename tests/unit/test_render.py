@@ -9,11 +9,12 @@ import pytest
 import yaml
 from prefect.flows import load_flow_from_entrypoint
 
-from taskadapter import TriggerConfiguration, attached, cli
+from taskadapter import TriggerConfiguration, cli
+from taskadapter.declare import attached
 from taskadapter.deploy import render
 from taskadapter.errors import DeclarationError
 from taskadapter.listener import listeners
-from taskadapter.schedules import slug
+from taskadapter.rules.ticks import slug
 
 PROJECT = Path(__file__).parents[2]
 FLOWS, FILE = Path("flows"), Path("deployments/prefect.yaml")

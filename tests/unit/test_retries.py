@@ -5,8 +5,8 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from taskadapter.model import RetryConfiguration, RetryStrategy
-from taskadapter.retries import backoff, wait_before_retry, window_start
+from taskadapter.declare.triggers import RetryConfiguration, RetryStrategy
+from taskadapter.rules.retries import backoff, wait_before_retry, window_start
 
 DUE = datetime(2030, 1, 1, 12, 0, tzinfo=UTC)
 MICROSECOND = timedelta(microseconds=1)

@@ -10,10 +10,11 @@ from prefect.client.schemas.objects import FlowRun
 from pydantic import ValidationError
 
 from taskadapter import current_run
+from taskadapter.declare.jobs import JobId
+from taskadapter.declare.triggers import RetryConfiguration, TriggerConfiguration
 from taskadapter.errors import TaskError
-from taskadapter.jobs import JobId
-from taskadapter.model import RetryConfiguration, TriggerConfiguration
-from taskadapter.runs import Assignment, CurrentRun, Workspace, running
+from taskadapter.execution.assignment import Assignment, Workspace
+from taskadapter.execution.current import CurrentRun, running
 
 NOON = datetime(2030, 1, 1, 12, 0, tzinfo=UTC)
 SECRET = "postgresql://node:hunter2@db/tasks"

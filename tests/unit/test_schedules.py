@@ -10,10 +10,11 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.settings import get_current_settings
 
+from taskadapter.declare.triggers import RetryConfiguration, TaskPolicy, TriggerConfiguration, WaitingPolicy
 from taskadapter.errors import DeclarationError
-from taskadapter.model import RetryConfiguration, TaskPolicy, TriggerConfiguration, WaitingPolicy
-from taskadapter.schedules import (
+from taskadapter.rules.ticks import (
     Verdict,
+    between,
     check_interval,
     exhausted,
     in_utc,
@@ -23,7 +24,6 @@ from taskadapter.schedules import (
     schedule,
     slug,
     tick_key,
-    ticks,
 )
 
 NOON = datetime(2030, 1, 1, 12, 0, tzinfo=UTC)
@@ -311,7 +311,7 @@ def test_ticks_of_pendulums_datetimes(zone):
         if zone is UTC
         else pendulum.instance(NOON).in_timezone(zone)
     )
-    found = list(ticks(moment, 2, after=moment + 3 * SECOND, until=moment + 8 * SECOND))
+    found = list(between(moment, 2, after=moment + 3 * SECOND, until=moment + 8 * SECOND))
 
     assert found == [NOON + n * SECOND for n in (4, 6, 8)]
     assert all(type(tick) is datetime and tick.tzinfo is UTC for tick in found)

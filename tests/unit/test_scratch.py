@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from taskadapter.scratch import PREFIX, Scratch
+from taskadapter.execution.scratch import PREFIX, Scratch
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +20,7 @@ def _temporary(monkeypatch, tmp_path):
 
 def killed(tmp_path):
     """The folder of an agent that was killed with SIGKILL."""
-    program = "import os, signal\nfrom taskadapter.scratch import Scratch\nfolder = Scratch()\n"
+    program = "import os, signal\nfrom taskadapter.execution.scratch import Scratch\nfolder = Scratch()\n"
     program += "(folder.path / 'code').mkdir()\nprint(folder.path, flush=True)\n"
     program += "os.kill(os.getpid(), signal.SIGKILL)"
     env = os.environ | {"TMPDIR": str(tmp_path)}

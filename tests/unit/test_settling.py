@@ -3,8 +3,8 @@
 import pytest
 from prefect.client.schemas.objects import StateType
 
+from taskadapter.agent.settling import Todo, decide, outcome_of, state_of
 from taskadapter.coordination.executions import ABANDONED, Entry
-from taskadapter.settling import Todo, decide, outcome_of, state_of
 
 PENDING, RUNNING, CANCELLING = StateType.PENDING, StateType.RUNNING, StateType.CANCELLING
 COMPLETED, FAILED, CRASHED, CANCELLED = (

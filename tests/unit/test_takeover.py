@@ -14,11 +14,12 @@ from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.responses import OrchestrationResult, SetStateStatus, StateAcceptDetails
 from prefect.exceptions import ObjectNotFound
 
-from taskadapter import progress, takeover
+from taskadapter.agent import takeover
+from taskadapter.agent.jobs import Deployments
+from taskadapter.agent.takeover import Takeover
 from taskadapter.coordination.executions import ABANDONED, Entry, asked_key
 from taskadapter.coordination.messages import Token
-from taskadapter.deployments import Deployments
-from taskadapter.takeover import Takeover
+from taskadapter.execution import record
 
 FORMER, HELD = Token("group", "node-1", 7), Token("group", "node-2", 8)
 
@@ -72,10 +73,10 @@ class Ledger:
     ) -> None:
         outcomes = dict.fromkeys(open_) | (ended or {})
         self.entries = {asked_key(str(i), 0): entry(i, outcome) for i, outcome in outcomes.items()}
-        monkeypatch.setattr(progress, "interrupted", lambda *_: list(self.open))
-        monkeypatch.setattr(progress, "orphaned", lambda *_: list(self.open))
-        monkeypatch.setattr(progress, "entries", lambda *_: list(self.entries.values()))
-        monkeypatch.setattr(progress, "end", self.end)
+        monkeypatch.setattr(record, "interrupted", lambda *_: list(self.open))
+        monkeypatch.setattr(record, "orphaned", lambda *_: list(self.open))
+        monkeypatch.setattr(record, "entries", lambda *_: list(self.entries.values()))
+        monkeypatch.setattr(record, "end", self.end)
 
     @property
     def open(self) -> list[Entry]:

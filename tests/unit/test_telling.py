@@ -13,8 +13,8 @@ from prefect.client.schemas.responses import SetStateStatus
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.states import Completed, Crashed, Running
 
-from taskadapter import telling
-from taskadapter.telling import Teller
+from taskadapter.agent import telling
+from taskadapter.agent.telling import Teller
 
 LOG = logging.getLogger("test")
 

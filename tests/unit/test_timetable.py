@@ -9,9 +9,9 @@ import httpx
 import pytest
 from prefect.client.schemas.objects import FlowRun
 
-from taskadapter.model import TaskPolicy, TriggerConfiguration, WaitingPolicy
-from taskadapter.schedules import tick_of, ticks
-from taskadapter.timetable import MADE_AHEAD, MADE_AT_ONCE, SHOWN, Line, Plan, Timetable
+from taskadapter.agent.timetable import MADE_AHEAD, MADE_AT_ONCE, SHOWN, Line, Plan, Timetable
+from taskadapter.declare.triggers import TaskPolicy, TriggerConfiguration, WaitingPolicy
+from taskadapter.rules.ticks import between, tick_of
 
 NOON = datetime(2030, 1, 1, 12, 0, tzinfo=UTC)
 SECOND = timedelta(seconds=1)
@@ -34,16 +34,16 @@ def owed(job, seconds):
 
 def test_ticks_lie_on_the_anchor_and_whole_intervals_after_it():
     """No tick is before the anchor, the lower bound is left out, the upper one is not."""
-    assert list(ticks(NOON, 5, after=NOON - 100 * SECOND, until=NOON + 10 * SECOND)) == at(0, 5, 10)
-    assert list(ticks(NOON, 5, after=NOON, until=NOON + 9.9 * SECOND)) == at(5)
-    assert list(ticks(NOON, 5, after=NOON + 5 * SECOND, until=NOON + 5 * SECOND)) == []
+    assert list(between(NOON, 5, after=NOON - 100 * SECOND, until=NOON + 10 * SECOND)) == at(0, 5, 10)
+    assert list(between(NOON, 5, after=NOON, until=NOON + 9.9 * SECOND)) == at(5)
+    assert list(between(NOON, 5, after=NOON + 5 * SECOND, until=NOON + 5 * SECOND)) == []
 
 
 def test_ticks_do_not_drift():
     """A year of an interval that no float holds exactly ends where multiplication says."""
     far = NOON + timedelta(seconds=0.7) * 45_000_000
 
-    assert list(ticks(NOON, 0.7, after=far - SECOND / 2, until=far)) == [far]
+    assert list(between(NOON, 0.7, after=far - SECOND / 2, until=far)) == [far]
 
 
 def test_what_is_due_and_not_settled_is_owed():

@@ -12,9 +12,9 @@ from prefect.context import refresh_global_settings_context
 from prefect.exceptions import ScriptError
 from prefect.settings import get_current_settings
 
-from taskadapter import workspace
-from taskadapter.model import TriggerConfiguration
-from taskadapter.runs import Assignment, Workspace
+from taskadapter.declare.triggers import TriggerConfiguration
+from taskadapter.execution import workspace
+from taskadapter.execution.assignment import Assignment, Workspace
 
 TRIGGER = TriggerConfiguration(interval=2)
 

@@ -1,0 +1,756 @@
+"""From a run that is due to a run that is over: decide, claim, run in a process, report.
+
+The dispatcher is given the runs that the agent's polls find. It takes them a little before their time,
+as many as there is room for, and looks after them until they have ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import signal
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from logging import Logger, LoggerAdapter
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from prefect.client.orchestration import PrefectClient
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterId,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import TERMINAL_STATES, FlowRun, State, StateType, WorkPool
+from prefect.client.schemas.responses import OrchestrationResult, SetStateStatus
+from prefect.events import emit_event
+from prefect.exceptions import ObjectNotFound
+from prefect.logging.loggers import flow_run_logger
+from prefect.settings import get_current_settings
+from prefect.states import Cancelled, Crashed, Pending
+
+from taskadapter.agent import settling
+from taskadapter.agent.hearing import Kind, News
+from taskadapter.agent.hosts import Host, HostPool, Outcome, Progress
+from taskadapter.agent.jobs import DeployedJob, Deployments
+from taskadapter.agent.settling import Todo
+from taskadapter.agent.timetable import Timetable, is_on
+from taskadapter.coordination.executions import ABANDONED, Entry
+from taskadapter.coordination.messages import Token
+from taskadapter.declare.triggers import WaitingPolicy
+from taskadapter.errors import CoordinationError, TokenLostError
+from taskadapter.execution import record
+from taskadapter.execution.assignment import Assignment
+from taskadapter.prefect_api.client import API_FAULTS, backoff, in_words
+from taskadapter.prefect_api.pool import PoolSize
+from taskadapter.rules import ticks
+from taskadapter.rules.ticks import Verdict
+
+CLAIM_AHEAD = timedelta(seconds=1)
+"""A run is claimed, and its process made ready, this long before its time, or longer if it loads longer."""
+
+LOAD_MARGIN = 1.5
+"""How many times as long as it took before the loading of a run's code may take this time."""
+
+LONGEST_LOAD_SECONDS = 8.0
+"""No run is claimed longer before its time: the agent does not know of more."""
+
+WATCH_SECONDS = 2.0
+"""How often the agent looks after its runs, and asks whether one is to be cancelled."""
+
+HEARING_WATCHES = 8
+"""An agent that hears of a cancellation asks at each eighth time only."""
+
+CANCEL_GRACE_SECONDS = 30.0
+"""How long a cancelled run may take to clean up before its process is killed."""
+
+TERMINATE_GRACE_SECONDS = 5.0
+"""How long a run may take to end when its agent has to, before its process is killed."""
+
+JUST_READ_SECONDS = 0.5
+"""A deployment that was read so shortly before is as it was."""
+
+LONGEST_WAIT_SECONDS = 15.0
+"""How long a run waits at most that was ended before its body, before it is tried again."""
+
+PLENTY = 4
+"""So many runs for each process are more than it begins before the agent looks again."""
+
+PAUSE_SECONDS = 5.0
+"""How long to wait before a run is tried again that no process could be started for."""
+
+
+Which = Callable[[FlowRun], bool]
+"""Says of a run whether it is meant."""
+
+
+def any_run(_: FlowRun) -> bool:
+    """Mean every run."""
+    return True
+
+
+@dataclass
+class RunInHand:
+    """A run between its claim and its end.
+
+    Attributes:
+        flow_run: as polled.
+        token: what the node held of the run's group when it took it; None for a run of no group.
+        host: the process that has it, once one does.
+        decided: whether it takes one of the places of its job's `max_concurrent`.
+        claimed: whether Prefect has it as this node's.
+        finishes: whether it may go on when the token is lost.
+        begun: whether it is known that its body has begun.
+        ended: why its job is over, once that is known.
+        over: why it is not to begin: its job has ended since it was claimed.
+        dropped: whether it is given back, unless its body has begun.
+        lost: whether the token was lost: what becomes of the run, the group's next holder says.
+        cancelled: when it was cancelled, on the monotonic clock.
+        heartbeat: when its last heartbeat was, on the monotonic clock; None before it has started.
+    """
+
+    flow_run: FlowRun
+    token: Token | None = None
+    host: Host | None = None
+    decided: bool = False
+    claimed: bool = False
+    finishes: bool = False
+    begun: bool = False
+    ended: str | None = None
+    over: str | None = None
+    dropped: bool = False
+    lost: bool = False
+    cancelled: float | None = None
+    heartbeat: float | None = None
+
+    @property
+    def due(self) -> datetime:
+        """When the run is to start, as Prefect has it now."""
+        return _due(self.flow_run)
+
+    @property
+    def tick(self) -> datetime:
+        """When the tick was due, whenever Prefect has put it since."""
+        return ticks.tick_of(self.flow_run) or self.due
+
+
+@dataclass(frozen=True)
+class Node:
+    """What the dispatcher needs to know of its agent.
+
+    Attributes:
+        name: the node's name.
+        incarnation: which of all processes that ever had it.
+        client: connected to the API.
+        log: the agent's log.
+        pool: returns the work pool as it was last read.
+        token: returns the token of a run's group; None for a run of no group.
+        may_run: returns whether this node may run a run now: it has no group, or the token is held.
+        database_url: returns the coordination database's URL.
+        board: returns the file with the deadlines of tokens.
+        hears: returns whether the agent hears of a cancellation.
+        heard: is told what the agent is to look at.
+    """
+
+    name: str
+    incarnation: str
+    client: PrefectClient
+    log: Logger | LoggerAdapter[Any]
+    pool: Callable[[], WorkPool]
+    token: Callable[[FlowRun], Token | None]
+    may_run: Callable[[FlowRun], bool]
+    database_url: Callable[[], str]
+    board: Callable[[], Path | None]
+    hears: Callable[[], bool]
+    heard: Callable[[News], None]
+
+
+class Dispatcher:
+    """Has runs run, each at its time.
+
+    Args:
+        node: the agent.
+        hosts: where they run.
+        deployments: what they are runs of.
+        timetable: which ticks are owed; it learns here which are settled.
+    """
+
+    def __init__(self, node: Node, hosts: HostPool, deployments: Deployments, timetable: Timetable) -> None:
+        self._node = node
+        self._client = node.client
+        self._log = node.log
+        self._hosts = hosts
+        self._deployments = deployments
+        self._teller = deployments.teller
+        self._timetable = timetable
+        self._upcoming: dict[UUID, FlowRun] = {}
+        self._in_hand: dict[UUID, RunInHand] = {}
+        # When runs have been through, and when some were given back: older answers do not know of it.
+        self._through: dict[UUID, float] = {}
+        self._returned: dict[UUID, float] = {}
+        self._handling: set[asyncio.Task[None]] = set()
+        self._waits: set[asyncio.Timeout] = set()
+        # How often runs were ended before their bodies, and when the next process may be made for each.
+        self._tries: dict[UUID, tuple[int, float]] = {}
+        self._is_held_up = False
+        self._load_seconds: dict[UUID | None, float] = {}
+        self._news = asyncio.Event()
+
+    # --- what the agent tells ---------------------------------------------------------------------
+
+    def found(self, runs: list[FlowRun], asked: float) -> None:
+        """Take note of all runs that are due soon or late; they replace those that were known.
+
+        Args:
+            runs: as the API had them.
+            asked: when it was asked, on the monotonic clock: what has been through since is no news.
+        """
+        self._through = {run_id: when for run_id, when in self._through.items() if when >= asked}
+        self._returned = {run_id: when for run_id, when in self._returned.items() if when >= asked}
+        through = self._in_hand.keys() | self._through.keys()
+        returned = {id_: run for id_, run in self._upcoming.items() if id_ in self._returned}
+        self._upcoming = {run.id: run for run in runs if run.id not in through} | returned
+        self._tries = {
+            id_: tries for id_, tries in self._tries.items() if id_ in self._upcoming.keys() | through
+        }
+        self._news.set()
+
+    @property
+    def in_hand(self) -> frozenset[UUID]:
+        """The runs between their claim and their end."""
+        return frozenset(self._in_hand)
+
+    @property
+    def runs_in_hand(self) -> list[FlowRun]:
+        """The same, as they were found."""
+        return [run.flow_run for run in self._in_hand.values()]
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether there is something to run, now or soon."""
+        return bool(self._upcoming or self._in_hand)
+
+    @property
+    def has_plenty(self) -> bool:
+        """Whether there is much more to run, now or soon, than there is room for."""
+        return len(self._upcoming) > PLENTY * self._hosts.limit
+
+    def forget(self, which: Which = any_run) -> None:
+        """Start nothing more of what is known, or of some of it; what waits for its moment goes back."""
+        self._upcoming = {id_: run for id_, run in self._upcoming.items() if not which(run)}
+        self._drop(self._those(which))
+
+    def _those(self, which: Which) -> list[RunInHand]:
+        return [run for run in self._in_hand.values() if which(run.flow_run)]
+
+    def _drop(self, runs: Iterable[RunInHand]) -> None:
+        for run in runs:
+            run.dropped = True
+            if run.host is not None:
+                run.host.drop()
+
+    def call_off(self, job_id: UUID, reason: str) -> None:
+        """Have no tick of a job begin any more, which is over; one that was claimed is Skipped."""
+
+        def is_tick_of_it(run: FlowRun) -> bool:
+            return run.deployment_id == job_id and ticks.is_tick(run)
+
+        for run in self._those(is_tick_of_it):
+            run.over = reason
+            self._drop([run])
+
+    async def drain(self, seconds: float, which: Which = any_run) -> None:
+        """Let runs end, all or some, for so long; then end them.
+
+        What has not begun goes back to be claimed by another node.
+        """
+        runs = self._those(which)
+        if runs:
+            self._log.info("%d run(s) may still end, within %g s.", len(runs), seconds)
+        self._drop(runs)
+        await self._until_gone(runs, seconds)
+        self._end(runs)
+        await self._until_gone(runs, TERMINATE_GRACE_SECONDS)
+
+    async def _until_gone(self, runs: list[RunInHand], seconds: float) -> None:
+        wait = asyncio.timeout(seconds)
+        self._waits.add(wait)
+        with contextlib.suppress(TimeoutError):
+            async with wait:
+                while any(run.flow_run.id in self._in_hand for run in runs):
+                    await asyncio.wait(
+                        self._handling or [asyncio.create_task(asyncio.sleep(0.1))],
+                        return_when=asyncio.FIRST_COMPLETED,
+                    )
+        self._waits.discard(wait)
+
+    def hurry(self) -> None:
+        """End the runs that are being waited for, now, and wait no longer than they take to end."""
+        for wait in self._waits:
+            wait.reschedule(asyncio.get_running_loop().time())
+
+    async def finish(self) -> None:
+        """Wait until everything that is known has run."""
+        while self._upcoming or self._handling:
+            await asyncio.wait(self._handling or [asyncio.create_task(asyncio.sleep(0.1))])
+
+    def end(self, which: Which = any_run) -> None:
+        """End runs that go on, all or some: each shows as Crashed, unless its body has not begun."""
+        self._end(self._those(which))
+
+    def _end(self, runs: Iterable[RunInHand]) -> None:
+        for run in runs:
+            if run.host is not None:
+                run.host.end(signal.SIGTERM if run.begun else signal.SIGKILL)
+
+    def lose(self, token: Token) -> None:
+        """Stop the runs of a token that is lost, now: another node may start some."""
+        self._upcoming = {
+            run.id: run for run in self._upcoming.values() if run.work_queue_name != token.group_id
+        }
+        for run in self._in_hand.values():
+            if run.token == token:
+                run.lost = True
+                if run.host is not None and not run.finishes:
+                    run.host.end(signal.SIGKILL)
+
+    # --- claiming ---------------------------------------------------------------------------------
+
+    async def dispatch(self) -> None:
+        """Take one run after another, each a little before its time, while there is room."""
+        while True:
+            flow_run = await self._next_due()
+            run = self._in_hand[flow_run.id] = RunInHand(flow_run, self._node.token(flow_run))
+            task = asyncio.create_task(self._handle(run))
+            self._handling.add(task)
+            task.add_done_callback(self._handling.discard)
+
+    async def _next_due(self) -> FlowRun:
+        while True:
+            wait = None
+            has_room = len(self._in_hand) < self._hosts.limit
+            if free := [run for run in self._firsts() if has_room and self._may_start(run)]:
+                first = min(free, key=self._claimed_at)
+                wait = (self._claimed_at(first) - datetime.now(UTC)).total_seconds()
+                if wait <= 0:
+                    return self._upcoming.pop(first.id)
+            again = [when - time.monotonic() for _, when in self._tries.values()]
+            wait = min(
+                [seconds for seconds in again if seconds > 0] + ([] if wait is None else [wait]),
+                default=None,
+            )
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait):
+                    await self._news.wait()
+            self._news.clear()
+
+    def _claimed_at(self, flow_run: FlowRun) -> datetime:
+        """Return when to claim a run, so that its code is loaded at its time."""
+        seconds = LOAD_MARGIN * self._load_seconds.get(flow_run.deployment_id, 0.0)
+        return _due(flow_run) - max(CLAIM_AHEAD, timedelta(seconds=min(LONGEST_LOAD_SECONDS, seconds)))
+
+    def _firsts(self) -> list[FlowRun]:
+        """Return what may be next: of the ticks of one job that is the first, of other runs each."""
+        firsts: dict[UUID | None, FlowRun] = {}
+        for run in self._upcoming.values():
+            key = run.deployment_id if ticks.is_tick(run) else run.id
+            if key not in firsts or _due(run) < _due(firsts[key]):
+                firsts[key] = run
+        return list(firsts.values())
+
+    def _may_start(self, flow_run: FlowRun) -> bool:
+        """Return whether the run's job goes on, here, with fewer runs in hand than it may have."""
+        if self._deployments.is_ending(flow_run) or not self._node.may_run(flow_run):
+            return False
+        if self._timetable.is_held(flow_run):
+            return False
+        if self._tries.get(flow_run.id, (0, 0.0))[1] > time.monotonic():
+            return False
+        job, siblings = self._deployments.known(flow_run), self._siblings(flow_run)
+        return job is None or job.max_concurrent is None or len(siblings) < job.max_concurrent
+
+    def _siblings(self, flow_run: FlowRun) -> list[RunInHand]:
+        """Return the runs in hand of the same job, this one included."""
+        job_id = flow_run.deployment_id
+        return [run for run in self._in_hand.values() if run.flow_run.deployment_id == job_id]
+
+    def _may_begin(self, run: RunInHand) -> bool:
+        """Return whether it is a run's turn: ticks of a job of ours begin in their order."""
+        job = self._deployments.known(run.flow_run)
+        if not ticks.is_tick(run.flow_run) or (job is not None and job.trigger is None):
+            return True
+        return all(other.begun or other.due >= run.due for other in self._siblings(run.flow_run))
+
+    def _release(self) -> None:
+        """Let the processes go on that have waited for an earlier tick."""
+        for run in self._in_hand.values():
+            if run.host is not None and self._may_begin(run):
+                run.host.go()
+
+    async def _handle(self, run: RunInHand) -> None:
+        try:
+            await self._decide(run)
+        except ObjectNotFound:
+            self._log.info("Run %s or its deployment was deleted.", run.flow_run.name)
+            self._node.heard(News(Kind.DEPLOYMENT, run.flow_run.deployment_id))
+        except (*API_FAULTS, CoordinationError) as fault:
+            # One line is enough until a claim succeeds again.
+            level = logging.DEBUG if self._is_held_up else logging.WARNING
+            self._log.log(level, "Run %s is left for later: %s", run.flow_run.name, in_words(fault))
+            self._is_held_up = True
+            if run.claimed:
+                await self._put_back(run)
+            self._node.heard(News(Kind.WAITS, run.flow_run.id))
+        except Exception as exc:  # noqa: BLE001 - one run's trouble must not end the agent
+            self._log.exception("Run %s could not be run.", run.flow_run.name)
+            await self._teller.report(run.flow_run, Crashed(message=f"{exc}"))
+        finally:
+            del self._in_hand[run.flow_run.id]
+            if run.flow_run.id not in self._upcoming:
+                self._through[run.flow_run.id] = time.monotonic()
+            self._release()
+            self._news.set()
+
+    async def _decide(self, run: RunInHand) -> None:
+        """Apply what Prefect's schedule cannot express, then claim and run."""
+        flow_run = run.flow_run
+        if self._deployments.is_ending(flow_run):
+            return
+        job = await self._deployments.job_of(flow_run, self._node.pool())
+        # Decided already, or due before this one: they go first.
+        others = [other for other in self._siblings(flow_run) if other is not run]
+        ahead = sum(other.decided or other.due < run.due for other in others)
+        if job.max_concurrent is not None and ahead >= job.max_concurrent:
+            # Only now is it known that its job allows no more: it waits its turn.
+            self._upcoming[flow_run.id] = flow_run
+            return
+        run.decided, run.finishes = True, job.finishes
+        if await self._is_off(flow_run, job) or await self._is_put_away(run, job):
+            return
+        if not self._node.may_run(flow_run):
+            return
+        claim: OrchestrationResult[Any] = await self._client.set_flow_run_state(flow_run.id, Pending())
+        if claim.status is SetStateStatus.ACCEPT:
+            run.claimed, self._is_held_up = True, False
+            self._timetable.settle(flow_run)
+            await self.run(run, job)
+        else:
+            self._log.debug("Run %s is not to be had: %s", flow_run.name, claim.details)
+
+    async def _is_off(self, flow_run: FlowRun, job: DeployedJob) -> bool:
+        """Return whether the job of a tick is paused or over: ask, just before the claim, where it may be.
+
+        When a job is paused or ended Prefect deletes what its scheduler has planned, and nothing else.
+        """
+        if flow_run.deployment_id is None or not ticks.is_tick(flow_run):
+            return False
+        if flow_run.auto_scheduled and not self._timetable.may_be_over(flow_run):
+            return False
+        deployment = job.deployment
+        if time.monotonic() - job.reading.read_at > JUST_READ_SECONDS:
+            deployment = await self._client.read_deployment(flow_run.deployment_id)
+        if deployment.paused:
+            self._timetable.hold(deployment)
+        elif not is_on(deployment):
+            # Perhaps one of many that were being planned when the job ended.
+            self._deployments.end(job, "it ended before")
+        return deployment.paused or not is_on(deployment)
+
+    async def _is_put_away(self, run: RunInHand, job: DeployedJob) -> bool:
+        """Return whether the tick is not to run by its trigger or its policy, and see to it then."""
+        if job.trigger is None or not ticks.is_tick(run.flow_run):
+            return False
+        waiting_time = PoolSize.of(self._node.pool()).waiting_time
+        judgement = ticks.judge(
+            job.trigger,
+            run.tick,
+            now=datetime.now(UTC),
+            waiting_time=waiting_time,
+            paused=self._timetable.fell_into_pause(run.flow_run),
+            begun=run.flow_run.run_count > 0,
+        )
+        match judgement.verdict:
+            case Verdict.EARLY:
+                await self._client.delete_flow_run(run.flow_run.id)
+            case Verdict.END:
+                # Ticks before this one are in hand, perhaps, and are to run.
+                self._deployments.end(job, judgement.reason)
+                self._timetable.end(job.deployment.id)
+            case Verdict.SKIP:
+                await self._skip(run, job, judgement.reason)
+        return judgement.verdict is not Verdict.RUN
+
+    async def _skip(self, run: RunInHand, job: DeployedJob, reason: str) -> None:
+        """Skip a tick that is too late for its policy, or whose job is over; say so if the policy asks."""
+        try:
+            await asyncio.to_thread(record.skip, self._assignment(run, job), reason)
+        except CoordinationError as fault:
+            self._log.debug("The ledger does not say that run %s is skipped: %s", run.flow_run.name, fault)
+        await self._teller.skip(run.flow_run, reason)
+        self._timetable.settle(run.flow_run)
+        if job.policy.waiting_policy is WaitingPolicy.LOG_AND_IGNORE:
+            log = flow_run_logger(run.flow_run)
+            log.warning("Job %s skips its tick of %s: %s.", job.name, run.tick.isoformat(), reason)
+
+    # --- running ----------------------------------------------------------------------------------
+
+    async def run(self, run: RunInHand, job: DeployedJob) -> None:
+        """Run a claimed run, and see to what follows from how it went."""
+        has_storage = await self._deployments.server_has_storage()
+        assignment = self._assignment(run, job, server_has_storage=has_storage)
+        outcome = await self._in_a_process(run, assignment, job)
+        if outcome.ended is not None and run.ended is None:
+            self._end_job(job, outcome.ended)
+        match outcome.kind:
+            case "told":
+                self._tell_of_leftovers(run, outcome)
+            case "skipped":
+                await self._skip(run, job, outcome.message)
+            case "dropped":
+                await self._put_back(run)
+            case "paused":
+                self._timetable.hold(job.deployment.model_copy(update={"paused": True}))
+                await self._put_back(run)
+            case _:
+                await self._settle(run, assignment, outcome)
+
+    def _tell_of_leftovers(self, run: RunInHand, outcome: Outcome) -> None:
+        if outcome.left:
+            flow_run_logger(run.flow_run).warning(
+                "The run left processes behind, which have been ended: %s", "; ".join(outcome.left)
+            )
+
+    async def _settle(self, run: RunInHand, assignment: Assignment, outcome: Outcome) -> None:
+        """Do about a run whose process has ended what the ledger says."""
+        try:
+            entry = await self._entry(run, assignment)
+        except TokenLostError:
+            return  # the next holder asks the same
+        known = await self._teller.state_of(run.flow_run)
+        mine = entry is None or entry.incarnation == self._node.incarnation
+        at_fault = outcome.kind == "crashed"
+        todo = settling.decide(entry, known, ours=True, lives=not mine or run.lost, at_fault=at_fault)
+        if run.lost and known not in TERMINAL_STATES:
+            self._log.warning("Run %s is left to the next holder of its group.", run.flow_run.name)
+            return
+        match todo:
+            case Todo.PUT_BACK:
+                self._wait_before_another(run)
+                await self._put_back(run)
+            case Todo.CRASH:
+                await self._report_crash(run, assignment, outcome.message)
+            case Todo.SUSPEND:
+                await self._enter(run, assignment, ABANDONED)
+            case Todo.ENTER:
+                await self._enter(run, assignment, settling.outcome_of(known))
+            case Todo.TELL if entry is not None:
+                await self._teller.tell(run.flow_run, entry)
+        self._tell_of_leftovers(run, outcome)
+
+    async def _entry(self, run: RunInHand, assignment: Assignment) -> Entry | None:
+        """Return a run's entry in the ledger, however long the database does not answer.
+
+        Raises:
+            TokenLostError: the token is lost.
+        """
+        key, url = assignment.execution.key, self._node.database_url()
+        while True:
+            try:
+                found = await asyncio.to_thread(record.entries, url, [key])
+            except CoordinationError as fault:
+                if run.lost:
+                    raise TokenLostError(f"run {run.flow_run.name} is another node's") from fault
+                self._log.debug("The end of run %s waits for the database: %s", run.flow_run.name, fault)
+                await asyncio.sleep(record.RETRY_SECONDS)
+            else:
+                return found[0] if found else None
+
+    async def _enter(self, run: RunInHand, assignment: Assignment, outcome: str) -> None:
+        """Enter what a run came to; if the database does not answer now, a look at what is open will."""
+        url, key = self._node.database_url(), assignment.execution.key
+        try:
+            await asyncio.to_thread(record.end, url, key, outcome)
+        except CoordinationError as fault:
+            self._log.debug("The end of run %s is not entered yet: %s", run.flow_run.name, fault)
+
+    def _wait_before_another(self, run: RunInHand) -> None:
+        """Let a run that was ended before its body wait before it is tried again, longer each time."""
+        times, _ = self._tries.get(run.flow_run.id, (0, 0.0))
+        seconds = backoff(times, LONGEST_WAIT_SECONDS)
+        self._tries[run.flow_run.id] = times + 1, time.monotonic() + seconds
+
+    def _assignment(
+        self, run: RunInHand, job: DeployedJob, *, server_has_storage: bool = True
+    ) -> Assignment:
+        return Assignment(
+            flow_run=run.flow_run,
+            due=run.due,
+            flow_name=job.flow_name,
+            entrypoint=job.deployment.entrypoint or "",
+            workspace=job.workspace_of(run.flow_run, self._node.name),
+            node=self._node.name,
+            incarnation=self._node.incarnation,
+            database_url=self._node.database_url(),
+            token=run.token,
+            board=self._node.board(),
+            scratch=self._hosts.scratch(str(run.flow_run.id)),
+            trigger_slug=job.slug,
+            trigger=job.trigger,
+            initial_state=job.configuration.initial_state,
+            waiting_time=PoolSize.of(self._node.pool()).waiting_time,
+            server_has_storage=server_has_storage,
+        )
+
+    async def _in_a_process(self, run: RunInHand, assignment: Assignment, job: DeployedJob) -> Outcome:
+        def begun(ended: str | None) -> None:
+            run.begun, run.ended = True, ended
+            self._release()
+            if ended is not None:
+                self._end_job(job, ended)
+
+        def loaded(seconds: float) -> None:
+            self._load_seconds[run.flow_run.deployment_id] = seconds
+
+        try:
+            host = await self._hosts.fork()
+        except OSError as fault:
+            self._log.warning("No process can be started for run %s: %s", run.flow_run.name, fault)
+            await asyncio.sleep(PAUSE_SECONDS)
+            return Outcome("dropped")
+        if run.dropped or run.lost:
+            host.end(signal.SIGKILL)
+            return Outcome("dropped")
+        run.host = host
+        if self._may_begin(run):
+            host.go()
+        try:
+            return await host.carry_out(
+                assignment, Progress(loaded, lambda: self._send_heartbeat(run), begun)
+            )
+        finally:
+            run.host = None
+            await self._hosts.clear(str(run.flow_run.id))
+
+    def _end_job(self, job: DeployedJob, reason: str) -> None:
+        """End a job for all nodes; its ticks that are claimed, but have not begun, do not begin."""
+        self._deployments.end(job, reason)
+        self._timetable.end(job.deployment.id)
+        self.call_off(job.deployment.id, reason)
+
+    async def _put_back(self, run: RunInHand) -> None:
+        """Give a claimed run that has not begun to the next agent, or skip it if its job is over."""
+        if run.over is not None:
+            await self._teller.skip(run.flow_run, run.over)
+        else:
+            await self._teller.put_back(run.flow_run, run.due)
+            if not run.dropped and not run.lost:
+                # It is still first: later ticks of its job do not pass it until the next look.
+                self._upcoming[run.flow_run.id] = run.flow_run
+                self._returned[run.flow_run.id] = time.monotonic()
+
+    async def _report_crash(self, run: RunInHand, assignment: Assignment, message: str) -> None:
+        """Enter and report the end of a run whose process could not, and run the hooks it owes."""
+        state: State[Any] = Crashed(message=f"On {self._node.name}: {message}.")
+        if run.cancelled is not None:
+            state = Cancelled(message=f"Cancelled; on {self._node.name} {message}.")
+        await self._enter(run, assignment, state.type.value.capitalize())
+        if await self._teller.report(run.flow_run, state, force=True):
+            self._log.warning("Run %s: %s", run.flow_run.name, state.message)
+            await self._run_hooks(run, assignment, state)
+
+    async def _run_hooks(self, run: RunInHand, assignment: Assignment, state: State[Any]) -> None:
+        try:
+            host = await self._hosts.fork()
+            await host.run_hooks(assignment, state)
+        except OSError as fault:
+            self._log.warning("The hooks of run %s could not be run: %s", run.flow_run.name, fault)
+        finally:
+            await self._hosts.clear(str(run.flow_run.id))
+
+    async def run_now(self, flow_run: FlowRun) -> None:
+        """Run a run that something other than a poll has claimed."""
+        run = self._in_hand[flow_run.id] = RunInHand(flow_run, self._node.token(flow_run))
+        try:
+            job = await self._deployments.job_of(flow_run, self._node.pool())
+            await self.run(run, job)
+        finally:
+            del self._in_hand[flow_run.id]
+
+    # --- watching ---------------------------------------------------------------------------------
+
+    async def watch(self) -> None:
+        """Look after the runs that are going on, as long as the agent lives."""
+        for watch in itertools.count():
+            await asyncio.sleep(WATCH_SECONDS)
+            since = datetime.now(UTC) - timedelta(seconds=WATCH_SECONDS)
+            runs = self._in_hand.items()
+            going_on = {i: run for i, run in runs if run.host is not None and run.due < since}
+            try:
+                self._kill_overdue(going_on.values())
+                self._send_heartbeats(going_on.values())
+                if going_on and (watch % HEARING_WATCHES == 0 or not self._node.hears()):
+                    await self._cancel_what_is_to_be(going_on)
+            except API_FAULTS as fault:
+                self._log.debug("Could not look for cancelled runs: %s", fault)
+            except Exception:  # noqa: BLE001 - as above
+                self._log.exception("Looking after the runs failed; trying again.")
+
+    def _kill_overdue(self, going_on: Iterable[RunInHand]) -> None:
+        cutoff = time.monotonic() - CANCEL_GRACE_SECONDS
+        for run in going_on:
+            if run.cancelled is not None and run.cancelled < cutoff and run.host is not None:
+                run.host.end(signal.SIGKILL)
+
+    def _send_heartbeats(self, going_on: Iterable[RunInHand]) -> None:
+        """Emit Prefect's heartbeat events: automations of its users detect dead runs by them."""
+        seconds = get_current_settings().flows.heartbeat_frequency
+        for run in going_on:
+            if seconds and run.heartbeat is not None and time.monotonic() - run.heartbeat >= seconds:
+                self._send_heartbeat(run)
+
+    def _send_heartbeat(self, run: RunInHand) -> None:
+        run.heartbeat = time.monotonic()
+        if get_current_settings().flows.heartbeat_frequency is None:
+            return
+        emit_event(
+            "prefect.flow-run.heartbeat",
+            resource=_resource("flow-run", run.flow_run.id) | {"prefect.resource.name": run.flow_run.name},
+            related=[
+                _resource("flow", run.flow_run.flow_id) | {"prefect.resource.role": "flow"},
+                _resource("deployment", run.flow_run.deployment_id)
+                | {"prefect.resource.role": "deployment"},
+            ],
+        )
+
+    async def _cancel_what_is_to_be(self, going_on: dict[UUID, RunInHand]) -> None:
+        cancelling = await self._client.read_flow_runs(
+            flow_run_filter=FlowRunFilter(
+                id=FlowRunFilterId(any_=list(going_on)),
+                state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.CANCELLING])),
+            )
+        )
+        for flow_run in cancelling:
+            self.cancel(flow_run.id)
+
+    def cancel(self, run_id: UUID) -> None:
+        """End a run that is to be cancelled, if it is going on here."""
+        run = self._in_hand.get(run_id)
+        if run is not None and run.cancelled is None and run.host is not None:
+            run.cancelled = time.monotonic()
+            run.host.cancel()
+
+
+def _due(flow_run: FlowRun) -> datetime:
+    """Return when a run is to start: its scheduled time, or when it was made."""
+    due = flow_run.next_scheduled_start_time or flow_run.expected_start_time or flow_run.created
+    return due if due is not None else datetime.now(UTC)
+
+
+def _resource(kind: str, object_id: UUID | None) -> dict[str, str]:
+    return {"prefect.resource.id": f"prefect.{kind}.{object_id}"}

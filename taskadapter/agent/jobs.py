@@ -1,0 +1,350 @@
+"""The agent's view of the deployments it runs: read when needed, ended when a job is over."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from logging import Logger, LoggerAdapter
+from typing import Any
+from uuid import UUID
+
+import httpx
+from prefect.client.orchestration import PrefectClient
+from prefect.client.schemas.objects import FlowRun, StateType, WorkPool
+from prefect.client.schemas.responses import DeploymentResponse
+from prefect.exceptions import ObjectNotFound
+from prefect.workers.base import BaseJobConfiguration, BaseVariables
+from pydantic import Field, ValidationError
+
+from taskadapter.agent.telling import Teller
+from taskadapter.declare.triggers import TaskPolicy, TriggerConfiguration
+from taskadapter.errors import DeclarationError
+from taskadapter.execution.assignment import Workspace
+from taskadapter.prefect_api import planned
+from taskadapter.prefect_api.client import API_FAULTS
+from taskadapter.rules import ticks
+
+FRESH_SECONDS = 60.0
+"""A deployment that was read longer ago is read again."""
+
+BATCH = timedelta(seconds=1)
+"""Runs that Prefect's scheduler makes at one visit are made within less than this."""
+
+SETTLE_SECONDS = 5.0
+"""How long a stopping agent waits until jobs that are over have been put away."""
+
+
+class WarmBackupJobConfiguration(BaseJobConfiguration):
+    """How one run is run: the work pool's template, filled with the deployment's job variables."""
+
+    working_dir: str | None = Field(default=None)
+    trigger: dict[str, Any] | None = Field(default=None)
+    initial_state: dict[str, Any] | None = Field(default=None)
+
+
+class WarmBackupVariables(BaseVariables):
+    """What a work pool sets for all its deployments, and a deployment for itself."""
+
+    working_dir: str | None = Field(
+        default=None,
+        title="Working directory",
+        description="Where the code is; by default where the agent was started.",
+    )
+    trigger: dict[str, Any] | None = Field(
+        default=None,
+        title="Trigger",
+        description="When the job runs, how often and until when. Written by `taskadapter render`.",
+    )
+    initial_state: dict[str, Any] | None = Field(
+        default=None,
+        title="Initial state",
+        description="The fields of an attached service before its first run.",
+    )
+    database: str | None = Field(
+        default=None,
+        title="Coordination database",
+        description="SQLAlchemy URL without a password; by default each node's own.",
+    )
+    password_block: str | None = Field(
+        default=None,
+        title="Coordination password",
+        description="The name of the Secret block that has the database's password.",
+    )
+    liveness_check_interval: float = Field(
+        default=30.0,
+        title="Liveness check interval",
+        description="Seconds without heartbeat after which a node is taken for dead.",
+    )
+    heartbeat_frequency: float = Field(
+        default=1.0,
+        title="Heartbeat frequency",
+        description="Seconds between two heartbeats.",
+    )
+    preload: list[str] = Field(
+        default=[],
+        title="Preload",
+        description="Modules that each node imports once for all its runs, beside those of its setting.",
+    )
+    worker_count: int | None = Field(
+        default=None,
+        title="Worker count",
+        description="Runs at once on a node, unless its --limit says otherwise; by default its setting.",
+    )
+    waiting_time: float = Field(
+        default=5.0,
+        title="Waiting time",
+        description="Seconds after its time within which a tick is not yet late.",
+    )
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A deployment as it was read.
+
+    Attributes:
+        deployment: as Prefect had it.
+        newest_run: when the newest run known at that time was made.
+        read_at: on the monotonic clock.
+    """
+
+    deployment: DeploymentResponse
+    newest_run: datetime | None
+    read_at: float = field(default_factory=time.monotonic)
+
+    def serves(self, flow_run: FlowRun) -> bool:
+        """Return whether this reading is recent enough for a run.
+
+        A deployment that changes has its planned runs made anew. So a run made after this reading may
+        be of a changed deployment, an older one is not.
+        """
+        if time.monotonic() - self.read_at > FRESH_SECONDS:
+            return False
+        if self.newest_run is None or flow_run.created is None:
+            return False
+        return flow_run.created <= self.newest_run + BATCH
+
+
+@dataclass(frozen=True)
+class DeployedJob:
+    """A deployment as it was read, and what a run of it needs.
+
+    Attributes:
+        reading: the deployment.
+        flow_name: its flow's name.
+        configuration: the pool's template, filled.
+        trigger: as declared; None for a deployment that is not of ours.
+    """
+
+    reading: Reading
+    flow_name: str
+    configuration: WarmBackupJobConfiguration
+    trigger: TriggerConfiguration | None
+
+    @property
+    def deployment(self) -> DeploymentResponse:
+        """The deployment as it was read."""
+        return self.reading.deployment
+
+    @property
+    def name(self) -> str:
+        """``flow/deployment``, as the UI and the command line have it."""
+        return f"{self.flow_name}/{self.deployment.name}"
+
+    @property
+    def slug(self) -> str | None:
+        """The slug of the trigger's schedule."""
+        return None if self.trigger is None else ticks.slug(self.trigger)
+
+    @property
+    def policy(self) -> TaskPolicy:
+        """As declared, or the default one."""
+        return TaskPolicy() if self.trigger is None else self.trigger.policy
+
+    @property
+    def max_concurrent(self) -> int | None:
+        """How many of its runs may go on at once; None for no limit."""
+        return self.policy.max_concurrent
+
+    @property
+    def finishes(self) -> bool:
+        """Whether its runs may go on when their node has lost the token."""
+        return self.policy.on_token_loss == "finish"
+
+    def workspace_of(self, flow_run: FlowRun, node: str) -> Workspace:
+        """Return where the code of a run is; its environment names the run as under Prefect's workers."""
+        names: dict[str, str | None] = {
+            "PREFECT__FLOW_RUN_ID": str(flow_run.id),
+            "PREFECT__FLOW_ID": str(flow_run.flow_id),
+            "PREFECT__FLOW_NAME": self.flow_name,
+            "PREFECT__DEPLOYMENT_ID": str(self.deployment.id),
+            "PREFECT__DEPLOYMENT_NAME": self.deployment.name,
+            "PREFECT__WORKER_NAME": node,
+        }
+        return Workspace(
+            working_dir=self.configuration.working_dir or self.deployment.path,
+            pull_steps=self.deployment.pull_steps or [],
+            env=names | self.configuration.env,
+        )
+
+
+class Deployments:
+    """Reads deployments and ends their jobs.
+
+    Args:
+        client: connected to the API.
+        log: the agent's.
+
+    Attributes:
+        teller: tells the API what became of runs, until it knows.
+    """
+
+    def __init__(self, client: PrefectClient, log: Logger | LoggerAdapter[Any]) -> None:
+        self._client = client
+        self._log = log
+        self.teller = Teller(client, log)
+        self._readings: dict[UUID, Reading] = {}
+        self._flow_names: dict[UUID, str] = {}
+        # When the newest run was made that the agent knows of.
+        self._newest_run: datetime | None = None
+        self._jobs: dict[UUID, DeployedJob] = {}
+        self._reading = asyncio.Lock()
+        self._ending: dict[UUID, asyncio.Task[None]] = {}
+        self._server_has_storage = True
+        self._storage_asked_at = float("-inf")
+
+    async def prepare(self, flow_runs: Iterable[FlowRun]) -> None:
+        """Read what `job_of` will need for some runs, of all of them at once.
+
+        Raises:
+            HTTPError: as any of `API_FAULTS`: the API failed.
+        """
+        flow_runs = list(flow_runs)
+        made = [run.created for run in flow_runs if run.created is not None]
+        newest = self._newest_run = max([*made, *filter(None, [self._newest_run])], default=None)
+        wanted = {run.deployment_id for run in flow_runs if run.deployment_id and not self._is_read(run)}
+        if not wanted:
+            return
+        found = await planned.deployments_of(self._client, wanted)
+        unknown = {deployment.flow_id for deployment in found} - self._flow_names.keys()
+        if unknown:
+            self._flow_names |= await planned.flow_names(self._client, unknown)
+        for job_id in wanted:
+            self._readings.pop(job_id, None)
+        self._readings |= {deployment.id: Reading(deployment, newest) for deployment in found}
+
+    def _is_read(self, flow_run: FlowRun) -> bool:
+        reading = self._readings.get(flow_run.deployment_id) if flow_run.deployment_id else None
+        return reading is not None and reading.serves(flow_run)
+
+    async def job_of(self, flow_run: FlowRun, pool: WorkPool) -> DeployedJob:
+        """Return the deployment of a run.
+
+        Args:
+            flow_run: the run.
+            pool: its work pool.
+
+        Raises:
+            ObjectNotFound: the deployment is gone.
+            DeclarationError: its trigger was edited into something invalid.
+        """
+        assert flow_run.deployment_id is not None  # noqa: S101 - a pool's runs have one
+        async with self._reading:
+            if not self._is_read(flow_run):
+                await self.prepare([flow_run])
+            reading = self._readings.get(flow_run.deployment_id)
+            flow_name = self._flow_names.get(flow_run.flow_id)
+            if reading is None or flow_name is None:
+                raise ObjectNotFound(LookupError(f"the deployment of run {flow_run.name}"))
+            known = self._jobs.get(flow_run.deployment_id)
+            if known is not None and known.reading is reading and not flow_run.job_variables:
+                return known
+            job = await self._fill(flow_run, pool, reading, flow_name)
+            if not flow_run.job_variables:
+                self._jobs[flow_run.deployment_id] = job
+        return job
+
+    async def _fill(
+        self, flow_run: FlowRun, pool: WorkPool, reading: Reading, flow_name: str
+    ) -> DeployedJob:
+        """Fill the pool's template with what a deployment and a run of it say."""
+        values = {**(reading.deployment.job_variables or {}), **(flow_run.job_variables or {})}
+        try:
+            configuration = await self._configuration(pool, values)
+        except ValidationError as error:
+            raise DeclarationError(
+                f"its job variables do not fit the work pool's template: {error}"
+            ) from error
+        variables = configuration.trigger
+        trigger = None if variables is None else TriggerConfiguration.model_validate(variables)
+        return DeployedJob(reading, flow_name, configuration, trigger)
+
+    async def _configuration(self, pool: WorkPool, values: dict[str, Any]) -> WarmBackupJobConfiguration:
+        found: WarmBackupJobConfiguration = await WarmBackupJobConfiguration.from_template_and_values(
+            base_job_template=pool.base_job_template, values=values, client=self._client
+        )
+        return found
+
+    async def server_has_storage(self) -> bool:
+        """Return whether the server may name a storage for results, asked once a minute for all runs."""
+        if time.monotonic() - self._storage_asked_at > FRESH_SECONDS:
+            try:
+                found = await self._client.read_server_default_result_storage()
+            except API_FAULTS:
+                return True  # each run asks for itself
+            self._server_has_storage = found.default_result_storage_block_id is not None
+            self._storage_asked_at = time.monotonic()
+        return self._server_has_storage
+
+    async def reruns(self, flow_run: FlowRun) -> bool:
+        """Return whether a run whose node died while it executed is to be run again."""
+        if flow_run.deployment_id is None:
+            return False
+        deployment = await self._client.read_deployment(flow_run.deployment_id)
+        trigger = (deployment.job_variables or {}).get("trigger")
+        if trigger is None:
+            return False
+        return TriggerConfiguration.model_validate(trigger).policy.on_takeover == "rerun"
+
+    def known(self, flow_run: FlowRun) -> DeployedJob | None:
+        """Return the deployment of a run as it was last read, if it was."""
+        return self._jobs.get(flow_run.deployment_id) if flow_run.deployment_id else None
+
+    def is_ending(self, flow_run: FlowRun) -> bool:
+        """Return whether the run's job is over and its planned runs are being put away."""
+        return ticks.is_tick(flow_run) and flow_run.deployment_id in self._ending
+
+    def end(self, job: DeployedJob, reason: str) -> None:
+        """End a job for all nodes: its schedule stops, what is late is skipped. Ends in background."""
+        if job.deployment.id not in self._ending:
+            self._log.info("Job %s has ended: %s.", job.name, reason)
+            self._ending[job.deployment.id] = asyncio.create_task(self._end(job, reason))
+
+    async def _end(self, job: DeployedJob, reason: str) -> None:
+        try:
+            await self.teller.until_told(lambda: self._stop_schedule(job))
+            await self.teller.until_told(lambda: self._skip_planned(job, reason))
+        except httpx.HTTPStatusError as refusal:
+            self._log.error("Job %s could not be put away: %s", job.name, refusal)
+        finally:
+            del self._ending[job.deployment.id]
+
+    async def _stop_schedule(self, job: DeployedJob) -> None:
+        deployment = await self._client.read_deployment(job.deployment.id)
+        for schedule in deployment.schedules:
+            if schedule.slug == job.slug and schedule.active:
+                await self._client.update_deployment_schedule(deployment.id, schedule.id, active=False)
+        self._readings.pop(deployment.id, None)
+
+    async def _skip_planned(self, job: DeployedJob, reason: str) -> None:
+        for flow_run in await planned.runs_of(self._client, [job.deployment.id], [StateType.SCHEDULED]):
+            # One that waits for its next attempt is Scheduled too.
+            if ticks.is_tick(flow_run) and flow_run.run_count == 0:
+                await self.teller.skip(flow_run, reason)
+
+    async def settle(self) -> None:
+        """Wait until every job that is over has been put away, but not for an API that is away."""
+        if self._ending:
+            await asyncio.wait(self._ending.values(), timeout=SETTLE_SECONDS)

@@ -1,0 +1,87 @@
+"""When an agent looks at Prefect's API: for runs, and for what has changed of its pool's jobs."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+from uuid import UUID
+
+from taskadapter.agent.hearing import Kind, News
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+AFTER_NEWS_SECONDS = (0.0, 1.0)
+"""How long after some news the agent looks: the API may tell of a change before it shows it."""
+
+SHORTEST_PAUSE_SECONDS = 0.5
+"""How long there is between two looks at least, unless something is due at once."""
+
+
+class Looks:
+    """Remembers when looks are wanted. A visit is a look at all queues and deployments of the pool.
+
+    Args:
+        clock: monotonic.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._looked_at = self._visited_at = float("-inf")
+        # When what the last look found is not enough any more.
+        self._needed = float("inf")
+        self._wanted: list[float] = []
+        self._visits: list[float] = []
+        self._changed: dict[UUID, float] = {}
+
+    def want(self, seconds: float = 0.0) -> None:
+        """Have a look made in so many seconds."""
+        self._wanted.append(self._clock() + seconds)
+
+    def want_visit(self, seconds: float = 0.0) -> None:
+        """Have a visit made in so many seconds."""
+        self._visits.append(self._clock() + seconds)
+        self.want(seconds)
+
+    def hear(self, news: News | None) -> None:
+        """Have looked for what some news is about; None is that some may have been missed."""
+        soon = max(0.0, self._looked_at + SHORTEST_PAUSE_SECONDS - self._clock())
+        for seconds in AFTER_NEWS_SECONDS:
+            if news is None or news.kind is Kind.POOL:
+                self.want_visit(soon + seconds)
+            else:
+                self.want(soon + seconds)
+            if news is not None and news.kind is Kind.DEPLOYMENT and news.about is not None:
+                self._changed[news.about] = self._clock() + soon + seconds
+
+    def is_due(self, pause: float) -> bool:
+        """Return whether it is time for a look, which else are so many seconds apart."""
+        return self._is_due(self._looked_at, [*self._wanted, self._needed], pause)
+
+    def is_visit_due(self, pause: float) -> bool:
+        """Return whether it is time for a visit, which else are so many seconds apart."""
+        return self._is_due(self._visited_at, self._visits, pause)
+
+    def _is_due(self, last: float, wanted: list[float], pause: float) -> bool:
+        return self._clock() >= min([last + pause, *wanted])
+
+    @property
+    def changed(self) -> set[UUID]:
+        """The deployments of which there is news."""
+        return set(self._changed)
+
+    def looked(self, at: float, enough_for: float = float("inf")) -> None:
+        """Take note of a look that began at some moment, and has succeeded.
+
+        Args:
+            at: that moment, on the monotonic clock.
+            enough_for: for how many seconds from now what it found is enough.
+        """
+        self._looked_at, self._needed = at, self._clock() + enough_for
+        self._wanted = [moment for moment in self._wanted if moment > at]
+        self._changed = {id_: until for id_, until in self._changed.items() if until > at}
+
+    def visited(self, at: float) -> None:
+        """Take note of a visit that began at some moment, and has succeeded."""
+        self._visited_at = at
+        self._visits = [moment for moment in self._visits if moment > at]

@@ -1,0 +1,137 @@
+"""Whether a job is paused or over: in its row first, which runs read before they begin, then in Prefect.
+
+What somebody does in Prefect's UI the agents carry over to the row as soon as they see it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+from uuid import UUID
+
+from prefect.client.schemas.actions import DeploymentUpdate
+from prefect.exceptions import ObjectNotFound
+
+from taskadapter.agent.timetable import is_on, plan_of, trigger_of
+from taskadapter.coordination.executions import Switches, moment
+from taskadapter.execution import record
+from taskadapter.prefect_api.client import api_client
+from taskadapter.prefect_api.planned import DETACHED, switch_off
+from taskadapter.prefect_api.pool import Domain
+from taskadapter.rules import ticks
+from taskadapter.settings import TaskadapterSettings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from prefect.client.orchestration import PrefectClient
+    from prefect.client.schemas.responses import DeploymentResponse
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What Prefect has of a job at one time.
+
+    Attributes:
+        job_id: the job.
+        trigger_slug: its trigger.
+        switches: whether it is paused, or over, and its plan.
+        updated: when any of that was last changed, as text that sorts as time.
+    """
+
+    job_id: UUID
+    trigger_slug: str
+    switches: Switches
+    updated: str
+
+    @classmethod
+    def of(cls, deployment: DeploymentResponse) -> Reading:
+        """Return what a deployment that was read says."""
+        trigger = trigger_of(deployment)
+        moments = [deployment.updated, *(schedule.updated for schedule in deployment.schedules)]
+        return cls(
+            job_id=deployment.id,
+            trigger_slug="" if trigger is None else ticks.slug(trigger),
+            switches=Switches(deployment.paused, is_on(deployment), _plan_in_words(deployment)),
+            updated=max((moment(when) for when in moments if when is not None), default=""),
+        )
+
+
+def _plan_in_words(deployment: DeploymentResponse) -> str:
+    plan = plan_of(deployment)
+    return "" if plan is None else f"{plan.schedule_id} {plan.interval!r} from {moment(plan.anchor)}"
+
+
+async def pause(client: PrefectClient, deployment: DeploymentResponse) -> None:
+    """Let nothing of a job begin any more, until it is resumed."""
+    url = await _database_of(client, deployment)
+    await asyncio.to_thread(record.pause, url, deployment.id, paused=True)
+    await client.pause_deployment(deployment.id)
+    await _take_note(client, url, deployment.id)
+
+
+async def resume(client: PrefectClient, deployment: DeploymentResponse) -> None:
+    """Let a job go on that is paused."""
+    url = await _database_of(client, deployment)
+    await asyncio.to_thread(record.pause, url, deployment.id, paused=False)
+    await client.resume_deployment(deployment.id)
+    await _take_note(client, url, deployment.id)
+
+
+async def end(client: PrefectClient, deployment: DeploymentResponse, reason: str) -> None:
+    """Let nothing of a job begin any more, whatever its trigger, until somebody switches it on again."""
+    url = await _database_of(client, deployment)
+    await asyncio.to_thread(record.end_job, url, deployment.id, reason)
+    await switch_off(client, deployment, reason)
+    await _take_note(client, url, deployment.id)
+
+
+async def detach(job_id: UUID, reason: str) -> None:
+    """Unschedule a job whose deployment stays, and say so there.
+
+    Raises:
+        ApiUnavailableError: the API did not answer.
+    """
+    async with api_client() as client:
+        with contextlib.suppress(ObjectNotFound):
+            deployment = await client.read_deployment(job_id)
+            tags = [*deployment.tags, *({DETACHED} - set(deployment.tags))]
+            await client.update_deployment(job_id, DeploymentUpdate(tags=tags))
+            await end(client, deployment, reason)
+
+
+async def _take_note(client: PrefectClient, url: str, job_id: UUID) -> None:
+    """Have an older reading of an agent's, which may still be under way, carry nothing over."""
+    await asyncio.to_thread(record.see, url, [Reading.of(await client.read_deployment(job_id))])
+
+
+async def _database_of(client: PrefectClient, deployment: DeploymentResponse) -> str:
+    settings = TaskadapterSettings()
+    if deployment.work_pool_name is None:
+        return settings.default_database_url()
+    domain = Domain.of(await client.read_work_pool(deployment.work_pool_name))
+    return await domain.database_url(settings)
+
+
+class CarryOver:
+    """Carries over to the jobs' rows what somebody has changed in Prefect."""
+
+    def __init__(self) -> None:
+        self._seen: dict[UUID, Switches] = {}
+
+    async def look(self, database_url: str, deployments: Iterable[DeploymentResponse]) -> None:
+        """Compare what was read with what was seen last, here or by another agent.
+
+        Raises:
+            CoordinationError: the database failed; the same call may be repeated.
+        """
+        readings = [Reading.of(deployment) for deployment in deployments]
+        unknown = [reading.job_id for reading in readings if reading.job_id not in self._seen]
+        if unknown:
+            self._seen |= await asyncio.to_thread(record.seen, database_url, unknown)
+        news = [reading for reading in readings if self._seen[reading.job_id] != reading.switches]
+        if news:
+            await asyncio.to_thread(record.see, database_url, news)
+        self._seen |= {reading.job_id: reading.switches for reading in readings}

@@ -1,0 +1,137 @@
+"""Tells Prefect's API what became of runs."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import datetime
+from logging import Logger, LoggerAdapter
+from typing import Any
+
+import httpx
+from prefect.client.orchestration import PrefectClient
+from prefect.client.schemas.objects import FlowRun, State, StateDetails, StateType
+from prefect.client.schemas.responses import SetStateStatus
+from prefect.exceptions import ObjectNotFound
+from prefect.states import Scheduled
+
+from taskadapter.agent import settling
+from taskadapter.coordination.executions import Entry
+from taskadapter.prefect_api.client import API_FAULTS, in_words
+from taskadapter.rules import ticks
+
+RETRY_SECONDS = 2.0
+"""How long to wait before the API is told again what it could not be told."""
+
+_REFUSALS = {
+    httpx.codes.BAD_REQUEST,
+    httpx.codes.REQUEST_ENTITY_TOO_LARGE,
+    httpx.codes.UNPROCESSABLE_ENTITY,
+}
+"""What is answered to a request that would be refused again; others may succeed later."""
+
+_UNTELLABLE = "The agent's log has the message, which the API has refused."
+
+
+class Teller:
+    """Tells the API what an agent knows of a run.
+
+    Args:
+        client: connected to it.
+        log: the agent's.
+        patient: whether it is told again until it knows, however long it does not answer; else a fault is
+            raised.
+    """
+
+    def __init__(
+        self, client: PrefectClient, log: Logger | LoggerAdapter[Any], *, patient: bool = True
+    ) -> None:
+        self._client = client
+        self._log = log
+        self._patient = patient
+
+    async def state_of(self, flow_run: FlowRun) -> StateType | None:
+        """Return the type of the state that a run has now; None if it is gone."""
+        now = await self.until_told(lambda: self._client.read_flow_run(flow_run.id))
+        return None if now is None else now.state_type
+
+    async def put_back(self, flow_run: FlowRun, due: datetime, message: str | None = None) -> None:
+        """Make a run that has begun nothing due again."""
+        if ticks.is_tick(flow_run):
+            # Once it has ended for Prefect, it would be taken for one that a person wants to be retried.
+            policy = flow_run.empirical_policy.model_copy(update={"retry_type": None})
+            await self.until_told(
+                lambda: self._client.update_flow_run(flow_run.id, empirical_policy=policy)
+            )
+        await self.report(flow_run, Scheduled(scheduled_time=due, message=message), force=True)
+
+    async def tell(self, flow_run: FlowRun, entry: Entry) -> None:
+        """Tell the API what a run came to, as it knew it before if it did."""
+        states = await self.until_told(lambda: self._client.read_flow_run_states(flow_run.id))
+        told = settling.state_of(entry)
+        final = [state for state in states or [] if state.type is told.type]
+        await self.report(flow_run, max(final, key=lambda state: state.timestamp, default=told), force=True)
+
+    async def skip(self, flow_run: FlowRun, reason: str) -> None:
+        """Record that a tick was not run, and why."""
+        await self._client.set_flow_run_state(flow_run.id, ticks.skipped(reason), force=True)
+
+    async def report(self, flow_run: FlowRun, state: State[Any], *, force: bool = False) -> bool:
+        """Tell the API of a state that only the agent knows; returns whether it has taken it.
+
+        One that it refuses for good is told again in the barest form.
+
+        Raises:
+            HTTPError: as any of `API_FAULTS`: the API does not answer an impatient teller.
+        """
+        for told in (_printable(state), _bare(state)):
+            try:
+                answer = await self.until_told(
+                    lambda told=told: self._client.set_flow_run_state(flow_run.id, told, force=force)
+                )
+            except httpx.HTTPStatusError as refusal:
+                if not _is_for_good(refusal):
+                    raise
+                self._log.warning("State %s of run %s is refused: %s", state.name, flow_run.name, refusal)
+            else:
+                return answer is not None and answer.status is SetStateStatus.ACCEPT
+        return False
+
+    async def until_told(self, tell: Any) -> Any:
+        """Repeat a call while the API does not answer; returns None where what it is about is gone.
+
+        A job that is over must not come back, and a run that is claimed must not be left.
+
+        Raises:
+            HTTPStatusError: the API refuses it for good.
+            HTTPError: as any of `API_FAULTS`: the API does not answer an impatient one.
+        """
+        told = False
+        while True:
+            try:
+                return await tell()
+            except ObjectNotFound:
+                return None
+            except API_FAULTS as fault:
+                if not self._patient or _is_for_good(fault):
+                    raise
+                if not told:
+                    self._log.warning("Prefect's API cannot be told, trying again: %s", in_words(fault))
+                told = True
+                await asyncio.sleep(RETRY_SECONDS)
+
+
+def _printable(state: State[Any]) -> State[Any]:
+    """Return the state with a message that a database can keep: PostgreSQL has no NUL in a text."""
+    message = state.message
+    return state if message is None else state.model_copy(update={"message": message.replace("\0", "\\0")})
+
+
+def _bare(state: State[Any]) -> State[Any]:
+    """Return as little of the state as makes it what it is: one that is scheduled has its time."""
+    details = StateDetails(scheduled_time=state.state_details.scheduled_time)
+    return State(type=state.type, name=state.name, message=_UNTELLABLE, state_details=details)
+
+
+def _is_for_good(fault: Exception) -> bool:
+    """Return whether an answer would be the same the next time."""
+    return isinstance(fault, httpx.HTTPStatusError) and fault.response.status_code in _REFUSALS

@@ -1,0 +1,546 @@
+"""Which ticks of its jobs an agent owes, and those that nobody has planned.
+
+Prefect's scheduler plans ticks ahead of their time only. One that fell into an outage of the server, a
+pause, or the moment in which a deployment was changed, is never planned. An agent knows when ticks are
+due, sees which of them wait, and makes the missing ones; what then becomes of a late one, the waiting
+policy says.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from itertools import islice, starmap
+from logging import Logger, LoggerAdapter
+from typing import Any
+from uuid import UUID
+
+import httpx
+from prefect.client.orchestration import PrefectClient
+from prefect.client.schemas.filters import (
+    DeploymentFilter,
+    DeploymentFilterId,
+    FlowRunFilter,
+    FlowRunFilterExpectedStartTime,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import DeploymentSchedule, FlowRun, StateType
+from prefect.client.schemas.responses import DeploymentResponse, OrchestrationResult, SetStateStatus
+from prefect.client.schemas.schedules import IntervalSchedule
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.states import Pending
+
+from taskadapter.agent.telling import Teller
+from taskadapter.coordination.executions import Entered
+from taskadapter.declare.triggers import TriggerConfiguration, WaitingPolicy
+from taskadapter.errors import DeclarationError
+from taskadapter.prefect_api.client import API_FAULTS, side_by_side
+from taskadapter.prefect_api.ticks import create_tick
+from taskadapter.rules import ticks
+
+MADE_AHEAD = 20
+"""How many late ticks of a job wait at most that the agent has made: the others follow in order."""
+
+MADE_AT_ONCE = 64
+"""How many late ticks of all jobs are made at one look, the oldest first, before it is acted on."""
+
+LOOK_AHEAD = timedelta(seconds=3)
+"""A tick that nobody has planned this long before its time is made: longer than from one look of an agent
+to the next and the time by which it claims ahead, so that the ticks of a job are claimed in order."""
+
+NEW = timedelta(seconds=5)
+"""The history of a schedule that was made so shortly before is not asked for."""
+
+SHOWN = 100
+"""How many ticks that a policy ignores are made, to be shown as skipped; those before are passed over."""
+
+CLAIM_LEAD = timedelta(seconds=10)
+"""A run is to be known longer before its time than it is claimed."""
+
+POLL_LIMIT = 200
+"""How many runs the API returns at once; those that are due first."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """When a job is due and where its runs wait, as Prefect has it: somebody may have edited it there.
+
+    Attributes:
+        queue: its work queue's name.
+        queue_id: that queue, of this pool.
+        schedule_id: its schedule.
+        anchor: the moment of tick 0.
+        interval: seconds between two ticks.
+        trigger: as deployed.
+        created: when the schedule was made.
+    """
+
+    queue: str
+    queue_id: UUID | None
+    schedule_id: UUID
+    anchor: datetime
+    interval: float
+    # Deploying again touches these, and leaves the ticks what they are.
+    trigger: TriggerConfiguration = field(compare=False)
+    created: datetime = field(compare=False)
+
+
+@dataclass
+class Line:
+    """A job's plan, and up to where its ticks are settled.
+
+    Attributes:
+        deployment_id: the job.
+        name: its deployment's name.
+        plan: its schedule and queue.
+        through: every tick until then, itself included, is settled: claimed, skipped or ended.
+        settled: later ones that are.
+        held: whether the job is paused.
+        resumed: when it was resumed last, as far as the agent has seen a pause.
+        is_new: whether the agent has not looked after it before.
+        is_stale: whether what is settled is to be looked up again.
+    """
+
+    deployment_id: UUID
+    name: str
+    plan: Plan
+    through: datetime
+    settled: set[datetime] = field(default_factory=set)
+    held: bool = False
+    resumed: datetime | None = None
+    is_new: bool = True
+    is_stale: bool = False
+
+    def owed(self, until: datetime) -> list[datetime]:
+        """Return the ticks until then that are not settled, oldest first, as many as are made ahead."""
+        end = self.plan.trigger.end_time
+        until = until if end is None else min(until, end)
+        if self.plan.trigger.policy.waiting_policy is not WaitingPolicy.WAIT:
+            ignored = timedelta(seconds=SHOWN * self.plan.interval)
+            self.through = max(self.through, until - ignored)
+        ticks = self._ticks(until)
+        return list(islice((tick for tick in ticks if tick not in self.settled), MADE_AHEAD))
+
+    def unplanned(self, after: datetime, until: datetime, known: Collection[datetime]) -> datetime | None:
+        """Return the first tick in a span of time that nobody has planned, settled ones aside."""
+        end = self.plan.trigger.end_time
+        until = until if end is None else min(until, end)
+        after = max(after, self.through)
+        own = ticks.between(self.plan.anchor, self.plan.interval, after=after, until=until)
+        return next((tick for tick in own if tick not in known and tick not in self.settled), None)
+
+    def settle(self, tick: datetime) -> None:
+        """Take note that a tick has been claimed, skipped or ended."""
+        if tick <= self.through:
+            return
+        self.settled.add(tick)
+        for following in self._ticks(max(self.settled)):
+            if following not in self.settled:
+                break
+            self.settled.discard(following)
+            self.through = following
+
+    def _ticks(self, until: datetime) -> Iterator[datetime]:
+        return ticks.between(self.plan.anchor, self.plan.interval, after=self.through, until=until)
+
+
+class Timetable:
+    """The schedules of a pool's jobs, as one agent keeps them.
+
+    Args:
+        client: connected to the API.
+        log: the agent's.
+        entered: returns what the database has of the ticks of some jobs.
+
+    Attributes:
+        has_new: whether only the first ticks of a job have been made, and others are to follow.
+        is_cut: whether the list of runs was too short for jobs that are in time, besides late ones.
+        complete_until: when it is to be completed again.
+    """
+
+    def __init__(
+        self,
+        client: PrefectClient,
+        log: Logger | LoggerAdapter[Any],
+        entered: Callable[[Collection[UUID]], Awaitable[Mapping[UUID, Entered]]],
+    ) -> None:
+        self._client = client
+        self._log = log
+        self._entered = entered
+        self._teller = Teller(client, log, patient=False)
+        self._deployments: dict[UUID, DeploymentResponse] = {}
+        # Read from them once for each visit: most jobs of a pool may be over, and each look goes over all.
+        self._plans: dict[UUID, Plan] = {}
+        self._lines: dict[UUID, Line] = {}
+        self._ended: set[UUID] = set()
+        self.has_new = self.is_cut = False
+        self.complete_until = datetime.now(UTC)
+
+    def learn(self, deployments: Iterable[DeploymentResponse]) -> set[UUID]:
+        """Take note of all deployments of the pool as they are now; returns those that are gone."""
+        known = {deployment.id: deployment for deployment in deployments}
+        gone = (self._deployments.keys() | self._ended) - known.keys()
+        # A job that has ended shows as active until the API has been told, and in what was read before.
+        self._ended = {id_ for id_ in self._ended if id_ in known and is_on(known[id_])}
+        before, self._deployments = (
+            self._deployments,
+            {id_: known[id_] for id_ in known.keys() - self._ended},
+        )
+        plans = {
+            id_: self._plans.get(id_) if before.get(id_) is deployment else plan_of(deployment)
+            for id_, deployment in self._deployments.items()
+        }
+        self._plans = {id_: plan for id_, plan in plans.items() if plan is not None}
+        for deployment_id, line in list(self._lines.items()):
+            plan = self._plans.get(deployment_id)
+            if plan is None or plan != line.plan:
+                # Gone, ended, changed or moved. A schedule that is switched on again begins afresh.
+                del self._lines[deployment_id]
+                continue
+            deployment, line.plan = self._deployments[deployment_id], plan
+            if line.held and not deployment.paused:
+                line.resumed = ticks.in_utc(deployment.updated or datetime.now(UTC))
+                # What was claimed when it was paused was given back, and then perhaps deleted.
+                line.is_stale = True
+            line.held = deployment.paused
+        return gone
+
+    def add(self, deployments: Iterable[DeploymentResponse]) -> None:
+        """Take note of some deployments as they are now, which may be new."""
+        for deployment in deployments:
+            if deployment.id not in self._ended:
+                self._deployments[deployment.id] = deployment
+                if (plan := plan_of(deployment)) is not None:
+                    self._plans[deployment.id] = plan
+
+    def is_held(self, flow_run: FlowRun) -> bool:
+        """Return whether a run is a tick of a job that was paused when it was last looked at."""
+        deployment = self._deployments.get(flow_run.deployment_id) if flow_run.deployment_id else None
+        return deployment is not None and deployment.paused and ticks.is_tick(flow_run)
+
+    def may_be_over(self, flow_run: FlowRun) -> bool:
+        """Return whether the job of a tick has ended, as far as is known here.
+
+        Prefect's scheduler may have been planning it at the moment in which its schedule was ended.
+        """
+        deployment = self._deployments.get(flow_run.deployment_id) if flow_run.deployment_id else None
+        return flow_run.deployment_id in self._ended or (deployment is not None and not is_on(deployment))
+
+    def fell_into_pause(self, flow_run: FlowRun) -> bool:
+        """Return whether a tick was due while its job was paused."""
+        line, tick = self._lines.get(flow_run.deployment_id or UUID(int=0)), ticks.tick_of(flow_run)
+        if line is None or line.resumed is None or tick is None:
+            return False
+        return not flow_run.auto_scheduled and tick <= line.resumed
+
+    def hold(self, deployment: DeploymentResponse) -> None:
+        """Take note of one deployment that has been found to be paused."""
+        self._deployments[deployment.id] = deployment
+        if (line := self._lines.get(deployment.id)) is not None:
+            line.held = True
+
+    @property
+    def held(self) -> set[UUID]:
+        """The jobs of this agent that were paused when they were last looked at."""
+        return {id_ for id_, line in self._lines.items() if line.held}
+
+    def strangers(self, found: Iterable[FlowRun]) -> set[UUID]:
+        """Return the jobs of some runs that were not there at the last look."""
+        known = self._deployments.keys() | self._ended
+        return {run.deployment_id for run in found if run.deployment_id is not None} - known
+
+    def end(self, deployment_id: UUID) -> None:
+        """Take note that a job is over: none of its ticks is owed any more."""
+        self.leave_out([deployment_id])
+        self._ended.add(deployment_id)
+
+    def leave_out(self, job_ids: Iterable[UUID]) -> None:
+        """Take note that this agent does not run some jobs any more, whatever their queue."""
+        for job_id in job_ids:
+            self._lines.pop(job_id, None)
+            self._deployments.pop(job_id, None)
+            self._plans.pop(job_id, None)
+
+    def jobs_of(self, queues: Collection[str]) -> list[UUID]:
+        """Return the jobs of some queues that this agent runs."""
+        return [id_ for id_, found in self._deployments.items() if found.work_queue_name in queues]
+
+    def forget(self, queue: str) -> None:
+        """Forget how far the jobs of a queue are: from now on another agent runs them."""
+        self._lines = {id_: line for id_, line in self._lines.items() if line.plan.queue != queue}
+
+    def settle(self, flow_run: FlowRun) -> None:
+        """Take note that a tick has been claimed, skipped or ended."""
+        line = self._lines.get(flow_run.deployment_id) if flow_run.deployment_id else None
+        if line is not None and (tick := ticks.tick_of(flow_run)) is not None:
+            line.settle(tick)
+
+    async def complete(
+        self,
+        found: list[FlowRun],
+        queues: Collection[str],
+        in_hand: Iterable[FlowRun],
+        now: datetime,
+        until: datetime,
+    ) -> list[FlowRun]:
+        """Add the ticks that are due, or soon will be, and that nobody has planned.
+
+        Args:
+            found: the runs that wait on the queues, those that are due first.
+            queues: the ones that this agent runs.
+            in_hand: the runs that it has taken and not finished.
+            now: the moment of the look.
+            until: up to when it has looked for runs; before the moment of the look where there are more.
+
+        Returns:
+            The runs to be started; without those of a job that has earlier ones still to be made.
+
+        Raises:
+            HTTPError: the API failed; the same call may be repeated.
+        """
+        await self._open_lines(queues)
+        if is_full := len(found) >= POLL_LIMIT:
+            until = min(until, max(filter(None, map(ticks.tick_of, found)), default=until))
+            now = min(now, until - timedelta.resolution)  # perhaps others are due at that very moment
+        known: dict[UUID | None, set[datetime]] = {}
+        for run in (*found, *in_hand):
+            if (tick := ticks.tick_of(run)) is not None:
+                known.setdefault(run.deployment_id, set()).add(tick)
+        listed = {run.deployment_id for run in found}
+        self.has_new = self.is_cut = False
+        self.complete_until = until - CLAIM_LEAD if is_full else until
+        missing: list[tuple[datetime, Line]] = []
+        held_up: dict[UUID | None, datetime] = {}
+        for line in self._lines.values():
+            if line.plan.queue in queues and not line.held:
+                # What a new job is due to do at once need not wait for what is to follow.
+                soon = now if line.is_new else now + LOOK_AHEAD
+                owed = line.owed(min(until, soon))
+                if not owed and until < now and line.deployment_id not in listed:
+                    # However late others are: its ticks are there, or are made.
+                    owed = line.owed(soon)
+                    self.is_cut |= bool(owed)
+                self.has_new |= line.is_new
+                line.is_new = False
+                planned = known.get(line.deployment_id, set())
+                missing += [(tick, line) for tick in owed if tick not in planned]
+                if len(owed) == MADE_AHEAD:
+                    held_up[line.deployment_id] = owed[-1] + timedelta.resolution
+                if (tick := line.unplanned(now + LOOK_AHEAD, until, planned)) is not None:
+                    self.complete_until = min(self.complete_until, tick - LOOK_AHEAD)
+        missing.sort(key=lambda one: one[0])
+        for tick, line in missing[MADE_AT_ONCE:]:
+            held_up[line.deployment_id] = min(tick, held_up.get(line.deployment_id, tick))
+        made = await self._make_all(missing[:MADE_AT_ONCE], held_up)
+        if held_up:
+            self.complete_until = min(self.complete_until, now)
+        # Ticks of a job begin in order: later ones wait for those that are still to be made.
+        return [run for run in (*found, *made) if _is_before(run, held_up.get(run.deployment_id))]
+
+    async def _make_all(
+        self, missing: list[tuple[datetime, Line]], held_up: dict[UUID | None, datetime]
+    ) -> list[FlowRun]:
+        """Make ticks side by side; where the API fails for some, those of other jobs go on.
+
+        Args:
+            missing: the ticks, oldest first.
+            held_up: of each job the first tick that is not made; those that fail are added.
+
+        Raises:
+            HTTPError: the API fails for all.
+        """
+        faults: list[Exception] = []
+
+        async def make(tick: datetime, line: Line) -> FlowRun | None:
+            try:
+                return await self._make(line, tick)
+            except API_FAULTS as fault:
+                faults.append(fault)
+                held_up[line.deployment_id] = min(tick, held_up.get(line.deployment_id, tick))
+                return None
+
+        made = [run for run in await side_by_side(starmap(make, missing)) if run is not None]
+        if len(faults) == len(missing) and faults:
+            raise faults[0]
+        names = {line.deployment_id: line.name for _, line in missing}
+        for job_id, count in Counter(run.deployment_id for run in made).items():
+            self._log.info(
+                "%d tick(s) of job %s had not been planned.", count, names[job_id or UUID(int=0)]
+            )
+        return made
+
+    async def _make(self, line: Line, tick: datetime) -> FlowRun | None:
+        """Return the run of a tick if it waits: made now, unless somebody was quicker."""
+        if self._lines.get(line.deployment_id) is not line:
+            return None  # its job has ended meanwhile
+        try:
+            run = await create_tick(self._client, line.deployment_id, line.plan.schedule_id, tick)
+        except httpx.HTTPStatusError as fault:
+            if fault.response.status_code != httpx.codes.NOT_FOUND:
+                raise
+            line.held = True  # the deployment is gone
+            return None
+        if run.state is not None and run.state.is_scheduled():
+            if run.work_queue_id == line.plan.queue_id:
+                return run
+            if (await self._client.read_deployment(line.deployment_id)).work_queue_id != line.plan.queue_id:
+                line.held = True  # it has moved, and is another agent's
+                return None
+            if await self._withdraw(run):
+                return await create_tick(self._client, line.deployment_id, line.plan.schedule_id, tick)
+        # The engine takes an API that fails it before the body for a crash, and then its node has died.
+        is_crashed = run.state is not None and run.state.is_crashed()
+        if is_crashed and not await self._has_begun(line.deployment_id, tick):
+            await self._teller.put_back(run, tick)
+            return await self._client.read_flow_run(run.id)
+        line.settle(tick)
+        return None
+
+    async def _has_begun(self, job_id: UUID, tick: datetime) -> bool:
+        return tick in (await self._entered([job_id]))[job_id].dues
+
+    async def _withdraw(self, run: FlowRun) -> bool:
+        """Take a tick back from the queue that its job was on before; False if an agent there has it.
+
+        When a deployment moves to another queue or pool, Prefect makes its future ticks anew, but leaves
+        the late ones where they are. Perhaps nobody looks there any more; and were they claimed from
+        here, a takeover would not find them.
+        """
+        claim: OrchestrationResult[Any] = await self._client.set_flow_run_state(run.id, Pending())
+        if claim.status is not SetStateStatus.ACCEPT:
+            return False
+        await self._client.delete_flow_run(run.id)
+        return True
+
+    async def _open_lines(self, queues: Collection[str]) -> None:
+        """Begin the lines of the jobs that have none yet, or a stale one."""
+        lines = {id_: self._lines.get(id_) for id_, plan in self._plans.items() if plan.queue in queues}
+        plans = {id_: self._plans[id_] for id_, line in lines.items() if line is None or line.is_stale}
+        entered, last = await self._settled(plans)
+        for deployment_id, plan in plans.items():
+            line, deployment = lines[deployment_id], self._deployments.get(deployment_id)
+            if deployment is not None:  # else it has ended meanwhile
+                through, settled = _begin(plan, entered.get(deployment_id), last.get(deployment_id))
+                self._lines[deployment_id] = Line(
+                    deployment_id,
+                    deployment.name,
+                    plan,
+                    through,
+                    settled,
+                    held=deployment.paused,
+                    resumed=None if line is None else line.resumed,
+                    is_new=line is None,
+                )
+
+    async def _settled(
+        self, plans: Mapping[UUID, Plan]
+    ) -> tuple[Mapping[UUID, Entered], Mapping[UUID, datetime]]:
+        """Return what is entered of some jobs and, where nothing is, their last tick that is settled."""
+        # The few ticks of a schedule that is new show for themselves whether they are settled.
+        old = [id_ for id_, plan in plans.items() if datetime.now(UTC) - plan.created >= NEW]
+        entered = await self._entered(old) if old else {}
+        unknown = {id_: plans[id_].schedule_id for id_, found in entered.items() if not found.dues}
+        return entered, await self._last_settled(unknown)
+
+    async def _last_settled(self, schedule_ids: Mapping[UUID, UUID]) -> dict[UUID, datetime]:
+        """Return the last tick of each job that is settled, as Prefect has it."""
+        types = [kind for kind in StateType if kind is not StateType.SCHEDULED]
+        left, last = set(schedule_ids), dict[UUID, datetime]()
+        while left:
+            runs = await self._client.read_flow_runs(
+                deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=list(left))),
+                flow_run_filter=FlowRunFilter(
+                    state=FlowRunFilterState(type=FlowRunFilterStateType(any_=types)),
+                    expected_start_time=FlowRunFilterExpectedStartTime(before_=datetime.now(UTC)),
+                ),
+                sort=FlowRunSort.EXPECTED_START_TIME_DESC,
+                limit=POLL_LIMIT,
+            )
+            for run in runs:
+                job_id, tick = run.deployment_id, ticks.tick_of(run)
+                if job_id in left and tick is not None and _is_of(run, schedule_ids[job_id]):
+                    last.setdefault(job_id, tick)
+            if len(runs) < POLL_LIMIT:
+                break
+            left -= {run.deployment_id for run in runs}
+        return last
+
+
+def _is_of(flow_run: FlowRun, schedule_id: UUID) -> bool:
+    key = flow_run.idempotency_key or ""
+    return key.startswith(f"scheduled {flow_run.deployment_id} {schedule_id} ")
+
+
+def _is_before(flow_run: FlowRun, first: datetime | None) -> bool:
+    """Return whether a run goes before a tick of its job that is still to be made."""
+    return first is None or (tick := ticks.tick_of(flow_run)) is None or tick < first
+
+
+def _begin(plan: Plan, entered: Entered | None, last: datetime | None) -> tuple[datetime, set[datetime]]:
+    """Return the moment until which all ticks of a job are settled, and later ones that are.
+
+    Nothing is owed from before the schedule was made, edited or switched on again; but its first tick is,
+    where that is to come at once. Since then the ledger says what has run: whatever is missing between its
+    entries has been lost.
+
+    Args:
+        plan: the job's.
+        entered: what the ledger has of it.
+        last: its last tick that is settled, where the ledger has none.
+    """
+    start = plan.created
+    if plan.trigger.start_time is None:
+        start = min(start, plan.anchor - timedelta(microseconds=1))
+    if entered is None:
+        return start, set()
+    start = max(start, entered.opened or start)
+    if entered.dues:
+        return max(start, entered.dues[-1]), set(entered.dues)
+    # Ticks of one job are claimed in order.
+    return max(start, last or start), set()
+
+
+def trigger_of(deployment: DeploymentResponse) -> TriggerConfiguration | None:
+    """Return the trigger of a deployment of ours, None for others and for one edited into nonsense."""
+    variables = (deployment.job_variables or {}).get("trigger")
+    try:
+        return None if variables is None else TriggerConfiguration.model_validate(variables)
+    except DeclarationError:
+        return None  # a run of it will say so
+
+
+def is_on(deployment: DeploymentResponse) -> bool:
+    """Return whether a job goes on: a one-time job does until it has run, others until they are ended."""
+    trigger = trigger_of(deployment)
+    if trigger is None:  # none of ours: its schedules are what its owner makes of them
+        return not deployment.schedules or any(schedule.active for schedule in deployment.schedules)
+    return not deployment.schedules or _schedule(deployment, trigger) is not None
+
+
+def _schedule(
+    deployment: DeploymentResponse, trigger: TriggerConfiguration | None
+) -> DeploymentSchedule | None:
+    """Return the schedule of a job's trigger while it is switched on."""
+    slug = None if trigger is None else ticks.slug(trigger)
+    active = (found for found in deployment.schedules if found.slug == slug and found.active)
+    return next(active, None)
+
+
+def plan_of(deployment: DeploymentResponse) -> Plan | None:
+    """Return a job's plan while its schedule is switched on."""
+    trigger = trigger_of(deployment)
+    schedule = _schedule(deployment, trigger)
+    if trigger is None or schedule is None or not isinstance(schedule.schedule, IntervalSchedule):
+        return None
+    return Plan(
+        queue=deployment.work_queue_name or "",
+        queue_id=deployment.work_queue_id,
+        schedule_id=schedule.id,
+        anchor=ticks.in_utc(schedule.schedule.anchor_date),
+        interval=schedule.schedule.interval.total_seconds(),
+        trigger=trigger,
+        created=ticks.in_utc(schedule.created or datetime.now(UTC)),
+    )

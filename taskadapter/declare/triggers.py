@@ -1,0 +1,392 @@
+"""What a user declares about a task: its trigger, retries, policy and coordination."""
+
+import math
+import socket
+from collections.abc import Mapping
+from datetime import timedelta
+from decimal import Decimal
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    SecretStr,
+    StrictInt,
+    Tag,
+    model_validator,
+)
+
+from taskadapter.declare.base import Declaration
+from taskadapter.declare.civil import Instant
+
+__all__ = [
+    "DEFAULT_QUEUE",
+    "DatabaseConfig",
+    "ErrorPolicy",
+    "MysqlConfig",
+    "NonNegativeSeconds",
+    "PositiveSeconds",
+    "PostgresqlConfig",
+    "RetryConfiguration",
+    "RetryStrategy",
+    "Seconds",
+    "SqliteConfig",
+    "TaskPolicy",
+    "TriggerConfiguration",
+    "WaitingPolicy",
+    "WarmBackupConfig",
+    "WorkerPoolConfiguration",
+]
+
+DEFAULT_QUEUE = "default"
+"""The queue of jobs without a group: every agent polls it."""
+
+_MIN_HEARTBEATS = 3
+_LONGEST_ID = 255
+
+
+def _to_seconds(value: object) -> float:
+    if isinstance(value, timedelta):
+        return value.total_seconds()
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
+        raise ValueError(  # noqa: TRY004  Pydantic passes a TypeError through untranslated
+            "must be a number of seconds or a timedelta; write 2.5 or timedelta(minutes=1)"
+        )
+    try:
+        seconds = float(value)
+    except (OverflowError, ValueError):  # an int beyond float's range, a signalling NaN
+        seconds = math.inf
+    if not math.isfinite(seconds):
+        raise ValueError("must be a finite number of seconds; choose one")
+    return seconds
+
+
+def _positive(seconds: float) -> float:
+    if seconds <= 0:
+        raise ValueError("must be greater than 0 seconds; choose a longer time")
+    return seconds
+
+
+def _max_count(count: int) -> int:
+    if count == 0:
+        raise ValueError("a job that runs 0 times never runs; choose at least 1, or -1 for no limit")
+    if count < -1:
+        raise ValueError("must be at least 1, or -1 for no limit; choose one of these")
+    return count
+
+
+def _max_attempts(count: int) -> int:
+    if count < 1:
+        raise ValueError("must be at least 1; raise it, or declare no retries at all")
+    return count
+
+
+def _worker_count(count: int) -> int:
+    if count < 1:
+        raise ValueError("must be at least 1, or nothing runs; raise it")
+    return count
+
+
+def _group_id(name: str) -> str:
+    if name == DEFAULT_QUEUE:
+        raise ValueError(
+            f"must not be {DEFAULT_QUEUE!r}: that is the queue of jobs without a group, which every node "
+            "runs; choose another name"
+        )
+    return name
+
+
+def _not_negative(seconds: float) -> float:
+    if seconds < 0:
+        raise ValueError("must not be negative; choose 0 or more seconds")
+    return seconds
+
+
+def _max_concurrent(count: int) -> int:
+    if count < 1:
+        raise ValueError("must be at least 1; raise it, or leave it out for no limit")
+    return count
+
+
+def _identifier(text: str) -> str:
+    if not text.strip() or len(text) > _LONGEST_ID or "/" in text or "%" in text:
+        raise ValueError(
+            f'must have 1 to {_LONGEST_ID} characters, not all blank, none of them "/" or "%" '
+            f"(this one has {len(text)}); choose another name"
+        )
+    return text
+
+
+Seconds = Annotated[float, BeforeValidator(_to_seconds)]
+"""A finite duration in seconds, given as int, float, Decimal or timedelta and kept as float."""
+
+PositiveSeconds = Annotated[Seconds, AfterValidator(_positive)]
+"""`Seconds` greater than 0."""
+
+NonNegativeSeconds = Annotated[Seconds, AfterValidator(_not_negative)]
+"""`Seconds` of 0 or more."""
+
+_Identifier = Annotated[str, AfterValidator(_identifier)]
+_Port = Annotated[StrictInt, Field(ge=1, le=65535)]
+
+
+class RetryStrategy(StrEnum):
+    """How the wait between attempts grows."""
+
+    FIXED = "FIXED"
+    """Every wait is `retry_interval`."""
+    EXPONENTIAL = "EXPONENTIAL"
+    """The first wait is `retry_interval`; each further one is twice the one before."""
+
+
+class ErrorPolicy(StrEnum):
+    """What becomes of a job whose last attempt has failed."""
+
+    LOG_AND_TERMINATE = "LOG_AND_TERMINATE"
+    """Log the error and end the job, for all nodes."""
+    TERMINATE = "TERMINATE"
+    """End the job, for all nodes, without a log line of ours."""
+    LOG_AND_CONTINUE = "LOG_AND_CONTINUE"
+    """Log the error; the next tick runs as usual."""
+    CONTINUE = "CONTINUE"
+    """The next tick runs as usual."""
+
+
+class WaitingPolicy(StrEnum):
+    """What becomes of a tick that could not start in time."""
+
+    WAIT = "WAIT"
+    """Run it as soon as possible; none is lost."""
+    IGNORE = "IGNORE"
+    """Skip it."""
+    LOG_AND_IGNORE = "LOG_AND_IGNORE"
+    """Skip it and log that."""
+
+
+class RetryConfiguration(Declaration):
+    """Further attempts after a failed one.
+
+    `max_attempts` is how many there may be besides the first. Before each passes `retry_interval`
+    seconds (FIXED) or a wait that doubles from it (EXPONENTIAL: 1, 2, 4, ... for an interval of 1),
+    never longer than `max_interval` seconds; None sets no such limit.
+
+    Raises:
+        DeclarationError: fewer than one attempt, an interval that is not positive, or a
+            `max_interval` shorter than `retry_interval`.
+    """
+
+    max_attempts: Annotated[StrictInt, AfterValidator(_max_attempts)]
+    retry_interval: PositiveSeconds
+    backoff_strategy: RetryStrategy = RetryStrategy.FIXED
+    max_interval: PositiveSeconds | None = None
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Self:
+        if self.max_interval is not None and self.max_interval < self.retry_interval:
+            raise ValueError(
+                f"max_interval={self.max_interval:g} must not be shorter than "
+                f"retry_interval={self.retry_interval:g}; raise max_interval or leave it out"
+            )
+        return self
+
+
+class TaskPolicy(Declaration):
+    """What to do when a job fails, when a tick is late, and when ticks overlap.
+
+    `max_concurrent` is how many runs of the job may overlap; None leaves that to the number of
+    workers.
+
+    The other two are for jobs of a group. `on_takeover` is what becomes of a run whose node died
+    while it executed: `"crash"` leaves it at that, so that a tick starts at most once; `"rerun"` runs
+    it again. `on_token_loss` is what a node that has lost the token does with its runs: `"stop"` ends
+    them before another node may start one; `"finish"` lets them end, beside the other node's.
+
+    Raises:
+        DeclarationError: an unknown policy, or a `max_concurrent` below 1.
+    """
+
+    error_policy: ErrorPolicy = ErrorPolicy.LOG_AND_TERMINATE
+    waiting_policy: WaitingPolicy = WaitingPolicy.WAIT
+    max_concurrent: Annotated[StrictInt, AfterValidator(_max_concurrent)] | None = None
+    on_takeover: Literal["crash", "rerun"] = "crash"
+    on_token_loss: Literal["stop", "finish"] = "stop"
+
+
+class TriggerConfiguration(Declaration):
+    """When a job runs.
+
+    Every `interval` seconds from `start_time` (None: at once) until `end_time` (None: no end), at
+    most `max_count` times (-1: no limit). `task_policy` and `retry_config` may stand here or in the
+    `Listener`.
+
+    The shortest interval depends on the settings of Prefect's scheduler and is checked when the job
+    is scheduled.
+
+    Raises:
+        DeclarationError: an interval that is not positive, a count of 0 or below -1, a time without
+            a zone, or an end that is not after the start.
+    """
+
+    interval: PositiveSeconds
+    max_count: Annotated[StrictInt, AfterValidator(_max_count)] = -1
+    start_time: Instant | None = None
+    end_time: Instant | None = None
+    task_policy: TaskPolicy | None = None
+    retry_config: RetryConfiguration | None = None
+
+    @property
+    def policy(self) -> TaskPolicy:
+        """The declared policy, or the default one."""
+        return self.task_policy or TaskPolicy()
+
+    @model_validator(mode="after")
+    def _ends_after_start(self) -> Self:
+        start, end = self.start_time, self.end_time
+        if start is None or end is None:
+            return self
+        # In UTC: within one zone Python compares the wall clocks, which repeat an hour each year.
+        if end.in_timezone("UTC") <= start.in_timezone("UTC"):
+            raise ValueError(
+                f"end_time={end.isoformat()} must be after start_time={start.isoformat()}; "
+                "choose a later end_time or leave it out"
+            )
+        return self
+
+
+class WorkerPoolConfiguration(Declaration):
+    """How much each node of a work pool runs at once.
+
+    `worker_count` is the number of runs; `waiting_time` is how long after its time a tick is not yet
+    late, in seconds.
+
+    Raises:
+        DeclarationError: a count below 1, or a negative time.
+    """
+
+    worker_count: Annotated[StrictInt, AfterValidator(_worker_count)] = 5
+    waiting_time: NonNegativeSeconds = 5.0
+
+
+class PostgresqlConfig(Declaration):
+    """A PostgreSQL database that the nodes coordinate through.
+
+    A `user`, `password` or `database` of None is left to the driver, which asks the environment.
+    The password is never shown; read it with `get_secret_value()`.
+
+    Raises:
+        DeclarationError: a port outside 1 to 65535, or an empty host.
+    """
+
+    kind: Literal["postgresql"] = "postgresql"
+    host: str = Field(default="localhost", min_length=1)
+    port: _Port = 5432
+    user: str | None = None
+    password: SecretStr | None = None
+    database: str | None = None
+
+
+class MysqlConfig(Declaration):
+    """A MySQL database that the nodes coordinate through; fields as in `PostgresqlConfig`.
+
+    Raises:
+        DeclarationError: a port outside 1 to 65535, or an empty host.
+    """
+
+    kind: Literal["mysql"] = "mysql"
+    host: str = Field(default="localhost", min_length=1)
+    port: _Port = 3306
+    user: str | None = None
+    password: SecretStr | None = None
+    database: str | None = None
+
+
+def _file(path: Path) -> Path:
+    if str(path) in (".", ":memory:"):
+        raise ValueError("must be a file, which agents can share; name one, such as tasks.db")
+    return path
+
+
+class SqliteConfig(Declaration):
+    """A SQLite file, through which agents on one machine coordinate.
+
+    Raises:
+        DeclarationError: the path is empty or ":memory:".
+    """
+
+    kind: Literal["sqlite"] = "sqlite"
+    path: Annotated[Path, AfterValidator(_file)]
+
+
+_KINDS = {"postgresql": PostgresqlConfig, "mysql": MysqlConfig, "sqlite": SqliteConfig}
+_PORTS = {5432: PostgresqlConfig, 3306: MysqlConfig}
+
+
+def _database_class(value: object) -> str | None:
+    """Name the class that a value is or describes; None if it does not say."""
+    if not isinstance(value, Mapping):
+        return type(value).__name__
+    if "kind" in value:
+        chosen = _KINDS.get(str(value["kind"]))
+    elif "path" in value:
+        chosen = SqliteConfig
+    else:
+        port = value.get("port")
+        chosen = _PORTS.get(port) if isinstance(port, int) else None
+    return chosen.__name__ if chosen else None
+
+
+DatabaseConfig = Annotated[
+    Annotated[PostgresqlConfig, Tag("PostgresqlConfig")]
+    | Annotated[MysqlConfig, Tag("MysqlConfig")]
+    | Annotated[SqliteConfig, Tag("SqliteConfig")],
+    Discriminator(
+        _database_class,
+        custom_error_type="database_tag_invalid",
+        custom_error_message="must say which database it is; pass a PostgresqlConfig, MysqlConfig "
+        'or SqliteConfig, or a mapping with kind "postgresql", "mysql" or "sqlite"',
+    ),
+]
+"""Any of the three databases.
+
+Loads from a mapping too: its `kind` says which; without one a `path` means SQLite, and a `port` of
+5432 or 3306 PostgreSQL or MySQL.
+"""
+
+
+class WarmBackupConfig(Declaration):
+    """How several nodes run one group of tasks, one of them at a time.
+
+    Nodes of one `group_id` stand in for each other. `task_id` names this node and must be unique
+    among them; it is the host name unless given. A node sends a heartbeat every
+    `heartbeat_frequency` seconds and is taken for dead `liveness_check_interval` seconds after the
+    last, which must leave room for three. A `database_config` of None leaves the choice to the
+    settings.
+
+    Raises:
+        DeclarationError: an id that is blank, longer than 255 characters or contains "/" or "%"; the
+            `group_id` "default", the queue of jobs without a group; a time that is not positive; a
+            `liveness_check_interval` below three heartbeats.
+    """
+
+    group_id: Annotated[_Identifier, AfterValidator(_group_id)]
+    task_id: _Identifier = Field(default_factory=lambda: socket.gethostname(), validate_default=True)
+    database_config: DatabaseConfig | None = None
+    liveness_check_interval: PositiveSeconds = 30.0
+    heartbeat_frequency: PositiveSeconds = 1.0
+
+    @model_validator(mode="after")
+    def _survives_lost_heartbeats(self) -> Self:
+        shortest = _MIN_HEARTBEATS * self.heartbeat_frequency
+        # 3 * 0.1 is a little more than 0.3: a microsecond decides nothing.
+        if round(shortest - self.liveness_check_interval, 6) > 0:
+            raise ValueError(
+                f"liveness_check_interval={self.liveness_check_interval:g} must be at least "
+                f"{_MIN_HEARTBEATS} times heartbeat_frequency={self.heartbeat_frequency:g}, or one "
+                f"late heartbeat is taken for a dead node; raise it to {shortest:g} or send "
+                "heartbeats more often"
+            )
+        return self

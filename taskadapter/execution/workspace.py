@@ -1,0 +1,140 @@
+"""Where a deployment's code runs: its environment, its folder, its flow, imported once for one run."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import prefect.engine
+from prefect import Flow
+from prefect.context import refresh_global_settings_context
+from prefect.deployments.steps.core import run_steps
+from prefect.exceptions import MissingFlowError
+from prefect.filesystems import LocalFileSystem
+from prefect.flows import load_flow_from_entrypoint, load_function_and_convert_to_flow
+from prefect.logging.configuration import setup_logging
+from prefect.logging.loggers import flow_run_logger
+from prefect.results import get_default_result_storage
+from prefect.settings import get_current_settings
+from prefect.utilities.importtools import import_object
+
+from taskadapter.declare import attached
+from taskadapter.declare.jobs import Job, Service, load_state
+from taskadapter.execution import flow as flows
+from taskadapter.listener import listeners
+
+if TYPE_CHECKING:
+    from taskadapter.execution.assignment import Assignment, Workspace
+
+
+def needs_interpreter(workspace: Workspace) -> bool:
+    """Return whether the workspace sets what an interpreter reads once, when it starts."""
+    return any(
+        name.startswith("PYTHON") and name != "PYTHONPATH" and os.environ.get(name) != value
+        for name, value in workspace.env.items()
+    )
+
+
+def changes_settings(workspace: Workspace) -> bool:
+    """Return whether the workspace sets any of Prefect's settings."""
+    return any(name.startswith("PREFECT_") and not name.startswith("PREFECT__") for name in workspace.env)
+
+
+def environment(workspace: Workspace) -> dict[str, str]:
+    """Return the environment of this process with the workspace's variables; None removes one."""
+    merged = {**os.environ, **workspace.env}
+    return {name: value for name, value in merged.items() if value is not None}
+
+
+def enter(workspace: Workspace) -> None:
+    """Make this process one of the workspace: environment, search path, time zone, settings, logging."""
+    _replace_search_path(os.environ.get("PYTHONPATH"), workspace.env.get("PYTHONPATH", ...))
+    for name, value in workspace.env.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    if "TZ" in workspace.env:
+        time.tzset()
+    if changes_settings(workspace):
+        refresh_global_settings_context()
+    if any(name.startswith("PREFECT_LOGGING_") for name in workspace.env):
+        setup_logging(incremental=False)
+    sys.argv = [str(prefect.engine.__file__)]
+    _go_to(workspace.working_dir or Path.cwd())
+
+
+def _go_to(folder: str | Path) -> None:
+    """Make a folder the current one, and where modules are found, also by what a job starts."""
+    os.chdir(folder)
+    others = [other for other in _folders(os.environ.get("PYTHONPATH")) if other != sys.path[0]]
+    sys.path[0] = str(Path.cwd())
+    os.environ["PYTHONPATH"] = os.pathsep.join([sys.path[0], *others])
+
+
+def _replace_search_path(old: str | None, new: Any) -> None:
+    """Put the folders of a new `PYTHONPATH` where those of the old one are."""
+    if new is ...:
+        return
+    gone = set(_folders(old))
+    sys.path[1:] = _folders(new) + [folder for folder in sys.path[1:] if folder not in gone]
+
+
+def _folders(path: str | None) -> list[str]:
+    return [str(Path(folder).absolute()) for folder in (path or "").split(os.pathsep) if folder]
+
+
+def load(assignment: Assignment) -> Flow[..., Any]:
+    """Return the assignment's flow, after the workspace's pull steps."""
+    _pull(assignment)
+    return _with_result_storage(_import(assignment), assignment.server_has_storage)
+
+
+def _pull(assignment: Assignment) -> None:
+    steps = assignment.workspace.pull_steps
+    if not steps:
+        return
+    if assignment.workspace.working_dir is None and assignment.scratch is not None:
+        assignment.scratch.mkdir(parents=True)
+        _go_to(assignment.scratch)
+    logger = flow_run_logger(assignment.flow_run)
+    output = asyncio.run(run_steps(steps, print_function=logger.info, logger=logger))
+    # A step may have gone somewhere itself.
+    _go_to(output.get("directory") or Path.cwd())
+
+
+def _with_result_storage(flow: Flow[..., Any], server_has_one: bool) -> Flow[..., Any]:
+    """Give the flow the default result storage: the engine would ask the API twice for each run."""
+    settings = get_current_settings().results
+    storage: Any = flow.result_storage or settings.local_storage_path
+    persists = settings.persist_by_default
+    if flow.result_storage is None and (server_has_one or settings.default_storage_block is not None):
+        found = get_default_result_storage(_sync=True)  # type: ignore[call-arg]
+        if not isinstance(found, LocalFileSystem):
+            storage, persists = found, True
+    if flow.persist_result is not None:
+        persists = flow.persist_result
+    return flow.with_options(result_storage=storage, persist_result=persists)
+
+
+def _import(assignment: Assignment) -> Flow[..., Any]:
+    """Import what the entrypoint names: a flow, or the function or class that a job is made of."""
+    listeners.clear()  # what modules of several programs declare here need not agree
+    place = attached.place_of(assignment.entrypoint)
+    try:
+        return load_flow_from_entrypoint(place, use_placeholder_flow=False)
+    except MissingFlowError:
+        named = import_object(place)
+    trigger, name = assignment.trigger, assignment.flow_name
+    if trigger is not None and isinstance(named, type) and issubclass(named, Service):
+        return flows.service_flow(load_state(named, assignment.initial_state or {}), name, trigger)
+    if trigger is not None and isinstance(named, type) and issubclass(named, Job):
+        return flows.job_flow(named, name, trigger)
+    if trigger is not None and inspect.isfunction(named):
+        return flows.function_flow(named, name, trigger)
+    return load_function_and_convert_to_flow(place)

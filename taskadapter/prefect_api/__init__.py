@@ -1,0 +1,1 @@
+"""Prefect as this package uses it: its client, work pools, deployments, runs and private names."""

@@ -1,0 +1,144 @@
+"""What all nodes of one work pool share, kept in the pool's variables: its domain and its size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+from prefect.blocks.system import Secret
+from prefect.utilities.slugify import slugify
+
+from taskadapter.declare.triggers import WarmBackupConfig
+from taskadapter.errors import TaskError
+from taskadapter.rules import ticks
+from taskadapter.settings import TaskadapterSettings
+
+if TYPE_CHECKING:
+    from prefect.client.schemas.objects import WorkPool
+    from sqlalchemy import URL
+
+
+@dataclass(frozen=True, kw_only=True)
+class Domain:
+    """Database and timing of a pool's groups.
+
+    Attributes:
+        database: SQLAlchemy URL without a password; None for each node's own default.
+        password_block: the name of the Prefect `Secret` block that has the password, if one does.
+        liveness_check_interval: seconds without heartbeat after which a node is taken for dead.
+        heartbeat_frequency: seconds between two heartbeats.
+    """
+
+    database: str | None = None
+    password_block: str | None = None
+    liveness_check_interval: float = 30.0
+    heartbeat_frequency: float = 1.0
+
+    @classmethod
+    def declared(cls, config: WarmBackupConfig, work_pool: str) -> Self:
+        """Return the domain that a listener declares for its pool."""
+        url, password = _split(config)
+        return cls(
+            database=url,
+            password_block=slugify(f"taskadapter-{work_pool}") if password else None,
+            liveness_check_interval=config.liveness_check_interval,
+            heartbeat_frequency=config.heartbeat_frequency,
+        )
+
+    @classmethod
+    def of(cls, pool: WorkPool) -> Self:
+        """Return the domain as a work pool has it."""
+        return cls(**_read(pool, asdict(cls())))
+
+    def put_into(self, template: dict[str, Any]) -> dict[str, Any]:
+        """Return a base job template whose variables have this domain as their defaults."""
+        return _write(template, asdict(self))
+
+    async def database_url(self, settings: TaskadapterSettings) -> str:
+        """Return the database's URL with its secret, from the node's environment or the block.
+
+        Raises:
+            TaskError: the block cannot be read.
+        """
+        if settings.database_url is not None:
+            return settings.database_url.get_secret_value()
+        if self.database is None:
+            return settings.default_database_url()
+        password = settings.database_password
+        if password is not None:
+            return with_password(self.database, password.get_secret_value())
+        if self.password_block is None:
+            return self.database
+        try:
+            block: Any = await Secret.aload(self.password_block)
+        except ValueError as error:
+            raise TaskError(
+                f"the password of the coordination database is to be in the Secret block "
+                f"{self.password_block!r}, which cannot be read; make that block, or set "
+                "PREFECT_INTEGRATIONS_TASKADAPTER_DATABASE_PASSWORD on this node."
+            ) from error
+        return with_password(self.database, str(block.get()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolSize:
+    """How much each node of a pool runs at once, and how long a tick may wait for that.
+
+    Attributes:
+        worker_count: runs at once on a node; None for each node's own setting.
+        waiting_time: seconds after its time within which a tick is not yet late.
+    """
+
+    worker_count: int | None = None
+    waiting_time: float = ticks.WAITING_TIME
+
+    @classmethod
+    def of(cls, pool: WorkPool) -> Self:
+        """Return the size as a work pool has it."""
+        return cls(**_read(pool, asdict(cls())))
+
+    def put_into(self, template: dict[str, Any]) -> dict[str, Any]:
+        """Return a base job template whose variables have this size as their defaults."""
+        return _write(template, asdict(self))
+
+
+def preload_of(pool: WorkPool) -> tuple[str, ...]:
+    """Return the modules that a pool has each node import once."""
+    return tuple(_read(pool, ["preload"]).get("preload", ()))
+
+
+def _read(pool: WorkPool, names: Iterable[str]) -> dict[str, Any]:
+    """Return the defaults that a pool's variables have, without those that have none."""
+    properties = pool.base_job_template.get("variables", {}).get("properties", {})
+    defaults = {name: properties.get(name, {}).get("default") for name in names}
+    return {name: value for name, value in defaults.items() if value is not None}
+
+
+def _write(template: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Return a base job template with these defaults; its other variables stay as they are."""
+    properties = dict(template["variables"]["properties"])
+    for name, value in values.items():
+        properties[name] = properties.get(name, {}) | {"default": value}
+    return template | {"variables": template["variables"] | {"properties": properties}}
+
+
+def password_of(config: WarmBackupConfig) -> str | None:
+    """Return the password that a listener declares, for the block that keeps it."""
+    return _split(config)[1]
+
+
+def _split(config: WarmBackupConfig) -> tuple[str | None, str | None]:
+    if config.database_config is None:
+        return None, None
+    from taskadapter.coordination.dialects import url_of
+
+    url: URL = url_of(config.database_config)
+    return url._replace(password=None).render_as_string(), url.password
+
+
+def with_password(url: str, password: str) -> str:
+    """Return a database's URL with its password in it: never log it."""
+    from sqlalchemy import make_url
+
+    return make_url(url).set(password=password).render_as_string(hide_password=False)

@@ -1,0 +1,110 @@
+"""The private names of Prefect that we touch: all of them, each with its reason.
+
+A test of each fails when Prefect moves it.
+"""
+
+from __future__ import annotations
+
+import functools
+import ssl
+import sys
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from prefect import flow_engine
+from prefect._internal import control_listener
+from prefect.exceptions import Abort
+
+from taskadapter.prefect_api.client import API_FAULTS, in_words
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from uuid import UUID
+
+    from prefect.client.schemas.objects import State
+
+
+def intend_cancellation() -> None:
+    """Tell Prefect's engine in this process that the coming SIGTERM means that the run is cancelled.
+
+    Prefect's own runner says so over a socket that it opens for each process it starts; ours have one
+    already. Without it the engine reports the run as Crashed, and runs the wrong hooks.
+    """
+    control_listener._set_intent("cancel")
+
+
+def heed_sigterm_only_if(is_meant: Callable[[], bool]) -> None:
+    """Have Prefect's engine end a run at a SIGTERM only if it is meant for the run, and go on otherwise.
+
+    The engine ends it at any, also at one that all processes of a node get, whose agent lets its runs end.
+
+    Args:
+        is_meant: asked in the signal's handler.
+    """
+    from prefect.utilities import engine
+
+    heed = engine._prefect_sigterm_handler
+
+    @functools.wraps(heed)
+    def handle(*args: Any) -> None:
+        if is_meant():
+            heed(*args)
+
+    engine._prefect_sigterm_handler = handle  # type: ignore[assignment]
+
+
+def abort_if_untold(flow_run_id: UUID, keep: Callable[[State[Any]], None]) -> None:
+    """Have Prefect's engine end a run there where it cannot tell the API what its body came to.
+
+    The engine takes that for a failure of the body: it tells that one instead, if it can by then, calls the
+    hooks for it, and runs the body again if the flow has retries.
+
+    Args:
+        flow_run_id: the run; those that it starts itself are left to it.
+        keep: gets the state that could not be told.
+    """
+
+    @contextmanager
+    def guarded(state: State[Any], proposed_for: UUID) -> Iterator[None]:
+        try:
+            yield
+        except API_FAULTS as fault:
+            if proposed_for != flow_run_id or not (state.is_completed() or state.is_failed()):
+                raise
+            keep(state)
+            raise Abort(f"state {state.name} could not be told: {in_words(fault)}") from fault
+
+    engine: Any = flow_engine
+    propose, propose_sync = engine.propose_state, engine.propose_state_sync
+
+    async def propose_guarded(client: Any, state: State[Any], *, flow_run_id: UUID, **options: Any) -> Any:
+        with guarded(state, flow_run_id):
+            return await propose(client, state, flow_run_id=flow_run_id, **options)
+
+    def propose_sync_guarded(client: Any, state: State[Any], *, flow_run_id: UUID, **options: Any) -> Any:
+        with guarded(state, flow_run_id):
+            return propose_sync(client, state, flow_run_id=flow_run_id, **options)
+
+    engine.propose_state, engine.propose_state_sync = propose_guarded, propose_sync_guarded
+
+
+def is_being_deployed() -> bool:
+    """Return whether ``prefect deploy`` is what imports the flows of this process.
+
+    It refuses a work pool that does not exist before any step of ``prefect.yaml`` can create it;
+    importing the flow comes first.
+    """
+    return "prefect.cli.deploy._core" in sys.modules
+
+
+def share_tls_context() -> None:
+    """Have Prefect's clients of this process, and of those forked from it, share one TLS context.
+
+    Each client reads all certificates of the system anew: 26 ms of CPU, a fifth of a short run, and a run
+    has two, one of them for its log.
+    """
+    from prefect.client import orchestration
+
+    ours = vars(ssl) | {"create_default_context": functools.cache(ssl.create_default_context)}
+    orchestration.ssl = SimpleNamespace(**ours)  # type: ignore[attr-defined,assignment]
