@@ -41,11 +41,11 @@ from taskadapter.agent.hosts import Host, HostPool, Outcome, Progress
 from taskadapter.agent.jobs import DeployedJob, Deployments
 from taskadapter.agent.settling import Todo
 from taskadapter.agent.timetable import Timetable, is_on
+from taskadapter.coordination import store
 from taskadapter.coordination.executions import ABANDONED, Entry
 from taskadapter.coordination.messages import Token
 from taskadapter.declare.triggers import WaitingPolicy
 from taskadapter.errors import CoordinationError, TokenLostError
-from taskadapter.execution import record
 from taskadapter.execution.assignment import Assignment
 from taskadapter.prefect_api.client import API_FAULTS, backoff, in_words
 from taskadapter.prefect_api.pool import PoolSize
@@ -489,7 +489,9 @@ class Dispatcher:
     async def _skip(self, run: RunInHand, job: DeployedJob, reason: str) -> None:
         """Skip a tick that is too late for its policy, or whose job is over; say so if the policy asks."""
         try:
-            await asyncio.to_thread(record.skip, self._assignment(run, job), reason)
+            assignment = self._assignment(run, job)
+            url, execution, owner = self._node.database_url(), assignment.execution, assignment.owner
+            await asyncio.to_thread(store.skip, url, execution, owner, reason)
         except CoordinationError as fault:
             self._log.debug("The ledger does not say that run %s is skipped: %s", run.flow_run.name, fault)
         await self._teller.skip(run.flow_run, reason)
@@ -562,12 +564,12 @@ class Dispatcher:
         key, url = assignment.execution.key, self._node.database_url()
         while True:
             try:
-                found = await asyncio.to_thread(record.entries, url, [key])
+                found = await asyncio.to_thread(store.entries, url, [key])
             except CoordinationError as fault:
                 if run.lost:
                     raise TokenLostError(f"run {run.flow_run.name} is another node's") from fault
                 self._log.debug("The end of run %s waits for the database: %s", run.flow_run.name, fault)
-                await asyncio.sleep(record.RETRY_SECONDS)
+                await asyncio.sleep(store.RETRY_SECONDS)
             else:
                 return found[0] if found else None
 
@@ -575,7 +577,7 @@ class Dispatcher:
         """Enter what a run came to; if the database does not answer now, a look at what is open will."""
         url, key = self._node.database_url(), assignment.execution.key
         try:
-            await asyncio.to_thread(record.end, url, key, outcome)
+            await asyncio.to_thread(store.end, url, key, outcome)
         except CoordinationError as fault:
             self._log.debug("The end of run %s is not entered yet: %s", run.flow_run.name, fault)
 

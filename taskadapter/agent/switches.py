@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from uuid import UUID
 
@@ -15,8 +14,8 @@ from prefect.client.schemas.actions import DeploymentUpdate
 from prefect.exceptions import ObjectNotFound
 
 from taskadapter.agent.timetable import is_on, plan_of, trigger_of
-from taskadapter.coordination.executions import Switches, moment
-from taskadapter.execution import record
+from taskadapter.coordination import store
+from taskadapter.coordination.executions import Reading, Switches, moment
 from taskadapter.prefect_api.client import api_client
 from taskadapter.prefect_api.planned import DETACHED, switch_off
 from taskadapter.prefect_api.pool import Domain
@@ -30,33 +29,16 @@ if TYPE_CHECKING:
     from prefect.client.schemas.responses import DeploymentResponse
 
 
-@dataclass(frozen=True)
-class Reading:
-    """What Prefect has of a job at one time.
-
-    Attributes:
-        job_id: the job.
-        trigger_slug: its trigger.
-        switches: whether it is paused, or over, and its plan.
-        updated: when any of that was last changed, as text that sorts as time.
-    """
-
-    job_id: UUID
-    trigger_slug: str
-    switches: Switches
-    updated: str
-
-    @classmethod
-    def of(cls, deployment: DeploymentResponse) -> Reading:
-        """Return what a deployment that was read says."""
-        trigger = trigger_of(deployment)
-        moments = [deployment.updated, *(schedule.updated for schedule in deployment.schedules)]
-        return cls(
-            job_id=deployment.id,
-            trigger_slug="" if trigger is None else ticks.slug(trigger),
-            switches=Switches(deployment.paused, is_on(deployment), _plan_in_words(deployment)),
-            updated=max((moment(when) for when in moments if when is not None), default=""),
-        )
+def reading_of(deployment: DeploymentResponse) -> Reading:
+    """Return what a deployment that was read says."""
+    trigger = trigger_of(deployment)
+    moments = [deployment.updated, *(schedule.updated for schedule in deployment.schedules)]
+    return Reading(
+        job_id=deployment.id,
+        trigger_slug="" if trigger is None else ticks.slug(trigger),
+        switches=Switches(deployment.paused, is_on(deployment), _plan_in_words(deployment)),
+        updated=max((moment(when) for when in moments if when is not None), default=""),
+    )
 
 
 def _plan_in_words(deployment: DeploymentResponse) -> str:
@@ -67,7 +49,7 @@ def _plan_in_words(deployment: DeploymentResponse) -> str:
 async def pause(client: PrefectClient, deployment: DeploymentResponse) -> None:
     """Let nothing of a job begin any more, until it is resumed."""
     url = await _database_of(client, deployment)
-    await asyncio.to_thread(record.pause, url, deployment.id, paused=True)
+    await asyncio.to_thread(store.pause, url, deployment.id, paused=True)
     await client.pause_deployment(deployment.id)
     await _take_note(client, url, deployment.id)
 
@@ -75,7 +57,7 @@ async def pause(client: PrefectClient, deployment: DeploymentResponse) -> None:
 async def resume(client: PrefectClient, deployment: DeploymentResponse) -> None:
     """Let a job go on that is paused."""
     url = await _database_of(client, deployment)
-    await asyncio.to_thread(record.pause, url, deployment.id, paused=False)
+    await asyncio.to_thread(store.pause, url, deployment.id, paused=False)
     await client.resume_deployment(deployment.id)
     await _take_note(client, url, deployment.id)
 
@@ -83,7 +65,7 @@ async def resume(client: PrefectClient, deployment: DeploymentResponse) -> None:
 async def end(client: PrefectClient, deployment: DeploymentResponse, reason: str) -> None:
     """Let nothing of a job begin any more, whatever its trigger, until somebody switches it on again."""
     url = await _database_of(client, deployment)
-    await asyncio.to_thread(record.end_job, url, deployment.id, reason)
+    await asyncio.to_thread(store.end_job, url, deployment.id, reason)
     await switch_off(client, deployment, reason)
     await _take_note(client, url, deployment.id)
 
@@ -104,7 +86,7 @@ async def detach(job_id: UUID, reason: str) -> None:
 
 async def _take_note(client: PrefectClient, url: str, job_id: UUID) -> None:
     """Have an older reading of an agent's, which may still be under way, carry nothing over."""
-    await asyncio.to_thread(record.see, url, [Reading.of(await client.read_deployment(job_id))])
+    await asyncio.to_thread(store.see, url, [reading_of(await client.read_deployment(job_id))])
 
 
 async def _database_of(client: PrefectClient, deployment: DeploymentResponse) -> str:
@@ -127,11 +109,11 @@ class CarryOver:
         Raises:
             CoordinationError: the database failed; the same call may be repeated.
         """
-        readings = [Reading.of(deployment) for deployment in deployments]
+        readings = [reading_of(deployment) for deployment in deployments]
         unknown = [reading.job_id for reading in readings if reading.job_id not in self._seen]
         if unknown:
-            self._seen |= await asyncio.to_thread(record.seen, database_url, unknown)
+            self._seen |= await asyncio.to_thread(store.seen, database_url, unknown)
         news = [reading for reading in readings if self._seen[reading.job_id] != reading.switches]
         if news:
-            await asyncio.to_thread(record.see, database_url, news)
+            await asyncio.to_thread(store.see, database_url, news)
         self._seen |= {reading.job_id: reading.switches for reading in readings}

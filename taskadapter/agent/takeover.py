@@ -26,10 +26,10 @@ from taskadapter.agent import settling
 from taskadapter.agent.jobs import Deployments
 from taskadapter.agent.settling import Todo
 from taskadapter.agent.telling import Teller
+from taskadapter.coordination import store
 from taskadapter.coordination.executions import ABANDONED, Entry
 from taskadapter.coordination.messages import Token
 from taskadapter.errors import CoordinationError, DeclarationError
-from taskadapter.execution import record
 from taskadapter.execution.assignment import execution_of
 from taskadapter.prefect_api import planned
 from taskadapter.prefect_api.client import API_FAULTS, side_by_side
@@ -76,7 +76,7 @@ class Takeover:
             CoordinationError: the database failed.
             HTTPError: the API failed.
         """
-        await self._end_all(await asyncio.to_thread(record.interrupted, self.database_url, tokens))
+        await self._end_all(await asyncio.to_thread(store.interrupted, self.database_url, tokens))
         await self._settle(await self._claimed([token.group_id for token in tokens]))
 
     async def sweep(self, queues: Collection[str], in_hand: Callable[[], frozenset[UUID]]) -> None:
@@ -109,7 +109,7 @@ class Takeover:
             CoordinationError: the database failed.
             HTTPError: the API failed.
         """
-        await self._end_all(await asyncio.to_thread(record.orphaned, self.database_url, interval))
+        await self._end_all(await asyncio.to_thread(store.orphaned, self.database_url, interval))
 
     async def _end_all(self, interrupted: Iterable[Entry]) -> None:
         await side_by_side(self._apart(entry.flow_run_id, self._end(entry)) for entry in interrupted)
@@ -123,7 +123,7 @@ class Takeover:
         outcome = ABANDONED if todo is Todo.SUSPEND else settling.outcome_of(known)
         if flow_run is not None and todo in {Todo.AGAIN, Todo.CRASH}:
             outcome = await self._tell(flow_run, entry, todo)
-        await asyncio.to_thread(record.end, self.database_url, entry.key, outcome)
+        await asyncio.to_thread(store.end, self.database_url, entry.key, outcome)
 
     async def _tell(self, flow_run: FlowRun, entry: Entry, todo: Todo) -> str:
         """Tell Prefect of an interrupted run, and return what is to be entered."""
@@ -154,7 +154,7 @@ class Takeover:
             return
         keys = [key for run in claimed for key in _keys(run)]
         ids = [str(run.id) for run in claimed]
-        found = await asyncio.to_thread(record.entries, self.database_url, keys, ids)
+        found = await asyncio.to_thread(store.entries, self.database_url, keys, ids)
         await side_by_side(
             self._apart(run.name, self._settle_one(run, _entry_of(run, found))) for run in claimed
         )

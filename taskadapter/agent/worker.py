@@ -43,11 +43,11 @@ from taskadapter.agent.signals import at_a_signal
 from taskadapter.agent.switches import CarryOver
 from taskadapter.agent.takeover import Takeover
 from taskadapter.agent.timetable import POLL_LIMIT, Timetable
+from taskadapter.coordination import store
 from taskadapter.coordination.executions import Entered
 from taskadapter.coordination.messages import FOREIGN_GROUP, Gained, Lost, Refused, ResignAsked, Token
 from taskadapter.declare.triggers import DEFAULT_QUEUE
 from taskadapter.errors import ApiUnavailableError, CoordinationError, TaskError
-from taskadapter.execution import record
 from taskadapter.prefect_api import planned
 from taskadapter.prefect_api.client import API_FAULTS, backoff, in_words
 from taskadapter.prefect_api.pool import Domain, PoolSize, preload_of
@@ -297,7 +297,7 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         if queue != DEFAULT_QUEUE:
             await self._until_registered(queue, end)
         else:
-            await asyncio.to_thread(record.require_database, self._database_url, within)
+            await asyncio.to_thread(store.require_database, self._database_url, within)
 
     async def look_again(self, queue: str, job_ids: Collection[UUID]) -> None:
         """Look at once for what jobs that are new, or were left out before, are to do."""
@@ -576,11 +576,11 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
                     await self.client.read_deployment(job_id)
                 except ObjectNotFound:
                     reason = "its deployment was deleted"
-                    await asyncio.to_thread(record.end_job, self._database_url, job_id, reason)
+                    await asyncio.to_thread(store.end_job, self._database_url, job_id, reason)
 
     async def _entered(self, job_ids: Collection[UUID]) -> dict[UUID, Entered]:
         """Return what the database has of the ticks of some jobs."""
-        return await asyncio.to_thread(record.entered, self._database_url, job_ids, POLL_LIMIT)
+        return await asyncio.to_thread(store.entered, self._database_url, job_ids, POLL_LIMIT)
 
     async def _stand_by(self) -> None:
         """Stand by for the groups that the pool has, which are its queues."""
@@ -602,11 +602,11 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         if names <= self._claimed:
             return names
         url, pool = self._database_url, self._work_pool_name
-        foreign = await asyncio.to_thread(record.claim_groups, url, pool, names)
+        foreign = await asyncio.to_thread(store.claim_groups, url, pool, names)
         for name, other in list(foreign.items()):
             if not await self._has_queue(other, name):
-                await asyncio.to_thread(record.give_up_group, url, other, name)
-                foreign = await asyncio.to_thread(record.claim_groups, url, pool, names)
+                await asyncio.to_thread(store.give_up_group, url, other, name)
+                foreign = await asyncio.to_thread(store.claim_groups, url, pool, names)
             elif name not in self._foreign:
                 self._logger.error("%s", FOREIGN_GROUP.format(name=name, other=other))
         self._foreign = foreign
@@ -762,7 +762,7 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
             if not held:
                 continue
             with suppress(CoordinationError):
-                resumed = await asyncio.to_thread(record.resumed, self._database_url, held)
+                resumed = await asyncio.to_thread(store.resumed, self._database_url, held)
                 # Prefect follows; where it does not, the usual looks will do.
                 if any(looks.get(job_id, 0) < RESUMED_LOOKS for job_id in resumed):
                     for job_id in resumed:
@@ -786,7 +786,7 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
                 await takeover.sweep(self._polled_queues(), lambda: self._dispatcher.in_hand)
                 if sweeps % SWEEPS_PER_PRUNING == 0:
                     seconds = self._settings.ledger_days * 86400.0
-                    await asyncio.to_thread(record.prune, self._database_url, seconds)
+                    await asyncio.to_thread(store.prune, self._database_url, seconds)
                 sweeps += 1
             except (*API_FAULTS, CoordinationError) as fault:
                 self._logger.debug("What is claimed is looked after later: %s", fault)

@@ -11,6 +11,7 @@ from taskadapter.coordination.messages import Token
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from datetime import datetime
+    from uuid import UUID
 
 ABANDONED = "Abandoned"
 """The outcome of an execution that was interrupted, and is to be made again."""
@@ -134,6 +135,23 @@ class Switches:
     paused: bool = False
     on: bool = True
     plan: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What Prefect has of a job at one time, and since when.
+
+    Attributes:
+        job_id: the job.
+        trigger_slug: its trigger.
+        switches: whether it is paused, or over, and its plan.
+        updated: when any of that was last changed, as text that sorts as time.
+    """
+
+    job_id: UUID
+    trigger_slug: str
+    switches: Switches
+    updated: str
 
 
 @dataclass(frozen=True, slots=True)

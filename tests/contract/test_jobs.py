@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 from sqlalchemy import Engine, update
 
+from taskadapter.coordination import store
 from taskadapter.coordination.dialects import open_engine, transaction
 from taskadapter.coordination.executions import Switches
 from taskadapter.coordination.messages import Token
@@ -25,7 +26,6 @@ from taskadapter.coordination.progress import (
 )
 from taskadapter.coordination.schema import job_progress
 from taskadapter.errors import CoordinationError, DatabaseUnavailableError, TokenLostError
-from taskadapter.execution import record
 from tests.contract.entering import JOB, TOKEN, Row, count_one, hold, row_of, take_over
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class TestFencing:
 
 
 def write_late(url: str, freeze: Callable[[], None]) -> None:
-    with record._transaction(url) as connection:
+    with store._transaction(url) as connection:
         require_token(connection, TOKEN)
         freeze()
         save_state(connection, JOB, {"i": 1})
@@ -143,7 +143,7 @@ def test_a_job_that_freezes_in_a_transaction_keeps_nobody_from_taking_over(
     hold(engine, TOKEN)
     with ThreadPoolExecutor(1) as pool, pytest.raises(DatabaseUnavailableError):
         write_late(prepared_url, lambda: pool.submit(take_over, engine).result(timeout=5))
-    record._engine(prepared_url).dispose()
+    store._engine(prepared_url).dispose()
     with transaction(engine) as connection:
         assert load_state(connection, JOB) is None
 

@@ -7,10 +7,9 @@ from functools import partial
 import pytest
 from sqlalchemy import Engine, text
 
-from taskadapter.coordination import schema
+from taskadapter.coordination import schema, store
 from taskadapter.coordination.dialects import transaction
 from taskadapter.coordination.tokens import Node, acquire, pulse, register
-from taskadapter.execution import record
 from tests.contract.databases import BALLERINA_TABLES, BallerinaNode, race
 
 NODE = Node("node-1", "incarnation", "host-1", 1)
@@ -36,11 +35,11 @@ def test_nodes_may_create_at_once(engine: Engine) -> None:
 
 def test_whoever_comes_first_makes_them(engine: Engine, prepared_url: str) -> None:
     """Of several that ask for something at once, where there are no tables, none fails."""
-    calls = [partial(record.claim_groups, prepared_url, "pool", {f"group-{n}"}) for n in range(5)]
+    calls = [partial(store.claim_groups, prepared_url, "pool", {f"group-{n}"}) for n in range(5)]
     for _ in range(5):
         drop(engine)
         assert race(calls) == [{}] * len(calls)
-    record._engine(prepared_url).dispose()
+    store._engine(prepared_url).dispose()
 
 
 def test_the_script_does_the_same(engine: Engine) -> None:

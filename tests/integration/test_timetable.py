@@ -17,11 +17,11 @@ from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.states import Pending
 
 from deployments.local import wait_until
-from taskadapter.agent.switches import CarryOver, Reading
+from taskadapter.agent.switches import CarryOver, reading_of
 from taskadapter.agent.timetable import MADE_AHEAD, Timetable
+from taskadapter.coordination import store
 from taskadapter.coordination.executions import Entered
 from taskadapter.declare.triggers import TriggerConfiguration
-from taskadapter.execution import record
 from taskadapter.pools import ensure_work_pool
 from taskadapter.prefect_api.ticks import create_tick
 from taskadapter.rules import ticks
@@ -104,7 +104,7 @@ class Node:
         """Start a new agent, and return what it finds to be due."""
 
         async def entered(jobs: Collection[UUID]) -> dict[UUID, Entered]:
-            return record.entered(self.database, jobs, 10)
+            return store.entered(self.database, jobs, 10)
 
         async def look() -> list[FlowRun]:
             async with get_client() as client:
@@ -257,7 +257,7 @@ def test_a_schedule_that_was_edited_while_no_agent_was_there(
         interval=timedelta(seconds=1), anchor_date=anchor_of(prefect_client, job), timezone="UTC"
     )
     prefect_client.update_deployment_schedule(job, schedule.id, schedule=edited)
-    updated = datetime.fromisoformat(Reading.of(prefect_client.read_deployment(job)).updated)
+    updated = datetime.fromisoformat(reading_of(prefect_client.read_deployment(job)).updated)
 
     made = wait_until(node.complete, 20, "a tick")
     assert 0 < (ticks.in_utc(made[0].expected_start_time) - updated).total_seconds() <= 1

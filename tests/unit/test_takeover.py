@@ -17,9 +17,9 @@ from prefect.exceptions import ObjectNotFound
 from taskadapter.agent import takeover
 from taskadapter.agent.jobs import Deployments
 from taskadapter.agent.takeover import Takeover
+from taskadapter.coordination import store
 from taskadapter.coordination.executions import ABANDONED, Entry, asked_key
 from taskadapter.coordination.messages import Token
-from taskadapter.execution import record
 
 FORMER, HELD = Token("group", "node-1", 7), Token("group", "node-2", 8)
 
@@ -73,10 +73,10 @@ class Ledger:
     ) -> None:
         outcomes = dict.fromkeys(open_) | (ended or {})
         self.entries = {asked_key(str(i), 0): entry(i, outcome) for i, outcome in outcomes.items()}
-        monkeypatch.setattr(record, "interrupted", lambda *_: list(self.open))
-        monkeypatch.setattr(record, "orphaned", lambda *_: list(self.open))
-        monkeypatch.setattr(record, "entries", lambda *_: list(self.entries.values()))
-        monkeypatch.setattr(record, "end", self.end)
+        monkeypatch.setattr(store, "interrupted", lambda *_: list(self.open))
+        monkeypatch.setattr(store, "orphaned", lambda *_: list(self.open))
+        monkeypatch.setattr(store, "entries", lambda *_: list(self.entries.values()))
+        monkeypatch.setattr(store, "end", self.end)
 
     @property
     def open(self) -> list[Entry]:

@@ -1,0 +1,248 @@
+"""What this process asks the coordination database: one short transaction for each question.
+
+Its engines are this process's own, one for each database.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from functools import lru_cache
+from typing import TYPE_CHECKING, TypeVar
+from uuid import UUID
+
+from taskadapter.coordination.executions import Entered
+from taskadapter.errors import DatabaseUnavailableError, SchemaError
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection, Engine
+
+    from taskadapter.coordination.executions import Entry, Execution, Owner, Reading, Switches
+    from taskadapter.coordination.messages import Token
+
+RETRY_SECONDS = 0.5
+"""How long to wait for a database that does not answer, before it is asked again."""
+
+IDLE_SECONDS = 2.0
+"""After how long the server ends a transaction of a host that is frozen or cut off.
+
+Each here takes milliseconds, and holds the token's row: no other node could take the token over.
+"""
+
+T = TypeVar("T")
+
+
+def entries(database_url: str, keys: Collection[str], flow_run_ids: Collection[str] = ()) -> list[Entry]:
+    """Return those of some executions that have begun, and those that some flow runs were, oldest first."""
+    from taskadapter.coordination import ledger
+
+    return ask(database_url, lambda connection: ledger.entries(connection, keys, flow_run_ids))
+
+
+def interrupted(database_url: str, tokens: Collection[Token]) -> list[Entry]:
+    """Return what earlier holders of groups' tokens were executing when they lost them."""
+    from taskadapter.coordination import ledger
+
+    return ask(database_url, lambda connection: ledger.interrupted(connection, tokens))
+
+
+def orphaned(database_url: str, interval: float) -> list[Entry]:
+    """Return what nodes that are gone were executing without a group."""
+    from taskadapter.coordination import ledger
+
+    return ask(database_url, lambda connection: ledger.orphaned(connection, interval))
+
+
+def skip(database_url: str, execution: Execution, owner: Owner, reason: str) -> None:
+    """Enter that a tick is not run, and why."""
+    from taskadapter.coordination import ledger
+
+    ask(database_url, lambda connection: ledger.skip(connection, execution, owner, reason))
+
+
+def end(database_url: str, key: str, outcome: str) -> None:
+    """Enter what an execution came to whose process could not say so."""
+    from taskadapter.coordination import ledger
+
+    ask(database_url, lambda connection: ledger.end(connection, key, outcome))
+
+
+def prune(database_url: str, seconds: float) -> None:
+    """Forget the executions, and the jobs, that ended longer ago than so many seconds."""
+    from taskadapter.coordination import ledger, progress
+
+    def forget(connection: Connection) -> None:
+        ledger.prune(connection, seconds)
+        progress.prune(connection, seconds)
+
+    ask(database_url, forget)
+
+
+def entered(database_url: str, job_ids: Iterable[UUID], limit: int) -> dict[UUID, Entered]:
+    """Return what is entered of the ticks of each job, of the last ones as many as `limit` says."""
+    from taskadapter.coordination import ledger, progress
+
+    ids = {str(job_id): job_id for job_id in job_ids}
+
+    def look(connection: Connection) -> tuple[dict[str, list[str]], dict[str, str]]:
+        return ledger.dues(connection, ids, limit), progress.opened(connection, ids)
+
+    dues, opened = ask(database_url, look)
+    return {
+        job_id: Entered(
+            [datetime.fromisoformat(due) for due in dues.get(key, [])],
+            datetime.fromisoformat(opened[key]) if key in opened else None,
+        )
+        for key, job_id in ids.items()
+    }
+
+
+def pause(database_url: str, job_id: UUID, *, paused: bool) -> None:
+    """Let no tick of a job begin any more, or let them again."""
+    from taskadapter.coordination import progress
+
+    ask(database_url, lambda connection: progress.pause(connection, str(job_id), paused=paused))
+
+
+def resumed(database_url: str, job_ids: Collection[UUID]) -> set[UUID]:
+    """Return those of some jobs that were paused and are not any more."""
+    from taskadapter.coordination import progress
+
+    ids = [str(job_id) for job_id in job_ids]
+    return set(map(UUID, ask(database_url, lambda connection: progress.resumed(connection, ids))))
+
+
+def end_job(database_url: str, job_id: UUID, reason: str | None, trigger_slug: str | None = None) -> None:
+    """End a job for all nodes, or let it go on, with None for a reason.
+
+    Args:
+        database_url: the coordination database.
+        job_id: the job.
+        reason: why it is over.
+        trigger_slug: the trigger with which it is; with another one it goes on. None for every trigger.
+    """
+    from taskadapter.coordination import progress
+
+    ask(database_url, lambda connection: progress.end(connection, str(job_id), reason, trigger_slug))
+
+
+def seen(database_url: str, job_ids: Collection[UUID]) -> dict[UUID, Switches]:
+    """Return what Prefect had of each job when it was looked at last."""
+    from taskadapter.coordination import progress
+
+    ids = [str(job_id) for job_id in job_ids]
+    found = ask(database_url, lambda connection: progress.seen(connection, ids))
+    return {UUID(job_id): switches for job_id, switches in found.items()}
+
+
+def see(database_url: str, readings: Iterable[Reading]) -> None:
+    """Carry over what has changed in Prefect since it was looked at last."""
+    from taskadapter.coordination import progress
+
+    def carry_over(connection: Connection) -> None:
+        for reading in readings:
+            job_id, switches = str(reading.job_id), reading.switches
+            progress.see(connection, job_id, reading.trigger_slug, switches, reading.updated)
+
+    ask(database_url, carry_over)
+
+
+def claim_groups(database_url: str, work_pool: str, group_ids: Collection[str]) -> dict[str, str]:
+    """Enter groups as a work pool's, and return those that are another pool's, with its name."""
+    from taskadapter.coordination import tokens
+
+    return ask(database_url, lambda connection: tokens.claim_groups(connection, work_pool, group_ids))
+
+
+def give_up_group(database_url: str, work_pool: str, group_id: str) -> None:
+    """Let a group be another pool's that was this one's."""
+    from taskadapter.coordination import tokens
+
+    ask(database_url, lambda connection: tokens.give_up_group(connection, work_pool, group_id))
+
+
+def require_database(database_url: str, within: float) -> None:
+    """Check that the database is there, and has or gets its tables.
+
+    Args:
+        database_url: the coordination database.
+        within: for how many seconds it is asked again while it does not answer.
+
+    Raises:
+        CoordinationError: it cannot be used.
+    """
+    end = time.monotonic() + within
+    while True:
+        try:
+            _create_tables(database_url)
+        except DatabaseUnavailableError:
+            if time.monotonic() >= end:
+                raise
+            time.sleep(RETRY_SECONDS)
+        else:
+            return
+
+
+def connect(database_url: str) -> None:
+    """Open a connection, ahead of the first question.
+
+    Raises:
+        CoordinationError: the database does not answer, or refuses.
+    """
+    from taskadapter.coordination.dialects import translated
+
+    engine = _engine(database_url)
+    with translated(engine.url), engine.connect():
+        pass
+
+
+def ask(database_url: str, question: Callable[[Connection], T]) -> T:
+    """Ask in a transaction; where tables are missing, make them, unless others just did, and ask again."""
+    try:
+        with _transaction(database_url) as connection:
+            return question(connection)
+    except SchemaError:
+        _create_tables(database_url)
+    with _transaction(database_url) as connection:
+        return question(connection)
+
+
+@contextmanager
+def _transaction(database_url: str) -> Iterator[Connection]:
+    from taskadapter.coordination.dialects import transaction
+
+    with transaction(_engine(database_url)) as connection:
+        yield connection
+
+
+def _engine(url: str) -> Engine:
+    """Return this process's engine: for SQLite one for each file that ever had the name."""
+    from sqlalchemy import make_url
+
+    from taskadapter.coordination.dialects import file_of
+
+    return _engine_on(url, file_of(make_url(url)))
+
+
+@lru_cache(maxsize=8)
+def _engine_on(url: str, _file: tuple[int, int] | None) -> Engine:
+    """Make an engine.
+
+    SQLAlchemy is imported here, by the processes that use it: Prefect imports our modules for each of
+    its commands.
+    """
+    from taskadapter.coordination.dialects import Timeouts, open_engine
+
+    return open_engine(url, timeouts=Timeouts(idle=IDLE_SECONDS))
+
+
+def _create_tables(database_url: str) -> None:
+    """Create the tables that the database lacks."""
+    from taskadapter.coordination import schema
+    from taskadapter.coordination.dialects import translated
+
+    engine = _engine(database_url)
+    with translated(engine.url), engine.connect() as connection:
+        schema.create_missing(connection)
