@@ -29,8 +29,8 @@ from taskadapter.declare.triggers import DEFAULT_QUEUE
 from taskadapter.errors import DeclarationError, TaskError
 from taskadapter.listener import Declared, Listener, listeners, refuse_disagreement
 from taskadapter.prefect_api.client import api_client
+from taskadapter.prefect_api.deployments import DETACHED, TAG
 from taskadapter.prefect_api.locks import lock
-from taskadapter.prefect_api.planned import DETACHED, TAG
 from taskadapter.prefect_api.ticks import create_tick
 from taskadapter.rules import ticks
 

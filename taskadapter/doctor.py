@@ -22,10 +22,10 @@ from taskadapter.coordination import schema
 from taskadapter.coordination.dialects import open_engine, transaction
 from taskadapter.coordination.messages import FOREIGN_GROUP
 from taskadapter.coordination.tokens import Status, groups_of_others, read_status
-from taskadapter.declare.triggers import DEFAULT_QUEUE, TriggerConfiguration
+from taskadapter.declare.triggers import DEFAULT_QUEUE
 from taskadapter.errors import DeclarationError, TaskError
-from taskadapter.prefect_api import planned
 from taskadapter.prefect_api.client import api_client
+from taskadapter.prefect_api.deployments import jobs_of_pool, queue_names, stored_trigger
 from taskadapter.prefect_api.pool import Domain
 from taskadapter.settings import TaskadapterSettings, check_interval
 
@@ -76,10 +76,10 @@ async def examine(pool_name: str, flows: Path, file: Path) -> AsyncIterator[Find
                 )
                 return
             yield _pool(pool)
-            jobs = await planned.jobs_of_pool(client, pool_name)
+            jobs = await jobs_of_pool(client, pool_name)
             for finding in _jobs(jobs):
                 yield finding
-            queues = await planned.queue_names(client, pool_name)
+            queues = await queue_names(client, pool_name)
             url = await Domain.of(pool).database_url(TaskadapterSettings())
         groups = sorted(queues - {DEFAULT_QUEUE})
         for finding in _database(open_engine(url), groups, pool):
@@ -137,8 +137,10 @@ def _pool(pool: WorkPool) -> Finding:
 def _jobs(jobs: list[DeploymentResponse]) -> Iterator[Finding]:
     for job in jobs:
         try:
-            trigger = TriggerConfiguration.model_validate((job.job_variables or {}).get("trigger"))
-            if job.schedules:
+            trigger = stored_trigger(job.job_variables)
+            if trigger is None:
+                yield _error(f"job {job.name!r} has lost its trigger; deploy it again")
+            elif job.schedules:
                 check_interval(trigger.interval)
         except DeclarationError as error:
             yield _error(f"job {job.name!r}: {error}, and deploy it again")

@@ -34,9 +34,9 @@ from taskadapter.execution import flow as flows
 from taskadapter.listener import Declared, check_name
 from taskadapter.pools import aensure_work_pool
 from taskadapter.prefect_api.client import api_client, run_sync
-from taskadapter.prefect_api.planned import TAG, jobs_of_pool, remake_ticks, remove_ticks, unfinished
+from taskadapter.prefect_api.deployments import TAG, jobs_of_pool
 from taskadapter.prefect_api.pool import PoolSize
-from taskadapter.prefect_api.ticks import create_tick
+from taskadapter.prefect_api.ticks import create_tick, remake_ticks, remove_ticks, unfinished
 from taskadapter.rules import ticks
 from taskadapter.settings import TaskadapterSettings, check_interval
 

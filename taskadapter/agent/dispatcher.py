@@ -40,7 +40,7 @@ from taskadapter.agent.hearing import Kind, News
 from taskadapter.agent.hosts import Host, HostPool, Outcome, Progress
 from taskadapter.agent.jobs import DeployedJob, Deployments
 from taskadapter.agent.settling import Todo
-from taskadapter.agent.timetable import Timetable, is_on
+from taskadapter.agent.timetable import Timetable
 from taskadapter.coordination import store
 from taskadapter.coordination.executions import ABANDONED, Entry
 from taskadapter.coordination.messages import Token
@@ -48,6 +48,7 @@ from taskadapter.declare.triggers import WaitingPolicy
 from taskadapter.errors import CoordinationError, TokenLostError
 from taskadapter.execution.assignment import Assignment
 from taskadapter.prefect_api.client import API_FAULTS, backoff, in_words
+from taskadapter.prefect_api.deployments import is_on
 from taskadapter.prefect_api.pool import PoolSize
 from taskadapter.rules import ticks
 from taskadapter.rules.ticks import Verdict

@@ -23,8 +23,9 @@ from taskadapter.agent.telling import Teller
 from taskadapter.declare.triggers import TaskPolicy, TriggerConfiguration
 from taskadapter.errors import DeclarationError
 from taskadapter.execution.assignment import Workspace
-from taskadapter.prefect_api import planned
 from taskadapter.prefect_api.client import API_FAULTS
+from taskadapter.prefect_api.deployments import deployments_of, flow_names, stored_trigger
+from taskadapter.prefect_api.ticks import runs_of
 from taskadapter.rules import ticks
 
 FRESH_SECONDS = 60.0
@@ -227,10 +228,10 @@ class Deployments:
         wanted = {run.deployment_id for run in flow_runs if run.deployment_id and not self._is_read(run)}
         if not wanted:
             return
-        found = await planned.deployments_of(self._client, wanted)
+        found = await deployments_of(self._client, wanted)
         unknown = {deployment.flow_id for deployment in found} - self._flow_names.keys()
         if unknown:
-            self._flow_names |= await planned.flow_names(self._client, unknown)
+            self._flow_names |= await flow_names(self._client, unknown)
         for job_id in wanted:
             self._readings.pop(job_id, None)
         self._readings |= {deployment.id: Reading(deployment, newest) for deployment in found}
@@ -277,8 +278,7 @@ class Deployments:
             raise DeclarationError(
                 f"its job variables do not fit the work pool's template: {error}"
             ) from error
-        variables = configuration.trigger
-        trigger = None if variables is None else TriggerConfiguration.model_validate(variables)
+        trigger = stored_trigger({"trigger": configuration.trigger})
         return DeployedJob(reading, flow_name, configuration, trigger)
 
     async def _configuration(self, pool: WorkPool, values: dict[str, Any]) -> WarmBackupJobConfiguration:
@@ -303,10 +303,8 @@ class Deployments:
         if flow_run.deployment_id is None:
             return False
         deployment = await self._client.read_deployment(flow_run.deployment_id)
-        trigger = (deployment.job_variables or {}).get("trigger")
-        if trigger is None:
-            return False
-        return TriggerConfiguration.model_validate(trigger).policy.on_takeover == "rerun"
+        trigger = stored_trigger(deployment.job_variables)
+        return trigger is not None and trigger.policy.on_takeover == "rerun"
 
     def known(self, flow_run: FlowRun) -> DeployedJob | None:
         """Return the deployment of a run as it was last read, if it was."""
@@ -339,7 +337,7 @@ class Deployments:
         self._readings.pop(deployment.id, None)
 
     async def _skip_planned(self, job: DeployedJob, reason: str) -> None:
-        for flow_run in await planned.runs_of(self._client, [job.deployment.id], [StateType.SCHEDULED]):
+        for flow_run in await runs_of(self._client, [job.deployment.id], [StateType.SCHEDULED]):
             # One that waits for its next attempt is Scheduled too.
             if ticks.is_tick(flow_run) and flow_run.run_count == 0:
                 await self.teller.skip(flow_run, reason)

@@ -13,12 +13,13 @@ from uuid import UUID
 from prefect.client.schemas.actions import DeploymentUpdate
 from prefect.exceptions import ObjectNotFound
 
-from taskadapter.agent.timetable import is_on, plan_of, trigger_of
+from taskadapter.agent.timetable import plan_of
 from taskadapter.coordination import store
 from taskadapter.coordination.executions import Reading, Switches, moment
 from taskadapter.prefect_api.client import api_client
-from taskadapter.prefect_api.planned import DETACHED, switch_off
+from taskadapter.prefect_api.deployments import DETACHED, is_on, trigger_of
 from taskadapter.prefect_api.pool import Domain
+from taskadapter.prefect_api.ticks import switch_off
 from taskadapter.rules import ticks
 from taskadapter.settings import TaskadapterSettings
 

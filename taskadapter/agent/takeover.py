@@ -31,8 +31,8 @@ from taskadapter.coordination.executions import ABANDONED, Entry
 from taskadapter.coordination.messages import Token
 from taskadapter.errors import CoordinationError, DeclarationError
 from taskadapter.execution.assignment import execution_of
-from taskadapter.prefect_api import planned
 from taskadapter.prefect_api.client import API_FAULTS, side_by_side
+from taskadapter.prefect_api.ticks import all_runs
 from taskadapter.rules.ticks import is_tick
 
 CLAIMED = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
@@ -189,7 +189,7 @@ class Takeover:
             return False
 
     async def _claimed(self, queues: Collection[str]) -> list[FlowRun]:
-        return await planned.all_runs(
+        return await all_runs(
             self._client,
             FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=CLAIMED))),
             work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[self._pool_name])),

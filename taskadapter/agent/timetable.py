@@ -27,7 +27,7 @@ from prefect.client.schemas.filters import (
     FlowRunFilterState,
     FlowRunFilterStateType,
 )
-from prefect.client.schemas.objects import DeploymentSchedule, FlowRun, StateType
+from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.responses import DeploymentResponse, OrchestrationResult, SetStateStatus
 from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.client.schemas.sorting import FlowRunSort
@@ -36,8 +36,8 @@ from prefect.states import Pending
 from taskadapter.agent.telling import Teller
 from taskadapter.coordination.executions import Entered
 from taskadapter.declare.triggers import TriggerConfiguration, WaitingPolicy
-from taskadapter.errors import DeclarationError
 from taskadapter.prefect_api.client import API_FAULTS, side_by_side
+from taskadapter.prefect_api.deployments import is_on, schedule_of, trigger_of
 from taskadapter.prefect_api.ticks import create_tick
 from taskadapter.rules import ticks
 
@@ -503,36 +503,10 @@ def _begin(plan: Plan, entered: Entered | None, last: datetime | None) -> tuple[
     return max(start, last or start), set()
 
 
-def trigger_of(deployment: DeploymentResponse) -> TriggerConfiguration | None:
-    """Return the trigger of a deployment of ours, None for others and for one edited into nonsense."""
-    variables = (deployment.job_variables or {}).get("trigger")
-    try:
-        return None if variables is None else TriggerConfiguration.model_validate(variables)
-    except DeclarationError:
-        return None  # a run of it will say so
-
-
-def is_on(deployment: DeploymentResponse) -> bool:
-    """Return whether a job goes on: a one-time job does until it has run, others until they are ended."""
-    trigger = trigger_of(deployment)
-    if trigger is None:  # none of ours: its schedules are what its owner makes of them
-        return not deployment.schedules or any(schedule.active for schedule in deployment.schedules)
-    return not deployment.schedules or _schedule(deployment, trigger) is not None
-
-
-def _schedule(
-    deployment: DeploymentResponse, trigger: TriggerConfiguration | None
-) -> DeploymentSchedule | None:
-    """Return the schedule of a job's trigger while it is switched on."""
-    slug = None if trigger is None else ticks.slug(trigger)
-    active = (found for found in deployment.schedules if found.slug == slug and found.active)
-    return next(active, None)
-
-
 def plan_of(deployment: DeploymentResponse) -> Plan | None:
     """Return a job's plan while its schedule is switched on."""
     trigger = trigger_of(deployment)
-    schedule = _schedule(deployment, trigger)
+    schedule = schedule_of(deployment, trigger)
     if trigger is None or schedule is None or not isinstance(schedule.schedule, IntervalSchedule):
         return None
     return Plan(

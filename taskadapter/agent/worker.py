@@ -48,9 +48,10 @@ from taskadapter.coordination.executions import Entered
 from taskadapter.coordination.messages import FOREIGN_GROUP, Gained, Lost, Refused, ResignAsked, Token
 from taskadapter.declare.triggers import DEFAULT_QUEUE
 from taskadapter.errors import ApiUnavailableError, CoordinationError, TaskError
-from taskadapter.prefect_api import planned
 from taskadapter.prefect_api.client import API_FAULTS, backoff, in_words
+from taskadapter.prefect_api.deployments import deployments_of, deployments_of_pool, queue_names
 from taskadapter.prefect_api.pool import Domain, PoolSize, preload_of
+from taskadapter.prefect_api.ticks import due
 from taskadapter.settings import TaskadapterSettings
 
 LOOP_SECONDS = 0.2
@@ -340,7 +341,7 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         self._queues.add(queue)
         names = await self._claim(groups.names | {queue} - {DEFAULT_QUEUE})
         groups.stand_by(frozenset() if self._stands_back else names, self._database_url)
-        found = await planned.deployments_of(self.client, job_ids)
+        found = await deployments_of(self.client, job_ids)
         await self._carry_over.look(self._database_url, found)
         self._deployed |= {deployment.id: deployment for deployment in found}
         self._timetable.add(found)
@@ -513,7 +514,7 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         try:
             # The server looks up each queue by its name, but not those of the whole pool.
             names = None if self._queues <= set(wanted) else wanted
-            found, until = await planned.due(self.client, self._work_pool_name, names, before)
+            found, until = await due(self.client, self._work_pool_name, names, before)
         except ObjectNotFound:
             self._looks.want_visit()  # a queue, or the pool, was deleted
             return []
@@ -545,7 +546,7 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         asked = time.monotonic()
         await self._stand_by()
         self._listen()
-        found = await planned.deployments_of_pool(self.client, self._work_pool_name)
+        found = await deployments_of_pool(self.client, self._work_pool_name)
         self._deployed = {deployment.id: deployment for deployment in found}
         await self._take_note(found)
         size = PoolSize.of(self.work_pool)
@@ -554,7 +555,7 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
 
     async def _look_at(self, job_ids: Collection[UUID]) -> None:
         """Look at some deployments of which there is news."""
-        found = await planned.deployments_of(self.client, job_ids)
+        found = await deployments_of(self.client, job_ids)
         ours = [deployment for deployment in found if deployment.work_pool_name == self._work_pool_name]
         rest = {id_: deployment for id_, deployment in self._deployed.items() if id_ not in job_ids}
         self._deployed = rest | {deployment.id: deployment for deployment in ours}
@@ -584,7 +585,7 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
 
     async def _stand_by(self) -> None:
         """Stand by for the groups that the pool has, which are its queues."""
-        self._queues = await planned.queue_names(self.client, self._work_pool_name)
+        self._queues = await queue_names(self.client, self._work_pool_name)
         names = {name for name in self._queues if self._polls(name)} - {DEFAULT_QUEUE}
         groups = self._groups
         # Whoever declares a new group may have declared another database or timing with it.

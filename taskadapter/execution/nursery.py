@@ -49,7 +49,7 @@ LATE_IMPORTS = (
     "sqlalchemy.dialects.mysql",
     "sqlalchemy.dialects.postgresql",
     "sqlalchemy.dialects.sqlite",
-    "taskadapter.coordination.jobs",
+    "taskadapter.coordination.progress",
 )
 """What a run needs and nothing above imports: found by comparing `sys.modules` before and after one."""
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator
+import itertools
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from json import JSONDecodeError
 from typing import Any, TypeVar, cast
+from uuid import UUID
 
 import httpx
 from prefect.client.orchestration import PrefectClient, get_client
@@ -20,6 +22,9 @@ T = TypeVar("T")
 
 AT_ONCE = 8
 """How many calls are made side by side: a server on SQLite gains nothing from more, and others little."""
+
+PAGE = 200
+"""As many as Prefect's API returns at a time."""
 
 API_FAULTS = (httpx.HTTPError, ValidationError, JSONDecodeError)
 """What Prefect's client raises when the API does not answer, refuses, or does not make sense."""
@@ -88,3 +93,14 @@ def _told() -> Iterator[None]:
             f"{str(fault) or type(fault).__name__}; start it with `prefect server start`, or name another "
             "one in PREFECT_API_URL."
         ) from None
+
+
+async def all_pages(read: Callable[..., Awaitable[list[Any]]], **filters: Any) -> list[Any]:
+    """Return all pages of what a method of Prefect's client returns."""
+    found: dict[UUID, Any] = {}
+    for offset in itertools.count(0, PAGE):
+        page = await read(limit=PAGE, offset=offset, **filters)
+        found |= {one.id: one for one in page}
+        if len(page) < PAGE:
+            break
+    return list(found.values())

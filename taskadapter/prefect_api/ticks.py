@@ -1,18 +1,58 @@
-"""Runs of ticks that Prefect's scheduler does not plan, made so that it plans none of them twice."""
+"""The runs of a pool's deployments, as Prefect has them: those that are due, and the ticks that we make."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from uuid import UUID
 
+from prefect.client.orchestration import PrefectClient
+from prefect.client.schemas.filters import (
+    DeploymentFilter,
+    DeploymentFilterId,
+    FlowRunFilter,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import TERMINAL_STATES, FlowRun, State, StateType
+from prefect.client.schemas.responses import DeploymentResponse
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.exceptions import ObjectNotFound
 from prefect.states import Scheduled
 
+from taskadapter.prefect_api.client import PAGE, all_pages
 from taskadapter.rules import ticks
 
-if TYPE_CHECKING:
-    from prefect.client.orchestration import PrefectClient
-    from prefect.client.schemas.objects import FlowRun, State
+
+async def due(
+    client: PrefectClient, work_pool: str, queues: list[str] | None, until: datetime
+) -> tuple[list[FlowRun], datetime]:
+    """Return the runs on the queues of a work pool that are due until some moment, and that moment.
+
+    The API lists so many at once, and those first whose queue comes first, however late others are. Where
+    more are due the moment is an earlier one, until which all are listed; a longer list is of one moment.
+
+    Args:
+        client: connected to the API.
+        work_pool: the pool's name.
+        queues: the names of the queues; None for all of the pool.
+        until: the moment.
+
+    Raises:
+        ObjectNotFound: a queue, or the pool, is gone.
+    """
+    while True:
+        found = await client.get_scheduled_flow_runs_for_work_pool(
+            work_pool, work_queue_names=queues, scheduled_before=until
+        )
+        runs = [response.flow_run for response in found]
+        moments = sorted(filter(None, (run.next_scheduled_start_time for run in runs)))
+        earlier = [moment for moment in moments if moment < until]
+        if len(runs) < PAGE or not earlier:
+            return runs, until
+        until = earlier[len(earlier) // 2]
 
 
 async def create_tick(
@@ -35,3 +75,96 @@ async def create_tick(
     state: State[Any] = Scheduled(scheduled_time=due)
     key = ticks.tick_key(deployment_id, schedule_id, due)
     return await client.create_flow_run_from_deployment(deployment_id, state=state, idempotency_key=key)
+
+
+async def unfinished(client: PrefectClient, job_ids: Iterable[UUID]) -> set[UUID]:
+    """Return those of the jobs that have a run which is planned, or goes on."""
+    states = [kind for kind in StateType if kind not in TERMINAL_STATES]
+    found = await runs_of(client, job_ids, states)
+    return {flow_run.deployment_id for flow_run in found if flow_run.deployment_id is not None}
+
+
+async def remove_ticks(client: PrefectClient, job_id: UUID, *, recurring_only: bool = False) -> None:
+    """Delete the ticks that were made by us and that nobody has claimed; Prefect deletes its own.
+
+    Args:
+        client: connected to the API.
+        job_id: the job.
+        recurring_only: leave that of a one-time job.
+    """
+    for flow_run in await _ticks_of_ours(client, job_id):
+        if not recurring_only or _place(flow_run)[0] != ticks.ONCE:
+            await _delete(client, flow_run)
+
+
+async def remake_ticks(client: PrefectClient, job_id: UUID, schedule_id: UUID) -> None:
+    """Make anew the ticks that were made by us, for a deployment that has changed.
+
+    Those of schedules that it no longer has go.
+
+    Args:
+        client: connected to the API.
+        job_id: the job.
+        schedule_id: the schedule that it has.
+    """
+    for flow_run in await _ticks_of_ours(client, job_id):
+        of, due = _place(flow_run)
+        await _delete(client, flow_run)
+        if of == str(schedule_id):
+            await create_tick(client, job_id, schedule_id, due)
+
+
+async def switch_off(client: PrefectClient, deployment: DeploymentResponse, reason: str) -> None:
+    """Switch the schedules of a job off, and have nothing of it begin that is planned."""
+    for schedule in deployment.schedules:
+        if schedule.active:
+            with contextlib.suppress(ObjectNotFound):
+                await client.update_deployment_schedule(deployment.id, schedule.id, active=False)
+    await _end_planned(client, deployment.id, reason)
+
+
+async def _end_planned(client: PrefectClient, job_id: UUID, reason: str) -> None:
+    """Have nothing more of a job begin: what is claimed is Skipped, what is not is deleted."""
+    for flow_run in await runs_of(client, [job_id], [StateType.PENDING, StateType.SCHEDULED]):
+        if flow_run.state_type is StateType.PENDING:
+            await client.set_flow_run_state(flow_run.id, ticks.skipped(reason), force=True)
+        elif flow_run.state_name != "AwaitingRetry":  # that one has begun
+            await _delete(client, flow_run)
+
+
+async def _ticks_of_ours(client: PrefectClient, job_id: UUID) -> list[FlowRun]:
+    return [
+        flow_run
+        for flow_run in await runs_of(client, [job_id], [StateType.SCHEDULED])
+        if ticks.is_tick(flow_run) and not flow_run.auto_scheduled and flow_run.run_count == 0
+    ]
+
+
+def _place(flow_run: FlowRun) -> tuple[str, datetime]:
+    """Return what a tick of ours is of, and its time, from its key."""
+    _, _, of, due = (flow_run.idempotency_key or "").split(" ", 3)
+    return of, datetime.fromisoformat(due)
+
+
+async def runs_of(client: PrefectClient, job_ids: Iterable[UUID], states: list[StateType]) -> list[FlowRun]:
+    """Return the runs of jobs that are in one of some states."""
+    wanted = list(job_ids)
+    if not wanted:
+        return []
+    return await all_runs(
+        client,
+        FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=states))),
+        deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=wanted)),
+    )
+
+
+async def all_runs(client: PrefectClient, which: FlowRunFilter, **filters: Any) -> list[FlowRun]:
+    """Return all runs that some filters let through, which `read_flow_runs` has as well."""
+    return await all_pages(
+        client.read_flow_runs, flow_run_filter=which, sort=FlowRunSort.ID_DESC, **filters
+    )
+
+
+async def _delete(client: PrefectClient, flow_run: FlowRun) -> None:
+    with contextlib.suppress(ObjectNotFound):
+        await client.delete_flow_run(flow_run.id)

@@ -596,7 +596,7 @@ def test_more_jobs_than_a_page(
     prefect_client: SyncPrefectClient, pool: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All jobs are found, however many the API returns at a time: none, a part and a full last page."""
-    monkeypatch.setattr("taskadapter.planned.PAGE", 2)
+    monkeypatch.setattr("taskadapter.prefect_api.client.PAGE", 2)
     ids: set[JobId] = set()
     for _ in range(5):
         ids.add(schedule_one_time_job(HELLO, NOON, work_pool=pool))

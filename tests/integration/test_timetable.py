@@ -120,7 +120,7 @@ class Node:
 @pytest.fixture
 def node(tmp_path: Path, job: UUID, monkeypatch: pytest.MonkeyPatch) -> Node:
     """The database knows the job, whose schedule is not so new that it is not asked."""
-    monkeypatch.setattr("taskadapter.timetable.NEW", timedelta(0))
+    monkeypatch.setattr("taskadapter.agent.timetable.NEW", timedelta(0))
     found = Node(tmp_path, job)
     found.complete()
     return found
@@ -147,7 +147,7 @@ def test_what_is_missing_between_what_has_run_is_made(
     job: UUID, prefect_client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A tick that nobody has run, and of which there is no run any more, is found by the ledger's gap."""
-    monkeypatch.setattr("taskadapter.timetable.NEW", timedelta(0))
+    monkeypatch.setattr("taskadapter.agent.timetable.NEW", timedelta(0))
     anchor = anchor_of(prefect_client, job)
 
     made = complete(job, entered=[anchor + 4 * INTERVAL, anchor + 2 * INTERVAL])

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from taskadapter.prefect_api import planned
+from taskadapter.prefect_api import ticks
 
 NOON = datetime(2026, 11, 26, 12, tzinfo=UTC)
 PAGE = 4
@@ -45,8 +45,8 @@ def after(seconds):
 )
 def test_all_until_a_moment_are_listed(monkeypatch, queues, listed, until):
     """However many are due, the oldest come first, whatever their queues."""
-    monkeypatch.setattr(planned, "PAGE", PAGE)
-    runs, moment = asyncio.run(planned.due(Api(*queues), "pool", None, after(60)))
+    monkeypatch.setattr(ticks, "PAGE", PAGE)
+    runs, moment = asyncio.run(ticks.due(Api(*queues), "pool", None, after(60)))
 
     assert [run.next_scheduled_start_time for run in runs] == [after(at) for at in listed]
     assert after(max(listed)) <= moment <= after(until)

@@ -1,0 +1,98 @@
+"""The deployments of a work pool, as Prefect has them, and what we keep in them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+from uuid import UUID
+
+from prefect.client.orchestration import PrefectClient
+from prefect.client.schemas.filters import (
+    DeploymentFilter,
+    DeploymentFilterId,
+    FlowFilter,
+    FlowFilterId,
+    WorkPoolFilter,
+    WorkPoolFilterName,
+)
+from prefect.client.schemas.objects import DeploymentSchedule
+from prefect.client.schemas.responses import DeploymentResponse
+from prefect.client.schemas.sorting import DeploymentSort
+
+from taskadapter.declare.triggers import TriggerConfiguration
+from taskadapter.errors import DeclarationError
+from taskadapter.prefect_api.client import all_pages
+from taskadapter.rules import ticks
+
+TAG = "taskadapter"
+"""What every deployment of ours is tagged with."""
+
+DETACHED = "detached"
+"""What the deployment of a detached service is tagged with: the next deploy switches it on again."""
+
+
+async def deployments_of_pool(client: PrefectClient, work_pool: str) -> list[DeploymentResponse]:
+    """Return the deployments of a work pool."""
+    pool = WorkPoolFilter(name=WorkPoolFilterName(any_=[work_pool]))
+    return await _deployments(client, work_pool_filter=pool)
+
+
+async def deployments_of(client: PrefectClient, ids: Iterable[UUID]) -> list[DeploymentResponse]:
+    """Return some deployments, without those that are gone."""
+    ids_filter = DeploymentFilter(id=DeploymentFilterId(any_=list(ids)))
+    return await _deployments(client, deployment_filter=ids_filter)
+
+
+async def _deployments(client: PrefectClient, **filters: Any) -> list[DeploymentResponse]:
+    return await all_pages(client.read_deployments, sort=DeploymentSort.CREATED_DESC, **filters)
+
+
+async def jobs_of_pool(client: PrefectClient, work_pool: str) -> list[DeploymentResponse]:
+    """Return those of them that are ours."""
+    return [found for found in await deployments_of_pool(client, work_pool) if TAG in found.tags]
+
+
+async def flow_names(client: PrefectClient, ids: Collection[UUID]) -> dict[UUID, str]:
+    """Return the names of some flows, without those that are gone."""
+    some = FlowFilter(id=FlowFilterId(any_=list(ids)))
+    return {flow.id: flow.name for flow in await all_pages(client.read_flows, flow_filter=some)}
+
+
+async def queue_names(client: PrefectClient, work_pool: str) -> set[str]:
+    """Return the names of the queues of a work pool."""
+    return {queue.name for queue in await all_pages(client.read_work_queues, work_pool_name=work_pool)}
+
+
+def stored_trigger(variables: Mapping[str, Any] | None) -> TriggerConfiguration | None:
+    """Return the trigger among the job variables of a deployment of ours, None of another.
+
+    Raises:
+        DeclarationError: it was edited into something invalid.
+    """
+    stored = (variables or {}).get("trigger")
+    return None if stored is None else TriggerConfiguration.model_validate(stored)
+
+
+def trigger_of(deployment: DeploymentResponse) -> TriggerConfiguration | None:
+    """Return the trigger of a deployment of ours, None for others and for one edited into nonsense."""
+    try:
+        return stored_trigger(deployment.job_variables)
+    except DeclarationError:
+        return None  # a run of it will say so
+
+
+def is_on(deployment: DeploymentResponse) -> bool:
+    """Return whether a job goes on: a one-time job does until it has run, others until they are ended."""
+    trigger = trigger_of(deployment)
+    if trigger is None:  # none of ours: its schedules are what its owner makes of them
+        return not deployment.schedules or any(schedule.active for schedule in deployment.schedules)
+    return not deployment.schedules or schedule_of(deployment, trigger) is not None
+
+
+def schedule_of(
+    deployment: DeploymentResponse, trigger: TriggerConfiguration | None
+) -> DeploymentSchedule | None:
+    """Return the schedule of a job's trigger while it is switched on."""
+    slug = None if trigger is None else ticks.slug(trigger)
+    active = (found for found in deployment.schedules if found.slug == slug and found.active)
+    return next(active, None)
