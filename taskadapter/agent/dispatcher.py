@@ -37,7 +37,7 @@ from prefect.states import Cancelled, Crashed, Pending
 
 from taskadapter.agent import settling
 from taskadapter.agent.hearing import Kind, News
-from taskadapter.agent.hosts import Host, HostPool, Outcome, Progress
+from taskadapter.agent.hosts import Host, HostPool, Killed, Outcome, Progress
 from taskadapter.agent.jobs import DeployedJob, Deployments
 from taskadapter.agent.settling import Todo
 from taskadapter.agent.timetable import Timetable
@@ -46,7 +46,9 @@ from taskadapter.coordination.executions import ABANDONED, Entry
 from taskadapter.coordination.messages import Token
 from taskadapter.declare.triggers import WaitingPolicy
 from taskadapter.errors import CoordinationError, TokenLostError
+from taskadapter.execution import protocol
 from taskadapter.execution.assignment import Assignment
+from taskadapter.execution.protocol import Dropped, Paused, Skipped, Told, Untold
 from taskadapter.prefect_api.client import API_FAULTS, backoff, in_words
 from taskadapter.prefect_api.deployments import is_on
 from taskadapter.prefect_api.pool import PoolSize
@@ -508,19 +510,21 @@ class Dispatcher:
         has_storage = await self._deployments.server_has_storage()
         assignment = self._assignment(run, job, server_has_storage=has_storage)
         outcome = await self._in_a_process(run, assignment, job)
-        if outcome.ended is not None and run.ended is None:
-            self._end_job(job, outcome.ended)
-        match outcome.kind:
-            case "told":
+        match outcome.end:
+            case Told(ended=str(reason)) | Untold(ended=str(reason)) | Skipped(ended=str(reason)):
+                if run.ended is None:
+                    self._end_job(job, reason)
+        match outcome.end:
+            case Told():
                 self._tell_of_leftovers(run, outcome)
-            case "skipped":
-                await self._skip(run, job, outcome.message)
-            case "dropped":
+            case Skipped(reason=reason):
+                await self._skip(run, job, reason)
+            case Dropped():
                 await self._put_back(run)
-            case "paused":
+            case Paused():
                 self._timetable.hold(job.deployment.model_copy(update={"paused": True}))
                 await self._put_back(run)
-            case _:
+            case Untold() | protocol.Crashed() | Killed():
                 await self._settle(run, assignment, outcome)
 
     def _tell_of_leftovers(self, run: RunInHand, outcome: Outcome) -> None:
@@ -537,7 +541,7 @@ class Dispatcher:
             return  # the next holder asks the same
         known = await self._teller.state_of(run.flow_run)
         mine = entry is None or entry.incarnation == self._node.incarnation
-        at_fault = outcome.kind == "crashed"
+        at_fault = isinstance(outcome.end, protocol.Crashed)
         todo = settling.decide(entry, known, ours=True, lives=not mine or run.lost, at_fault=at_fault)
         if run.lost and known not in TERMINAL_STATES:
             self._log.warning("Run %s is left to the next holder of its group.", run.flow_run.name)
@@ -547,7 +551,8 @@ class Dispatcher:
                 self._wait_before_another(run)
                 await self._put_back(run)
             case Todo.CRASH:
-                await self._report_crash(run, assignment, outcome.message)
+                message = outcome.end.fault if isinstance(outcome.end, protocol.Crashed) else outcome.how
+                await self._report_crash(run, assignment, message)
             case Todo.SUSPEND:
                 await self._enter(run, assignment, ABANDONED)
             case Todo.ENTER:
@@ -625,10 +630,10 @@ class Dispatcher:
         except OSError as fault:
             self._log.warning("No process can be started for run %s: %s", run.flow_run.name, fault)
             await asyncio.sleep(PAUSE_SECONDS)
-            return Outcome("dropped")
+            return Outcome(Dropped())
         if run.dropped or run.lost:
             host.end(signal.SIGKILL)
-            return Outcome("dropped")
+            return Outcome(Dropped())
         run.host = host
         if self._may_begin(run):
             host.go()

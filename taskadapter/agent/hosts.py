@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -15,14 +14,15 @@ import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from prefect.client.schemas.objects import State
 from prefect.logging import get_logger
 
 from taskadapter.errors import TaskError
+from taskadapter.execution import protocol
 from taskadapter.execution.assignment import LEAVE_SECONDS, Assignment
 from taskadapter.execution.scratch import Scratch
 
@@ -45,22 +45,22 @@ _FROM_OUTSIDE = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, s
 
 
 @dataclass(frozen=True)
+class Killed:
+    """The process has said no last word: a signal from outside has ended it, and the ledger is to say."""
+
+
+@dataclass(frozen=True)
 class Outcome:
     """How an assignment went.
 
     Attributes:
-        kind: ``told``: the API knows how the run ended, or that it did; ``untold``: the ledger is to say;
-            ``killed``: so it is, and a signal has ended the process; ``dropped``: given back before its
-            body, because the agent wished so; ``paused``: because the job is; ``skipped``: the tick is
-            not to run; ``crashed``: it is the flow's own fault that its body was not reached.
-        ended: why the job is over for all nodes, if it is.
-        message: what crashed, or why the tick is skipped.
-        left: the commands that a run which was done had left behind; they are ended.
+        end: the last that the process said, or that it was killed.
+        how: how the process ended, in words.
+        left: the commands that it left behind; they are ended.
     """
 
-    kind: Literal["told", "untold", "killed", "dropped", "paused", "skipped", "crashed"]
-    ended: str | None = None
-    message: str = ""
+    end: protocol.End | Killed
+    how: str = ""
     left: tuple[str, ...] = ()
 
 
@@ -77,14 +77,6 @@ class Progress:
     loaded: Callable[[float], None]
     started: Callable[[], None]
     begun: Callable[[str | None], None]
-
-
-@dataclass(frozen=True)
-class Ending:
-    """How a process ended: its exit status, and the commands that it left behind."""
-
-    exit_code: int
-    left: tuple[str, ...] = ()
 
 
 class Host:
@@ -106,46 +98,40 @@ class Host:
     ) -> None:
         self.pid = pid
         self._give_up = give_up
-        self._ending: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
+        self._ending: asyncio.Future[protocol.Gone] = asyncio.get_running_loop().create_future()
         self._link = link
         self._writer = writer
-        self._said: list[dict[str, Any]] = []
+        self._said: list[protocol.Order] = []
 
     async def carry_out(self, assignment: Assignment, progress: Progress) -> Outcome:
         """Have the process run the assignment; returns when the process has ended."""
-        outcome = None
-        async for event in self._assign("run", assignment):
-            match event:
-                case {"event": "loaded", "seconds": seconds}:
+        end: protocol.End | None = None
+        async for report in self._assign(protocol.Run(assignment=assignment)):
+            match report:
+                case protocol.Loaded(seconds=seconds):
                     progress.loaded(seconds)
-                case {"event": "started"}:
+                case protocol.Started():
                     progress.started()
-                case {"event": "progress", "ended": ended}:
+                case protocol.Begun(ended=ended):
                     progress.begun(ended)
-                case {"event": "done", "told": told}:
-                    outcome = Outcome("told" if told else "untold", ended=event.get("ended"))
-                case {"event": "skipped", "reason": reason}:
-                    outcome = Outcome("skipped", ended=event.get("ended"), message=reason)
-                case {"event": "crashed", "message": message}:
-                    outcome = Outcome("crashed", message=message)
-                case {"event": "dropped" | "paused" as kind}:
-                    outcome = Outcome(kind)
-            if outcome is not None:
-                break
+                case _:
+                    end = report
+                    break
         # What ends is the process, not its socket: a job may have closed that, or a child may hold it.
-        ending = await self._end_of(is_leaving=outcome is not None)
-        if outcome is None:
-            killed = -ending.exit_code in _FROM_OUTSIDE
-            return Outcome("killed" if killed else "crashed", message=self._in_words(ending))
-        return replace(outcome, message=outcome.message or self._in_words(ending), left=ending.left)
+        ending = await self._end_of(is_leaving=end is not None)
+        how = self._in_words(ending)
+        if end is not None:
+            return Outcome(end, how, ending.left)
+        killed = -ending.exit_code in _FROM_OUTSIDE
+        return Outcome(Killed() if killed else protocol.Crashed(fault=how), how)
 
     async def run_hooks(self, assignment: Assignment, state: State[Any]) -> None:
         """Have the process run the hooks for ``state`` of a run whose own process is gone."""
-        async for _ in self._assign("hooks", assignment, state=state.model_dump(mode="json")):
+        async for _ in self._assign(protocol.RunHooks(assignment=assignment, state=state)):
             break
         await self._end_of(is_leaving=True)
 
-    async def _end_of(self, *, is_leaving: bool) -> Ending:
+    async def _end_of(self, *, is_leaving: bool) -> protocol.Gone:
         """Wait for the end of the process; a nursery that does not tell of it in time is replaced.
 
         Args:
@@ -161,39 +147,42 @@ class Host:
         done, _ = await asyncio.wait([self._ending], timeout=seconds)
         return bool(done)
 
-    async def _assign(self, do: str, assignment: Assignment, **more: Any) -> AsyncIterator[dict[str, Any]]:
-        """Give the assignment to the process; yields what it tells, until nothing more can come."""
-        self._said.insert(0, {"do": do, "assignment": assignment.model_dump(mode="json")} | more)
+    async def _assign(
+        self, order: protocol.Run | protocol.RunHooks
+    ) -> AsyncIterator[protocol.Step | protocol.End]:
+        """Give the process its order; yields what it reports, until nothing more can come."""
+        self._said.insert(0, order)
         self._send(*self._said)
         reader = LineReader(self._link)
-        while (event := await reader.read()) is not None:
-            if event["event"] != "ready":
-                yield event
+        while (line := await reader.read()) is not None:
+            report = protocol.report(line)
+            if not isinstance(report, protocol.Ready):
+                yield report
                 continue
             # It has become an interpreter of its own, which knows of nothing.
             self._send(*self._said)
 
     def cancel(self) -> None:
         """Cancel the run, as Prefect's runner does: its flow can clean up."""
-        self._send({"do": "cancel"})
+        self._send(protocol.Cancel())
 
     def go(self) -> None:
         """Let the body begin, once the run's moment has come."""
-        if {"do": "go"} not in self._said:
-            self._say({"do": "go"})
+        if protocol.Go() not in self._said:
+            self._say(protocol.Go())
 
     def drop(self) -> None:
         """Give the run back if it still waits for its moment."""
-        self._say({"do": "drop"})
+        self._say(protocol.Drop())
 
     def end(self, signum: signal.Signals) -> None:
         """Signal the process and all that its job has started."""
         if not self._ending.done():
-            self._say({"do": "end"})  # a SIGTERM alone it would take for one that all get
+            self._say(protocol.Stop())  # a SIGTERM alone it would take for one that all get
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signum)
 
-    def ended(self, ending: Ending) -> None:
+    def ended(self, ending: protocol.Gone) -> None:
         """Take note that the process has ended."""
         if not self._ending.done():
             self._ending.set_result(ending)
@@ -206,17 +195,17 @@ class Host:
             self._link.shutdown(socket.SHUT_RDWR)
         asyncio.get_running_loop().call_later(LAST_WORDS_SECONDS, self._link.close)
 
-    def _say(self, message: dict[str, Any]) -> None:
+    def _say(self, order: protocol.Order) -> None:
         """Tell the process something, or remember it until it has its assignment."""
-        self._said.append(message)
-        if "assignment" in self._said[0]:
-            self._send(message)
+        self._said.append(order)
+        if isinstance(self._said[0], protocol.Run | protocol.RunHooks):
+            self._send(order)
 
-    def _send(self, *messages: dict[str, Any]) -> None:
-        for message in messages:
-            self._writer.write(json.dumps(message).encode() + b"\n")
+    def _send(self, *orders: protocol.Order) -> None:
+        for order in orders:
+            self._writer.write(order.line())
 
-    def _in_words(self, ending: Ending) -> str:
+    def _in_words(self, ending: protocol.Gone) -> str:
         if ending.exit_code < 0:
             return f"process {self.pid} was ended by {signal.Signals(-ending.exit_code).name}"
         return f"process {self.pid} exited with status {ending.exit_code}"
@@ -236,7 +225,7 @@ class HostPool:
         self.limit = limit
         self._hosts: dict[int, Host] = {}
         # Of processes that ended before they were known here.
-        self._endings: dict[int, Ending] = {}
+        self._endings: dict[int, protocol.Gone] = {}
         self._nursery: socket.socket | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._watcher: asyncio.Task[None] | None = None
@@ -275,9 +264,10 @@ class HostPool:
         if first is None:
             ours.close()
             raise EOFError("the process that forks others has ended at once; its output says why")
-        if (refusal := first.get("refused")) is not None:
-            ours.close()
-            raise TaskError(refusal)
+        match protocol.notice(first):
+            case protocol.Refused(reason=reason):
+                ours.close()
+                raise TaskError(reason)
         self._nursery = ours
         self._broken_since = None
         self._watcher = asyncio.create_task(self._watch(ours, reader, preload))
@@ -301,12 +291,13 @@ class HostPool:
 
     async def _watch(self, nursery: socket.socket, reader: LineReader, preload: Sequence[str]) -> None:
         """Take the nursery's notices; start another one should it end."""
-        while (notice := await reader.read()) is not None:
-            ending = Ending(notice["exit_code"], tuple(notice["left"]))
-            if host := self._hosts.pop(notice["pid"], None):
-                host.ended(ending)
-            else:
-                self._endings[notice["pid"]] = ending
+        while (line := await reader.read()) is not None:
+            match protocol.notice(line):
+                case protocol.Gone() as ending:
+                    if host := self._hosts.pop(ending.pid, None):
+                        host.ended(ending)
+                    else:
+                        self._endings[ending.pid] = ending
         self._break("the process that forks others has ended")
         self._log.error("The process that forks others has ended, and its runs with it; starting another.")
         nursery.close()
@@ -337,7 +328,7 @@ class HostPool:
         """End the processes whose nursery is gone, which ends them too: nobody else tells of it."""
         for host in self._hosts.values():
             host.end(signal.SIGKILL)
-            host.ended(Ending(-signal.SIGKILL))
+            host.ended(protocol.Gone(pid=host.pid, exit_code=-signal.SIGKILL))
         self._hosts.clear()
         self._endings.clear()
 
@@ -370,7 +361,7 @@ class HostPool:
             writer.transport.abort()
             ours.close()
             raise OSError(fault)
-        host = Host(ours, writer, first["pid"], self._kill_nursery)
+        host = Host(ours, writer, protocol.ready(first).pid, self._kill_nursery)
         self._hosts[host.pid] = host
         if (ending := self._endings.pop(host.pid, None)) is not None:
             del self._hosts[host.pid]
@@ -406,8 +397,8 @@ class LineReader:
         self._link = link
         self._pending = b""
 
-    async def read(self) -> dict[str, Any] | None:
-        """Return the next message; None when the other end is gone."""
+    async def read(self) -> bytes | None:
+        """Return the next line; None when the other end is gone."""
         while b"\n" not in self._pending:
             try:
                 data = await asyncio.get_running_loop().sock_recv(self._link, BUFFER)
@@ -417,5 +408,4 @@ class LineReader:
                 return None
             self._pending += data
         line, _, self._pending = self._pending.partition(b"\n")
-        message: dict[str, Any] = json.loads(line)
-        return message
+        return line

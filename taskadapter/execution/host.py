@@ -1,6 +1,6 @@
 """The process of one run: it loads the flow, waits for the moment, runs it in its main thread, ends.
 
-It is forked by the `nursery` and speaks JSON lines with the agent over a socket. A second thread listens,
+It is forked by the `nursery`, and speaks with the agent as `protocol` says. A second thread listens,
 so that a run can be cancelled, called off, and ended when its agent is gone.
 
 ``python -m taskadapter.execution.host FD`` is the same in a fresh interpreter: some variables of the
@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
-import json
 import os
 import queue
 import signal
@@ -39,11 +38,12 @@ from prefect.settings import (
     PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
     temporary_settings,
 )
+from pydantic import ValidationError
 
 from taskadapter.coordination.board import clock
 from taskadapter.coordination.executions import Begun, Ended, Exhausted, Paused, Skipped, Taken
 from taskadapter.errors import CoordinationError, TokenLostError
-from taskadapter.execution import current, record, turn, workspace
+from taskadapter.execution import current, protocol, record, turn, workspace
 from taskadapter.execution.assignment import LEAVE_SECONDS, Assignment
 from taskadapter.prefect_api import private
 from taskadapter.prefect_api.client import API_FAULTS
@@ -95,7 +95,7 @@ class Host:
     def __init__(self, agent: socket.socket, warm: contextlib.ExitStack | None) -> None:
         self._agent = agent
         self._warm = warm
-        self._inbox: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[protocol.Run | protocol.RunHooks] = queue.SimpleQueue()
         self._dropped = threading.Event()
         self._released = threading.Event()
         self._is_to_end = threading.Event()
@@ -104,15 +104,14 @@ class Host:
     def serve(self) -> NoReturn:
         """Carry out what the agent says, and end this process."""
         threading.Thread(target=self._listen, name="listen", daemon=True).start()
-        self._tell("ready", pid=os.getpid())
-        message = self._inbox.get()
-        assignment = Assignment.model_validate(message["assignment"])
-        if workspace.needs_interpreter(assignment.workspace):
-            self._start_afresh(assignment)
+        self._tell(protocol.Ready(pid=os.getpid()))
+        order = self._inbox.get()
+        if workspace.needs_interpreter(order.assignment.workspace):
+            self._start_afresh(order.assignment)
         try:
-            self._carry_out(message, assignment)
+            self._carry_out(order)
         except BaseException as exc:  # noqa: BLE001 - the agent reports it
-            self._tell("crashed", message=f"{type(exc).__name__}: {exc}")
+            self._tell(_crashed(exc))
         leave()
 
     def _start_afresh(self, assignment: Assignment) -> NoReturn:
@@ -129,23 +128,23 @@ class Host:
     def _listen(self) -> None:
         # An agent that is killed with something unread resets the connection instead of closing it.
         with contextlib.suppress(OSError), self._agent.makefile("r", encoding="utf-8") as lines:
-            for message in filter(None, map(_parsed, lines)):
-                match message:
-                    case {"do": "cancel"}:
+            for order in filter(None, map(_parsed, lines)):
+                match order:
+                    case protocol.Cancel():
                         private.intend_cancellation()
                         self._is_to_end.set()
                         os.kill(os.getpid(), signal.SIGTERM)
-                    case {"do": "end"}:
+                    case protocol.Stop():
                         self._is_to_end.set()
                         if self._unheeded.is_set():  # the signal came first
                             os.kill(os.getpid(), signal.SIGTERM)
-                    case {"do": "drop"}:
+                    case protocol.Drop():
                         self._dropped.set()
                         self._released.set()
-                    case {"do": "go"}:
+                    case protocol.Go():
                         self._released.set()
-                    case _:
-                        self._inbox.put(message)
+                    case protocol.Run() | protocol.RunHooks():
+                        self._inbox.put(order)
         # Without its agent a process is nobody's: what it runs could run elsewhere already.
         os.killpg(0, signal.SIGKILL)
 
@@ -166,13 +165,13 @@ class Host:
             self._is_to_end.set()
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def _tell(self, event: str, **details: Any) -> None:
+    def _tell(self, report: protocol.Report) -> None:
         # A job may have closed every file that it found open.
         with contextlib.suppress(OSError):
-            self._agent.sendall(json.dumps({"event": event} | details).encode() + b"\n")
+            self._agent.sendall(report.line())
 
-    def _carry_out(self, message: dict[str, Any], assignment: Assignment) -> None:
-        began = time.monotonic()
+    def _carry_out(self, order: protocol.Run | protocol.RunHooks) -> None:
+        began, assignment = time.monotonic(), order.assignment
         if self._warm is not None and workspace.changes_settings(assignment.workspace):
             self._warm.close()
             self._warm = None
@@ -184,19 +183,19 @@ class Host:
             flow = workspace.load(assignment)
         except Exception as exc:  # noqa: BLE001 - the user's modules may raise anything
             flow_run_logger(assignment.flow_run).exception("The flow could not be loaded.")
-            self._tell("crashed", message=f"The flow could not be loaded: {type(exc).__name__}: {exc}")
+            self._tell(protocol.Crashed(fault=f"The flow could not be loaded: {_in_words(exc)}"))
             return
-        if message["do"] == "hooks":
-            run_hooks(flow, assignment, State.model_validate(message["state"]))
-            self._tell("done")
+        if isinstance(order, protocol.RunHooks):
+            run_hooks(flow, assignment, order.state)
+            self._tell(protocol.Told())
             return
         record.prepare(assignment)
-        self._tell("loaded", seconds=time.monotonic() - began)
+        self._tell(protocol.Loaded(seconds=time.monotonic() - began))
         if self._wait_until(assignment.due):
-            self._tell("started")
+            self._tell(protocol.Started())
             self._run(flow, assignment)
         else:
-            self._tell("dropped")
+            self._tell(protocol.Dropped())
 
     def _wait_until(self, due: datetime) -> bool:
         """Wait for the tick's moment and its turn; returns False when the agent drops the run before."""
@@ -207,7 +206,7 @@ class Host:
 
     def _run(self, flow: Flow[..., Any], assignment: Assignment) -> None:
         execution = current.Execution(assignment)
-        execution.on_progress = lambda: self._tell("progress", ended=execution.ended)
+        execution.on_progress = lambda: self._tell(protocol.Begun(ended=execution.ended))
         token = current.execution.set(execution)
         over = threading.Event()
         if assignment.token is not None and assignment.policy.on_token_loss == "stop":
@@ -224,37 +223,47 @@ class Host:
         finally:
             over.set()
             current.execution.reset(token)
-        self._report(execution, state, fault)
+        self._tell(_end_of(execution, state, fault))
         if execution.has_begun and execution.untold is not None:
             run_hooks(flow, assignment, execution.untold)
 
-    def _report(
-        self, execution: current.Execution, state: State[Any] | None, fault: BaseException | None
-    ) -> None:
-        """Say what came of a run, and enter it in the ledger if its body has not."""
-        match execution.entered:
-            case None if _is_users(fault):
-                self._tell("crashed", message=f"{type(fault).__name__}: {fault}")
-            case None:
-                self._tell("done", told=_is_told(state) and not _is_crashed(state))
-            case Begun():
-                told = _is_told(state) and not _was_spoilt(execution, state)
-                end = state if told else execution.untold
-                if end is not None and execution.outcome is None:
-                    with contextlib.suppress(CoordinationError, TokenLostError):
-                        record.settle(execution.assignment, None, end.type.value.capitalize())
-                self._tell("done", told=told, ended=execution.ended)
-            case Paused():
-                self._tell("paused")
-            case Skipped(reason):
-                self._tell("skipped", reason=reason)
-            case Ended(reason):
-                self._tell("skipped", reason=reason, ended=reason)
-            case Exhausted():
-                reason = ticks.exhausted(execution.assignment.max_count)
-                self._tell("skipped", reason=reason, ended=reason)
-            case Taken():
-                self._tell("done", told=False)
+
+def _end_of(
+    execution: current.Execution, state: State[Any] | None, fault: BaseException | None
+) -> protocol.End:
+    """Return what came of a run, once it is entered in the ledger what came of its body."""
+    match execution.entered:
+        case None if _is_users(fault):
+            return _crashed(fault)
+        case None:
+            is_told = _is_told(state) and not _is_crashed(state)
+            return protocol.Told() if is_told else protocol.Untold()
+        case Begun():
+            is_told = _is_told(state) and not _was_spoilt(execution, state)
+            end = state if is_told else execution.untold
+            if end is not None and execution.outcome is None:
+                with contextlib.suppress(CoordinationError, TokenLostError):
+                    record.settle(execution.assignment, None, end.type.value.capitalize())
+            return (protocol.Told if is_told else protocol.Untold)(ended=execution.ended)
+        case Paused():
+            return protocol.Paused()
+        case Skipped(reason):
+            return protocol.Skipped(reason=reason)
+        case Ended(reason):
+            return protocol.Skipped(reason=reason, ended=reason)
+        case Exhausted():
+            reason = ticks.exhausted(execution.assignment.max_count)
+            return protocol.Skipped(reason=reason, ended=reason)
+        case Taken():
+            return protocol.Untold()
+
+
+def _crashed(fault: BaseException | None) -> protocol.Crashed:
+    return protocol.Crashed(fault=_in_words(fault))
+
+
+def _in_words(fault: BaseException | None) -> str:
+    return f"{type(fault).__name__}: {fault}"
 
 
 def _is_told(state: State[Any] | None) -> bool:
@@ -280,13 +289,12 @@ def _was_spoilt(execution: current.Execution, state: State[Any] | None) -> bool:
     return False
 
 
-def _parsed(line: str) -> dict[str, Any] | None:
-    """Return a message; None for the rest of one that another interpreter has begun to read."""
+def _parsed(line: str) -> protocol.Order | None:
+    """Return an order; None for the rest of one that another interpreter has begun to read."""
     try:
-        message: dict[str, Any] = json.loads(line)
-    except ValueError:
+        return protocol.order(line)
+    except ValidationError:
         return None
-    return message
 
 
 def _guard(assignment: Assignment, over: threading.Event) -> None:

@@ -15,7 +15,6 @@ import contextlib
 import ctypes
 import gc
 import importlib
-import json
 import os
 import selectors
 import signal
@@ -25,12 +24,12 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
+from taskadapter.execution import protocol
 from taskadapter.execution.host import Host, connected
 from taskadapter.prefect_api import private
 
@@ -75,7 +74,7 @@ def main(agent: socket.socket, preload: list[str]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     if (refusal := _preload(preload)) is not None:
-        _tell(agent, refused=refusal)
+        agent.sendall(protocol.Refused(reason=refusal).line())
         return
     private.share_tls_context()
     warm = None
@@ -86,7 +85,7 @@ def main(agent: socket.socket, preload: list[str]) -> None:
     gc.collect()
     gc.freeze()
     _prctl(_SET_CHILD_SUBREAPER, 1)
-    _tell(agent, ready=True)
+    agent.sendall(protocol.Serving().line())
     Nursery(agent, warm).serve()
 
 
@@ -195,7 +194,7 @@ class Nursery:
             if pid in self._runs:
                 self._runs.discard(pid)
                 left = _end_group(pid) + self._end_orphans()
-                _tell(self._agent, pid=pid, exit_code=exit_code, left=left)
+                self._agent.sendall(protocol.Gone(pid=pid, exit_code=exit_code, left=left).line())
         self._end_orphans()
 
     def _end_orphans(self) -> list[str]:
@@ -282,10 +281,6 @@ def _prctl(option: int, value: int) -> None:
     """Set an attribute of this process, where the system has such."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
-
-
-def _tell(agent: socket.socket, **message: Any) -> None:
-    agent.sendall(json.dumps(message).encode() + b"\n")
 
 
 if __name__ == "__main__":

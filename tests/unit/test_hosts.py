@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import socket
-from types import SimpleNamespace
-from typing import Any
+from datetime import UTC, datetime
+from uuid import uuid4
 
 import pytest
+from prefect.client.schemas.objects import FlowRun
+from pydantic import SecretStr
 
-from taskadapter.agent.hosts import Ending, Host, Progress, writer_to
+from taskadapter.agent.hosts import Host, Killed, Progress, writer_to
+from taskadapter.execution import protocol
+from taskadapter.execution.assignment import Assignment, Workspace
 
-ASSIGNMENT: Any = SimpleNamespace(model_dump=lambda **_: {})
+ASSIGNMENT = Assignment(
+    flow_run=FlowRun(flow_id=uuid4()),
+    due=datetime(2030, 1, 1, tzinfo=UTC),
+    flow_name="job",
+    entrypoint="flows.py:job",
+    workspace=Workspace(),
+    node="node",
+    incarnation="1",
+    database_url=SecretStr("sqlite://"),
+)
 IGNORED = Progress(loaded=lambda _: None, started=lambda: None, begun=lambda _: None)
 
 
@@ -21,18 +33,18 @@ def test_the_last_words_of_a_process_are_heard(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr("taskadapter.agent.hosts.LAST_WORDS_SECONDS", 0.01)
 
-    async def course() -> str:
+    async def course() -> protocol.End | Killed:
         ours, theirs = socket.socketpair()
         host = Host(ours, await writer_to(ours), 2**22, give_up=lambda: None)
         carrying_out = asyncio.create_task(host.carry_out(ASSIGNMENT, IGNORED))
         await asyncio.sleep(0)  # it is given its assignment
-        theirs.sendall(json.dumps({"event": "dropped"}).encode() + b"\n")
+        theirs.sendall(protocol.Dropped().line())
         theirs.close()
         for _ in range(3):
             host.drop()
-        host.ended(Ending(0))
-        kind = (await carrying_out).kind
+        host.ended(protocol.Gone(pid=2**22, exit_code=0))
+        end = (await carrying_out).end
         await asyncio.sleep(0.05)  # it hangs up
-        return kind
+        return end
 
-    assert asyncio.run(course()) == "dropped"
+    assert asyncio.run(course()) == protocol.Dropped()

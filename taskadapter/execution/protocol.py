@@ -1,0 +1,215 @@
+"""What an agent and the process of a run say to each other: a message a line, as JSON, over a socket.
+
+The agent gives an `Order`. The process answers with `Report`s: `Ready`, some `Step`s and an `End`. The
+nursery, which makes the processes, tells the agent its `Notice`s.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from prefect.client.schemas.objects import State
+from pydantic import BaseModel, Field, TypeAdapter
+
+from taskadapter.execution.assignment import Assignment
+
+
+class Message(BaseModel, frozen=True):
+    """Something that is said; `kind` tells one from another."""
+
+    def line(self) -> bytes:
+        """Return it as it is sent."""
+        return self.model_dump_json().encode() + b"\n"
+
+
+# --- from the agent to a process ------------------------------------------------------------------
+
+
+class Run(Message, frozen=True):
+    """Load the flow of an assignment, wait for its moment and its turn, and run it."""
+
+    kind: Literal["run"] = "run"
+    assignment: Assignment
+
+
+class RunHooks(Message, frozen=True):
+    """Run the hooks for the state of a run whose own process is gone."""
+
+    kind: Literal["run hooks"] = "run hooks"
+    assignment: Assignment
+    state: State[Any]
+
+
+class Go(Message, frozen=True):
+    """It is the run's turn: its body begins as soon as its moment has come."""
+
+    kind: Literal["go"] = "go"
+
+
+class Drop(Message, frozen=True):
+    """Give the run back, if it still waits for its moment or its turn."""
+
+    kind: Literal["drop"] = "drop"
+
+
+class Cancel(Message, frozen=True):
+    """Somebody has cancelled the run: its flow can clean up."""
+
+    kind: Literal["cancel"] = "cancel"
+
+
+class Stop(Message, frozen=True):
+    """A signal that the process gets now is meant for it."""
+
+    kind: Literal["stop"] = "stop"
+
+
+Order = Run | RunHooks | Go | Drop | Cancel | Stop
+
+
+# --- from a process to the agent ------------------------------------------------------------------
+
+
+class Ready(Message, frozen=True):
+    """The process, or the interpreter that it has become, knows nothing yet and listens."""
+
+    kind: Literal["ready"] = "ready"
+    pid: int
+
+
+class Loaded(Message, frozen=True):
+    """The run's code is loaded; it took so many seconds."""
+
+    kind: Literal["loaded"] = "loaded"
+    seconds: float
+
+
+class Started(Message, frozen=True):
+    """The run's moment and its turn have come."""
+
+    kind: Literal["started"] = "started"
+
+
+class Begun(Message, frozen=True):
+    """The body has begun; `ended` is why the job is over for all nodes, once it is."""
+
+    kind: Literal["begun"] = "begun"
+    ended: str | None = None
+
+
+Step = Loaded | Started | Begun
+
+
+class Told(Message, frozen=True):
+    """It is over, and Prefect knows how; `ended` as in `Begun`."""
+
+    kind: Literal["told"] = "told"
+    ended: str | None = None
+
+
+class Untold(Message, frozen=True):
+    """It is over, and the ledger says how; `ended` as in `Begun`."""
+
+    kind: Literal["untold"] = "untold"
+    ended: str | None = None
+
+
+class Dropped(Message, frozen=True):
+    """Its body has not begun, as the agent wished."""
+
+    kind: Literal["dropped"] = "dropped"
+
+
+class Paused(Message, frozen=True):
+    """Its body has not begun: the job is paused."""
+
+    kind: Literal["paused"] = "paused"
+
+
+class Skipped(Message, frozen=True):
+    """Its body is not to begin, for a reason; `ended` as in `Begun`."""
+
+    kind: Literal["skipped"] = "skipped"
+    reason: str
+    ended: str | None = None
+
+
+class Crashed(Message, frozen=True):
+    """Its body was not reached, and that is the flow's own fault."""
+
+    kind: Literal["crashed"] = "crashed"
+    fault: str
+
+
+End = Told | Untold | Dropped | Paused | Skipped | Crashed
+"""The last that a process says; one that is killed says none."""
+
+Report = Ready | Step | End
+
+
+# --- from the nursery to its agent ----------------------------------------------------------------
+
+
+class Serving(Message, frozen=True):
+    """All is imported that runs need."""
+
+    kind: Literal["serving"] = "serving"
+
+
+class Refused(Message, frozen=True):
+    """What is to be preloaded cannot be."""
+
+    kind: Literal["refused"] = "refused"
+    reason: str
+
+
+class Gone(Message, frozen=True):
+    """A process has ended, with an exit status; the commands that it left behind are ended too."""
+
+    kind: Literal["gone"] = "gone"
+    pid: int
+    exit_code: int
+    left: tuple[str, ...] = ()
+
+
+Notice = Serving | Refused | Gone
+
+_ORDER: TypeAdapter[Order] = TypeAdapter(Annotated[Order, Field(discriminator="kind")])
+_REPORT: TypeAdapter[Report] = TypeAdapter(Annotated[Report, Field(discriminator="kind")])
+_NOTICE: TypeAdapter[Notice] = TypeAdapter(Annotated[Notice, Field(discriminator="kind")])
+
+
+def order(line: str | bytes) -> Order:
+    """Return what an agent has said.
+
+    Raises:
+        ValidationError: it makes no sense.
+    """
+    return _ORDER.validate_json(line)
+
+
+def report(line: bytes) -> Report:
+    """Return what a process has said.
+
+    Raises:
+        ValidationError: it makes no sense.
+    """
+    return _REPORT.validate_json(line)
+
+
+def ready(line: bytes) -> Ready:
+    """Return the first that a process has said.
+
+    Raises:
+        ValidationError: it has said something else.
+    """
+    return Ready.model_validate_json(line)
+
+
+def notice(line: bytes) -> Notice:
+    """Return what the nursery has said.
+
+    Raises:
+        ValidationError: it makes no sense.
+    """
+    return _NOTICE.validate_json(line)

@@ -1,0 +1,73 @@
+"""What agent and process say arrives as it was said, and nothing else is taken for a message."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+from prefect.states import Crashed
+from pydantic import ValidationError
+
+from taskadapter.execution import protocol
+from tests.unit.test_hosts import ASSIGNMENT
+
+ORDERS = [
+    protocol.Run(assignment=ASSIGNMENT),
+    protocol.RunHooks(assignment=ASSIGNMENT, state=Crashed(message="killed")),
+    protocol.Go(),
+    protocol.Drop(),
+    protocol.Cancel(),
+    protocol.Stop(),
+]
+REPORTS = [
+    protocol.Ready(pid=1),
+    protocol.Loaded(seconds=0.5),
+    protocol.Started(),
+    protocol.Begun(ended="it is over"),
+    protocol.Told(),
+    protocol.Untold(ended="it is over"),
+    protocol.Dropped(),
+    protocol.Paused(),
+    protocol.Skipped(reason="too late"),
+    protocol.Crashed(fault="no such module\nat all"),
+]
+NOTICES = [
+    protocol.Serving(),
+    protocol.Refused(reason="no"),
+    protocol.Gone(pid=1, exit_code=-9, left=("a",)),
+]
+
+
+@pytest.mark.parametrize(
+    ("parse", "messages", "kinds"),
+    [
+        (protocol.order, ORDERS, protocol.Order),
+        (protocol.report, REPORTS, protocol.Report),
+        (protocol.notice, NOTICES, protocol.Notice),
+    ],
+)
+def test_each_message_arrives_as_it_was_said(parse, messages, kinds):
+    """On a line of its own, whatever its texts hold; no kind is forgotten here."""
+    assert {type(message) for message in messages} == set(get_args(kinds))
+    for message in messages:
+        line = message.line()
+        assert line.endswith(b"\n")
+        assert line.count(b"\n") == 1
+        assert parse(line) == message
+
+
+def test_the_password_of_the_database_arrives():
+    """A secret is shown nowhere else."""
+    order = protocol.order(ORDERS[0].line())
+
+    assert isinstance(order, protocol.Run)
+    assert order.assignment.database_url.get_secret_value() == "sqlite://"
+    assert "sqlite" not in repr(order)
+
+
+@pytest.mark.parametrize("line", [b"", b"{}", b"not json", b'{"kind": "no such kind"}'])
+@pytest.mark.parametrize("parse", [protocol.order, protocol.report, protocol.notice])
+def test_nothing_else_is_a_message(parse, line):
+    """Such as the rest of a line of which another interpreter has read the beginning."""
+    with pytest.raises(ValidationError):
+        parse(line)
