@@ -25,9 +25,10 @@ from prefect.utilities.importtools import load_script_as_module
 
 from taskadapter.declare import attached
 from taskadapter.declare.jobs import JobId
+from taskadapter.declare.registry import listeners
 from taskadapter.declare.triggers import DEFAULT_QUEUE
 from taskadapter.errors import DeclarationError, TaskError
-from taskadapter.listener import Declared, Listener, listeners, refuse_disagreement
+from taskadapter.listener import Declared, Listener, refuse_disagreement
 from taskadapter.prefect_api.client import api_client
 from taskadapter.prefect_api.deployments import DETACHED, TAG
 from taskadapter.prefect_api.locks import lock

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeGuard, cast
-from weakref import WeakSet
 
 from prefect import Flow
 from prefect.client.orchestration import PrefectClient
@@ -23,6 +22,7 @@ from taskadapter.agent.program import Part, ProgramAgent, agents, done, stop_all
 from taskadapter.agent.signals import at_a_signal
 from taskadapter.declare.base import Declaration
 from taskadapter.declare.jobs import Job, Service, dump_state
+from taskadapter.declare.registry import listeners
 from taskadapter.declare.toml import overridden, read_config
 from taskadapter.declare.triggers import (
     DEFAULT_QUEUE,
@@ -43,8 +43,6 @@ REASON = "the service was detached"
 
 Declarable = type[Job] | type[Service] | Callable[..., Any]
 
-listeners: WeakSet[Listener] = WeakSet()
-"""The listeners of this program: those that have a service, and those that somebody keeps."""
 
 _with_services: set[Listener] = set()
 """A module need not keep a listener that it declares services on."""

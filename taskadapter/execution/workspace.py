@@ -25,8 +25,8 @@ from prefect.utilities.importtools import import_object
 
 from taskadapter.declare import attached
 from taskadapter.declare.jobs import Job, Service, load_state
+from taskadapter.declare.registry import listeners
 from taskadapter.execution import flow as flows
-from taskadapter.listener import listeners
 
 if TYPE_CHECKING:
     from taskadapter.execution.assignment import Assignment, Workspace

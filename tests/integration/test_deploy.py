@@ -33,11 +33,11 @@ from taskadapter import (
     WarmBackupConfig,
     aschedule_job_recur_by_frequency,
     aschedule_one_time_job,
-    locks,
 )
 from taskadapter.agent.switches import detach
 from taskadapter.deploy import deploy, prepare
 from taskadapter.pools import aensure_work_pool, ensure_work_pool
+from taskadapter.prefect_api import locks
 from taskadapter.prefect_api.pool import Domain, PoolSize
 from taskadapter.rules.ticks import FIRST_TICK_LEAD, slug
 

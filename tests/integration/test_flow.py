@@ -33,13 +33,12 @@ from taskadapter import (
     TriggerConfiguration,
     WaitingPolicy,
     current_run,
-    progress,
-    runs,
-    turn,
 )
+from taskadapter.coordination import store
 from taskadapter.coordination.executions import Exhausted, Skipped
 from taskadapter.deploy import deploy
 from taskadapter.errors import DatabaseUnavailableError
+from taskadapter.execution import current, record, turn
 from taskadapter.execution.assignment import Assignment, Workspace
 from taskadapter.execution.current import Execution
 from taskadapter.execution.flow import job_flow
@@ -232,7 +231,7 @@ def test_a_direct_call_saves_no_state(
 ) -> None:
     """Called directly, a service starts from its declared values each time, and touches no database."""
     opened: list[str] = []
-    monkeypatch.setattr(progress, "_engine", opened.append)
+    monkeypatch.setattr(store, "_engine", opened.append)
 
     assert [call(f"{name}-{n}", source) for n in (1, 2)] == [2, 2]
 
@@ -362,14 +361,14 @@ class Agent:
                 trigger=trigger,
             )
         )
-        token = runs.execution.set(execution)
+        token = current.execution.set(execution)
         state = None
         try:
             state = drive(self.job, execution.assignment)
         except Abort:
             pass
         finally:
-            runs.execution.reset(token)
+            current.execution.reset(token)
         return state, execution
 
 
@@ -382,7 +381,7 @@ def given(prefect_client: SyncPrefectClient, name: str, tmp_path: Path) -> Itera
         return Agent(prefect_client, name, f"sqlite:///{tmp_path}/tasks.db", on, job)
 
     yield give
-    progress._engine_on.cache_clear()
+    store._engine_on.cache_clear()
 
 
 def test_a_job_knows_its_run(given: Callable[..., Agent]) -> None:
@@ -498,7 +497,7 @@ def test_a_fault_of_the_database_ends_no_job(
         raise DatabaseUnavailableError("no answer")
 
     agent = given(Counter, retry_config=None, trigger=TriggerConfiguration(interval=3600))
-    monkeypatch.setattr(progress, call, gone)
+    monkeypatch.setattr(record, call, gone)
 
     state, execution = agent.run(auto_scheduled=True)
 

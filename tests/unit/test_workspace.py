@@ -125,7 +125,7 @@ def test_a_function_with_a_trigger_is_one_of_our_jobs(jobs):
     """A function that is declared elsewhere is counted and retried like any job of ours."""
     flow = workspace.load(assignment("jobs.py:undecorated"))
 
-    assert flow.fn.__code__.co_filename.endswith("taskadapter/flow.py")
+    assert flow.fn.__code__.co_filename.endswith("taskadapter/execution/flow.py")
 
 
 def test_a_function_without_a_trigger_is_prefects(jobs):
