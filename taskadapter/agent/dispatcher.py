@@ -626,24 +626,30 @@ class Dispatcher:
             self._load_seconds[run.flow_run.deployment_id] = seconds
 
         try:
-            host = await self._hosts.fork()
-        except OSError as fault:
-            self._log.warning("No process can be started for run %s: %s", run.flow_run.name, fault)
-            await asyncio.sleep(PAUSE_SECONDS)
-            return Outcome(Dropped())
-        if run.dropped or run.lost:
-            host.end(signal.SIGKILL)
-            return Outcome(Dropped())
-        run.host = host
-        if self._may_begin(run):
-            host.go()
-        try:
-            return await host.carry_out(
+            run.host = await self._fork(run)
+            if run.host is None:
+                return Outcome(Dropped())
+            if self._may_begin(run):
+                run.host.go()
+            return await run.host.carry_out(
                 assignment, Progress(loaded, lambda: self._send_heartbeat(run), begun)
             )
         finally:
             run.host = None
             await self._hosts.clear(str(run.flow_run.id))
+
+    async def _fork(self, run: RunInHand) -> Host | None:
+        """Return a process for a run; None if none can be started, or the run is not wanted any more."""
+        try:
+            host = await self._hosts.fork()
+        except OSError as fault:
+            self._log.warning("No process can be started for run %s: %s", run.flow_run.name, fault)
+            await asyncio.sleep(PAUSE_SECONDS)
+            return None
+        if run.dropped or run.lost:
+            host.end(signal.SIGKILL)
+            return None
+        return host
 
     def _end_job(self, job: DeployedJob, reason: str) -> None:
         """End a job for all nodes; its ticks that are claimed, but have not begun, do not begin."""

@@ -20,6 +20,7 @@ from typing import Any, cast
 
 from prefect.client.schemas.objects import State
 from prefect.logging import get_logger
+from pydantic import SecretStr
 
 from taskadapter.errors import TaskError
 from taskadapter.execution import protocol
@@ -230,6 +231,7 @@ class HostPool:
         self._process: asyncio.subprocess.Process | None = None
         self._watcher: asyncio.Task[None] | None = None
         self._folder: Scratch | None = None
+        self._database_url: SecretStr | None = None
         self._broken_since: float | None = None
         self.fault = ""
         self._log = get_logger("taskadapter.agent.hosts")
@@ -270,7 +272,19 @@ class HostPool:
                 raise TaskError(reason)
         self._nursery = ours
         self._broken_since = None
+        self._tell_of_database()
         self._watcher = asyncio.create_task(self._watch(ours, reader, preload))
+
+    def use(self, database_url: SecretStr) -> None:
+        """Have the nursery learn about a database that answers what each run would learn anew."""
+        if database_url != self._database_url:
+            self._database_url = database_url
+            self._tell_of_database()
+
+    def _tell_of_database(self) -> None:
+        if self._nursery is not None and self._database_url is not None:
+            with contextlib.suppress(OSError):  # it has ended; the next one is told
+                self._nursery.send(protocol.Connect(database_url=self._database_url).line())
 
     async def close(self) -> None:
         """End every run, the nursery, and what they have left."""
@@ -347,7 +361,7 @@ class HostPool:
             raise OSError("the process that forks others is not running")
         ours, theirs = socket.socketpair()
         with theirs:
-            socket.send_fds(nursery, [b"+"], [theirs.fileno()])
+            socket.send_fds(nursery, [protocol.Fork().line()], [theirs.fileno()])
         writer = await writer_to(ours)
         first, fault = None, "it ended at once"
         try:

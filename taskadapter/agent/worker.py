@@ -32,6 +32,7 @@ from prefect.settings import (
     temporary_settings,
 )
 from prefect.workers.base import BaseWorker, BaseWorkerResult
+from pydantic import SecretStr
 
 from taskadapter.agent.dispatcher import Dispatcher, Node
 from taskadapter.agent.groups import Groups
@@ -48,6 +49,7 @@ from taskadapter.coordination.executions import Entered
 from taskadapter.coordination.messages import FOREIGN_GROUP, Gained, Lost, Refused, ResignAsked, Token
 from taskadapter.declare.triggers import DEFAULT_QUEUE
 from taskadapter.errors import ApiUnavailableError, CoordinationError, TaskError
+from taskadapter.prefect_api import private
 from taskadapter.prefect_api.client import API_FAULTS, backoff, in_words
 from taskadapter.prefect_api.deployments import deployments_of, deployments_of_pool, queue_names
 from taskadapter.prefect_api.pool import Domain, PoolSize, preload_of
@@ -202,6 +204,7 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         Raises:
             TaskError: a module that is to be preloaded cannot be.
         """
+        private.remember_time_zones()
         try:
             await super().setup()
             # While the API is away there is no pool; its modules are then imported run by run.
@@ -564,6 +567,8 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
     async def _take_note(self, news: Collection[DeploymentResponse]) -> None:
         """Carry over what has changed in some deployments, and see what all jobs are to do."""
         await self._carry_over.look(self._database_url, news)
+        if news:
+            self._hosts.use(SecretStr(self._database_url))
         found = [deployment for id_, deployment in self._deployed.items() if id_ not in self._left_out]
         if gone := self._timetable.learn(found):
             self._spawn(self._end_gone(gone))

@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
-from datetime import datetime
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, TypeVar
-from uuid import UUID
+from uuid import UUID, uuid4
 
-from taskadapter.coordination.executions import Entered
-from taskadapter.errors import DatabaseUnavailableError, SchemaError
+from taskadapter.coordination.executions import Entered, Execution, Limits, Owner
+from taskadapter.coordination.messages import Token
+from taskadapter.errors import DatabaseUnavailableError, SchemaError, TokenLostError
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine
 
-    from taskadapter.coordination.executions import Entry, Execution, Owner, Reading, Switches
-    from taskadapter.coordination.messages import Token
+    from taskadapter.coordination.executions import Entry, Reading, Switches
 
 RETRY_SECONDS = 0.5
 """How long to wait for a database that does not answer, before it is asked again."""
@@ -196,6 +196,31 @@ def connect(database_url: str) -> None:
     engine = _engine(database_url)
     with translated(engine.url), engine.connect():
         pass
+
+
+def rehearse(database_url: str) -> None:
+    """Ask once what each run asks, and undo it, for the processes that are forked from this one.
+
+    They have what SQLAlchemy has found out about the server, and the statements that it has compiled.
+
+    Raises:
+        CoordinationError: the database does not answer, or refuses.
+    """
+    from taskadapter.coordination import ledger, progress, tokens
+    from taskadapter.coordination.dialects import translated
+
+    name = str(uuid4())
+    execution = Execution(name, name, name, datetime.now(UTC))
+    engine = _engine(database_url)
+    with translated(engine.url), engine.connect() as connection:
+        ledger.begin(connection, execution, Owner(name, name), Limits(""))
+        progress.load_state(connection, name)
+        progress.save_state(connection, name, {})
+        ledger.end(connection, name, "Completed", incarnation=name)
+        with suppress(TokenLostError):
+            tokens.require_token(connection, Token(name, name, 1))
+        connection.rollback()
+    engine.dispose()
 
 
 def ask(database_url: str, question: Callable[[Connection], T]) -> T:

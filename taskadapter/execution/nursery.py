@@ -29,7 +29,9 @@ import httpx
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
-from taskadapter.execution import protocol
+from taskadapter.coordination import store
+from taskadapter.errors import CoordinationError
+from taskadapter.execution import protocol, rehearsal
 from taskadapter.execution.host import Host, connected
 from taskadapter.prefect_api import private
 
@@ -81,6 +83,7 @@ def main(agent: socket.socket, preload: list[str]) -> None:
     if PREFECT_API_URL.value() is not None:
         warm = contextlib.ExitStack()
         warm.enter_context(connected(csrf=_server_has_csrf()))
+        rehearsal.rehearse_run()
     # What is alive now stays shared with the processes: their collectors need not touch it.
     gc.collect()
     gc.freeze()
@@ -137,6 +140,9 @@ class Nursery:
         self._agent = agent
         self._warm = warm
         self._runs: set[int] = set()
+        # What the agent has sent and this has not yet done: the rest of a line, and sockets.
+        self._heard = b""
+        self._descriptors: list[int] = []
         self._selector = selectors.DefaultSelector()
         self._wakeup, self._on_signal = socket.socketpair()
 
@@ -157,12 +163,24 @@ class Nursery:
                     data, descriptors, _, _ = socket.recv_fds(self._agent, BUFFER, maxfds=16)
                     if not data:
                         return
-                    for descriptor in descriptors:
-                        self._fork(descriptor)
+                    self._descriptors += descriptors
+                    self._heard += data
+                    self._heed()
         except ConnectionError:
             return
         finally:
             self._end_all()
+
+    def _heed(self) -> None:
+        """Do what the agent has asked for."""
+        *lines, self._heard = self._heard.split(b"\n")
+        for request in map(protocol.request, lines):
+            match request:
+                case protocol.Fork():
+                    self._fork(self._descriptors.pop(0))
+                case protocol.Connect(database_url=url):
+                    with contextlib.suppress(CoordinationError):  # then each run learns it for itself
+                        store.rehearse(url.get_secret_value())
 
     def _fork(self, descriptor: int) -> None:
         nursery = os.getpid()

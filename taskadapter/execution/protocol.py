@@ -1,7 +1,7 @@
 """What an agent and the process of a run say to each other: a message a line, as JSON, over a socket.
 
 The agent gives an `Order`. The process answers with `Report`s: `Ready`, some `Step`s and an `End`. The
-nursery, which makes the processes, tells the agent its `Notice`s.
+nursery, which makes the processes at the agent's `Request`, tells it its `Notice`s.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from prefect.client.schemas.objects import State
-from pydantic import BaseModel, Field, TypeAdapter
+from pydantic import BaseModel, Field, SecretStr, TypeAdapter, field_serializer
 
 from taskadapter.execution.assignment import Assignment
 
@@ -147,7 +147,27 @@ End = Told | Untold | Dropped | Paused | Skipped | Crashed
 Report = Ready | Step | End
 
 
-# --- from the nursery to its agent ----------------------------------------------------------------
+# --- between the nursery and its agent ----------------------------------------------------------------
+
+
+class Fork(Message, frozen=True):
+    """Fork a process, which speaks through the socket that comes with this."""
+
+    kind: Literal["fork"] = "fork"
+
+
+class Connect(Message, frozen=True):
+    """Runs are to use this database: learn once what each of them would."""
+
+    kind: Literal["connect"] = "connect"
+    database_url: SecretStr
+
+    @field_serializer("database_url", when_used="json")
+    def _reveal(self, value: SecretStr) -> str:
+        return value.get_secret_value()
+
+
+Request = Fork | Connect
 
 
 class Serving(Message, frozen=True):
@@ -176,6 +196,7 @@ Notice = Serving | Refused | Gone
 
 _ORDER: TypeAdapter[Order] = TypeAdapter(Annotated[Order, Field(discriminator="kind")])
 _REPORT: TypeAdapter[Report] = TypeAdapter(Annotated[Report, Field(discriminator="kind")])
+_REQUEST: TypeAdapter[Request] = TypeAdapter(Annotated[Request, Field(discriminator="kind")])
 _NOTICE: TypeAdapter[Notice] = TypeAdapter(Annotated[Notice, Field(discriminator="kind")])
 
 
@@ -204,6 +225,15 @@ def ready(line: bytes) -> Ready:
         ValidationError: it has said something else.
     """
     return Ready.model_validate_json(line)
+
+
+def request(line: bytes) -> Request:
+    """Return what the agent has said to the nursery.
+
+    Raises:
+        ValidationError: it makes no sense.
+    """
+    return _REQUEST.validate_json(line)
 
 
 def notice(line: bytes) -> Notice:

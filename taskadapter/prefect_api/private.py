@@ -98,6 +98,18 @@ def is_being_deployed() -> bool:
     return "prefect.cli.deploy._core" in sys.modules
 
 
+def remember_time_zones() -> None:
+    """Have Prefect's client list the time zones of the system once.
+
+    It does so for each schedule that it reads, twice, to see whether that has a zone of them: 8 ms of CPU
+    for each deployment, four fifths of what reading it costs.
+    """
+    from prefect._internal.schemas import validators
+
+    ours: Any = validators
+    ours.get_timezones = functools.cache(ours.get_timezones)
+
+
 def share_tls_context() -> None:
     """Have Prefect's clients of this process, and of those forked from it, share one TLS context.
 

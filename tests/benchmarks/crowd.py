@@ -150,7 +150,7 @@ class Crowd:
 
     def at_once(self, way: Way, jobs: int) -> Figures:
         """Return how jobs begin that are due in the same second, ten at once."""
-        due = _in(15 + 0.15 * jobs)
+        due = _in(25 + 0.25 * jobs)
         planned = [Planned(f"crowd-{n}", due, DAY) for n in range(jobs)]
         with self._deployed(way, planned), self._node(way, "--limit", "10") as (_, proxy):
             _sleep_until(due)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from sqlalchemy import Engine, update
+from sqlalchemy import Engine, select, update
 
 from taskadapter.coordination import store
 from taskadapter.coordination.dialects import open_engine, transaction
@@ -24,7 +24,7 @@ from taskadapter.coordination.progress import (
     see,
     seen,
 )
-from taskadapter.coordination.schema import job_progress
+from taskadapter.coordination.schema import job_progress, metadata
 from taskadapter.errors import CoordinationError, DatabaseUnavailableError, TokenLostError
 from tests.contract.entering import JOB, TOKEN, Row, count_one, hold, row_of, take_over
 
@@ -247,3 +247,17 @@ def test_an_engine_of_the_callers_own_is_fenced_too(prepared_url: str, engine: E
     with own.begin() as connection, pytest.raises(TokenLostError):
         require_token(connection, Token("group", "node-1", 6))
     own.dispose()
+
+
+def test_a_rehearsal_leaves_nothing(prepared_url: str, engine: Engine) -> None:
+    """The statements of a run are compiled once for all processes; no row, and no connection, stays."""
+    store.rehearse(prepared_url)
+    ours: Any = store._engine(prepared_url)
+
+    assert len(ours._compiled_cache) > 0
+    assert ours.pool.checkedout() == ours.pool.checkedin() == 0
+    with engine.connect() as connection:
+        for table in metadata.sorted_tables:
+            if table.name != "taskadapter_schema":
+                assert connection.execute(select(table)).all() == [], table.name
+    ours.dispose()

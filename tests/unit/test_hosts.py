@@ -11,7 +11,7 @@ import pytest
 from prefect.client.schemas.objects import FlowRun
 from pydantic import SecretStr
 
-from taskadapter.agent.hosts import Host, Killed, Progress, writer_to
+from taskadapter.agent.hosts import Host, HostPool, Killed, Progress, writer_to
 from taskadapter.execution import protocol
 from taskadapter.execution.assignment import Assignment, Workspace
 
@@ -48,3 +48,22 @@ def test_the_last_words_of_a_process_are_heard(monkeypatch: pytest.MonkeyPatch) 
         return end
 
     assert asyncio.run(course()) == protocol.Dropped()
+
+
+def test_the_nursery_is_told_of_a_database_once() -> None:
+    """And of another one, should the pool name one; the one that follows it is told as well."""
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    pool = HostPool(1)
+    pool.use(SecretStr("sqlite://"))
+    with ours, theirs:
+        pool._nursery = ours
+        pool._tell_of_database()
+        assert protocol.request(theirs.recv(1000)) == protocol.Connect(database_url=SecretStr("sqlite://"))
+        pool.use(SecretStr("sqlite://"))
+        with pytest.raises(BlockingIOError):
+            theirs.recv(1000)
+        pool.use(SecretStr("sqlite:///other"))
+        assert protocol.request(theirs.recv(1000)) == protocol.Connect(
+            database_url=SecretStr("sqlite:///other")
+        )

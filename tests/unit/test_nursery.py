@@ -3,8 +3,10 @@
 import sys
 
 import pytest
+from pydantic import SecretStr
 
-from taskadapter.execution import nursery
+from taskadapter.errors import DatabaseUnavailableError
+from taskadapter.execution import nursery, protocol
 
 
 @pytest.fixture
@@ -57,3 +59,28 @@ def test_a_command_line_is_shortened():
     """What is told of a process that a run left fits into a line; of one that is gone it is nothing."""
     assert nursery._command(0) == ""
     assert 0 < len(nursery._command(nursery.os.getpid())) <= nursery.COMMAND_LENGTH
+
+
+def test_requests_are_done_in_their_order(monkeypatch):
+    """However they arrive, a line in two parts or several at once; a database that is away ends nothing."""
+    done = []
+
+    def rehearse(url):
+        done.append(url)
+        raise DatabaseUnavailableError("no answer")
+
+    monkeypatch.setattr(nursery.store, "rehearse", rehearse)
+    asked = nursery.Nursery(None, None)
+    monkeypatch.setattr(asked, "_fork", done.append)
+    asked._descriptors = [7, 8]
+    connect = protocol.Connect(database_url=SecretStr("sqlite://")).line()
+    for part in (connect[:9], connect[9:] + protocol.Fork().line() + protocol.Fork().line()[:3]):
+        asked._heard += part
+        asked._heed()
+    assert done == ["sqlite://", 7]
+    asked._heard += protocol.Fork().line()[3:]
+    asked._heed()
+
+    assert done == ["sqlite://", 7, 8]
+    for ours in (asked._wakeup, asked._on_signal, asked._selector):
+        ours.close()

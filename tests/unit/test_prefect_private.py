@@ -7,6 +7,7 @@ import signal
 import ssl
 import subprocess
 import sys
+from datetime import timedelta
 from importlib.util import find_spec
 from types import ModuleType, SimpleNamespace
 from uuid import uuid4
@@ -15,8 +16,10 @@ import httpx
 import pytest
 from prefect import flow, flow_engine
 from prefect._internal import control_listener
+from prefect._internal.schemas import validators
 from prefect.cli.deploy import _commands
 from prefect.client import orchestration
+from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.exceptions import Abort
 from prefect.states import Completed, Crashed, Failed, Running
 from prefect.utilities import engine
@@ -80,7 +83,7 @@ def test_other_commands_do_not_deploy(command):
         f"sys.argv = ['prefect', *{command.split()}]\n"
         "from prefect.cli import app\n"
         "with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit): app()\n"
-        "from taskadapter import prefect_private\n"
+        "from taskadapter.prefect_api import private\n"
         "print(private.is_being_deployed())\n"
     )
 
@@ -173,3 +176,14 @@ class TestUntold:
             propose(state, run)
 
         assert kept == []
+
+
+def test_time_zones_are_listed_once(monkeypatch):
+    """Prefect's client looks at them for each schedule that it reads, in the module that we tell."""
+    listed = []
+    monkeypatch.setattr(validators, "get_timezones", lambda: listed.append(1) or ("UTC", "Europe/Berlin"))
+    private.remember_time_zones()
+    for zone in ("UTC", "Europe/Berlin", "UTC"):
+        assert IntervalSchedule(interval=timedelta(seconds=1), timezone=zone).timezone == zone
+
+    assert listed == [1]

@@ -6,7 +6,7 @@ from typing import get_args
 
 import pytest
 from prefect.states import Crashed
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
 from taskadapter.execution import protocol
 from tests.unit.test_hosts import ASSIGNMENT
@@ -31,6 +31,7 @@ REPORTS = [
     protocol.Skipped(reason="too late"),
     protocol.Crashed(fault="no such module\nat all"),
 ]
+REQUESTS = [protocol.Fork(), protocol.Connect(database_url=SecretStr("sqlite://"))]
 NOTICES = [
     protocol.Serving(),
     protocol.Refused(reason="no"),
@@ -43,6 +44,7 @@ NOTICES = [
     [
         (protocol.order, ORDERS, protocol.Order),
         (protocol.report, REPORTS, protocol.Report),
+        (protocol.request, REQUESTS, protocol.Request),
         (protocol.notice, NOTICES, protocol.Notice),
     ],
 )
@@ -66,7 +68,7 @@ def test_the_password_of_the_database_arrives():
 
 
 @pytest.mark.parametrize("line", [b"", b"{}", b"not json", b'{"kind": "no such kind"}'])
-@pytest.mark.parametrize("parse", [protocol.order, protocol.report, protocol.notice])
+@pytest.mark.parametrize("parse", [protocol.order, protocol.report, protocol.request, protocol.notice])
 def test_nothing_else_is_a_message(parse, line):
     """Such as the rest of a line of which another interpreter has read the beginning."""
     with pytest.raises(ValidationError):
