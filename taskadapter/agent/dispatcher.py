@@ -10,10 +10,9 @@ import asyncio
 import contextlib
 import itertools
 import logging
-import signal
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from logging import Logger, LoggerAdapter
 from pathlib import Path
@@ -27,7 +26,7 @@ from prefect.client.schemas.filters import (
     FlowRunFilterState,
     FlowRunFilterStateType,
 )
-from prefect.client.schemas.objects import TERMINAL_STATES, FlowRun, State, StateType, WorkPool
+from prefect.client.schemas.objects import FlowRun, State, StateType, WorkPool
 from prefect.client.schemas.responses import OrchestrationResult, SetStateStatus
 from prefect.events import emit_event
 from prefect.exceptions import ObjectNotFound
@@ -35,11 +34,12 @@ from prefect.logging.loggers import flow_run_logger
 from prefect.settings import get_current_settings
 from prefect.states import Cancelled, Crashed, Pending
 
-from taskadapter.agent import settling
+from taskadapter.agent import runs
 from taskadapter.agent.hearing import Kind, News
-from taskadapter.agent.hosts import Host, HostPool, Killed, Outcome, Progress
+from taskadapter.agent.hosts import Host, HostPool, Outcome, Progress
 from taskadapter.agent.jobs import DeployedJob, Deployments
-from taskadapter.agent.settling import Todo
+from taskadapter.agent.queue import Queue, Which, any_run, due
+from taskadapter.agent.runs import Life, Phase, Todo
 from taskadapter.agent.timetable import Timetable
 from taskadapter.coordination import store
 from taskadapter.coordination.executions import ABANDONED, Entry
@@ -48,21 +48,11 @@ from taskadapter.declare.triggers import WaitingPolicy
 from taskadapter.errors import CoordinationError, TokenLostError
 from taskadapter.execution import protocol
 from taskadapter.execution.assignment import Assignment
-from taskadapter.execution.protocol import Dropped, Paused, Skipped, Told, Untold
-from taskadapter.prefect_api.client import API_FAULTS, backoff, in_words
+from taskadapter.prefect_api.client import API_FAULTS, in_words
 from taskadapter.prefect_api.deployments import is_on
 from taskadapter.prefect_api.pool import PoolSize
 from taskadapter.rules import ticks
 from taskadapter.rules.ticks import Verdict
-
-CLAIM_AHEAD = timedelta(seconds=1)
-"""A run is claimed, and its process made ready, this long before its time, or longer if it loads longer."""
-
-LOAD_MARGIN = 1.5
-"""How many times as long as it took before the loading of a run's code may take this time."""
-
-LONGEST_LOAD_SECONDS = 8.0
-"""No run is claimed longer before its time: the agent does not know of more."""
 
 WATCH_SECONDS = 2.0
 """How often the agent looks after its runs, and asks whether one is to be cancelled."""
@@ -70,32 +60,17 @@ WATCH_SECONDS = 2.0
 HEARING_WATCHES = 8
 """An agent that hears of a cancellation asks at each eighth time only."""
 
-CANCEL_GRACE_SECONDS = 30.0
-"""How long a cancelled run may take to clean up before its process is killed."""
-
 TERMINATE_GRACE_SECONDS = 5.0
 """How long a run may take to end when its agent has to, before its process is killed."""
 
 JUST_READ_SECONDS = 0.5
 """A deployment that was read so shortly before is as it was."""
 
-LONGEST_WAIT_SECONDS = 15.0
-"""How long a run waits at most that was ended before its body, before it is tried again."""
-
 PLENTY = 4
 """So many runs for each process are more than it begins before the agent looks again."""
 
 PAUSE_SECONDS = 5.0
 """How long to wait before a run is tried again that no process could be started for."""
-
-
-Which = Callable[[FlowRun], bool]
-"""Says of a run whether it is meant."""
-
-
-def any_run(_: FlowRun) -> bool:
-    """Mean every run."""
-    return True
 
 
 @dataclass
@@ -105,42 +80,37 @@ class RunInHand:
     Attributes:
         flow_run: as polled.
         token: what the node held of the run's group when it took it; None for a run of no group.
-        host: the process that has it, once one does.
-        decided: whether it takes one of the places of its job's `max_concurrent`.
-        claimed: whether Prefect has it as this node's.
-        finishes: whether it may go on when the token is lost.
-        begun: whether it is known that its body has begun.
-        ended: why its job is over, once that is known.
-        over: why it is not to begin: its job has ended since it was claimed.
-        dropped: whether it is given back, unless its body has begun.
-        lost: whether the token was lost: what becomes of the run, the group's next holder says.
-        cancelled: when it was cancelled, on the monotonic clock.
+        life: how far it has come, and what is to become of it.
+        job: what it is a run of, once that is read.
+        host: the process that has it, while one does.
         heartbeat: when its last heartbeat was, on the monotonic clock; None before it has started.
     """
 
     flow_run: FlowRun
     token: Token | None = None
+    life: Life = field(default_factory=Life)
+    job: DeployedJob | None = None
     host: Host | None = None
-    decided: bool = False
-    claimed: bool = False
-    finishes: bool = False
-    begun: bool = False
-    ended: str | None = None
-    over: str | None = None
-    dropped: bool = False
-    lost: bool = False
-    cancelled: float | None = None
     heartbeat: float | None = None
 
     @property
     def due(self) -> datetime:
         """When the run is to start, as Prefect has it now."""
-        return _due(self.flow_run)
+        return due(self.flow_run)
 
     @property
     def tick(self) -> datetime:
         """When the tick was due, whenever Prefect has put it since."""
         return ticks.tick_of(self.flow_run) or self.due
+
+    def meet(self, event: runs.Event) -> tuple[runs.Action, ...]:
+        """Take note of what happens, tell the process what it must know, return what else is to be done."""
+        after = runs.step(self.life, event)
+        self.life = after.life
+        if self.host is not None:
+            for signal in after.signals:
+                self.host.heed(signal)
+        return after.actions
 
 
 @dataclass(frozen=True)
@@ -192,36 +162,23 @@ class Dispatcher:
         self._deployments = deployments
         self._teller = deployments.teller
         self._timetable = timetable
-        self._upcoming: dict[UUID, FlowRun] = {}
+        self._queue = Queue()
         self._in_hand: dict[UUID, RunInHand] = {}
-        # When runs have been through, and when some were given back: older answers do not know of it.
-        self._through: dict[UUID, float] = {}
-        self._returned: dict[UUID, float] = {}
         self._handling: set[asyncio.Task[None]] = set()
         self._waits: set[asyncio.Timeout] = set()
-        # How often runs were ended before their bodies, and when the next process may be made for each.
-        self._tries: dict[UUID, tuple[int, float]] = {}
         self._is_held_up = False
-        self._load_seconds: dict[UUID | None, float] = {}
         self._news = asyncio.Event()
 
     # --- what the agent tells ---------------------------------------------------------------------
 
-    def found(self, runs: list[FlowRun], asked: float) -> None:
+    def found(self, found: list[FlowRun], asked: float) -> None:
         """Take note of all runs that are due soon or late; they replace those that were known.
 
         Args:
-            runs: as the API had them.
+            found: as the API had them.
             asked: when it was asked, on the monotonic clock: what has been through since is no news.
         """
-        self._through = {run_id: when for run_id, when in self._through.items() if when >= asked}
-        self._returned = {run_id: when for run_id, when in self._returned.items() if when >= asked}
-        through = self._in_hand.keys() | self._through.keys()
-        returned = {id_: run for id_, run in self._upcoming.items() if id_ in self._returned}
-        self._upcoming = {run.id: run for run in runs if run.id not in through} | returned
-        self._tries = {
-            id_: tries for id_, tries in self._tries.items() if id_ in self._upcoming.keys() | through
-        }
+        self._queue.found(found, asked, self._in_hand.keys())
         self._news.set()
 
     @property
@@ -237,26 +194,24 @@ class Dispatcher:
     @property
     def is_busy(self) -> bool:
         """Whether there is something to run, now or soon."""
-        return bool(self._upcoming or self._in_hand)
+        return bool(len(self._queue) or self._in_hand)
 
     @property
     def has_plenty(self) -> bool:
         """Whether there is much more to run, now or soon, than there is room for."""
-        return len(self._upcoming) > PLENTY * self._hosts.limit
+        return len(self._queue) > PLENTY * self._hosts.limit
 
     def forget(self, which: Which = any_run) -> None:
         """Start nothing more of what is known, or of some of it; what waits for its moment goes back."""
-        self._upcoming = {id_: run for id_, run in self._upcoming.items() if not which(run)}
+        self._queue.forget(which)
         self._drop(self._those(which))
 
     def _those(self, which: Which) -> list[RunInHand]:
         return [run for run in self._in_hand.values() if which(run.flow_run)]
 
-    def _drop(self, runs: Iterable[RunInHand]) -> None:
-        for run in runs:
-            run.dropped = True
-            if run.host is not None:
-                run.host.drop()
+    def _drop(self, dropped: Iterable[RunInHand]) -> None:
+        for run in dropped:
+            run.meet(runs.Dropped())
 
     def call_off(self, job_id: UUID, reason: str) -> None:
         """Have no tick of a job begin any more, which is over; one that was claimed is Skipped."""
@@ -265,28 +220,27 @@ class Dispatcher:
             return run.deployment_id == job_id and ticks.is_tick(run)
 
         for run in self._those(is_tick_of_it):
-            run.over = reason
-            self._drop([run])
+            run.meet(runs.CalledOff(reason))
 
     async def drain(self, seconds: float, which: Which = any_run) -> None:
         """Let runs end, all or some, for so long; then end them.
 
         What has not begun goes back to be claimed by another node.
         """
-        runs = self._those(which)
-        if runs:
-            self._log.info("%d run(s) may still end, within %g s.", len(runs), seconds)
-        self._drop(runs)
-        await self._until_gone(runs, seconds)
-        self._end(runs)
-        await self._until_gone(runs, TERMINATE_GRACE_SECONDS)
+        those = self._those(which)
+        if those:
+            self._log.info("%d run(s) may still end, within %g s.", len(those), seconds)
+        self._drop(those)
+        await self._until_gone(those, seconds)
+        self._end(those)
+        await self._until_gone(those, TERMINATE_GRACE_SECONDS)
 
-    async def _until_gone(self, runs: list[RunInHand], seconds: float) -> None:
+    async def _until_gone(self, those: list[RunInHand], seconds: float) -> None:
         wait = asyncio.timeout(seconds)
         self._waits.add(wait)
         with contextlib.suppress(TimeoutError):
             async with wait:
-                while any(run.flow_run.id in self._in_hand for run in runs):
+                while any(run.flow_run.id in self._in_hand for run in those):
                     await asyncio.wait(
                         self._handling or [asyncio.create_task(asyncio.sleep(0.1))],
                         return_when=asyncio.FIRST_COMPLETED,
@@ -300,28 +254,23 @@ class Dispatcher:
 
     async def finish(self) -> None:
         """Wait until everything that is known has run."""
-        while self._upcoming or self._handling:
+        while len(self._queue) or self._handling:
             await asyncio.wait(self._handling or [asyncio.create_task(asyncio.sleep(0.1))])
 
     def end(self, which: Which = any_run) -> None:
         """End runs that go on, all or some: each shows as Crashed, unless its body has not begun."""
         self._end(self._those(which))
 
-    def _end(self, runs: Iterable[RunInHand]) -> None:
-        for run in runs:
-            if run.host is not None:
-                run.host.end(signal.SIGTERM if run.begun else signal.SIGKILL)
+    def _end(self, ended: Iterable[RunInHand]) -> None:
+        for run in ended:
+            run.meet(runs.TimeUp())
 
     def lose(self, token: Token) -> None:
         """Stop the runs of a token that is lost, now: another node may start some."""
-        self._upcoming = {
-            run.id: run for run in self._upcoming.values() if run.work_queue_name != token.group_id
-        }
+        self._queue.forget(lambda run: run.work_queue_name == token.group_id)
         for run in self._in_hand.values():
             if run.token == token:
-                run.lost = True
-                if run.host is not None and not run.finishes:
-                    run.host.end(signal.SIGKILL)
+                run.meet(runs.TokenLost())
 
     # --- claiming ---------------------------------------------------------------------------------
 
@@ -336,44 +285,25 @@ class Dispatcher:
 
     async def _next_due(self) -> FlowRun:
         while True:
-            wait = None
+            clock = time.monotonic()
+            wait = self._queue.next_try(clock)
             has_room = len(self._in_hand) < self._hosts.limit
-            if free := [run for run in self._firsts() if has_room and self._may_start(run)]:
-                first = min(free, key=self._claimed_at)
-                wait = (self._claimed_at(first) - datetime.now(UTC)).total_seconds()
-                if wait <= 0:
-                    return self._upcoming.pop(first.id)
-            again = [when - time.monotonic() for _, when in self._tries.values()]
-            wait = min(
-                [seconds for seconds in again if seconds > 0] + ([] if wait is None else [wait]),
-                default=None,
-            )
+            if has_room and (first := self._queue.first(self._may_start, clock)) is not None:
+                seconds = (self._queue.claimed_at(first) - datetime.now(UTC)).total_seconds()
+                if seconds <= 0:
+                    self._queue.take(first)
+                    return first
+                wait = seconds if wait is None else min(wait, seconds)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(wait):
                     await self._news.wait()
             self._news.clear()
-
-    def _claimed_at(self, flow_run: FlowRun) -> datetime:
-        """Return when to claim a run, so that its code is loaded at its time."""
-        seconds = LOAD_MARGIN * self._load_seconds.get(flow_run.deployment_id, 0.0)
-        return _due(flow_run) - max(CLAIM_AHEAD, timedelta(seconds=min(LONGEST_LOAD_SECONDS, seconds)))
-
-    def _firsts(self) -> list[FlowRun]:
-        """Return what may be next: of the ticks of one job that is the first, of other runs each."""
-        firsts: dict[UUID | None, FlowRun] = {}
-        for run in self._upcoming.values():
-            key = run.deployment_id if ticks.is_tick(run) else run.id
-            if key not in firsts or _due(run) < _due(firsts[key]):
-                firsts[key] = run
-        return list(firsts.values())
 
     def _may_start(self, flow_run: FlowRun) -> bool:
         """Return whether the run's job goes on, here, with fewer runs in hand than it may have."""
         if self._deployments.is_ending(flow_run) or not self._node.may_run(flow_run):
             return False
         if self._timetable.is_held(flow_run):
-            return False
-        if self._tries.get(flow_run.id, (0, 0.0))[1] > time.monotonic():
             return False
         job, siblings = self._deployments.known(flow_run), self._siblings(flow_run)
         return job is None or job.max_concurrent is None or len(siblings) < job.max_concurrent
@@ -388,7 +318,7 @@ class Dispatcher:
         job = self._deployments.known(run.flow_run)
         if not ticks.is_tick(run.flow_run) or (job is not None and job.trigger is None):
             return True
-        return all(other.begun or other.due >= run.due for other in self._siblings(run.flow_run))
+        return all(other.life.has_begun or other.due >= run.due for other in self._siblings(run.flow_run))
 
     def _release(self) -> None:
         """Let the processes go on that have waited for an earlier tick."""
@@ -407,16 +337,15 @@ class Dispatcher:
             level = logging.DEBUG if self._is_held_up else logging.WARNING
             self._log.log(level, "Run %s is left for later: %s", run.flow_run.name, in_words(fault))
             self._is_held_up = True
-            if run.claimed:
-                await self._put_back(run)
+            if run.life.phase >= Phase.CLAIMED:
+                await self._do(run, runs.give_back(run.life))
             self._node.heard(News(Kind.WAITS, run.flow_run.id))
         except Exception as exc:  # noqa: BLE001 - one run's trouble must not end the agent
             self._log.exception("Run %s could not be run.", run.flow_run.name)
             await self._teller.report(run.flow_run, Crashed(message=f"{exc}"))
         finally:
             del self._in_hand[run.flow_run.id]
-            if run.flow_run.id not in self._upcoming:
-                self._through[run.flow_run.id] = time.monotonic()
+            self._queue.through(run.flow_run.id, time.monotonic())
             self._release()
             self._news.set()
 
@@ -425,24 +354,25 @@ class Dispatcher:
         flow_run = run.flow_run
         if self._deployments.is_ending(flow_run):
             return
-        job = await self._deployments.job_of(flow_run, self._node.pool())
+        run.job = job = await self._deployments.job_of(flow_run, self._node.pool())
         # Decided already, or due before this one: they go first.
         others = [other for other in self._siblings(flow_run) if other is not run]
-        ahead = sum(other.decided or other.due < run.due for other in others)
+        ahead = sum(other.life.phase >= Phase.DECIDED or other.due < run.due for other in others)
         if job.max_concurrent is not None and ahead >= job.max_concurrent:
             # Only now is it known that its job allows no more: it waits its turn.
-            self._upcoming[flow_run.id] = flow_run
+            self._queue.put(flow_run)
             return
-        run.decided, run.finishes = True, job.finishes
+        run.meet(runs.Decided(job.finishes))
         if await self._is_off(flow_run, job) or await self._is_put_away(run, job):
             return
         if not self._node.may_run(flow_run):
             return
         claim: OrchestrationResult[Any] = await self._client.set_flow_run_state(flow_run.id, Pending())
         if claim.status is SetStateStatus.ACCEPT:
-            run.claimed, self._is_held_up = True, False
+            run.meet(runs.Claimed())
+            self._is_held_up = False
             self._timetable.settle(flow_run)
-            await self.run(run, job)
+            await self._run(run, job)
         else:
             self._log.debug("Run %s is not to be had: %s", flow_run.name, claim.details)
 
@@ -505,61 +435,61 @@ class Dispatcher:
 
     # --- running ----------------------------------------------------------------------------------
 
-    async def run(self, run: RunInHand, job: DeployedJob) -> None:
+    async def _run(self, run: RunInHand, job: DeployedJob) -> None:
         """Run a claimed run, and see to what follows from how it went."""
         has_storage = await self._deployments.server_has_storage()
         assignment = self._assignment(run, job, server_has_storage=has_storage)
         outcome = await self._in_a_process(run, assignment, job)
-        match outcome.end:
-            case Told(ended=str(reason)) | Untold(ended=str(reason)) | Skipped(ended=str(reason)):
-                if run.ended is None:
-                    self._end_job(job, reason)
-        match outcome.end:
-            case Told():
-                self._tell_of_leftovers(run, outcome)
-            case Skipped(reason=reason):
-                await self._skip(run, job, reason)
-            case Dropped():
-                await self._put_back(run)
-            case Paused():
-                self._timetable.hold(job.deployment.model_copy(update={"paused": True}))
-                await self._put_back(run)
-            case Untold() | protocol.Crashed() | Killed():
-                await self._settle(run, assignment, outcome)
-
-    def _tell_of_leftovers(self, run: RunInHand, outcome: Outcome) -> None:
+        for action in run.meet(outcome.end):
+            match action:
+                case runs.AskLedger(at_fault):
+                    await self._settle(run, assignment, outcome.message, at_fault=at_fault)
+                case _:
+                    await self._do(run, action)
         if outcome.left:
             flow_run_logger(run.flow_run).warning(
                 "The run left processes behind, which have been ended: %s", "; ".join(outcome.left)
             )
 
-    async def _settle(self, run: RunInHand, assignment: Assignment, outcome: Outcome) -> None:
+    async def _do(self, run: RunInHand, action: runs.Action) -> None:
+        """Do what the life of a run asks for, other than asking the ledger."""
+        match action:
+            case runs.PutBack(keep):
+                await self._teller.put_back(run.flow_run, run.due)
+                if keep:
+                    self._queue.put_back(run.flow_run, time.monotonic())
+            case runs.ShowSkipped(reason):
+                await self._teller.skip(run.flow_run, reason)
+            case runs.Skip(reason) if run.job is not None:
+                await self._skip(run, run.job, reason)
+            case runs.EndJob(reason) if run.job is not None:
+                self._end_job(run.job, reason)
+            case runs.HoldJob() if run.job is not None:
+                self._timetable.hold(run.job.deployment.model_copy(update={"paused": True}))
+
+    async def _settle(
+        self, run: RunInHand, assignment: Assignment, message: str, *, at_fault: bool
+    ) -> None:
         """Do about a run whose process has ended what the ledger says."""
         try:
             entry = await self._entry(run, assignment)
         except TokenLostError:
             return  # the next holder asks the same
         known = await self._teller.state_of(run.flow_run)
-        mine = entry is None or entry.incarnation == self._node.incarnation
-        at_fault = isinstance(outcome.end, protocol.Crashed)
-        todo = settling.decide(entry, known, ours=True, lives=not mine or run.lost, at_fault=at_fault)
-        if run.lost and known not in TERMINAL_STATES:
-            self._log.warning("Run %s is left to the next holder of its group.", run.flow_run.name)
-            return
-        match todo:
+        match runs.settle(run.life, entry, known, self._node.incarnation, at_fault=at_fault):
+            case Todo.HAND_ON:
+                self._log.warning("Run %s is left to the next holder of its group.", run.flow_run.name)
             case Todo.PUT_BACK:
-                self._wait_before_another(run)
-                await self._put_back(run)
+                self._queue.try_later(run.flow_run.id, time.monotonic())
+                await self._do(run, runs.give_back(run.life))
             case Todo.CRASH:
-                message = outcome.end.fault if isinstance(outcome.end, protocol.Crashed) else outcome.how
                 await self._report_crash(run, assignment, message)
             case Todo.SUSPEND:
                 await self._enter(run, assignment, ABANDONED)
             case Todo.ENTER:
-                await self._enter(run, assignment, settling.outcome_of(known))
+                await self._enter(run, assignment, runs.outcome_of(known))
             case Todo.TELL if entry is not None:
                 await self._teller.tell(run.flow_run, entry)
-        self._tell_of_leftovers(run, outcome)
 
     async def _entry(self, run: RunInHand, assignment: Assignment) -> Entry | None:
         """Return a run's entry in the ledger, however long the database does not answer.
@@ -572,7 +502,7 @@ class Dispatcher:
             try:
                 found = await asyncio.to_thread(store.entries, url, [key])
             except CoordinationError as fault:
-                if run.lost:
+                if run.life.lost:
                     raise TokenLostError(f"run {run.flow_run.name} is another node's") from fault
                 self._log.debug("The end of run %s waits for the database: %s", run.flow_run.name, fault)
                 await asyncio.sleep(store.RETRY_SECONDS)
@@ -586,12 +516,6 @@ class Dispatcher:
             await asyncio.to_thread(store.end, url, key, outcome)
         except CoordinationError as fault:
             self._log.debug("The end of run %s is not entered yet: %s", run.flow_run.name, fault)
-
-    def _wait_before_another(self, run: RunInHand) -> None:
-        """Let a run that was ended before its body wait before it is tried again, longer each time."""
-        times, _ = self._tries.get(run.flow_run.id, (0, 0.0))
-        seconds = backoff(times, LONGEST_WAIT_SECONDS)
-        self._tries[run.flow_run.id] = times + 1, time.monotonic() + seconds
 
     def _assignment(
         self, run: RunInHand, job: DeployedJob, *, server_has_storage: bool = True
@@ -617,39 +541,34 @@ class Dispatcher:
 
     async def _in_a_process(self, run: RunInHand, assignment: Assignment, job: DeployedJob) -> Outcome:
         def begun(ended: str | None) -> None:
-            run.begun, run.ended = True, ended
+            actions = run.meet(protocol.Begun(ended=ended))
             self._release()
-            if ended is not None:
-                self._end_job(job, ended)
+            for action in actions:
+                if isinstance(action, runs.EndJob):
+                    self._end_job(job, action.reason)
 
         def loaded(seconds: float) -> None:
-            self._load_seconds[run.flow_run.deployment_id] = seconds
+            self._queue.loaded(run.flow_run.deployment_id, seconds)
 
-        try:
-            run.host = await self._fork(run)
-            if run.host is None:
-                return Outcome(Dropped())
-            if self._may_begin(run):
-                run.host.go()
-            return await run.host.carry_out(
-                assignment, Progress(loaded, lambda: self._send_heartbeat(run), begun)
-            )
-        finally:
-            run.host = None
-            await self._hosts.clear(str(run.flow_run.id))
-
-    async def _fork(self, run: RunInHand) -> Host | None:
-        """Return a process for a run; None if none can be started, or the run is not wanted any more."""
         try:
             host = await self._hosts.fork()
         except OSError as fault:
             self._log.warning("No process can be started for run %s: %s", run.flow_run.name, fault)
             await asyncio.sleep(PAUSE_SECONDS)
-            return None
-        if run.dropped or run.lost:
-            host.end(signal.SIGKILL)
-            return None
-        return host
+            return Outcome(protocol.Dropped())
+        run.host = host
+        try:
+            run.meet(runs.Forked())
+            if not run.life.has_process:
+                return Outcome(protocol.Dropped())
+            if self._may_begin(run):
+                host.go()
+            return await host.carry_out(
+                assignment, Progress(loaded, lambda: self._send_heartbeat(run), begun)
+            )
+        finally:
+            run.host = None
+            await self._hosts.clear(str(run.flow_run.id))
 
     def _end_job(self, job: DeployedJob, reason: str) -> None:
         """End a job for all nodes; its ticks that are claimed, but have not begun, do not begin."""
@@ -657,21 +576,10 @@ class Dispatcher:
         self._timetable.end(job.deployment.id)
         self.call_off(job.deployment.id, reason)
 
-    async def _put_back(self, run: RunInHand) -> None:
-        """Give a claimed run that has not begun to the next agent, or skip it if its job is over."""
-        if run.over is not None:
-            await self._teller.skip(run.flow_run, run.over)
-        else:
-            await self._teller.put_back(run.flow_run, run.due)
-            if not run.dropped and not run.lost:
-                # It is still first: later ticks of its job do not pass it until the next look.
-                self._upcoming[run.flow_run.id] = run.flow_run
-                self._returned[run.flow_run.id] = time.monotonic()
-
     async def _report_crash(self, run: RunInHand, assignment: Assignment, message: str) -> None:
         """Enter and report the end of a run whose process could not, and run the hooks it owes."""
         state: State[Any] = Crashed(message=f"On {self._node.name}: {message}.")
-        if run.cancelled is not None:
+        if run.life.cancelled is not None:
             state = Cancelled(message=f"Cancelled; on {self._node.name} {message}.")
         await self._enter(run, assignment, state.type.value.capitalize())
         if await self._teller.report(run.flow_run, state, force=True):
@@ -691,8 +599,8 @@ class Dispatcher:
         """Run a run that something other than a poll has claimed."""
         run = self._in_hand[flow_run.id] = RunInHand(flow_run, self._node.token(flow_run))
         try:
-            job = await self._deployments.job_of(flow_run, self._node.pool())
-            await self.run(run, job)
+            run.job = await self._deployments.job_of(flow_run, self._node.pool())
+            await self._run(run, run.job)
         finally:
             del self._in_hand[flow_run.id]
 
@@ -703,10 +611,11 @@ class Dispatcher:
         for watch in itertools.count():
             await asyncio.sleep(WATCH_SECONDS)
             since = datetime.now(UTC) - timedelta(seconds=WATCH_SECONDS)
-            runs = self._in_hand.items()
-            going_on = {i: run for i, run in runs if run.host is not None and run.due < since}
+            in_hand = self._in_hand.items()
+            going_on = {id_: run for id_, run in in_hand if run.host is not None and run.due < since}
             try:
-                self._kill_overdue(going_on.values())
+                for run in going_on.values():
+                    run.meet(runs.Watched(time.monotonic()))
                 self._send_heartbeats(going_on.values())
                 if going_on and (watch % HEARING_WATCHES == 0 or not self._node.hears()):
                     await self._cancel_what_is_to_be(going_on)
@@ -714,12 +623,6 @@ class Dispatcher:
                 self._log.debug("Could not look for cancelled runs: %s", fault)
             except Exception:  # noqa: BLE001 - as above
                 self._log.exception("Looking after the runs failed; trying again.")
-
-    def _kill_overdue(self, going_on: Iterable[RunInHand]) -> None:
-        cutoff = time.monotonic() - CANCEL_GRACE_SECONDS
-        for run in going_on:
-            if run.cancelled is not None and run.cancelled < cutoff and run.host is not None:
-                run.host.end(signal.SIGKILL)
 
     def _send_heartbeats(self, going_on: Iterable[RunInHand]) -> None:
         """Emit Prefect's heartbeat events: automations of its users detect dead runs by them."""
@@ -755,15 +658,8 @@ class Dispatcher:
     def cancel(self, run_id: UUID) -> None:
         """End a run that is to be cancelled, if it is going on here."""
         run = self._in_hand.get(run_id)
-        if run is not None and run.cancelled is None and run.host is not None:
-            run.cancelled = time.monotonic()
-            run.host.cancel()
-
-
-def _due(flow_run: FlowRun) -> datetime:
-    """Return when a run is to start: its scheduled time, or when it was made."""
-    due = flow_run.next_scheduled_start_time or flow_run.expected_start_time or flow_run.created
-    return due if due is not None else datetime.now(UTC)
+        if run is not None and run.host is not None:
+            run.meet(runs.Cancelled(time.monotonic()))
 
 
 def _resource(kind: str, object_id: UUID | None) -> dict[str, str]:

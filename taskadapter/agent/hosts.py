@@ -22,6 +22,7 @@ from prefect.client.schemas.objects import State
 from prefect.logging import get_logger
 from pydantic import SecretStr
 
+from taskadapter.agent.runs import Killed, Signal
 from taskadapter.errors import TaskError
 from taskadapter.execution import protocol
 from taskadapter.execution.assignment import LEAVE_SECONDS, Assignment
@@ -46,11 +47,6 @@ _FROM_OUTSIDE = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, s
 
 
 @dataclass(frozen=True)
-class Killed:
-    """The process has said no last word: a signal from outside has ended it, and the ledger is to say."""
-
-
-@dataclass(frozen=True)
 class Outcome:
     """How an assignment went.
 
@@ -63,6 +59,11 @@ class Outcome:
     end: protocol.End | Killed
     how: str = ""
     left: tuple[str, ...] = ()
+
+    @property
+    def message(self) -> str:
+        """What to tell of a run that has crashed."""
+        return self.end.fault if isinstance(self.end, protocol.Crashed) else self.how
 
 
 @dataclass(frozen=True)
@@ -175,6 +176,18 @@ class Host:
     def drop(self) -> None:
         """Give the run back if it still waits for its moment."""
         self._say(protocol.Drop())
+
+    def heed(self, sign: Signal) -> None:
+        """Tell the process what the life of its run asks for."""
+        match sign:
+            case Signal.DROP:
+                self.drop()
+            case Signal.CANCEL:
+                self.cancel()
+            case Signal.TERMINATE:
+                self.end(signal.SIGTERM)
+            case Signal.KILL:
+                self.end(signal.SIGKILL)
 
     def end(self, signum: signal.Signals) -> None:
         """Signal the process and all that its job has started."""

@@ -22,9 +22,9 @@ from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled, Crashed
 
-from taskadapter.agent import settling
+from taskadapter.agent import runs
 from taskadapter.agent.jobs import Deployments
-from taskadapter.agent.settling import Todo
+from taskadapter.agent.runs import Todo
 from taskadapter.agent.telling import Teller
 from taskadapter.coordination import store
 from taskadapter.coordination.executions import ABANDONED, Entry
@@ -119,8 +119,8 @@ class Takeover:
         flow_run = await self._read(entry.flow_run_id)
         known = None if flow_run is None else flow_run.state_type
         reruns = flow_run is not None and await self._reruns(flow_run)
-        todo = settling.decide(entry, known, reruns=reruns)
-        outcome = ABANDONED if todo is Todo.SUSPEND else settling.outcome_of(known)
+        todo = runs.decide(entry, known, reruns=reruns)
+        outcome = ABANDONED if todo is Todo.SUSPEND else runs.outcome_of(known)
         if flow_run is not None and todo in {Todo.AGAIN, Todo.CRASH}:
             outcome = await self._tell(flow_run, entry, todo)
         await asyncio.to_thread(store.end, self.database_url, entry.key, outcome)
@@ -135,7 +135,7 @@ class Takeover:
         is_cancelling = flow_run.state_type is StateType.CANCELLING
         state: State[Any] = Cancelled(message=message) if is_cancelling else Crashed(message=message)
         await self._teller.report(flow_run, state, force=True)
-        return settling.outcome_of(state.type)
+        return runs.outcome_of(state.type)
 
     async def _apart(self, what: str, work: Coroutine[Any, Any, None]) -> None:
         """Let one run's trouble not keep the others waiting; the API's and the database's are all runs'."""
@@ -160,7 +160,7 @@ class Takeover:
         )
 
     async def _settle_one(self, flow_run: FlowRun, entry: Entry | None) -> None:
-        match settling.decide(entry, flow_run.state_type, lives=True):
+        match runs.decide(entry, flow_run.state_type, lives=True):
             case Todo.PUT_BACK:
                 self._log.info("Run %s was claimed and has not begun; it is due again.", flow_run.name)
                 await self._put_back(flow_run)

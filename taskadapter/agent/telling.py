@@ -14,7 +14,7 @@ from prefect.client.schemas.responses import SetStateStatus
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Scheduled
 
-from taskadapter.agent import settling
+from taskadapter.agent import runs
 from taskadapter.coordination.executions import Entry
 from taskadapter.prefect_api.client import API_FAULTS, in_words
 from taskadapter.rules import ticks
@@ -67,7 +67,7 @@ class Teller:
     async def tell(self, flow_run: FlowRun, entry: Entry) -> None:
         """Tell the API what a run came to, as it knew it before if it did."""
         states = await self.until_told(lambda: self._client.read_flow_run_states(flow_run.id))
-        told = settling.state_of(entry)
+        told = runs.state_of(entry)
         final = [state for state in states or [] if state.type is told.type]
         await self.report(flow_run, max(final, key=lambda state: state.timestamp, default=told), force=True)
 

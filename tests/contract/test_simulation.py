@@ -16,8 +16,8 @@ import pytest
 from prefect.client.schemas.objects import TERMINAL_STATES, StateType
 from sqlalchemy import delete, insert, update
 
-from taskadapter.agent import settling
-from taskadapter.agent.settling import Todo, decide
+from taskadapter.agent import runs
+from taskadapter.agent.runs import Todo, decide
 from taskadapter.coordination import ledger, progress, schema
 from taskadapter.coordination.dialects import transaction
 from taskadapter.coordination.executions import (
@@ -257,7 +257,7 @@ class World:
     def _do(self, todo: Todo, run: Run, key: str, entry: Entry | None) -> None:
         """Carry out a decision: the ledger first, then Prefect, which is told until it knows."""
         known = run.state if run.id in self.runs else None
-        outcome = {Todo.CRASH: "Crashed", Todo.AGAIN: ABANDONED, Todo.ENTER: settling.outcome_of(known)}
+        outcome = {Todo.CRASH: "Crashed", Todo.AGAIN: ABANDONED, Todo.ENTER: runs.outcome_of(known)}
         if todo in outcome:
             if todo in {Todo.CRASH, Todo.AGAIN}:
                 self.interrupted.add(key)
@@ -270,7 +270,7 @@ class World:
                 self.set(run, StateType.CRASHED)
             case Todo.TELL:
                 assert entry is not None
-                self.set(run, settling.state_of(entry).type)
+                self.set(run, runs.state_of(entry).type)
 
     def start(self, agent: Agent) -> None:
         """Take a run that is due, as it was found a while ago: another may have run it since."""
@@ -437,7 +437,7 @@ def judge(world: World) -> None:
         if not run.by_hand:
             key = run.execution(0).key
             is_known = run.id not in world.unseen or run.state is not StateType.CRASHED
-            right = settling.outcome_of(run.state) == outcomes[key] or key in world.interrupted
+            right = runs.outcome_of(run.state) == outcomes[key] or key in world.interrupted
             assert right or not is_known, run
 
 
@@ -488,7 +488,7 @@ def without_the_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     def by_state(entry: Entry | None, known: StateType | None, **options: Any) -> Todo:
         if entry is None and known is StateType.CRASHED:
             return Todo.LEAVE
-        return settling.decide(entry, known, **options)
+        return runs.decide(entry, known, **options)
 
     monkeypatch.setattr("tests.contract.test_simulation.decide", by_state)
     monkeypatch.setattr(World, "renew", lambda _: None)
@@ -498,7 +498,7 @@ def without_telling(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the engine has told last stays."""
 
     def never(entry: Entry | None, known: StateType | None, **options: Any) -> Todo:
-        todo = settling.decide(entry, known, **options)
+        todo = runs.decide(entry, known, **options)
         return Todo.LEAVE if todo is Todo.TELL else todo
 
     monkeypatch.setattr("tests.contract.test_simulation.decide", never)

@@ -12,6 +12,7 @@ from prefect.client.schemas.objects import FlowRun
 
 from taskadapter.agent.dispatcher import Dispatcher, RunInHand
 from taskadapter.agent.jobs import Deployments
+from taskadapter.agent.runs import Life, Phase, give_back
 
 NOON = datetime(2030, 1, 1, 12, 0, tzinfo=UTC)
 LOG = logging.getLogger("test")
@@ -49,7 +50,7 @@ def in_hand(*begun, planned=True):
     runs = []
     for n, has in enumerate(begun):
         flow_run = tick(job_id, n, planned)
-        runs.append(RunInHand(flow_run, host=Process(), begun=has))
+        runs.append(RunInHand(flow_run, life=Life(Phase.BEGUN if has else Phase.FORKED), host=Process()))
         dispatcher._in_hand[flow_run.id] = runs[-1]
     dispatcher._release()
     return [run.host.released for run in runs]
@@ -82,14 +83,15 @@ def test_a_tick_that_waits_for_its_turn_is_not_passed_over(waits):
 
     async def decide(run):
         if waits:
-            dispatcher._upcoming[run.flow_run.id] = run.flow_run
+            dispatcher._queue.put(run.flow_run)
 
     dispatcher._decide = decide
     asked = time.monotonic()
     asyncio.run(dispatcher._handle(dispatcher._in_hand[first.id]))
     dispatcher.found([first, second], asked)
 
-    assert set(dispatcher._upcoming) == ({first.id, second.id} if waits else {second.id})
+    waiting = {run.id for run in (first, second) if run.id in dispatcher._queue}
+    assert waiting == ({first.id, second.id} if waits else {second.id})
 
 
 @pytest.mark.parametrize("dropped", [True, False])
@@ -98,17 +100,17 @@ def test_a_tick_that_is_put_back_is_not_passed_over(dropped):
     dispatcher = new_dispatcher()
     job_id = uuid4()
     first, second = (tick(job_id, seconds) for seconds in (1, 2))
-    run = dispatcher._in_hand[first.id] = RunInHand(first, dropped=dropped)
+    run = dispatcher._in_hand[first.id] = RunInHand(first, life=Life(dropped=dropped))
 
     async def told(*_):
         pass
 
     dispatcher._teller.put_back = told
-    dispatcher._decide = dispatcher._put_back
+    dispatcher._decide = lambda run: dispatcher._do(run, give_back(run.life))
     asked = time.monotonic()
     asyncio.run(dispatcher._handle(run))
     dispatcher.found([second], asked)
 
-    assert [found.id for found in dispatcher._firsts()] == [second.id if dropped else first.id]
+    assert [found.id for found in dispatcher._queue.firsts()] == [second.id if dropped else first.id]
     dispatcher.found([second], time.monotonic())
-    assert set(dispatcher._upcoming) == {second.id}
+    assert [found.id for found in dispatcher._queue.firsts()] == [second.id]

@@ -1,162 +1,257 @@
-"""The run that is going on: what travels to a host, and what a job may ask."""
-
-import asyncio
-import threading
-from datetime import UTC, datetime
-from uuid import uuid4
+"""The life of a run: what follows from all that may happen to it, and from what the ledger says."""
 
 import pytest
-from prefect.client.schemas.objects import FlowRun
-from pydantic import ValidationError
+from prefect.client.schemas.objects import StateType
 
-from taskadapter import current_run
-from taskadapter.declare.jobs import JobId
-from taskadapter.declare.triggers import RetryConfiguration, TriggerConfiguration
-from taskadapter.errors import TaskError
-from taskadapter.execution.assignment import Assignment, Workspace
-from taskadapter.execution.current import CurrentRun, running
+from taskadapter.agent import runs
+from taskadapter.agent.runs import (
+    CANCEL_GRACE_SECONDS,
+    Life,
+    Phase,
+    Signal,
+    Todo,
+    decide,
+    outcome_of,
+    settle,
+    state_of,
+    step,
+)
+from taskadapter.coordination.executions import ABANDONED, Entry
+from taskadapter.execution import protocol
 
-NOON = datetime(2030, 1, 1, 12, 0, tzinfo=UTC)
-SECRET = "postgresql://node:hunter2@db/tasks"
-TRIGGER = TriggerConfiguration(
-    interval=2,
-    max_count=5,
-    start_time=NOON,
-    retry_config=RetryConfiguration(max_attempts=1, retry_interval=0.5),
+PENDING, RUNNING, CANCELLING = StateType.PENDING, StateType.RUNNING, StateType.CANCELLING
+COMPLETED, FAILED, CRASHED, CANCELLED = (
+    StateType.COMPLETED,
+    StateType.FAILED,
+    StateType.CRASHED,
+    StateType.CANCELLED,
 )
 
 
-def assignment(*, auto_scheduled=True, deployment_id=None, **changes):
-    flow_run = FlowRun(
-        id=uuid4(), flow_id=uuid4(), deployment_id=deployment_id, auto_scheduled=auto_scheduled
-    )
-    given = {
-        "flow_run": flow_run,
-        "due": NOON,
-        "flow_name": "counter",
-        "entrypoint": "flows/counter.py:Counter",
-        "workspace": Workspace(working_dir="/code", env={"A": "1", "B": None}),
-        "node": "node-1",
-        "incarnation": "incarnation-1",
-        "database_url": SECRET,
-        "trigger_slug": "every-2s",
-        "trigger": TRIGGER,
-        "initial_state": {"i": 10},
-    }
-    return Assignment(**(given | changes))
+def entry(outcome=None):
+    return Entry("key", "run", "job", None, 1, "group", "node-1", 7, "incarnation", outcome)
 
 
-@pytest.fixture
-def a_run():
-    run = CurrentRun(job_id=JobId(uuid4()), scheduled_time=NOON, count=3)
-    token = running.set(run)
-    yield run
-    running.reset(token)
+@pytest.mark.parametrize(
+    ("known", "options", "todo"),
+    [
+        (PENDING, {}, Todo.PUT_BACK),
+        (RUNNING, {}, Todo.PUT_BACK),
+        # It was to be cancelled: nobody wants it to run.
+        (CANCELLING, {}, Todo.CRASH),
+        # Its process has ended of itself, and would again.
+        (PENDING, {"ours": True, "at_fault": True}, Todo.CRASH),
+        # The engine takes an API that fails it for a crash.
+        (CRASHED, {"ours": True}, Todo.PUT_BACK),
+        (CRASHED, {}, Todo.LEAVE),
+        # Its parameters are wrong, or a person has ended it.
+        (FAILED, {"ours": True}, Todo.LEAVE),
+        (CANCELLED, {"ours": True}, Todo.LEAVE),
+        (None, {"ours": True}, Todo.LEAVE),
+    ],
+)
+def test_what_has_not_begun(known, options, todo):
+    """It is made again, unless that it did not begin is its own fault or somebody's wish."""
+    assert decide(None, known, **options) is todo
 
 
-# --- current_run ----------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("known", "options", "todo"),
+    [
+        (RUNNING, {"lives": True}, Todo.LEAVE),
+        (RUNNING, {}, Todo.CRASH),
+        (CANCELLING, {}, Todo.CRASH),
+        # Between two attempts.
+        (StateType.SCHEDULED, {}, Todo.CRASH),
+        (RUNNING, {"reruns": True}, Todo.AGAIN),
+        (COMPLETED, {"reruns": True}, Todo.ENTER),
+        # Somebody will resume it, or not.
+        (StateType.PAUSED, {"ours": True}, Todo.SUSPEND),
+        (StateType.PAUSED, {}, Todo.SUSPEND),
+        (CRASHED, {"ours": True}, Todo.ENTER),
+        (None, {}, Todo.ENTER),
+    ],
+)
+def test_what_was_being_executed(known, options, todo):
+    """It has crashed, unless its process lives, Prefect knows better, or it is to be made again."""
+    assert decide(entry(), known, **options) is todo
 
 
-def test_outside_a_run_there_is_none():
-    """Outside a run it is an error that says where it may be called."""
-    with pytest.raises(TaskError, match=r"outside a run; call it in execute\(\)"):
-        current_run()
+@pytest.mark.parametrize(
+    ("known", "options", "todo"),
+    [
+        (PENDING, {"lives": True}, Todo.TELL),
+        (RUNNING, {}, Todo.TELL),
+        (COMPLETED, {"ours": True}, Todo.LEAVE),
+        (FAILED, {"ours": True}, Todo.TELL),
+        (CRASHED, {"ours": True}, Todo.TELL),
+        # A person has done that.
+        (FAILED, {}, Todo.LEAVE),
+        (CANCELLED, {"ours": True}, Todo.LEAVE),
+        (None, {}, Todo.LEAVE),
+    ],
+)
+def test_what_has_succeeded(known, options, todo):
+    """Prefect is told until it knows, and no success becomes a failure because it could not be told."""
+    assert decide(entry("Completed"), known, **options) is todo
 
 
-def test_inside_a_run_it_is_that_run(a_run):
-    """Inside a run it is the one that the flow has announced."""
-    assert current_run() is a_run
+@pytest.mark.parametrize("outcome", ["Failed", "Crashed", "Cancelled"])
+def test_what_has_not_succeeded(outcome):
+    """Prefect is told, and then knows."""
+    assert decide(entry(outcome), RUNNING) is Todo.TELL
+    known = StateType(outcome.upper())
+    assert decide(entry(outcome), known, ours=True) is Todo.LEAVE
 
 
-def test_what_a_run_knows_by_default(a_run):
-    """A first attempt of an uncoordinated job has no group, no node and no token."""
-    assert a_run.attempt == 1
-    assert (a_run.group_id, a_run.task_id, a_run.fencing_token) == (None, None, None)
+def test_a_failure_that_shows_as_a_crash():
+    """The engine could not tell of it; that an agent has ended a run, it can."""
+    assert decide(entry("Failed"), CRASHED, ours=True) is Todo.TELL
+    assert decide(entry("Cancelled"), CRASHED, ours=True) is Todo.LEAVE
 
 
-def test_a_coroutine_of_the_run_sees_it(a_run):
-    """An async job, and what it sends to a thread with asyncio, see the run too."""
-
-    async def ask():
-        return [current_run(), await asyncio.to_thread(current_run)]
-
-    assert asyncio.run(ask()) == [a_run, a_run]
+def test_what_may_begin_again():
+    """It is due again, as long as Prefect does not take it for ended."""
+    assert decide(entry(ABANDONED), RUNNING) is Todo.PUT_BACK
+    assert decide(entry(ABANDONED), COMPLETED) is Todo.LEAVE
+    assert decide(entry(ABANDONED), CRASHED, ours=True) is Todo.PUT_BACK
 
 
-def test_another_thread_is_outside_the_run(a_run):
-    """A thread that runs beside the job is not in its run."""
-    answers = []
-
-    def ask():
-        try:
-            answers.append(current_run())
-        except TaskError as error:
-            answers.append(error)
-
-    thread = threading.Thread(target=ask)
-    thread.start()
-    thread.join()
-
-    assert [type(answer) for answer in answers] == [TaskError]
+@pytest.mark.parametrize("known", [COMPLETED, FAILED, CRASHED, CANCELLED])
+def test_the_names_of_states(known):
+    """A state that was entered is the one that is told."""
+    assert state_of(entry(outcome_of(known))).type is known
 
 
-def test_a_run_is_frozen(a_run):
-    """A job cannot change what it is told."""
-    with pytest.raises(AttributeError):
-        a_run.count = 4
+def test_a_run_that_is_gone():
+    """It is entered as crashed: nobody can say more."""
+    assert outcome_of(None) == "Crashed"
 
 
-# --- Assignment -----------------------------------------------------------------------------------
+# --- step -----------------------------------------------------------------------------------------
+
+BEFORE_ITS_PROCESS = [Phase.FOUND, Phase.DECIDED, Phase.CLAIMED]
+WITH_PROCESS = [Phase.FORKED, Phase.BEGUN]
 
 
-def test_an_assignment_survives_json():
-    """What the agent sends is what the host reads, secret, state, trigger and due time included."""
-    sent = assignment()
+def test_a_run_goes_one_way():
+    """From what is due to its body; nothing is to be done on the way."""
+    life, phases = Life(), []
+    for event in (runs.Decided(finishes=True), runs.Claimed(), runs.Forked(), protocol.Begun()):
+        after = step(life, event)
+        assert after.signals == after.actions == ()
+        life = after.life
+        phases.append(life.phase)
 
-    read = Assignment.model_validate_json(sent.model_dump_json())
-
-    assert read == sent
-    assert read.database_url.get_secret_value() == SECRET
-    assert read.trigger == TRIGGER
-    assert read.due == NOON
-
-
-def test_an_assignment_survives_python_values_in_json_mode():
-    """The same holds by way of plain values, which the pipe to the host carries."""
-    sent = assignment()
-
-    assert Assignment.model_validate(sent.model_dump(mode="json")) == sent
+    assert phases == [Phase.DECIDED, Phase.CLAIMED, Phase.FORKED, Phase.BEGUN]
+    assert life.finishes
 
 
-def test_the_secret_is_shown_nowhere_else():
-    """Neither repr, str nor a dump to Python values shows the database's URL."""
-    shown = assignment()
+@pytest.mark.parametrize("phase", Phase)
+@pytest.mark.parametrize(
+    ("event", "signal"),
+    [
+        (runs.Dropped(), Signal.DROP),
+        (runs.CalledOff("it is over"), Signal.DROP),
+        (runs.TokenLost(), Signal.KILL),
+        (runs.TimeUp(), Signal.KILL),
+        (runs.Cancelled(at=1.0), Signal.CANCEL),
+    ],
+)
+def test_its_process_is_told_while_it_has_one(phase, event, signal):
+    """What has begun may end in order where its time is up; all else is told at once."""
+    told = step(Life(phase), event).signals
+    if phase is Phase.BEGUN and event == runs.TimeUp():
+        signal = Signal.TERMINATE
 
-    assert "hunter2" not in repr(shown)
-    assert "hunter2" not in str(shown)
-    assert "hunter2" not in repr(shown.model_dump())
-
-
-def test_an_assignment_is_frozen():
-    """One run's assignment is not turned into another's."""
-    with pytest.raises(ValidationError, match="frozen"):
-        assignment().node = "node-2"
-
-
-@pytest.mark.parametrize(("auto_scheduled", "max_count"), [(True, 5), (False, -1)])
-def test_a_run_by_hand_does_not_count_against_the_maximum(auto_scheduled, max_count):
-    """Only what the schedule has made is limited by the trigger."""
-    assert assignment(auto_scheduled=auto_scheduled).max_count == max_count
-
-
-def test_a_deployment_without_our_trigger_has_no_maximum():
-    """A plain Prefect deployment on our pool runs for ever."""
-    assert assignment(trigger=None).max_count == -1
+    assert told == (() if phase in BEFORE_ITS_PROCESS else (signal,))
 
 
-def test_the_job_is_the_deployment():
-    """A run belongs to the job of its deployment, one without a deployment to none."""
-    deployment_id = uuid4()
+@pytest.mark.parametrize("event", [runs.Dropped(), runs.CalledOff("it is over"), runs.TokenLost()])
+def test_a_process_that_comes_too_late_is_killed(event):
+    """What was dropped, called off or lost meanwhile does not begin in it."""
+    after = step(step(Life(Phase.CLAIMED), event).life, runs.Forked())
 
-    assert assignment(deployment_id=deployment_id).job_id == deployment_id
-    assert assignment().job_id is None
+    assert after.signals == (Signal.KILL,)
+    assert not after.life.has_process
+
+
+def test_what_may_finish_outlives_its_token():
+    """If its policy says so; what becomes of it the next holder says all the same."""
+    after = step(Life(Phase.BEGUN, finishes=True), runs.TokenLost())
+
+    assert after.signals == ()
+    assert after.life.lost
+
+
+def test_a_cancelled_run_has_time_to_clean_up():
+    """It is told once, and killed when its time is over."""
+    life = step(Life(Phase.BEGUN), runs.Cancelled(at=100.0)).life
+
+    assert step(life, runs.Cancelled(at=101.0)) == runs.Step(life)
+    assert step(life, runs.Watched(at=100.0 + CANCEL_GRACE_SECONDS)).signals == ()
+    assert step(life, runs.Watched(at=100.1 + CANCEL_GRACE_SECONDS)).signals == (Signal.KILL,)
+    assert step(Life(Phase.BEGUN), runs.Watched(at=1e9)).signals == ()
+
+
+@pytest.mark.parametrize(
+    ("end", "actions"),
+    [
+        (protocol.Told(), ()),
+        (protocol.Told(ended="over"), (runs.EndJob("over"),)),
+        (protocol.Untold(), (runs.AskLedger(at_fault=False),)),
+        (protocol.Untold(ended="over"), (runs.EndJob("over"), runs.AskLedger(at_fault=False))),
+        (protocol.Skipped(reason="late"), (runs.Skip("late"),)),
+        (protocol.Skipped(reason="late", ended="over"), (runs.EndJob("over"), runs.Skip("late"))),
+        (protocol.Dropped(), (runs.PutBack(keep=True),)),
+        (protocol.Paused(), (runs.HoldJob(), runs.PutBack(keep=True))),
+        (protocol.Crashed(fault="no"), (runs.AskLedger(at_fault=True),)),
+        (runs.Killed(), (runs.AskLedger(at_fault=False),)),
+    ],
+)
+def test_what_its_end_asks_for(end, actions):
+    """Prefect knows, or the ledger is to say, or it has not begun and goes back."""
+    assert step(Life(Phase.BEGUN), end).actions == actions
+
+
+def test_a_job_ends_once():
+    """The process says so when the body has failed, and once more when it ends."""
+    after = step(Life(Phase.FORKED), protocol.Begun(ended="over"))
+
+    assert after.actions == (runs.EndJob("over"),)
+    assert step(after.life, protocol.Told(ended="over")).actions == ()
+
+
+@pytest.mark.parametrize(
+    ("event", "given_back"),
+    [
+        (runs.Dropped(), runs.PutBack(keep=False)),
+        (runs.TokenLost(), runs.PutBack(keep=False)),
+        (runs.CalledOff("over"), runs.ShowSkipped("over")),
+    ],
+)
+@pytest.mark.parametrize("phase", WITH_PROCESS)
+def test_what_is_not_wanted_here_is_not_kept(phase, event, given_back):
+    """Another node has it next; what its job's end has overtaken shows so."""
+    assert step(step(Life(phase), event).life, protocol.Dropped()).actions == (given_back,)
+
+
+# --- settle ---------------------------------------------------------------------------------------
+
+
+def test_what_is_lost_is_the_next_holders():
+    """Unless Prefect knows how it ended."""
+    lost = Life(Phase.BEGUN, lost=True)
+
+    assert settle(lost, entry(), RUNNING, "incarnation", at_fault=False) is Todo.HAND_ON
+    assert settle(lost, entry("Completed"), COMPLETED, "incarnation", at_fault=False) is Todo.LEAVE
+
+
+def test_what_another_process_executes_is_left_to_it():
+    """A tick that was begun elsewhere meanwhile goes on there."""
+    life = Life(Phase.FORKED)
+
+    assert settle(life, entry(), RUNNING, "another", at_fault=False) is Todo.LEAVE
+    assert settle(life, entry(), RUNNING, "incarnation", at_fault=False) is Todo.CRASH
+    assert settle(life, None, PENDING, "incarnation", at_fault=False) is Todo.PUT_BACK
+    assert settle(life, None, PENDING, "incarnation", at_fault=True) is Todo.CRASH

@@ -1,0 +1,145 @@
+"""What is due soon or late on this node, and which run is the next to be claimed. Pure.
+
+Moments of the clock on the wall are aware; `clock` is the monotonic one, in seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from datetime import UTC, datetime, timedelta
+from typing import NamedTuple
+from uuid import UUID
+
+from prefect.client.schemas.objects import FlowRun
+
+from taskadapter.prefect_api.client import backoff
+from taskadapter.rules import ticks
+
+CLAIM_AHEAD = timedelta(seconds=1)
+"""A run is claimed, and its process made ready, this long before its time, or longer if it loads longer."""
+
+LOAD_MARGIN = 1.5
+"""How many times as long as it took before the loading of a run's code may take this time."""
+
+LONGEST_LOAD_SECONDS = 8.0
+"""No run is claimed longer before its time: the agent does not know of more."""
+
+LONGEST_WAIT_SECONDS = 15.0
+"""How long a run waits at most that was ended before its body, before it is tried again."""
+
+Which = Callable[[FlowRun], bool]
+"""Says of a run whether it is meant."""
+
+
+def any_run(_: FlowRun) -> bool:
+    """Mean every run."""
+    return True
+
+
+def due(flow_run: FlowRun) -> datetime:
+    """Return when a run is to start: its scheduled time, or when it was made."""
+    moment = flow_run.next_scheduled_start_time or flow_run.expected_start_time or flow_run.created
+    return moment if moment is not None else datetime.now(UTC)
+
+
+class Tries(NamedTuple):
+    """How often a run was ended before its body, and from when on the clock it may be tried again."""
+
+    times: int
+    again: float
+
+
+class Queue:
+    """Runs that are known and not taken, the first of each job first."""
+
+    def __init__(self) -> None:
+        self._upcoming: dict[UUID, FlowRun] = {}
+        # When runs have been through, and when some were put back: older answers do not know of it.
+        self._through: dict[UUID, float] = {}
+        self._returned: dict[UUID, float] = {}
+        self._tries: dict[UUID, Tries] = {}
+        self._load_seconds: dict[UUID | None, float] = {}
+
+    def __len__(self) -> int:
+        """Return how many runs wait here."""
+        return len(self._upcoming)
+
+    def __contains__(self, run_id: UUID) -> bool:
+        """Return whether a run waits here."""
+        return run_id in self._upcoming
+
+    def found(self, runs: Iterable[FlowRun], asked: float, taken: Collection[UUID]) -> None:
+        """Take note of all runs that are due soon or late; they replace those that were known.
+
+        Args:
+            runs: as the API had them.
+            asked: when it was asked, on the clock: what has been through since is no news.
+            taken: the runs that are not to wait here: they are between their claim and their end.
+        """
+        self._through = {run_id: when for run_id, when in self._through.items() if when >= asked}
+        self._returned = {run_id: when for run_id, when in self._returned.items() if when >= asked}
+        through = {*taken, *self._through}
+        returned = {id_: run for id_, run in self._upcoming.items() if id_ in self._returned}
+        self._upcoming = {run.id: run for run in runs if run.id not in through} | returned
+        self._tries = {
+            id_: tries for id_, tries in self._tries.items() if id_ in self._upcoming or id_ in through
+        }
+
+    def forget(self, which: Which = any_run) -> None:
+        """Know nothing more of some runs, or of all."""
+        self._upcoming = {id_: run for id_, run in self._upcoming.items() if not which(run)}
+
+    def take(self, flow_run: FlowRun) -> None:
+        """Have a run wait here no longer."""
+        del self._upcoming[flow_run.id]
+
+    def put(self, flow_run: FlowRun) -> None:
+        """Have a run wait here that was taken too early."""
+        self._upcoming[flow_run.id] = flow_run
+
+    def put_back(self, flow_run: FlowRun, clock: float) -> None:
+        """Have a claimed run wait here again: later ticks of its job stay behind it."""
+        self.put(flow_run)
+        self._returned[flow_run.id] = clock
+
+    def through(self, run_id: UUID, clock: float) -> None:
+        """Take note that a run is over, unless it waits here again."""
+        if run_id not in self._upcoming:
+            self._through[run_id] = clock
+
+    def try_later(self, run_id: UUID, clock: float) -> None:
+        """Let a run that was ended before its body wait before it is tried again, longer each time."""
+        times, _ = self._tries.get(run_id, Tries(0, 0.0))
+        self._tries[run_id] = Tries(times + 1, clock + backoff(times, LONGEST_WAIT_SECONDS))
+
+    def loaded(self, job_id: UUID | None, seconds: float) -> None:
+        """Take note of how long the code of a job takes to load."""
+        self._load_seconds[job_id] = seconds
+
+    def first(self, may_start: Which, clock: float) -> FlowRun | None:
+        """Return the run that is to be claimed next, of those that may start."""
+        free = [run for run in self.firsts() if not self._waits(run, clock) and may_start(run)]
+        return min(free, key=self.claimed_at, default=None)
+
+    def firsts(self) -> list[FlowRun]:
+        """Return what may be next: of the ticks of one job that is the first, of other runs each."""
+        firsts: dict[UUID | None, FlowRun] = {}
+        for run in self._upcoming.values():
+            key = run.deployment_id if ticks.is_tick(run) else run.id
+            if key not in firsts or due(run) < due(firsts[key]):
+                firsts[key] = run
+        return list(firsts.values())
+
+    def claimed_at(self, flow_run: FlowRun) -> datetime:
+        """Return when to claim a run, so that its code is loaded at its time."""
+        seconds = LOAD_MARGIN * self._load_seconds.get(flow_run.deployment_id, 0.0)
+        return due(flow_run) - max(CLAIM_AHEAD, timedelta(seconds=min(LONGEST_LOAD_SECONDS, seconds)))
+
+    def _waits(self, flow_run: FlowRun, clock: float) -> bool:
+        tries = self._tries.get(flow_run.id)
+        return tries is not None and tries.again > clock
+
+    def next_try(self, clock: float) -> float | None:
+        """Return in how many seconds a run may be tried again that was ended before its body."""
+        seconds = [tries.again - clock for tries in self._tries.values()]
+        return min((wait for wait in seconds if wait > 0), default=None)

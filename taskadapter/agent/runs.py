@@ -1,0 +1,384 @@
+"""The life of a run on its node: what has happened to it, and what is to be done about it. Pure.
+
+`step` takes a run's life and what happens to it, and returns the life after that and what is to be done. A
+run goes one way::
+
+    FOUND ──► DECIDED ──► CLAIMED ──► FORKED ──► BEGUN ──► over
+
+Before BEGUN it can be given back: it has no entry in the ledger, and so nothing of it has happened. From
+there on the ledger says what it came to, and `settle` what that asks for: here, when its process has ended,
+and at a takeover, when its node is gone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import Enum, IntEnum
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from prefect.client.schemas.objects import TERMINAL_STATES, State, StateType
+
+from taskadapter.coordination.executions import ABANDONED, SKIPPED
+from taskadapter.execution import protocol
+from taskadapter.rules.ticks import skipped
+
+if TYPE_CHECKING:
+    from taskadapter.coordination.executions import Entry
+
+CANCEL_GRACE_SECONDS = 30.0
+"""How long a cancelled run may take to clean up before its process is killed."""
+
+
+class Phase(IntEnum):
+    """How far a run has come.
+
+    FOUND: it was taken from what is due. DECIDED: it is to run, and has one of the places of its job's
+    `max_concurrent`. CLAIMED: Prefect has it as this node's. FORKED: a process has it. BEGUN: its body has
+    begun.
+    """
+
+    FOUND = 0
+    DECIDED = 1
+    CLAIMED = 2
+    FORKED = 3
+    BEGUN = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Life:
+    """What is known of a run between its claim and its end.
+
+    Attributes:
+        phase: how far it has come.
+        finishes: whether it may go on when the token of its group is lost.
+        dropped: whether it is given back, unless its body has begun.
+        lost: whether the token was lost: what becomes of the run, the group's next holder says.
+        over: why it is not to begin: its job has ended since it was claimed.
+        ended: why its job is over, once that is known.
+        cancelled: when it was cancelled, on the monotonic clock.
+    """
+
+    phase: Phase = Phase.FOUND
+    finishes: bool = False
+    dropped: bool = False
+    lost: bool = False
+    over: str | None = None
+    ended: str | None = None
+    cancelled: float | None = None
+
+    @property
+    def has_process(self) -> bool:
+        """Whether a process has it."""
+        return self.phase >= Phase.FORKED
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether its body has begun."""
+        return self.phase >= Phase.BEGUN
+
+
+# --- what happens ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """It is to run; `finishes` as in `Life`."""
+
+    finishes: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """Prefect has it as this node's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Forked:
+    """There is a process for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """This node is to begin nothing more of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class CalledOff:
+    """Its job is over, for a reason."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLost:
+    """Another node may start it."""
+
+
+@dataclass(frozen=True, slots=True)
+class TimeUp:
+    """The agent can wait for it no longer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """Somebody has cancelled it, at some time on the monotonic clock."""
+
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """It is so late on the monotonic clock."""
+
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Killed:
+    """Its process has said no last word: a signal from outside has ended it, and the ledger is to say."""
+
+
+Event: TypeAlias = (
+    Decided
+    | Claimed
+    | Forked
+    | protocol.Begun
+    | Dropped
+    | CalledOff
+    | TokenLost
+    | TimeUp
+    | Cancelled
+    | Watched
+    | protocol.End
+    | Killed
+)
+
+
+# --- what is to be done ---------------------------------------------------------------------------
+
+
+class Signal(Enum):
+    """What the process of a run is to be told, at once.
+
+    DROP: to give the run back. CANCEL: that somebody has cancelled it. TERMINATE, KILL: to end.
+    """
+
+    DROP = "drop"
+    CANCEL = "cancel"
+    TERMINATE = "terminate"
+    KILL = "kill"
+
+
+@dataclass(frozen=True, slots=True)
+class EndJob:
+    """Have no tick of its job begin any more, on any node."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class HoldJob:
+    """Its job is paused: have no tick of it begin until it is resumed."""
+
+
+@dataclass(frozen=True, slots=True)
+class PutBack:
+    """Make it due again; `keep` is whether it stays the next of its job here."""
+
+    keep: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Skip:
+    """Enter that the tick is skipped, and why, and say so where its policy asks for that."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ShowSkipped:
+    """Show a run as skipped whose job is over."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class AskLedger:
+    """Have the ledger say what becomes of it; `at_fault` as in `settle`."""
+
+    at_fault: bool
+
+
+Action: TypeAlias = EndJob | HoldJob | PutBack | Skip | ShowSkipped | AskLedger
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """The life of a run after an event, and what that asks for: signals at once, actions in their order."""
+
+    life: Life
+    signals: tuple[Signal, ...] = ()
+    actions: tuple[Action, ...] = ()
+
+
+def step(life: Life, event: Event) -> Step:
+    """Return what becomes of a run when something happens to it."""
+    match event:
+        case Decided(finishes):
+            return Step(replace(life, phase=Phase.DECIDED, finishes=finishes))
+        case Claimed():
+            return Step(replace(life, phase=Phase.CLAIMED))
+        case Forked():
+            if life.dropped or life.lost:
+                return Step(life, (Signal.KILL,))
+            return Step(replace(life, phase=Phase.FORKED))
+        case protocol.Begun(ended=reason):
+            return _job_ends(replace(life, phase=Phase.BEGUN), reason)
+        case Dropped():
+            return Step(replace(life, dropped=True), _if_forked(life, Signal.DROP))
+        case CalledOff(reason):
+            return Step(replace(life, dropped=True, over=reason), _if_forked(life, Signal.DROP))
+        case TokenLost():
+            return Step(replace(life, lost=True), () if life.finishes else _if_forked(life, Signal.KILL))
+        case TimeUp():
+            return Step(life, _if_forked(life, Signal.TERMINATE if life.has_begun else Signal.KILL))
+        case Cancelled(at):
+            if life.cancelled is not None or not life.has_process:
+                return Step(life)
+            return Step(replace(life, cancelled=at), (Signal.CANCEL,))
+        case Watched(at):
+            is_overdue = life.cancelled is not None and life.cancelled < at - CANCEL_GRACE_SECONDS
+            return Step(life, _if_forked(life, Signal.KILL) if is_overdue else ())
+        case _:
+            return _end(life, event)
+
+
+def _end(life: Life, end: protocol.End | Killed) -> Step:
+    match end:
+        case protocol.Told(ended=reason):
+            return _job_ends(life, reason)
+        case protocol.Skipped(reason=why, ended=reason):
+            return _job_ends(life, reason, Skip(why))
+        case protocol.Dropped():
+            return Step(life, actions=(give_back(life),))
+        case protocol.Paused():
+            return Step(life, actions=(HoldJob(), give_back(life)))
+        case protocol.Untold(ended=reason):
+            return _job_ends(life, reason, AskLedger(at_fault=False))
+        case protocol.Crashed():
+            return Step(life, actions=(AskLedger(at_fault=True),))
+        case Killed():
+            return Step(life, actions=(AskLedger(at_fault=False),))
+
+
+def _job_ends(life: Life, reason: str | None, *then: Action) -> Step:
+    """Return what follows when a run tells why its job is over, if it is: once is enough."""
+    if reason is None or life.ended is not None:
+        return Step(life, actions=then)
+    return Step(replace(life, ended=reason), actions=(EndJob(reason), *then))
+
+
+def give_back(life: Life) -> PutBack | ShowSkipped:
+    """Return what is to be done about a run that is claimed, and is not to begin here now."""
+    if life.over is not None:
+        return ShowSkipped(life.over)
+    return PutBack(keep=not life.dropped and not life.lost)
+
+
+def _if_forked(life: Life, signal: Signal) -> tuple[Signal, ...]:
+    return (signal,) if life.has_process else ()
+
+
+# --- when it has no process any more --------------------------------------------------------------
+_OF_BODIES = {"Completed", "Failed"}
+"""What a body comes to, if it comes to an end."""
+
+
+class Todo(Enum):
+    """What is to be done about a run.
+
+    LEAVE: nothing, or somebody else does it. PUT_BACK: make it due again. AGAIN: so, once the ledger allows
+    a second beginning. SUSPEND: let it begin again when somebody resumes it. CRASH: enter and tell that it
+    was interrupted. ENTER: enter what Prefect knows. TELL: tell Prefect what was entered. HAND_ON: leave it
+    to the next holder of its group.
+    """
+
+    LEAVE = "leave"
+    PUT_BACK = "put back"
+    AGAIN = "again"
+    SUSPEND = "suspend"
+    CRASH = "crash"
+    ENTER = "enter"
+    TELL = "tell"
+    HAND_ON = "hand on"
+
+
+def decide(
+    entry: Entry | None,
+    known: StateType | None,
+    *,
+    lives: bool = False,
+    ours: bool = False,
+    at_fault: bool = False,
+    reruns: bool = False,
+) -> Todo:
+    """Decide what is to be done about a run.
+
+    Args:
+        entry: of what it is an execution of, if that has begun.
+        known: the state that Prefect has; None if it has no such run any more.
+        lives: whether the process that executes it may still be there.
+        ours: whether it has just ended here, without telling Prefect of its end.
+        at_fault: whether it ended by itself, before its body.
+        reruns: whether an interrupted execution is to be made again.
+    """
+    is_final = known is None or known in TERMINAL_STATES
+    if entry is None or entry.outcome == ABANDONED:
+        # The engine takes an API that fails it before the body for a crash.
+        if is_final and not (ours and known is StateType.CRASHED):
+            return Todo.LEAVE
+        return Todo.CRASH if at_fault or known is StateType.CANCELLING else Todo.PUT_BACK
+    if entry.outcome is None:
+        if lives:
+            return Todo.LEAVE
+        if is_final:
+            return Todo.ENTER
+        if known is StateType.PAUSED:
+            return Todo.SUSPEND
+        return Todo.AGAIN if reruns else Todo.CRASH
+    if not is_final:
+        return Todo.TELL
+    # It takes it for the body's failure, or a crash, that it cannot tell what the body came to.
+    told_wrong = known in {StateType.FAILED, StateType.CRASHED} and entry.outcome != outcome_of(known)
+    return Todo.TELL if ours and told_wrong and entry.outcome in _OF_BODIES else Todo.LEAVE
+
+
+def settle(
+    life: Life, entry: Entry | None, known: StateType | None, incarnation: str, *, at_fault: bool
+) -> Todo:
+    """Decide what is to be done about a run whose process has ended on this node, and has not told its end.
+
+    Args:
+        life: of the run.
+        entry: as for `decide`.
+        known: the same.
+        incarnation: of this node's agent.
+        at_fault: as for `decide`.
+    """
+    if life.lost and known not in TERMINAL_STATES:
+        return Todo.HAND_ON
+    is_elsewhere = entry is not None and entry.incarnation != incarnation
+    return decide(entry, known, ours=True, lives=is_elsewhere or life.lost, at_fault=at_fault)
+
+
+def outcome_of(known: StateType | None) -> str:
+    """Return the name under which the ledger has a final state; a run that is gone has crashed."""
+    return "Crashed" if known is None else known.value.capitalize()
+
+
+def state_of(entry: Entry) -> State[Any]:
+    """Return the state that an execution came to, for a run that shows none."""
+    if entry.outcome == SKIPPED:
+        return skipped("another run of this tick was")
+    kind = StateType((entry.outcome or "Crashed").upper())
+    return State(type=kind, message=f"Executed {entry.where}, which could not report it.")
