@@ -114,7 +114,7 @@ class RunInHand:
 
 
 @dataclass(frozen=True)
-class Node:
+class AgentView:
     """What the dispatcher needs to know of its agent.
 
     Attributes:
@@ -148,16 +148,18 @@ class Dispatcher:
     """Has runs run, each at its time.
 
     Args:
-        node: the agent.
+        agent: whose runs they are.
         hosts: where they run.
         deployments: what they are runs of.
         timetable: which ticks are owed; it learns here which are settled.
     """
 
-    def __init__(self, node: Node, hosts: HostPool, deployments: Deployments, timetable: Timetable) -> None:
-        self._node = node
-        self._client = node.client
-        self._log = node.log
+    def __init__(
+        self, agent: AgentView, hosts: HostPool, deployments: Deployments, timetable: Timetable
+    ) -> None:
+        self._agent = agent
+        self._client = agent.client
+        self._log = agent.log
         self._hosts = hosts
         self._deployments = deployments
         self._teller = deployments.teller
@@ -278,7 +280,7 @@ class Dispatcher:
         """Take one run after another, each a little before its time, while there is room."""
         while True:
             flow_run = await self._next_due()
-            run = self._in_hand[flow_run.id] = RunInHand(flow_run, self._node.token(flow_run))
+            run = self._in_hand[flow_run.id] = RunInHand(flow_run, self._agent.token(flow_run))
             task = asyncio.create_task(self._handle(run))
             self._handling.add(task)
             task.add_done_callback(self._handling.discard)
@@ -301,7 +303,7 @@ class Dispatcher:
 
     def _may_start(self, flow_run: FlowRun) -> bool:
         """Return whether the run's job goes on, here, with fewer runs in hand than it may have."""
-        if self._deployments.is_ending(flow_run) or not self._node.may_run(flow_run):
+        if self._deployments.is_ending(flow_run) or not self._agent.may_run(flow_run):
             return False
         if self._timetable.is_held(flow_run):
             return False
@@ -331,7 +333,7 @@ class Dispatcher:
             await self._decide(run)
         except ObjectNotFound:
             self._log.info("Run %s or its deployment was deleted.", run.flow_run.name)
-            self._node.heard(News(Kind.DEPLOYMENT, run.flow_run.deployment_id))
+            self._agent.heard(News(Kind.DEPLOYMENT, run.flow_run.deployment_id))
         except (*API_FAULTS, CoordinationError) as fault:
             # One line is enough until a claim succeeds again.
             level = logging.DEBUG if self._is_held_up else logging.WARNING
@@ -339,7 +341,7 @@ class Dispatcher:
             self._is_held_up = True
             if run.life.phase >= Phase.CLAIMED:
                 await self._do(run, runs.give_back(run.life))
-            self._node.heard(News(Kind.WAITS, run.flow_run.id))
+            self._agent.heard(News(Kind.WAITS, run.flow_run.id))
         except Exception as exc:  # noqa: BLE001 - one run's trouble must not end the agent
             self._log.exception("Run %s could not be run.", run.flow_run.name)
             await self._teller.report(run.flow_run, Crashed(message=f"{exc}"))
@@ -354,7 +356,7 @@ class Dispatcher:
         flow_run = run.flow_run
         if self._deployments.is_ending(flow_run):
             return
-        run.job = job = await self._deployments.job_of(flow_run, self._node.pool())
+        run.job = job = await self._deployments.job_of(flow_run, self._agent.pool())
         # Decided already, or due before this one: they go first.
         others = [other for other in self._siblings(flow_run) if other is not run]
         ahead = sum(other.life.phase >= Phase.DECIDED or other.due < run.due for other in others)
@@ -365,7 +367,7 @@ class Dispatcher:
         run.meet(runs.Decided(job.finishes))
         if await self._is_off(flow_run, job) or await self._is_put_away(run, job):
             return
-        if not self._node.may_run(flow_run):
+        if not self._agent.may_run(flow_run):
             return
         claim: OrchestrationResult[Any] = await self._client.set_flow_run_state(flow_run.id, Pending())
         if claim.status is SetStateStatus.ACCEPT:
@@ -399,7 +401,7 @@ class Dispatcher:
         """Return whether the tick is not to run by its trigger or its policy, and see to it then."""
         if job.trigger is None or not ticks.is_tick(run.flow_run):
             return False
-        waiting_time = PoolSize.of(self._node.pool()).waiting_time
+        waiting_time = PoolSize.of(self._agent.pool()).waiting_time
         judgement = ticks.judge(
             job.trigger,
             run.tick,
@@ -423,7 +425,7 @@ class Dispatcher:
         """Skip a tick that is too late for its policy, or whose job is over; say so if the policy asks."""
         try:
             assignment = self._assignment(run, job)
-            url, execution, owner = self._node.database_url(), assignment.execution, assignment.owner
+            url, execution, owner = self._agent.database_url(), assignment.execution, assignment.owner
             await asyncio.to_thread(store.skip, url, execution, owner, reason)
         except CoordinationError as fault:
             self._log.debug("The ledger does not say that run %s is skipped: %s", run.flow_run.name, fault)
@@ -476,7 +478,7 @@ class Dispatcher:
         except TokenLostError:
             return  # the next holder asks the same
         known = await self._teller.state_of(run.flow_run)
-        match runs.settle(run.life, entry, known, self._node.incarnation, at_fault=at_fault):
+        match runs.settle(run.life, entry, known, self._agent.incarnation, at_fault=at_fault):
             case Todo.HAND_ON:
                 self._log.warning("Run %s is left to the next holder of its group.", run.flow_run.name)
             case Todo.PUT_BACK:
@@ -497,7 +499,7 @@ class Dispatcher:
         Raises:
             TokenLostError: the token is lost.
         """
-        key, url = assignment.execution.key, self._node.database_url()
+        key, url = assignment.execution.key, self._agent.database_url()
         while True:
             try:
                 found = await asyncio.to_thread(store.entries, url, [key])
@@ -511,7 +513,7 @@ class Dispatcher:
 
     async def _enter(self, run: RunInHand, assignment: Assignment, outcome: str) -> None:
         """Enter what a run came to; if the database does not answer now, a look at what is open will."""
-        url, key = self._node.database_url(), assignment.execution.key
+        url, key = self._agent.database_url(), assignment.execution.key
         try:
             await asyncio.to_thread(store.end, url, key, outcome)
         except CoordinationError as fault:
@@ -525,17 +527,17 @@ class Dispatcher:
             due=run.due,
             flow_name=job.flow_name,
             entrypoint=job.deployment.entrypoint or "",
-            workspace=job.workspace_of(run.flow_run, self._node.name),
-            node=self._node.name,
-            incarnation=self._node.incarnation,
-            database_url=self._node.database_url(),
+            workspace=job.workspace_of(run.flow_run, self._agent.name),
+            node=self._agent.name,
+            incarnation=self._agent.incarnation,
+            database_url=self._agent.database_url(),
             token=run.token,
-            board=self._node.board(),
+            board=self._agent.board(),
             scratch=self._hosts.scratch(str(run.flow_run.id)),
             trigger_slug=job.slug,
             trigger=job.trigger,
             initial_state=job.configuration.initial_state,
-            waiting_time=PoolSize.of(self._node.pool()).waiting_time,
+            waiting_time=PoolSize.of(self._agent.pool()).waiting_time,
             server_has_storage=server_has_storage,
         )
 
@@ -578,9 +580,9 @@ class Dispatcher:
 
     async def _report_crash(self, run: RunInHand, assignment: Assignment, message: str) -> None:
         """Enter and report the end of a run whose process could not, and run the hooks it owes."""
-        state: State[Any] = Crashed(message=f"On {self._node.name}: {message}.")
+        state: State[Any] = Crashed(message=f"On {self._agent.name}: {message}.")
         if run.life.cancelled is not None:
-            state = Cancelled(message=f"Cancelled; on {self._node.name} {message}.")
+            state = Cancelled(message=f"Cancelled; on {self._agent.name} {message}.")
         await self._enter(run, assignment, state.type.value.capitalize())
         if await self._teller.report(run.flow_run, state, force=True):
             self._log.warning("Run %s: %s", run.flow_run.name, state.message)
@@ -597,9 +599,9 @@ class Dispatcher:
 
     async def run_now(self, flow_run: FlowRun) -> None:
         """Run a run that something other than a poll has claimed."""
-        run = self._in_hand[flow_run.id] = RunInHand(flow_run, self._node.token(flow_run))
+        run = self._in_hand[flow_run.id] = RunInHand(flow_run, self._agent.token(flow_run))
         try:
-            run.job = await self._deployments.job_of(flow_run, self._node.pool())
+            run.job = await self._deployments.job_of(flow_run, self._agent.pool())
             await self._run(run, run.job)
         finally:
             del self._in_hand[flow_run.id]
@@ -617,7 +619,7 @@ class Dispatcher:
                 for run in going_on.values():
                     run.meet(runs.Watched(time.monotonic()))
                 self._send_heartbeats(going_on.values())
-                if going_on and (watch % HEARING_WATCHES == 0 or not self._node.hears()):
+                if going_on and (watch % HEARING_WATCHES == 0 or not self._agent.hears()):
                     await self._cancel_what_is_to_be(going_on)
             except API_FAULTS as fault:
                 self._log.debug("Could not look for cancelled runs: %s", fault)

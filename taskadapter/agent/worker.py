@@ -34,7 +34,7 @@ from prefect.settings import (
 from prefect.workers.base import BaseWorker, BaseWorkerResult
 from pydantic import SecretStr
 
-from taskadapter.agent.dispatcher import Dispatcher, Node
+from taskadapter.agent.dispatcher import AgentView, Dispatcher
 from taskadapter.agent.groups import Groups
 from taskadapter.agent.hearing import Hearing, Kind, News
 from taskadapter.agent.hosts import HostPool
@@ -215,7 +215,7 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
             raise
         self._deployments = Deployments(self.client, self._logger)
         self._timetable = Timetable(self.client, self._logger, self._entered)
-        node = Node(
+        view = AgentView(
             self.name,
             self._incarnation,
             self.client,
@@ -228,7 +228,7 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
             hears=lambda: self._hearing.hears,
             heard=self._looks.hear,
         )
-        self._dispatcher = Dispatcher(node, self._hosts, self._deployments, self._timetable)
+        self._dispatcher = Dispatcher(view, self._hosts, self._deployments, self._timetable)
         self._dispatching = asyncio.create_task(self._for_ever(self._dispatcher.dispatch))
         self._watching = asyncio.create_task(self._for_ever(self._dispatcher.watch))
         self._spawn(self._for_ever(self._take_over))
