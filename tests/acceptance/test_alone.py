@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -392,6 +393,11 @@ def test_a_thread_ends_with_its_run(project: Project, prefect: Prefect) -> None:
     wait_until(lambda: not is_alive(pid), 10, "the process to end")
 
 
+def is_gone(pid: int) -> bool:
+    """Return whether a process has ended."""
+    return not is_alive(pid)
+
+
 def children(project: Project, count: int) -> list[int]:
     """Return the last processes that runs have started, once they are noted."""
     before = len(CHILDREN)
@@ -422,7 +428,7 @@ def test_what_a_run_leaves_is_ended(
     ended = run(prefect, flow)
     assert_completed([ended])
     for child in children(project, len(commands)):
-        wait_until(lambda child=child: not is_alive(child), 10, "a child to end")
+        wait_until(partial(is_gone, child), 10, "a child to end")
     log = prefect.wait_for_logs(ended, "left processes behind")
     (line,) = [message for message in log if "left processes behind" in message]
     assert all(command in line for command in commands)

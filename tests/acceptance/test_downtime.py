@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
@@ -69,7 +70,12 @@ class Site:
 
     def programs(self, part: str) -> Sequence[Program]:
         """Return the programs of one part of it."""
-        return {"server": [self.server], "database": [self.database], "agents": self.agents}[part]
+        parts: dict[str, Sequence[Program]] = {
+            "server": [self.server],
+            "database": [self.database],
+            "agents": self.agents,
+        }
+        return parts[part]
 
 
 @dataclass(frozen=True)
@@ -153,13 +159,18 @@ def run_of(entries: list[Entry], after: float) -> bool:
     return any(entry["due"] > after for entry in entries)
 
 
+def has_run(project: Project, job: str, after: float) -> bool:
+    """Return whether a job's tick has run that was due after a moment."""
+    return run_of(project.entries(job), after)
+
+
 def go_through(project: Project, site: Site, part: str, seconds: float, interval: int) -> Outage:
     """Have a part of the site fail at once, for so long, and wait until what was due then is settled."""
     deploy(project, interval)
     jobs = [f"wait-{interval}", f"ignore-{interval}"]
     ready = time.time()
     for job in jobs:
-        wait_until(lambda job=job: run_of(project.entries(job), ready), PATIENCE, f"{job} to run")
+        wait_until(partial(has_run, project, job, ready), PATIENCE, f"{job} to run")
     since = max(project.entries(job)[-1]["due"] for job in jobs) - 0.5
     programs = site.programs(part)
     for program in programs:
@@ -171,7 +182,7 @@ def go_through(project: Project, site: Site, part: str, seconds: float, interval
     back = time.time()
     settled = back + WAITING_TIME + interval
     for job in jobs:
-        wait_until(lambda job=job: run_of(project.entries(job), settled), 2 * PATIENCE, f"{job} to go on")
+        wait_until(partial(has_run, project, job, settled), 2 * PATIENCE, f"{job} to go on")
     until = min(project.entries(job)[-1]["due"] for job in jobs) + 0.5 * interval
     return Outage(since, down, back, min(until, time.time()), interval)
 
@@ -190,7 +201,7 @@ def ticks_in(prefect: Prefect, job: str, outage: Outage, *states: str) -> list[i
 def anchor_of(prefect: Prefect, job: str) -> float:
     """Return the moment of tick 0."""
     (schedule,) = prefect.deployment(job).schedules
-    moment: float = schedule.schedule.anchor_date.timestamp()  # type: ignore[union-attr]
+    moment: float = schedule.schedule.anchor_date.timestamp()
     return moment
 
 

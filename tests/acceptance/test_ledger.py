@@ -329,7 +329,7 @@ def test_a_run_by_hand_counts_for_nothing_and_ends_nothing(project: Project, pre
 def anchor(project: Project) -> float:
     """Return the fraction of a second at which the ticks of the job are due: most entries are ticks."""
     fractions = Counter(entry["due"] % 1 for entry in project.entries("book-second", "began"))
-    return fractions.most_common(1)[0][0]
+    return float(fractions.most_common(1)[0][0])
 
 
 @pytest.mark.usefixtures("node")
@@ -465,7 +465,7 @@ def test_a_backlog_is_drained_in_order(project: Project, prefect: Prefect) -> No
 
     def is_on_time() -> bool:
         last = project.entries("book-second", "began")[-1]
-        return last["due"] > resumed and last.at - last["due"] < 1
+        return bool(last["due"] > resumed and last.at - last["due"] < 1)
 
     wait_until(is_on_time, PATIENCE, "the job to be on time again")
     began = [entry for entry in project.entries("book-second", "began") if entry.at > resumed]

@@ -13,6 +13,7 @@ import uuid
 from collections import Counter, defaultdict
 from contextlib import ExitStack
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -206,7 +207,7 @@ def test_a_node_dies_and_another_is_stopped(
         send(nodes[active], number)
         for job in held:
             wait_until(
-                lambda job=job, node=active, since=gone: runs_elsewhere(project, job, node, since),
+                partial(runs_elsewhere, project, job, active, gone),
                 PATIENCE,
                 f"{job} to run on another node than {active}",
             )
@@ -422,7 +423,7 @@ def test_two_listeners_share_a_group(project: Project, prefix: str, database: di
         stopped = project.wait_for(prefix, "stopped")[0].at
         for job in (one, other):
             wait_until(
-                lambda job=job: runs_elsewhere(project, job, "node-a", stopped),
+                partial(runs_elsewhere, project, job, "node-a", stopped),
                 PATIENCE,
                 f"{job} to run on the other node",
             )

@@ -8,6 +8,7 @@ import datetime as dt
 import math
 import re
 import time
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from prefect.client.schemas.schedules import IntervalSchedule
@@ -113,7 +114,7 @@ class Bench:
             for done in range(EVERY, runs + 1, EVERY):
                 self._miss(job, EVERY)
                 within = DRAIN_WITHIN + EVERY
-                wait_until(lambda done=done: len(ledger.read(job.ledger)) >= done, within, f"{done} runs")
+                wait_until(partial(_has, job, done), within, f"{done} runs")
                 samples.append({"runs": done, **holdings(node.pid)})
         return samples
 
@@ -184,6 +185,11 @@ def punctuality(lines: Sequence[Line], start: float, end: float) -> Figures:
 def _polls(proxy: ApiProxy) -> list[float]:
     """Return when the runner asked for runs."""
     return [r.at for r in proxy.requests if r.path.endswith("/get_scheduled_flow_runs")]
+
+
+def _has(job: Job, runs: int) -> bool:
+    """Return whether so many runs have begun."""
+    return len(ledger.read(job.ledger)) >= runs
 
 
 def _kind(request: Request) -> str:

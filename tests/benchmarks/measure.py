@@ -56,7 +56,7 @@ def holdings(pid: int) -> dict[str, float]:
 
     Memory is what each has in RAM, in MB; connections are those of the internet's families.
     """
-    held = {}
+    held: dict[str, float] = {}
     for name, process in (("agent", psutil.Process(pid)), ("nursery", nurseries(pid)[0])):
         held |= {
             f"{name} memory": process.memory_info().rss / 1e6,

@@ -32,7 +32,7 @@ class Node:
         self.changes: list[Change] = []
         self.deadlines: dict[Token, float] = {}
         self._changed = threading.Condition()
-        options = {
+        options: dict[str, Any] = {
             "liveness_check_interval": INTERVAL,
             "heartbeat_frequency": FREQUENCY,
             **timing,
@@ -278,7 +278,7 @@ class TestFaults:
         time.sleep(INTERVAL)
         proxy.thaw()
         node.wait_for(Gained, count=2)
-        assert node.last(Gained).token.term > node.changes[0].token.term  # type: ignore[union-attr]
+        assert node.last(Gained).token.term > node.changes[0].token.term
         messages = [r.getMessage() for r in caplog.records]
         assert sum("standby for group" in m for m in messages) == 1
         assert any("the database answers again" in m for m in messages)

@@ -96,7 +96,8 @@ class TestCount:
         """Of racing callers exactly max_count get a number, each another one."""
         with ThreadPoolExecutor(5) as pool:
             numbers = list(pool.map(lambda _: count_one(engine, max_count=30), range(40)))
-        assert {**dict.fromkeys(range(1, 31), 1), "Exhausted": 10} == Counter(numbers)
+        expected: Counter[int | str] = Counter([*range(1, 31), *["Exhausted"] * 10])
+        assert expected == Counter(numbers)
 
     def test_racing_processes_never_share_a_number(self, engine: Engine) -> None:
         """The same holds between processes, which share nothing but the database."""

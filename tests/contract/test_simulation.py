@@ -33,6 +33,7 @@ from taskadapter.coordination.executions import (
     tick_key,
 )
 from taskadapter.coordination.messages import Token
+from taskadapter.coordination.tokens import require_token
 from taskadapter.errors import TokenLostError
 
 if TYPE_CHECKING:
@@ -215,7 +216,7 @@ class World:
         try:
             with transaction(self.engine) as connection:
                 if process.owner.token is not None:
-                    ledger.require_token(connection, process.owner.token)
+                    require_token(connection, process.owner.token)
                 ledger.end(
                     connection, process.execution.key, outcome, incarnation=process.owner.incarnation
                 )

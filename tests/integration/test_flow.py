@@ -7,7 +7,7 @@ import gc
 import uuid
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from prefect import flow
@@ -141,7 +141,7 @@ def name() -> str:
     return f"job-{uuid.uuid4().hex[:8]}"
 
 
-def call(on_name: str, source: object, **changes: object) -> object:
+def call(on_name: str, source: Any, **changes: object) -> object:
     """Declare a job and call it, as a test or a shell would."""
     outcome = listener(**changes).service(on_name)(source)()
     return asyncio.run(outcome) if asyncio.iscoroutine(outcome) else outcome
@@ -165,7 +165,7 @@ def test_a_direct_call_runs_the_body_once(name: str, source: object) -> None:
 
 def test_a_direct_call_is_not_counted(name: str) -> None:
     """The maximum count of the trigger does not limit direct calls."""
-    job = listener().service(name)(look)
+    job: Any = listener().service(name)(look)
 
     assert [job(), job(), job()] == [1, 2, 3]
 
@@ -249,10 +249,10 @@ def test_a_direct_call_of_an_attached_service(name: str) -> None:
 
 def test_a_job_within_a_flow(name: str) -> None:
     """A job that another flow calls is a subflow like any other."""
-    job = listener().service(name)(look)
+    job: Any = listener().service(name)(look)
 
     @flow
-    def parent() -> int:
+    def parent() -> Any:
         return job() + job()
 
     assert parent() == 3
@@ -288,7 +288,7 @@ def test_a_job_is_called_with_its_fields() -> None:
 
 @pytest.mark.parametrize("source", [look, look_async])
 def test_a_deployed_run_without_our_agent_refuses(
-    prefect_client: SyncPrefectClient, name: str, source: object
+    prefect_client: SyncPrefectClient, name: str, source: Any
 ) -> None:
     """A deployed run that another worker starts fails before its body, and says what to start."""
     on = listener()
@@ -374,7 +374,7 @@ class Agent:
 
 @pytest.fixture
 def given(prefect_client: SyncPrefectClient, name: str, tmp_path: Path) -> Iterator[Callable[..., Agent]]:
-    def give(source: object, **changes: object) -> Agent:
+    def give(source: Any, **changes: object) -> Agent:
         on = listener(**changes)
         job = on.service(name)(source)
         turn.keep(job)

@@ -58,7 +58,7 @@ from taskadapter.rules.ticks import ONE_TIME, is_tick, slug, tick_key
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
-    from prefect.client.schemas.objects import FlowRun
+    from prefect.client.schemas.objects import FlowRun, State
     from prefect.client.schemas.responses import DeploymentResponse
 
 PROJECT = Path(__file__).parents[2]
@@ -255,7 +255,7 @@ def test_a_fraction_of_a_second_is_kept(prefect_client: SyncPrefectClient, pool:
 
 def test_the_parameters_are_what_the_nodes_take(prefect_client: SyncPrefectClient, pool: str) -> None:
     """Whatever a field's alias, type or default: what is kept as JSON is the job again on the node."""
-    letter = Letter(recipient="Ann", lines=["Hello,"])
+    letter = Letter(recipient="Ann", lines=["Hello,"])  # type: ignore[call-arg]
 
     job_id = schedule_one_time_job(letter, NOON, work_pool=pool)
 
@@ -529,7 +529,8 @@ def test_unscheduling_stops_at_once_and_keeps_history(prefect_client: SyncPrefec
     job_id = schedule_job_recur_by_frequency(HELLO, 3600, work_pool=pool)
     waiting = only_run(prefect_client, job_id).id
     kept = {}
-    for state in (Pending(), Running(), Completed()):
+    states: list[State] = [Pending(), Running(), Completed()]
+    for state in states:
         run = prefect_client.create_flow_run_from_deployment(job_id.id)
         prefect_client.set_flow_run_state(run.id, state, force=True)
         kept[state.type] = run.id

@@ -71,9 +71,9 @@ def anchor_of(client: SyncPrefectClient, job: UUID) -> datetime:
     return ticks.in_utc(schedule.schedule.anchor_date)
 
 
-async def nothing_begun(_: UUID) -> Entered:
-    """The ledger of a job that has not begun anything."""
-    return Entered()
+async def nothing_begun(jobs: Collection[UUID]) -> dict[UUID, Entered]:
+    """The ledger of jobs that have not begun anything."""
+    return dict.fromkeys(jobs, Entered())
 
 
 def complete(

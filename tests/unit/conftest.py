@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from taskadapter.listener import listeners
+from taskadapter.declare.registry import listeners
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -191,7 +191,8 @@ def test_a_keyword_wins_over_the_file(file, name, place):
     """What a program says replaces all that the file says of it, wherever that stands."""
     retries = RetryConfiguration(max_attempts=1, retry_interval=2)
     text = f"interval = 9\n[{place}retryConfig]\nmaxAttempts = 7\nretryInterval = 1\nmaxInterval = 4"
-    listener = Listener.from_config(write(file, text), **{name: retries})
+    options: dict[str, Any] = {name: retries}
+    listener = Listener.from_config(write(file, text), **options)
 
     assert listener.trigger.retry_config == retries
     assert listener.trigger.interval == 9

@@ -85,7 +85,7 @@ def test_a_coroutine_of_the_run_sees_it(a_run):
 
 def test_another_thread_is_outside_the_run(a_run):
     """A thread that runs beside the job is not in its run."""
-    answers = []
+    answers: list[object] = []
 
     def ask():
         try:

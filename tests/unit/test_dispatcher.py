@@ -5,6 +5,7 @@ import logging
 import time
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -27,9 +28,10 @@ class Process:
         self.released = True
 
 
-def new_dispatcher():
+def new_dispatcher() -> Any:
     """A dispatcher that has nothing to do."""
-    return Dispatcher(SimpleNamespace(client=None, log=LOG), None, Deployments(None, LOG), None)
+    agent: Any = SimpleNamespace(client=None, log=LOG)
+    return Dispatcher(agent, None, Deployments(None, LOG), None)
 
 
 def tick(job_id, seconds, planned=True):
@@ -50,10 +52,12 @@ def in_hand(*begun, planned=True):
     runs = []
     for n, has in enumerate(begun):
         flow_run = tick(job_id, n, planned)
-        runs.append(RunInHand(flow_run, life=Life(Phase.BEGUN if has else Phase.FORKED), host=Process()))
+        process: Any = Process()
+        runs.append(RunInHand(flow_run, life=Life(Phase.BEGUN if has else Phase.FORKED), host=process))
         dispatcher._in_hand[flow_run.id] = runs[-1]
     dispatcher._release()
-    return [run.host.released for run in runs]
+    hosts: list[Any] = [run.host for run in runs]
+    return [host.released for host in hosts]
 
 
 @pytest.mark.parametrize(

@@ -19,12 +19,15 @@ URL = "postgresql+psycopg://tasks@db:5432/tasks"
 
 
 def pool(domain: Domain) -> WorkPool:
-    template = domain.put_into(WarmBackupWorker.get_default_base_job_template())
-    return WorkPool(name="pool", type="warm-backup", base_job_template=template)
+    return pool_of(domain.put_into(WarmBackupWorker.get_default_base_job_template()))
+
+
+def pool_of(template: dict[str, Any]) -> WorkPool:
+    return WorkPool.model_validate({"name": "pool", "type": "warm-backup", "base_job_template": template})
 
 
 def url_with(domain: Domain, **settings: str) -> str:
-    return asyncio.run(domain.database_url(TaskadapterSettings(**settings)))
+    return asyncio.run(domain.database_url(TaskadapterSettings.model_validate(settings)))
 
 
 def test_the_domain_of_a_listener_has_no_secret() -> None:
@@ -50,7 +53,7 @@ def test_a_pool_without_a_domain_has_the_defaults() -> None:
 
 def test_a_pool_made_by_hand_has_the_defaults() -> None:
     """A pool whose template knows nothing of coordination has the defaults too."""
-    assert Domain.of(WorkPool(name="pool", type="warm-backup", base_job_template={})) == Domain()
+    assert Domain.of(pool_of({})) == Domain()
 
 
 def test_the_nodes_environment_wins() -> None:
@@ -87,7 +90,7 @@ def test_a_pool_keeps_its_size_beside_its_domain() -> None:
         domain.put_into(size.put_into(template)),
         size.put_into(domain.put_into(template)),
     ):
-        found = WorkPool(name="pool", type="warm-backup", base_job_template=filled)
+        found = pool_of(filled)
         assert (PoolSize.of(found), Domain.of(found)) == (size, domain)
         properties = filled["variables"]["properties"]
         assert properties["worker_count"]["title"] == "Worker count"
@@ -96,6 +99,6 @@ def test_a_pool_keeps_its_size_beside_its_domain() -> None:
 @pytest.mark.parametrize("template", [{}, WarmBackupWorker.get_default_base_job_template()])
 def test_a_pool_without_a_size_has_the_defaults(template: dict[str, Any]) -> None:
     """Each node has its own count, and a tick is late after five seconds."""
-    found = WorkPool(name="pool", type="warm-backup", base_job_template=template)
+    found = pool_of(template)
 
     assert PoolSize.of(found) == PoolSize(worker_count=None, waiting_time=5.0)

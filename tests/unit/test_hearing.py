@@ -72,7 +72,7 @@ def hear(monkeypatch):
     """Listen to a stream until something is so."""
 
     def hear(stream, until, *, is_api_away=False, pause=0.0):
-        heard = []
+        heard: list[News] = []
         monkeypatch.setattr(hearing, "get_events_subscriber", stream)
         monkeypatch.setattr(hearing, "LONGEST_BACKOFF_SECONDS", pause)
         ear = Hearing(logging.getLogger("test"), heard.append, lambda: is_api_away)
@@ -118,7 +118,7 @@ def test_a_stream_that_closes_at_once_is_opened_less_and_less(hear, monkeypatch,
             pauses.append(seconds)
         await sleep(0)
 
-    monkeypatch.setattr(hearing.asyncio, "sleep", pause)
+    monkeypatch.setattr(asyncio, "sleep", pause)
     hear(Stream(), lambda _, heard: len(heard) >= 21, pause=30.0)
 
     assert pauses[:7] == [1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]

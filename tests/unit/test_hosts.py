@@ -11,7 +11,8 @@ import pytest
 from prefect.client.schemas.objects import FlowRun
 from pydantic import SecretStr
 
-from taskadapter.agent.hosts import Host, HostPool, Killed, Progress, writer_to
+from taskadapter.agent.hosts import Host, HostPool, Progress, writer_to
+from taskadapter.agent.runs import Killed
 from taskadapter.execution import protocol
 from taskadapter.execution.assignment import Assignment, Workspace
 

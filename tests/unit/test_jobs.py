@@ -14,7 +14,7 @@ from taskadapter.declare.jobs import Job, JobId, Service, dump_state, load_state
 from taskadapter.declare.triggers import PostgresqlConfig
 from taskadapter.errors import DeclarationError
 
-LOCK = type(threading.Lock())
+LOCK: Any = type(threading.Lock())
 
 
 class Greeting(Job):
@@ -51,7 +51,7 @@ def test_job_fields_are_inputs():
     job = Greeting(msg="Hi")
     assert job.execute() == "Hi"
     with pytest.raises(DeclarationError, match="msg cannot be assigned, Greeting is frozen"):
-        job.msg = "Ho"
+        job.msg = "Ho"  # type: ignore[misc]
 
 
 def test_job_rejects_bad_inputs():
@@ -88,7 +88,7 @@ def test_abstract_bases():
 
     assert Fetching().execute() == 3
     with pytest.raises(TypeError, match="abstract"):
-        Template()
+        Template()  # type: ignore[abstract]
     assert "Idle has no execute" in message(type(Job), "Idle", (Base,), {"__module__": __name__})
 
 
@@ -166,7 +166,7 @@ def test_service_assignment_is_validated():
     counter.i += 1
     assert counter.i == 2
     with pytest.raises(DeclarationError, match="Counter: i='x': must be a valid integer"):
-        counter.i = "x"
+        counter.i = "x"  # type: ignore[assignment]
     assert counter.i == 2
 
 
@@ -209,7 +209,7 @@ def test_state_that_no_longer_fits():
 def test_state_changed_in_place():
     """A value that was put into a container without validation is found when state is saved."""
     counter = Counter()
-    counter.seen.append("yesterday")
+    counter.seen.append("yesterday")  # type: ignore[arg-type]
     assert "Counter: seen holds a value" in message(dump_state, counter)
 
 
@@ -220,7 +220,7 @@ def test_job_id():
     assert str(JobId(text)) == text
     assert {JobId(text): 1}[JobId(UUID(text))] == 1
     with pytest.raises(AttributeError):
-        JobId(text).id = UUID(text)
+        JobId(text).id = UUID(text)  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("value", ["job-1", "", None, 5], ids=repr)

@@ -251,7 +251,7 @@ class TestHandover:
 
     def test_a_request_to_resign_is_passed_on_once(self, active: Node) -> None:
         """Whoever runs the node hears once that it is asked to hand over, and still holds it."""
-        asked = seen(replace(RENEWED.sightings[0], resign_requested=True))  # type: ignore[index]
+        asked = seen(replace(RENEWED.sightings[0], resign_requested=True))
         active.tell(Tick(), START + 2)
         assert ResignAsked(TOKEN) in active.answer(asked, START + 2)
         active.tell(Tick(), START + 3)

@@ -3,6 +3,7 @@
 import functools
 import gc
 import inspect
+from typing import Any
 
 import pytest
 from prefect import Flow
@@ -20,8 +21,8 @@ from taskadapter import (
     TriggerConfiguration,
     WarmBackupConfig,
 )
+from taskadapter.declare.registry import listeners
 from taskadapter.errors import DeclarationError
-from taskadapter.listener import listeners
 
 RETRY = RetryConfiguration(max_attempts=1, retry_interval=1)
 POLICY = TaskPolicy(error_policy=ErrorPolicy.CONTINUE)
@@ -269,7 +270,7 @@ def test_a_flow_is_refused():
 @pytest.mark.parametrize("shape", ["def", "async def"])
 def test_a_generator_is_refused(shape):
     """Calling a generator function does nothing, so it cannot be a job."""
-    namespace = {}
+    namespace: dict[str, Any] = {}
     exec(f"{shape} numbers():\n    yield 1", namespace)
 
     assert "remove its yield" in refused(listener().service("job-1"), namespace["numbers"])

@@ -243,7 +243,7 @@ def test_frozen():
     """A declaration cannot change after it was validated."""
     trigger = TriggerConfiguration(interval=2)
     with pytest.raises(DeclarationError, match="interval cannot be assigned"):
-        trigger.interval = 0
+        trigger.interval = 0  # type: ignore[misc]
     assert trigger.interval == 2
 
 

@@ -1,10 +1,12 @@
 """What the nursery imports for all runs, and what it refuses to."""
 
+import os
 import sys
 
 import pytest
 from pydantic import SecretStr
 
+from taskadapter.coordination import store
 from taskadapter.errors import DatabaseUnavailableError
 from taskadapter.execution import nursery, protocol
 
@@ -58,7 +60,7 @@ def test_a_module_that_starts_a_thread(modules):
 def test_a_command_line_is_shortened():
     """What is told of a process that a run left fits into a line; of one that is gone it is nothing."""
     assert nursery._command(0) == ""
-    assert 0 < len(nursery._command(nursery.os.getpid())) <= nursery.COMMAND_LENGTH
+    assert 0 < len(nursery._command(os.getpid())) <= nursery.COMMAND_LENGTH
 
 
 def test_requests_are_done_in_their_order(monkeypatch):
@@ -69,7 +71,7 @@ def test_requests_are_done_in_their_order(monkeypatch):
         done.append(url)
         raise DatabaseUnavailableError("no answer")
 
-    monkeypatch.setattr(nursery.store, "rehearse", rehearse)
+    monkeypatch.setattr(store, "rehearse", rehearse)
     asked = nursery.Nursery(None, None)
     monkeypatch.setattr(asked, "_fork", done.append)
     asked._descriptors = [7, 8]

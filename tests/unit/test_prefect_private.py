@@ -10,6 +10,7 @@ import sys
 from datetime import timedelta
 from importlib.util import find_spec
 from types import ModuleType, SimpleNamespace
+from typing import Any
 from uuid import uuid4
 
 import httpx
@@ -19,6 +20,7 @@ from prefect._internal import control_listener
 from prefect._internal.schemas import validators
 from prefect.cli.deploy import _commands
 from prefect.client import orchestration
+from prefect.client.schemas.objects import State
 from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.exceptions import Abort
 from prefect.states import Completed, Crashed, Failed, Running
@@ -57,7 +59,8 @@ def test_an_intent_is_cleared(no_intent):
 
 def test_the_engine_asks_the_module_that_we_tell():
     """Prefect's flow engine and its bridge from SIGTERM consult this very intent."""
-    assert flow_engine.get_intent is control_listener.get_intent
+    engines: Any = flow_engine
+    assert engines.get_intent is control_listener.get_intent
     assert "control_listener.get_intent()" in inspect.getsource(engine.capture_sigterm)
 
 
@@ -94,15 +97,16 @@ def test_other_commands_do_not_deploy(command):
 
 def test_clients_share_a_tls_context(monkeypatch):
     """Two of Prefect's clients verify servers by one and the same context."""
-    monkeypatch.setattr(orchestration, "ssl", orchestration.ssl)
+    monkeypatch.setattr(orchestration, "ssl", ssl)
     private.share_tls_context()
     made = []
     load = ssl.SSLContext.load_verify_locations
-    monkeypatch.setattr(
-        ssl.SSLContext,
-        "load_verify_locations",
-        lambda self, *a, **k: made.append(self) or load(self, *a, **k),
-    )
+
+    def loads(self, *args, **options):
+        made.append(self)
+        return load(self, *args, **options)
+
+    monkeypatch.setattr(ssl.SSLContext, "load_verify_locations", loads)
 
     for _ in range(2):
         orchestration.PrefectClient("http://127.0.0.1:9/api")
@@ -143,10 +147,12 @@ class TestUntold:
 
         monkeypatch.setattr(flow_engine, "propose_state_sync", refuse)
         monkeypatch.setattr(flow_engine, "propose_state", refuse_async)
-        kept = []
+        kept: list[State] = []
         private.abort_if_untold(self.RUN, kept.append)
         is_sync = request.param == "sync"
-        engine = (flow_engine.FlowRunEngine if is_sync else flow_engine.AsyncFlowRunEngine)(flow(lambda: 1))
+        engine: Any = (flow_engine.FlowRunEngine if is_sync else flow_engine.AsyncFlowRunEngine)(
+            flow(lambda: 1)
+        )
         engine._client, engine._is_started = object(), True
 
         def propose(state, run=self.RUN):
@@ -181,7 +187,12 @@ class TestUntold:
 def test_time_zones_are_listed_once(monkeypatch):
     """Prefect's client looks at them for each schedule that it reads, in the module that we tell."""
     listed = []
-    monkeypatch.setattr(validators, "get_timezones", lambda: listed.append(1) or ("UTC", "Europe/Berlin"))
+
+    def zones():
+        listed.append(1)
+        return "UTC", "Europe/Berlin"
+
+    monkeypatch.setattr(validators, "get_timezones", zones)
     private.remember_time_zones()
     for zone in ("UTC", "Europe/Berlin", "UTC"):
         assert IntervalSchedule(interval=timedelta(seconds=1), timezone=zone).timezone == zone

@@ -3,6 +3,7 @@
 import asyncio
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -46,7 +47,8 @@ def after(seconds):
 def test_all_until_a_moment_are_listed(monkeypatch, queues, listed, until):
     """However many are due, the oldest come first, whatever their queues."""
     monkeypatch.setattr(ticks, "PAGE", PAGE)
-    runs, moment = asyncio.run(ticks.due(Api(*queues), "pool", None, after(60)))
+    api: Any = Api(*queues)
+    runs, moment = asyncio.run(ticks.due(api, "pool", None, after(60)))
 
     assert [run.next_scheduled_start_time for run in runs] == [after(at) for at in listed]
     assert after(max(listed)) <= moment <= after(until)

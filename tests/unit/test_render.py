@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 from textwrap import dedent, indent
+from typing import Any
 
 import pytest
 import yaml
@@ -11,9 +12,9 @@ from prefect.flows import load_flow_from_entrypoint
 
 from taskadapter import TriggerConfiguration, cli
 from taskadapter.declare import attached
+from taskadapter.declare.registry import listeners
 from taskadapter.deploy import render
 from taskadapter.errors import DeclarationError
-from taskadapter.listener import listeners
 from taskadapter.rules.ticks import slug
 
 PROJECT = Path(__file__).parents[2]
@@ -58,7 +59,7 @@ def deployment(name):
 def command(monkeypatch, capsys, *args):
     """Run ``taskadapter``; return its exit status, standard output and standard error."""
     monkeypatch.setattr(sys, "argv", ["taskadapter", *args])
-    status = 0
+    status: str | int = 0
     try:
         cli.main()
     except SystemExit as end:
@@ -213,7 +214,7 @@ def test_prefect_finds_the_flow_of_an_attached_instance(project, name):
     )
     module(project, "ten.py", f'from library import Counter\non.attach(Counter(i=10), "{name}")\n')
 
-    flow = load_flow_from_entrypoint(deployment(name)["entrypoint"])
+    flow: Any = load_flow_from_entrypoint(deployment(name)["entrypoint"])
 
     assert (flow.name, attached.place_of(deployment(name)["entrypoint"])) == (name, "library.py:Counter")
 

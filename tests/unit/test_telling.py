@@ -4,11 +4,12 @@ import asyncio
 import logging
 from datetime import UTC, datetime
 from types import SimpleNamespace
+from typing import Any
 from uuid import uuid4
 
 import httpx
 import pytest
-from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.objects import FlowRun, State
 from prefect.client.schemas.responses import SetStateStatus
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.states import Completed, Crashed, Running
@@ -76,7 +77,7 @@ def test_a_message_that_is_refused_for_good():
 
 def test_what_is_due_again_keeps_its_time():
     """Whatever of it is refused."""
-    api = Api(status=422, refusals=1)
+    api: Any = Api(status=422, refusals=1)
 
     asyncio.run(Teller(api, LOG).put_back(RUN, NOON))
     assert api.times == [NOON, NOON]
@@ -84,7 +85,7 @@ def test_what_is_due_again_keeps_its_time():
 
 def test_an_api_that_fails_refuses_nothing():
     """Whoever is impatient hears of it, and tells all of it the next time."""
-    api = Api(status=500, refusals=1)
+    api: Any = Api(status=500, refusals=1)
     teller = Teller(api, LOG, patient=False)
 
     with pytest.raises(httpx.HTTPStatusError):
@@ -124,14 +125,14 @@ class History(Api):
 
 
 def tell(api, outcome):
-    entry = SimpleNamespace(outcome=outcome, where="on node 'node-1'")
+    entry: Any = SimpleNamespace(outcome=outcome, where="on node 'node-1'")
     asyncio.run(Teller(api, LOG).tell(RUN, entry))
     return api.told
 
 
 def test_a_run_that_has_been_claimed_after_its_end():
     """It gets the very state back that it had come to."""
-    once = Completed(message="All well")
+    once: State = Completed(message="All well")
     assert tell(History(Running(), once, Running()), "Completed") == [("Completed", "All well", True)]
 
 

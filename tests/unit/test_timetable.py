@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from datetime import UTC, datetime, timedelta
+from typing import Any
 from uuid import UUID, uuid4
 
 import httpx
@@ -130,7 +131,7 @@ class Api:
 
 def complete(api, *jobs, now, found=(), until=None):
     """What a look makes of the lines of some jobs, of which some runs were found."""
-    timetable = Timetable(None, logging.getLogger("test"), None)
+    timetable: Any = Timetable(None, logging.getLogger("test"), None)
     timetable._lines = {job.deployment_id: job for job in jobs}
     timetable._make = api.make
     now = NOON + now * SECOND
@@ -143,7 +144,7 @@ def test_a_tick_that_cannot_be_made_holds_up_its_own_job_only():
     """Later ticks of that job wait for it, those of others begin, and it is tried again soon."""
     one, other = line(), line()
     other.deployment_id = UUID(int=2)
-    api = Api()
+    api: Any = Api()
     made, timetable = complete(api, one, other, now=10)
     assert made == [(job, tick) for tick in at(0, 5, 10) for job in (ID, UUID(int=2))]
     assert timetable.complete_until == NOON + 10 * SECOND
