@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo up test test-slow lint check bench render deploy clean
+.PHONY: help demo up test test-slow coverage lint check bench render deploy clean
 help: ## Show the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -29,6 +29,10 @@ test: $(READY) ## Set everything up and run the tests.
 test-slow: $(READY) ## The tests that need a minute each, which `make test` leaves out.
 	@$(BIN)/python -m pytest -m slow
 
+coverage: $(READY) ## What the unit and contract tests leave out of what decides.
+	@$(BIN)/python -m coverage run -m pytest tests/unit tests/contract
+	@$(BIN)/python -m coverage report
+
 lint: $(READY) ## Format, lint, strict types, and whether deployments/prefect.yaml is up to date.
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
@@ -49,5 +53,5 @@ deploy: render ## Deploy to the server that PREFECT_API_URL names.
 	@$(BIN)/prefect --no-prompt deploy --prefect-file deployments/prefect.yaml --all
 
 clean: ## Remove what these targets made.
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

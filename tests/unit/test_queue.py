@@ -42,9 +42,8 @@ def test_the_earliest_is_the_first():
 def test_a_tick_does_not_pass_an_earlier_one_of_its_job():
     """Not even where that one may not start; what somebody asked for waits for nobody."""
     first, second, by_hand = tick(ONE, 1), tick(ONE, 2), tick(ONE, 3, planned=False)
-    queue = queue_of(second, by_hand, first)
-
-    assert {run.id for run in queue.firsts()} == {first.id, by_hand.id}
+    for found in ((second, by_hand, first), (first, second, by_hand)):
+        assert {run.id for run in queue_of(*found).firsts()} == {first.id, by_hand.id}
 
 
 def test_what_is_taken_waits_no_longer():
