@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
+from contextlib import contextmanager
+from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, TypeVar
-from uuid import UUID, uuid4
+from uuid import UUID
 
-from taskadapter.coordination.executions import Entered, Execution, Limits, Owner
-from taskadapter.coordination.messages import Token
-from taskadapter.errors import DatabaseUnavailableError, SchemaError, TokenLostError
+from taskadapter.coordination.executions import Entered
+from taskadapter.errors import DatabaseUnavailableError, SchemaError
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine
 
-    from taskadapter.coordination.executions import Entry, Reading, Switches
+    from taskadapter.coordination.executions import Entry, Execution, Owner, Reading, Switches
+    from taskadapter.coordination.messages import Token
 
 RETRY_SECONDS = 0.5
 """How long to wait for a database that does not answer, before it is asked again."""
@@ -199,28 +199,17 @@ def connect(database_url: str) -> None:
 
 
 def rehearse(database_url: str) -> None:
-    """Ask once what each run asks, and undo it, for the processes that are forked from this one.
+    """Find out once about a server what each process would that is forked from this one.
 
-    They have what SQLAlchemy has found out about the server, and the statements that it has compiled.
+    It asks for nothing that another transaction could have locked: who calls this has others waiting.
 
     Raises:
         CoordinationError: the database does not answer, or refuses.
     """
-    from taskadapter.coordination import ledger, progress, tokens
-    from taskadapter.coordination.dialects import translated
-
-    name = str(uuid4())
-    execution = Execution(name, name, name, datetime.now(UTC))
-    engine = _engine(database_url)
-    with translated(engine.url), engine.connect() as connection:
-        ledger.begin(connection, execution, Owner(name, name), Limits(""))
-        progress.load_state(connection, name)
-        progress.save_state(connection, name, {})
-        ledger.end(connection, name, "Completed", incarnation=name)
-        with suppress(TokenLostError):
-            tokens.require_token(connection, Token(name, name, 1))
-        connection.rollback()
-    engine.dispose()
+    try:
+        connect(database_url)
+    finally:
+        _engine(database_url).dispose()
 
 
 def ask(database_url: str, question: Callable[[Connection], T]) -> T:

@@ -30,7 +30,6 @@ from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from taskadapter.coordination import store
-from taskadapter.errors import CoordinationError
 from taskadapter.execution import protocol, rehearsal
 from taskadapter.execution.host import Host, connected
 from taskadapter.prefect_api import private
@@ -83,7 +82,8 @@ def main(agent: socket.socket, preload: list[str]) -> None:
     if PREFECT_API_URL.value() is not None:
         warm = contextlib.ExitStack()
         warm.enter_context(connected(csrf=_server_has_csrf()))
-        rehearsal.rehearse_run()
+        with contextlib.suppress(Exception):  # then each run does for itself what it would have spared
+            rehearsal.rehearse_run()
     # What is alive now stays shared with the processes: their collectors need not touch it.
     gc.collect()
     gc.freeze()
@@ -179,7 +179,7 @@ class Nursery:
                 case protocol.Fork():
                     self._fork(self._descriptors.pop(0))
                 case protocol.Connect(database_url=url):
-                    with contextlib.suppress(CoordinationError):  # then each run learns it for itself
+                    with contextlib.suppress(Exception):  # then each run learns it for itself
                         store.rehearse(url.get_secret_value())
 
     def _fork(self, descriptor: int) -> None:

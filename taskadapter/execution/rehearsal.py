@@ -2,7 +2,7 @@
 
 Prefect's models are completed when they are first used, expressions are compiled, a database's dialect
 asks which server that is. A process that is forked has all that its nursery has made: of the CPU that a
-short run takes, a fifth.
+short run takes, a sixth.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.context import SyncClientContext
 from prefect.exceptions import Abort
 from prefect.flow_engine import run_flow
-from prefect.settings import PREFECT_LOGGING_TO_API_ENABLED, get_current_settings, temporary_settings
+from prefect.settings import get_current_settings
 from prefect.states import Pending
 
 if TYPE_CHECKING:
@@ -39,12 +39,7 @@ def rehearse_run() -> None:
     flow_run = FlowRun(id=uuid4(), flow_id=uuid4(), state=Pending())
     storage = get_current_settings().results.local_storage_path
     played = {"transport": httpx.MockTransport(lambda request: _answer(request, flow_run))}
-    with (
-        _unheard(),
-        temporary_settings({PREFECT_LOGGING_TO_API_ENABLED: False}),
-        SyncClientContext(httpx_settings=played),
-        contextlib.suppress(Abort),
-    ):
+    with _unheard(), SyncClientContext(httpx_settings=played), contextlib.suppress(Abort):
         run_flow(body.with_options(result_storage=storage, persist_result=False), flow_run=flow_run)
 
 

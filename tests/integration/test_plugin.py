@@ -2,15 +2,19 @@
 
 import asyncio
 import json
+import os
+import socket
 import subprocess
 import sys
 from importlib.metadata import entry_points
 
 import psutil
+import pytest
 from prefect.workers.base import BaseWorker
 
 from taskadapter.agent.program import ProgramAgent
 from taskadapter.agent.worker import WarmBackupWorker
+from taskadapter.execution import protocol
 
 
 def in_a_fresh_interpreter(script):
@@ -83,3 +87,26 @@ def test_importing_the_package_is_cheap():
     )
 
     assert imported == []
+
+
+@pytest.mark.parametrize("line", ["pass", "raise RuntimeError('Prefect has changed')"])
+def test_a_nursery_serves_whatever_its_rehearsal_comes_to(line):
+    """Without it each run does for itself what it would have spared."""
+    ours, theirs = socket.socketpair()
+    script = (
+        "import socket, sys\n"
+        "from taskadapter.execution import nursery\n"
+        f"def rehearse(): {line}\n"
+        "nursery.rehearsal.rehearse_run = rehearse\n"
+        "nursery.main(socket.socket(fileno=int(sys.argv[1])), [])\n"
+    )
+    with ours, theirs:
+        command = [sys.executable, "-c", script, str(theirs.fileno())]
+        env = os.environ | {"PREFECT_API_URL": "http://127.0.0.1:9/api"}
+        with subprocess.Popen(command, pass_fds=[theirs.fileno()], env=env) as process:
+            theirs.close()
+            said = ours.makefile("rb").readline()
+            ours.shutdown(socket.SHUT_RDWR)
+            process.wait(30)
+
+    assert protocol.notice(said) == protocol.Serving()

@@ -63,13 +63,14 @@ def test_a_command_line_is_shortened():
     assert 0 < len(nursery._command(os.getpid())) <= nursery.COMMAND_LENGTH
 
 
-def test_requests_are_done_in_their_order(monkeypatch):
-    """However they arrive, a line in two parts or several at once; a database that is away ends nothing."""
+@pytest.mark.parametrize("fault", [DatabaseUnavailableError("away"), RuntimeError("a mistake")], ids=repr)
+def test_requests_are_done_in_their_order(monkeypatch, fault):
+    """However they arrive, a line in two parts or several at once; no fault of a database ends anything."""
     done = []
 
     def rehearse(url):
         done.append(url)
-        raise DatabaseUnavailableError("no answer")
+        raise fault
 
     monkeypatch.setattr(store, "rehearse", rehearse)
     asked = nursery.Nursery(None, None)
