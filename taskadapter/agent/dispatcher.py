@@ -81,7 +81,6 @@ class RunInHand:
         flow_run: as polled.
         token: what the node held of the run's group when it took it; None for a run of no group.
         life: how far it has come, and what is to become of it.
-        job: what it is a run of, once that is read.
         host: the process that has it, while one does.
         heartbeat: when its last heartbeat was, on the monotonic clock; None before it has started.
     """
@@ -89,7 +88,6 @@ class RunInHand:
     flow_run: FlowRun
     token: Token | None = None
     life: Life = field(default_factory=Life)
-    job: DeployedJob | None = None
     host: Host | None = None
     heartbeat: float | None = None
 
@@ -196,7 +194,7 @@ class Dispatcher:
     @property
     def is_busy(self) -> bool:
         """Whether there is something to run, now or soon."""
-        return bool(len(self._queue) or self._in_hand)
+        return bool(self._queue or self._in_hand)
 
     @property
     def has_plenty(self) -> bool:
@@ -256,7 +254,7 @@ class Dispatcher:
 
     async def finish(self) -> None:
         """Wait until everything that is known has run."""
-        while len(self._queue) or self._handling:
+        while self._queue or self._handling:
             await asyncio.wait(self._handling or [asyncio.create_task(asyncio.sleep(0.1))])
 
     def end(self, which: Which = any_run) -> None:
@@ -340,7 +338,7 @@ class Dispatcher:
             self._log.log(level, "Run %s is left for later: %s", run.flow_run.name, in_words(fault))
             self._is_held_up = True
             if run.life.phase >= Phase.CLAIMED:
-                await self._do(run, runs.give_back(run.life))
+                await self._give_back(run, runs.give_back(run.life))
             self._agent.heard(News(Kind.WAITS, run.flow_run.id))
         except Exception as exc:  # noqa: BLE001 - one run's trouble must not end the agent
             self._log.exception("Run %s could not be run.", run.flow_run.name)
@@ -356,7 +354,7 @@ class Dispatcher:
         flow_run = run.flow_run
         if self._deployments.is_ending(flow_run):
             return
-        run.job = job = await self._deployments.job_of(flow_run, self._agent.pool())
+        job = await self._deployments.job_of(flow_run, self._agent.pool())
         # Decided already, or due before this one: they go first.
         others = [other for other in self._siblings(flow_run) if other is not run]
         ahead = sum(other.life.phase >= Phase.DECIDED or other.due < run.due for other in others)
@@ -447,14 +445,30 @@ class Dispatcher:
                 case runs.AskLedger(at_fault):
                     await self._settle(run, assignment, outcome.message, at_fault=at_fault)
                 case _:
-                    await self._do(run, action)
+                    await self._do(run, job, action)
         if outcome.left:
             flow_run_logger(run.flow_run).warning(
                 "The run left processes behind, which have been ended: %s", "; ".join(outcome.left)
             )
 
-    async def _do(self, run: RunInHand, action: runs.Action) -> None:
+    async def _do(
+        self,
+        run: RunInHand,
+        job: DeployedJob,
+        action: runs.PutBack | runs.ShowSkipped | runs.Skip | runs.EndJob | runs.HoldJob,
+    ) -> None:
         """Do what the life of a run asks for, other than asking the ledger."""
+        match action:
+            case runs.PutBack() | runs.ShowSkipped():
+                await self._give_back(run, action)
+            case runs.Skip(reason):
+                await self._skip(run, job, reason)
+            case runs.EndJob(reason):
+                self._end_job(job, reason)
+            case runs.HoldJob():
+                self._timetable.hold(job.deployment.model_copy(update={"paused": True}))
+
+    async def _give_back(self, run: RunInHand, action: runs.PutBack | runs.ShowSkipped) -> None:
         match action:
             case runs.PutBack(keep):
                 await self._teller.put_back(run.flow_run, run.due)
@@ -462,12 +476,6 @@ class Dispatcher:
                     self._queue.put_back(run.flow_run, time.monotonic())
             case runs.ShowSkipped(reason):
                 await self._teller.skip(run.flow_run, reason)
-            case runs.Skip(reason) if run.job is not None:
-                await self._skip(run, run.job, reason)
-            case runs.EndJob(reason) if run.job is not None:
-                self._end_job(run.job, reason)
-            case runs.HoldJob() if run.job is not None:
-                self._timetable.hold(run.job.deployment.model_copy(update={"paused": True}))
 
     async def _settle(
         self, run: RunInHand, assignment: Assignment, message: str, *, at_fault: bool
@@ -483,7 +491,7 @@ class Dispatcher:
                 self._log.warning("Run %s is left to the next holder of its group.", run.flow_run.name)
             case Todo.PUT_BACK:
                 self._queue.try_later(run.flow_run.id, time.monotonic())
-                await self._do(run, runs.give_back(run.life))
+                await self._give_back(run, runs.give_back(run.life))
             case Todo.CRASH:
                 await self._report_crash(run, assignment, message)
             case Todo.SUSPEND:
@@ -601,8 +609,7 @@ class Dispatcher:
         """Run a run that something other than a poll has claimed."""
         run = self._in_hand[flow_run.id] = RunInHand(flow_run, self._agent.token(flow_run))
         try:
-            run.job = await self._deployments.job_of(flow_run, self._agent.pool())
-            await self._run(run, run.job)
+            await self._run(run, await self._deployments.job_of(flow_run, self._agent.pool()))
         finally:
             del self._in_hand[flow_run.id]
 

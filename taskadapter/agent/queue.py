@@ -64,10 +64,6 @@ class Queue:
         """Return how many runs wait here."""
         return len(self._upcoming)
 
-    def __contains__(self, run_id: UUID) -> bool:
-        """Return whether a run waits here."""
-        return run_id in self._upcoming
-
     def found(self, runs: Iterable[FlowRun], asked: float, taken: Collection[UUID]) -> None:
         """Take note of all runs that are due soon or late; they replace those that were known.
 

@@ -6,8 +6,8 @@ run goes one way::
     FOUND ──► DECIDED ──► CLAIMED ──► FORKED ──► BEGUN ──► over
 
 Before BEGUN it can be given back: it has no entry in the ledger, and so nothing of it has happened. From
-there on the ledger says what it came to, and `settle` what that asks for: here, when its process has ended,
-and at a takeover, when its node is gone.
+there on the ledger says what it came to. What that asks for `settle` says when its process has ended here,
+and `decide` for runs of nodes that are gone.
 """
 
 from __future__ import annotations
@@ -290,6 +290,8 @@ def _if_forked(life: Life, signal: Signal) -> tuple[Signal, ...]:
 
 
 # --- when it has no process any more --------------------------------------------------------------
+
+
 _OF_BODIES = {"Completed", "Failed"}
 """What a body comes to, if it comes to an end."""
 

@@ -3,19 +3,17 @@
 import asyncio
 import logging
 import time
-from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
 
 import pytest
-from prefect.client.schemas.objects import FlowRun
 
 from taskadapter.agent.dispatcher import Dispatcher, RunInHand
 from taskadapter.agent.jobs import Deployments
 from taskadapter.agent.runs import Life, Phase, give_back
+from tests.unit.given import tick
 
-NOON = datetime(2030, 1, 1, 12, 0, tzinfo=UTC)
 LOG = logging.getLogger("test")
 
 
@@ -32,17 +30,6 @@ def new_dispatcher() -> Any:
     """A dispatcher that has nothing to do."""
     agent: Any = SimpleNamespace(client=None, log=LOG)
     return Dispatcher(agent, None, Deployments(None, LOG), None)
-
-
-def tick(job_id, seconds, planned=True):
-    """A job's tick, so many seconds after noon."""
-    return FlowRun(
-        id=uuid4(),
-        flow_id=uuid4(),
-        deployment_id=job_id,
-        expected_start_time=NOON + timedelta(seconds=seconds),
-        auto_scheduled=planned,
-    )
 
 
 def in_hand(*begun, planned=True):
@@ -94,7 +81,7 @@ def test_a_tick_that_waits_for_its_turn_is_not_passed_over(waits):
     asyncio.run(dispatcher._handle(dispatcher._in_hand[first.id]))
     dispatcher.found([first, second], asked)
 
-    waiting = {run.id for run in (first, second) if run.id in dispatcher._queue}
+    waiting = {run.id for run in dispatcher._queue.firsts()}
     assert waiting == ({first.id, second.id} if waits else {second.id})
 
 
@@ -110,7 +97,7 @@ def test_a_tick_that_is_put_back_is_not_passed_over(dropped):
         pass
 
     dispatcher._teller.put_back = told
-    dispatcher._decide = lambda run: dispatcher._do(run, give_back(run.life))
+    dispatcher._decide = lambda run: dispatcher._give_back(run, give_back(run.life))
     asked = time.monotonic()
     asyncio.run(dispatcher._handle(run))
     dispatcher.found([second], asked)

@@ -1,26 +1,14 @@
 """Which run is claimed next, and when: each job in its order, the earliest first."""
 
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from uuid import UUID, uuid4
 
 import pytest
-from prefect.client.schemas.objects import FlowRun
 
 from taskadapter.agent.queue import CLAIM_AHEAD, LONGEST_LOAD_SECONDS, Queue, any_run
+from tests.unit.given import NOON, tick
 
-NOON = datetime(2030, 1, 1, 12, 0, tzinfo=UTC)
 ONE, OTHER = UUID(int=1), UUID(int=2)
-
-
-def tick(job_id, seconds, planned=True):
-    """A job's tick, so many seconds after noon."""
-    return FlowRun(
-        id=uuid4(),
-        flow_id=uuid4(),
-        deployment_id=job_id,
-        expected_start_time=NOON + timedelta(seconds=seconds),
-        auto_scheduled=planned,
-    )
 
 
 def queue_of(*found, asked=0.0, taken=()):
@@ -68,7 +56,7 @@ def test_a_run_that_is_put_back_is_not_through():
     queue.through(run.id, clock=10.0)
     queue.found([run], asked=9.0, taken=())
 
-    assert run.id in queue
+    assert queue.firsts() == [run]
     assert len(queue) == 1
 
 
