@@ -250,10 +250,13 @@ class Failover:
         console.print(run(self._stage.env, [sys.executable, "-m", "taskadapter.cli", "status"]))
 
     def _is_between_ticks(self) -> bool:
-        """Return whether nothing runs, and nothing will for a while: a tick takes a tenth of a second."""
+        """Return whether nothing runs, as the ledger says, and no tick is due for a moment, or late."""
         ticks = self._ticks()
-        since = (self._now() - ticks[-1][4]).total_seconds() if ticks else 0.0
-        return 0.3 < since < 0.6
+        if not ticks or self._query("SELECT 1 FROM taskadapter_ledger WHERE ended IS NULL"):
+            return False
+        scheduled, at = ticks[-1][0], ticks[-1][4]
+        now = self._now()
+        return bool((now - at).total_seconds() > 0.3 and (now - scheduled).total_seconds() < 0.9)
 
     def _standby_is_back(self) -> bool:
         seen = self._query(
