@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo up test test-slow coverage lint check bench render deploy clean
+.PHONY: help demo up test test-slow coverage mutation matrix lint check docs bench render deploy clean
 help: ## Show the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -33,6 +33,19 @@ coverage: $(READY) ## What the unit and contract tests leave out of what decides
 	@$(BIN)/python -m coverage run -m pytest tests/unit tests/contract
 	@$(BIN)/python -m coverage report
 
+mutation: $(READY) ## Which changes to what decides no unit test notices; ten minutes.
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--constraint deployments/constraints.txt --group mutation
+	@$(BIN)/mutmut run
+	@$(BIN)/mutmut results
+
+matrix: $(READY) ## The built package on every Python that is here, with the oldest and the newest Prefect.
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--constraint deployments/constraints.txt --group matrix
+	@rm -rf dist
+	@$(BIN)/python -m build --outdir dist .
+	@$(BIN)/nox --reuse-venv=no
+
 lint: $(READY) ## Format, lint, strict types, and whether deployments/prefect.yaml is up to date.
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
@@ -46,6 +59,11 @@ bench: $(READY) ## Compare with Prefect's process worker, side by side.
 		--constraint deployments/constraints.txt --group bench
 	@$(BIN)/python -m tests.benchmarks
 
+docs: $(READY) ## Build the documentation's site into build/docs; a warning is an error.
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--constraint deployments/constraints.txt --group docs
+	@$(BIN)/zensical build --clean --strict
+
 render: $(READY) ## Write deployments/prefect.yaml from flows/.
 	@$(BIN)/taskadapter render
 
@@ -53,5 +71,5 @@ deploy: render ## Deploy to the server that PREFECT_API_URL names.
 	@$(BIN)/prefect --no-prompt deploy --prefect-file deployments/prefect.yaml --all
 
 clean: ## Remove what these targets made.
-	rm -rf $(VENV) .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) .nox .cache .coverage mutants .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -103,6 +103,8 @@ class PrefectServer(Program):
     Args:
         home: Its `PREFECT_HOME`.
         settings: Environment variables on top of those it needs.
+        options: Further options of its command.
+        api_url: What clients connect to, where that is not the server itself but a balancer before it.
 
     Attributes:
         api_url: What clients connect to.
@@ -110,10 +112,12 @@ class PrefectServer(Program):
         env: What a client's environment needs to find this server and none of the user's settings.
     """
 
-    def __init__(self, home: Path, settings: Mapping[str, str]) -> None:
+    def __init__(
+        self, home: Path, settings: Mapping[str, str], *options: str, api_url: str | None = None
+    ) -> None:
         self.port = free_port()
         self.ui_url = f"http://{HOST}:{self.port}"
-        self.api_url = f"{self.ui_url}/api"
+        self.api_url = api_url or f"{self.ui_url}/api"
         self.env = {
             "PREFECT_API_URL": self.api_url,
             "PREFECT_HOME": str(home),
@@ -130,7 +134,7 @@ class PrefectServer(Program):
         }
         super().__init__(
             "Prefect server",
-            [prefect_command(), "server", "start", "--host", HOST, "--port", str(self.port)],
+            [prefect_command(), "server", "start", "--host", HOST, "--port", str(self.port), *options],
             log=home / "server.log",
             ready=self._is_healthy,
             cwd=home,  # not the caller's, where a prefect.toml or .env may be

@@ -3,40 +3,42 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
+from itertools import islice
 from typing import TYPE_CHECKING
 
-from taskadapter.agent.timetable import plan_of
+from taskadapter.agent.plans import plan_of
 from taskadapter.coordination import ledger, progress
 from taskadapter.coordination.dialects import transaction
 from taskadapter.coordination.executions import moment
 from taskadapter.rules import ticks
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Iterator
 
     from prefect.client.schemas.responses import DeploymentResponse
     from sqlalchemy import Engine
 
+    from taskadapter.agent.plans import Plan
     from taskadapter.coordination.executions import Past
 
 MISSING = "missing"
-"""The outcome of a tick that was due and is not in the ledger."""
+"""The outcome of a tick that is not in the ledger, although later ones are: a job's begin in order."""
 
-GRACE = timedelta(seconds=2)
-"""A tick that was due so shortly before is on its way."""
+WAITING = "waiting"
+"""The outcome of a tick that is due and later than all in the ledger, however long it has been waiting."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """One execution, or a tick that is missing.
+    """One execution, or a tick of which there is none.
 
     Attributes:
         due: the tick's time, in UTC; None for a run that somebody asked for.
         number: which execution of its trigger it was.
-        outcome: what it came to, "running", or "missing".
+        outcome: what it came to, "running", "waiting", or "missing".
         reason: why it was skipped.
-        late: seconds after its time that it began.
+        late: seconds after its time that it began; of one that waits, until now.
         took: seconds that it took.
         node: where.
         group: the job's group.
@@ -45,8 +47,8 @@ class Line:
     """
 
     due: str | None
+    outcome: str
     number: int | None = None
-    outcome: str = MISSING
     reason: str | None = None
     late: float | None = None
     took: float | None = None
@@ -57,12 +59,12 @@ class Line:
 
 
 def history(engine: Engine, deployment: DeploymentResponse, last: int) -> list[Line]:
-    """Return the last executions of a job, the newest first, and between them what is missing.
+    """Return the last executions of a job, the newest first, what is missing between them and what waits.
 
     Args:
         engine: of the coordination database.
         deployment: the job.
-        last: how many executions.
+        last: how many executions, and how many ticks that wait for theirs, the oldest of them.
 
     Raises:
         CoordinationError: the database cannot be read.
@@ -70,7 +72,11 @@ def history(engine: Engine, deployment: DeploymentResponse, last: int) -> list[L
     with transaction(engine) as connection:
         past = ledger.history(connection, str(deployment.id), last)
         opened = progress.opened(connection, [str(deployment.id)]).get(str(deployment.id))
-    lines = [*map(_line, past), *_missing(deployment, past, opened)]
+    lines = list(map(_line, past))
+    dues = {one.entry.due for one in past if one.entry.due is not None}
+    if dues and not deployment.paused and (plan := plan_of(deployment)) is not None:
+        since = max(datetime.fromisoformat(max(min(dues), opened or "")), plan.created)
+        lines += not_begun(plan, dues, since, datetime.now(UTC), last)
     return sorted(lines, key=lambda line: line.due or "", reverse=True)
 
 
@@ -90,12 +96,22 @@ def _line(past: Past) -> Line:
     )
 
 
-def _missing(deployment: DeploymentResponse, past: Sequence[Past], opened: str | None) -> list[Line]:
-    """Return the ticks of the job's present schedule that are not among its executions, but should be."""
-    dues = {one.entry.due for one in past if one.entry.due is not None}
-    plan = plan_of(deployment)
-    if plan is None or not dues or deployment.paused:
-        return []
-    first = max(datetime.fromisoformat(max(min(dues), opened or "")), plan.created)
-    owed = ticks.between(plan.anchor, plan.interval, after=first, until=datetime.now(UTC) - GRACE)
-    return [Line(moment(tick)) for tick in owed if moment(tick) not in dues]
+def not_begun(
+    plan: Plan, dues: Collection[str], since: datetime, now: datetime, last: int
+) -> Iterator[Line]:
+    """Yield the ticks of a job that are due and not in its ledger.
+
+    Args:
+        plan: the job's.
+        dues: the moments of those that are.
+        since: the moment after which the ledger has all.
+        now: until when they are due.
+        last: how many of those that wait, the oldest first.
+    """
+    latest = datetime.fromisoformat(max(dues))
+    for tick in ticks.between(plan.anchor, plan.interval, after=since, until=min(latest, now)):
+        if moment(tick) not in dues:
+            yield Line(moment(tick), MISSING)
+    waiting = ticks.between(plan.anchor, plan.interval, after=max(since, latest), until=now)
+    for tick in islice(waiting, last):
+        yield Line(moment(tick), WAITING, late=(now - tick).total_seconds())

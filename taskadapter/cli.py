@@ -14,18 +14,18 @@ from uuid import UUID
 import httpx
 from cyclopts import App, Parameter
 from prefect.exceptions import ObjectNotFound
-from rich.console import Console, Group
+from rich.console import Console
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
+from taskadapter import tables
 from taskadapter.errors import TaskError
 
 if TYPE_CHECKING:
     from prefect.client.schemas.responses import DeploymentResponse
     from sqlalchemy import Engine
 
-    from taskadapter.coordination.tokens import Status
+    from taskadapter.coordination.overview import Status
     from taskadapter.prefect_api.pool import Domain
 
 app = App(name="taskadapter", help="Periodic Prefect jobs, each on exactly one of several machines.")
@@ -75,7 +75,7 @@ def status(
 ) -> None:
     """Show the groups, who is active for them, and the nodes."""
     from taskadapter.coordination.dialects import transaction
-    from taskadapter.coordination.tokens import read_status
+    from taskadapter.coordination.overview import read_status
 
     domain, engine = _domain(pool)
 
@@ -84,14 +84,14 @@ def status(
             return read_status(connection)
 
     if as_json:
-        print(json.dumps(_as_json(read(), domain), indent=2))
+        print(json.dumps(tables.status_as_json(read(), domain), indent=2))
     elif not watch:
-        Console().print(_tables(read(), domain))
+        Console().print(tables.status(read(), domain))
     else:
-        with Live(_tables(read(), domain), auto_refresh=False) as live:
+        with Live(tables.status(read(), domain), auto_refresh=False) as live:
             while True:
                 time.sleep(domain.heartbeat_frequency)
-                live.update(_tables(read(), domain), refresh=True)
+                live.update(tables.status(read(), domain), refresh=True)
 
 
 @app.command
@@ -123,13 +123,7 @@ def ledger(
     if as_json:
         print(json.dumps([asdict(line) for line in lines], indent=2))
         return
-    table = Table("due", "no.", "outcome", "late", "took", "node", "term", "flow run")
-    for line in lines:
-        outcome = line.outcome + (f": {line.reason}" if line.reason else "")
-        number, term = (str(value or "") for value in (line.number, line.term))
-        late, took = _seconds(line.late), _seconds(line.took)
-        table.add_row(line.due or "by hand", number, outcome, late, took, line.node, term, line.flow_run)
-    Console().print(table)
+    Console().print(tables.ledger(lines))
 
 
 async def _deployment(job: str) -> DeploymentResponse:
@@ -159,14 +153,13 @@ def doctor(
 ) -> None:
     """Look at what jobs need, say what is wrong and how to put it right; exit with 1 at an error."""
     from taskadapter.doctor import Level, examine
-    from taskadapter.settings import TaskadapterSettings
 
     colours = {Level.OK: "green", Level.WARNING: "yellow", Level.ERROR: "red"}
     console = Console(highlight=False)
 
     async def look() -> bool:
         is_well = True
-        async for finding in examine(pool or TaskadapterSettings().work_pool, flows, file):
+        async for finding in examine(pool, flows, file):
             mark = Text(f"{finding.level:8}", style=colours[finding.level])
             console.print(mark + Text(finding.text), soft_wrap=True)
             is_well &= finding.level is not Level.ERROR
@@ -239,52 +232,6 @@ def _domain(pool: str | None) -> tuple[Domain, Engine]:
 
     domain, url = asyncio.run(read())
     return domain, open_engine(url)
-
-
-def _as_json(now: Status, domain: Domain) -> dict[str, object]:
-    groups = [
-        asdict(group) | {"expires_in": _expires_in(group.heartbeat_age, domain)} for group in now.groups
-    ]
-    return {"groups": groups, "nodes": [asdict(node) for node in now.nodes]}
-
-
-def _expires_in(age: float | None, domain: Domain) -> float | None:
-    return None if age is None else domain.liveness_check_interval - age
-
-
-def _tables(now: Status, domain: Domain) -> Group:
-    groups = Table("group", "active", "term", "for", "heartbeat", "expires in", "why", title="Groups")
-    for group in now.groups:
-        note = " (asked to hand over)" if group.resign_requested else ""
-        groups.add_row(
-            group.group_id,
-            (group.holder or "nobody") + note,
-            str(group.term),
-            _seconds(group.held_for),
-            _seconds(group.heartbeat_age),
-            _seconds(_expires_in(group.heartbeat_age, domain)) if group.holder else "",
-            group.reason or "",
-        )
-    nodes = Table("node", "roles", "host", "process", "seen", "up for", title="Nodes")
-    active = {group.group_id: group.holder for group in now.groups}
-    for node in now.nodes:
-        roles = [
-            f"{name}: {'active' if active.get(name) == node.task_id else 'standby'}"
-            for name in node.group_ids
-        ]
-        nodes.add_row(
-            node.task_id,
-            "\n".join(roles),
-            node.host,
-            str(node.pid),
-            f"{_seconds(node.last_seen_age)} ago",
-            _seconds(node.up_for),
-        )
-    return Group(groups, nodes)
-
-
-def _seconds(seconds: float | None) -> str:
-    return "" if seconds is None else f"{seconds:.1f} s"
 
 
 def main() -> None:

@@ -84,6 +84,10 @@ def _import(module: Path) -> None:
         load_script_as_module(str(module))
     except ScriptError as error:
         raise DeclarationError(f"{module}{_what_broke(module, error.user_exc)}") from error
+    except SystemExit as error:
+        raise DeclarationError(
+            f'{module} ends the program that imports it; do that under `if __name__ == "__main__":`.'
+        ) from error
 
 
 def _what_broke(module: Path, exc: Exception) -> str:

@@ -50,7 +50,10 @@ class TaskadapterSettings(PrefectBaseSettings):
     )
     database_password: SecretStr | None = Field(
         default=None,
-        description="The password for the database that the work pool names.",
+        description=(
+            "The password for the database that the work pool names. Default: the one in the pool's "
+            "Secret block."
+        ),
     )
     worker_count: int = Field(
         default=5,
@@ -70,7 +73,8 @@ class TaskadapterSettings(PrefectBaseSettings):
         default=(),
         description=(
             "Modules, separated by commas, that a node imports once for all its runs, such as pandas: "
-            "ones that change only with a restart, and start no threads."
+            "ones that change only with a restart, and start no threads. The pool's variable preload names "
+            "some for all its nodes."
         ),
     )
     ledger_days: float = Field(

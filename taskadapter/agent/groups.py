@@ -1,4 +1,4 @@
-"""This node's part in the coordination of a pool's groups: which it is active for, and what it shows.
+"""This node's heartbeat for a pool's groups, in one database and with one timing.
 
 The heartbeat decides, in threads of its own. What it decides arrives here, on the agent's event loop.
 """
@@ -6,25 +6,22 @@ The heartbeat decides, in threads of its own. What it decides arrives here, on t
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from collections.abc import Callable, Iterable
-from datetime import UTC, datetime
 from logging import Logger, LoggerAdapter
 from typing import TYPE_CHECKING, Any
 
-from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.objects import WorkPool
-from prefect.events import emit_event
-from prefect.exceptions import ObjectNotFound
 
+from taskadapter.agent import metrics
 from taskadapter.coordination.board import DeadlineBoard
 from taskadapter.coordination.messages import Gained, Lost, Refused, ResignAsked, Token
 from taskadapter.execution.scratch import Scratch
-from taskadapter.prefect_api.client import API_FAULTS
 from taskadapter.prefect_api.pool import Domain
 
 if TYPE_CHECKING:
-    from taskadapter.coordination.heartbeat import Change, Heartbeat
+    from taskadapter.coordination.heartbeat import Change, Heartbeat, Vitals
 
 STOP_SECONDS = 10.0
 """How long the release of tokens may take when the agent stops, or leaves a group."""
@@ -40,7 +37,6 @@ class Groups:
         node: the node's name.
         incarnation: which of all processes that ever had it.
         pool: the work pool.
-        client: connected to the API.
         log: the agent's.
         is_only: whether this process takes part in the groups of no other pool.
         tell: hears, on the event loop, of each `Gained`, `Lost`, `ResignAsked` and `Refused`.
@@ -51,7 +47,6 @@ class Groups:
         node: str,
         incarnation: str,
         pool: WorkPool,
-        client: PrefectClient,
         log: Logger | LoggerAdapter[Any],
         is_only: bool,
         tell: Callable[[Gained | Lost | ResignAsked | Refused], None],
@@ -62,7 +57,6 @@ class Groups:
         self._folder = Scratch()
         self.board = self._folder.path / "deadlines"
         self._pool = pool
-        self._client = client
         self._log = log
         self._is_only = is_only
         self._tell = tell
@@ -70,7 +64,6 @@ class Groups:
         self.names: frozenset[str] = frozenset()
         self._deadlines = DeadlineBoard.create(self.board)
         self._heartbeat: Heartbeat | None = None
-        self._showing: set[asyncio.Task[None]] = set()
 
     def stand_by(self, names: Iterable[str], database_url: str) -> None:
         """Stand by for exactly these groups from now on; the first time, begin to show life.
@@ -95,6 +88,7 @@ class Groups:
             heartbeat_frequency=self.domain.heartbeat_frequency,
             tell=self._hear,
             publish=self._deadlines.write,
+            beat=functools.partial(metrics.beat, self._pool.name),
             incarnation=self._incarnation,
             of="" if self._is_only else self._pool.name,
             log=self._log,
@@ -109,6 +103,11 @@ class Groups:
     def fault(self) -> str:
         """What the database answers instead, or why it does not; empty while it answers well."""
         return "" if self._heartbeat is None else self._heartbeat.fault
+
+    @property
+    def vitals(self) -> Vitals | None:
+        """How the node is, as its heartbeat has it; None before the first."""
+        return None if self._heartbeat is None else self._heartbeat.vitals
 
     @property
     def waits_for_its_predecessor(self) -> bool:
@@ -129,63 +128,23 @@ class Groups:
         """Return the token of a group if this node may trust now that it holds it."""
         return None if self._heartbeat is None else self._heartbeat.token(name)
 
+    def seconds_left(self, name: str) -> float:
+        """Return for how long this node may trust that it holds a token; 0 if it does not."""
+        return 0.0 if self._heartbeat is None else self._heartbeat.seconds_left(name)
+
     def release(self, name: str) -> None:
         """Hand a group over whose runs have ended."""
         if self._heartbeat is not None:
             self._heartbeat.release(name)
 
     async def stop(self) -> None:
-        """Release every token; what a released group shows in the UI is its next holder's."""
+        """Release every token."""
         if self._heartbeat is not None:
             await asyncio.to_thread(self._heartbeat.stop, STOP_SECONDS)
-        if self._showing:
-            await asyncio.wait(self._showing, timeout=STOP_SECONDS)
         self._deadlines.close()
         self._folder.close()
 
     def _hear(self, change: Change) -> None:
         """Pass a change on from the heartbeat's thread to the event loop."""
-        self._loop.call_soon_threadsafe(self._changed, change)
-
-    def _changed(self, change: Change) -> None:
         if isinstance(change, Gained | Lost | ResignAsked | Refused):
-            self._tell(change)
-        if isinstance(change, Gained):
-            self._emit("acquired", change.token, change.reason)
-            task = self._loop.create_task(self._describe(change))
-            self._showing.add(task)
-            task.add_done_callback(self._showing.discard)
-        elif isinstance(change, Lost):
-            self._emit("released" if change.asked else "lost", change.token, change.reason)
-
-    def _emit(self, what: str, token: Token, reason: str) -> None:
-        emit_event(
-            f"taskadapter.token.{what}",
-            resource={
-                "prefect.resource.id": f"taskadapter.coordination-group.{token.group_id}",
-                "prefect.resource.name": token.group_id,
-                "taskadapter.task-id": token.task_id,
-                "taskadapter.term": str(token.term),
-            },
-            related=[
-                {
-                    "prefect.resource.id": f"prefect.work-pool.{self._pool.id}",
-                    "prefect.resource.role": "work-pool",
-                    "prefect.resource.name": self._pool.name,
-                }
-            ],
-            payload={"reason": reason},
-        )
-
-    async def _describe(self, gained: Gained) -> None:
-        """Name the active node in the description of the group's work queue."""
-        token = gained.token
-        text = (
-            f"Active: {token.task_id}, term {token.term}, since "
-            f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC ({gained.reason})."
-        )
-        try:
-            queue = await self._client.read_work_queue_by_name(token.group_id, self._pool.name)
-            await self._client.update_work_queue(queue.id, description=text)
-        except (*API_FAULTS, ObjectNotFound) as fault:
-            self._log.debug("The queue of group %s could not be described: %s", token.group_id, fault)
+            self._loop.call_soon_threadsafe(self._tell, change)

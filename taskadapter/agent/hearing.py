@@ -28,10 +28,13 @@ STEADY_SECONDS = 30.0
 """A stream that has been open for so long is heard; one that ends before has failed."""
 
 LATE_SECONDS = 20.0
-"""What is found, and is not heard of so long after, will not be."""
+"""What was found without an event for so long counts as an event that was missed."""
 
 DOUBT_SECONDS = 600.0
-"""How long a stream is not relied on that has not told of something."""
+"""How long a stream that has missed an event is not relied on."""
+
+RELIABLE = timedelta(hours=1)
+"""A stream that has told all for so long is worth a line when it misses an event again."""
 
 _RUN, _CANCELLING, _DEPLOYMENT = "prefect.flow-run.", "prefect.flow-run.Cancelling", "prefect.deployment."
 
@@ -106,7 +109,6 @@ class Hearing:
         # Since when the stream is open, and until when it is doubted.
         self._opened: datetime | None = None
         self._doubted = datetime.min.replace(tzinfo=UTC)
-        self._is_doubt_told = False
         # What was heard of lately, and what was found of which nothing was heard, with the moments.
         self._told_of: dict[UUID, datetime] = {}
         self._untold: dict[UUID, datetime] = {}
@@ -131,12 +133,12 @@ class Hearing:
                 self._untold.setdefault(id_, now)
         if any(moment <= now - late for moment in self._untold.values()):
             self._untold.clear()
+            was_reliable = now >= self._doubted + RELIABLE
             self._doubted = now + timedelta(seconds=DOUBT_SECONDS)
-            if not self._is_doubt_told:
-                self._is_doubt_told = True
+            if was_reliable:
                 self._log.warning(
-                    "Prefect's event stream does not tell all that happens; the API is asked more often."
-                    " Do the API's servers share a message broker (PREFECT_MESSAGING_BROKER)?"
+                    "Events are missing from Prefect's event stream; polling the API instead. If the API"
+                    " has several servers, give them one message broker (PREFECT_MESSAGING_BROKER)."
                 )
 
     async def listen(self, pool_id: UUID) -> None:
@@ -162,7 +164,8 @@ class Hearing:
         self._heard(None)
         try:
             async for event in events:
-                self._hear(News.of(event))
+                if not _is_for_people(event):
+                    self._hear(News.of(event))
         finally:
             self._opened = None
             self._untold.clear()
@@ -177,7 +180,7 @@ class Hearing:
 
     def _be_steady(self) -> None:
         if self._is_told:
-            self._log.info("Prefect's event stream is heard.")
+            self._log.info("Prefect's event stream is connected again; the API is polled seldom.")
         self._failures, self._is_told = 0, False
 
     def _fail(self, fault: str) -> None:
@@ -185,9 +188,12 @@ class Hearing:
         # One that had been heard may just have to be opened again, as after the server's restart.
         if self._failures > 1 and not self._is_told and not self._is_api_away():
             self._is_told = True
-            self._log.warning(
-                "Prefect's event stream cannot be heard; the API is asked more often: %s", fault
-            )
+            self._log.warning("No connection to Prefect's event stream; polling the API instead: %s", fault)
+
+
+def _is_for_people(event: Event) -> bool:
+    """Return whether only a description has changed, in which nodes write who is active."""
+    return event.payload.get("updated_fields") == ["description"]
 
 
 def _about(pool_id: UUID) -> EventFilter:

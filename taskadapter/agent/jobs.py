@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from logging import Logger, LoggerAdapter
@@ -102,7 +102,7 @@ class WarmBackupVariables(BaseVariables):
 
 
 @dataclass(frozen=True)
-class Reading:
+class Snapshot:
     """A deployment as it was read.
 
     Attributes:
@@ -116,9 +116,9 @@ class Reading:
     read_at: float = field(default_factory=time.monotonic)
 
     def serves(self, flow_run: FlowRun) -> bool:
-        """Return whether this reading is recent enough for a run.
+        """Return whether this snapshot is recent enough for a run.
 
-        A deployment that changes has its planned runs made anew. So a run made after this reading may
+        A deployment that changes has its planned runs made anew. So a run made after this snapshot may
         be of a changed deployment, an older one is not.
         """
         if time.monotonic() - self.read_at > FRESH_SECONDS:
@@ -133,13 +133,13 @@ class DeployedJob:
     """A deployment as it was read, and what a run of it needs.
 
     Attributes:
-        reading: the deployment.
+        snapshot: the deployment.
         flow_name: its flow's name.
         configuration: the pool's template, filled.
         trigger: as declared; None for a deployment that is not of ours.
     """
 
-    reading: Reading
+    snapshot: Snapshot
     flow_name: str
     configuration: WarmBackupJobConfiguration
     trigger: TriggerConfiguration | None
@@ -147,7 +147,7 @@ class DeployedJob:
     @property
     def deployment(self) -> DeploymentResponse:
         """The deployment as it was read."""
-        return self.reading.deployment
+        return self.snapshot.deployment
 
     @property
     def name(self) -> str:
@@ -197,16 +197,23 @@ class Deployments:
     Args:
         client: connected to the API.
         log: the agent's.
+        tell: hears of each job that is over, and why.
 
     Attributes:
         teller: tells the API what became of runs, until it knows.
     """
 
-    def __init__(self, client: PrefectClient, log: Logger | LoggerAdapter[Any]) -> None:
+    def __init__(
+        self,
+        client: PrefectClient,
+        log: Logger | LoggerAdapter[Any],
+        tell: Callable[[DeployedJob, str], None] = lambda *_: None,
+    ) -> None:
         self._client = client
         self._log = log
+        self._tell = tell
         self.teller = Teller(client, log)
-        self._readings: dict[UUID, Reading] = {}
+        self._snapshots: dict[UUID, Snapshot] = {}
         self._flow_names: dict[UUID, str] = {}
         # When the newest run was made that the agent knows of.
         self._newest_run: datetime | None = None
@@ -233,12 +240,12 @@ class Deployments:
         if unknown:
             self._flow_names |= await flow_names(self._client, unknown)
         for job_id in wanted:
-            self._readings.pop(job_id, None)
-        self._readings |= {deployment.id: Reading(deployment, newest) for deployment in found}
+            self._snapshots.pop(job_id, None)
+        self._snapshots |= {deployment.id: Snapshot(deployment, newest) for deployment in found}
 
     def _is_read(self, flow_run: FlowRun) -> bool:
-        reading = self._readings.get(flow_run.deployment_id) if flow_run.deployment_id else None
-        return reading is not None and reading.serves(flow_run)
+        snapshot = self._snapshots.get(flow_run.deployment_id) if flow_run.deployment_id else None
+        return snapshot is not None and snapshot.serves(flow_run)
 
     async def job_of(self, flow_run: FlowRun, pool: WorkPool) -> DeployedJob:
         """Return the deployment of a run.
@@ -255,23 +262,23 @@ class Deployments:
         async with self._reading:
             if not self._is_read(flow_run):
                 await self.prepare([flow_run])
-            reading = self._readings.get(flow_run.deployment_id)
+            snapshot = self._snapshots.get(flow_run.deployment_id)
             flow_name = self._flow_names.get(flow_run.flow_id)
-            if reading is None or flow_name is None:
+            if snapshot is None or flow_name is None:
                 raise ObjectNotFound(LookupError(f"the deployment of run {flow_run.name}"))
             known = self._jobs.get(flow_run.deployment_id)
-            if known is not None and known.reading is reading and not flow_run.job_variables:
+            if known is not None and known.snapshot is snapshot and not flow_run.job_variables:
                 return known
-            job = await self._fill(flow_run, pool, reading, flow_name)
+            job = await self._fill(flow_run, pool, snapshot, flow_name)
             if not flow_run.job_variables:
                 self._jobs[flow_run.deployment_id] = job
         return job
 
     async def _fill(
-        self, flow_run: FlowRun, pool: WorkPool, reading: Reading, flow_name: str
+        self, flow_run: FlowRun, pool: WorkPool, snapshot: Snapshot, flow_name: str
     ) -> DeployedJob:
         """Fill the pool's template with what a deployment and a run of it say."""
-        values = {**(reading.deployment.job_variables or {}), **(flow_run.job_variables or {})}
+        values = {**(snapshot.deployment.job_variables or {}), **(flow_run.job_variables or {})}
         try:
             configuration = await self._configuration(pool, values)
         except ValidationError as error:
@@ -279,7 +286,7 @@ class Deployments:
                 f"its job variables do not fit the work pool's template: {error}"
             ) from error
         trigger = stored_trigger({"trigger": configuration.trigger})
-        return DeployedJob(reading, flow_name, configuration, trigger)
+        return DeployedJob(snapshot, flow_name, configuration, trigger)
 
     async def _configuration(self, pool: WorkPool, values: dict[str, Any]) -> WarmBackupJobConfiguration:
         found: WarmBackupJobConfiguration = await WarmBackupJobConfiguration.from_template_and_values(
@@ -318,6 +325,7 @@ class Deployments:
         """End a job for all nodes: its schedule stops, what is late is skipped. Ends in background."""
         if job.deployment.id not in self._ending:
             self._log.info("Job %s has ended: %s.", job.name, reason)
+            self._tell(job, reason)
             self._ending[job.deployment.id] = asyncio.create_task(self._end(job, reason))
 
     async def _end(self, job: DeployedJob, reason: str) -> None:
@@ -325,7 +333,11 @@ class Deployments:
             await self.teller.until_told(lambda: self._stop_schedule(job))
             await self.teller.until_told(lambda: self._skip_planned(job, reason))
         except httpx.HTTPStatusError as refusal:
-            self._log.error("Job %s could not be put away: %s", job.name, refusal)
+            self._log.error(
+                "Job %s is over, but Prefect refuses to show it as over: %s",
+                job.name,
+                refusal,
+            )
         finally:
             del self._ending[job.deployment.id]
 
@@ -334,7 +346,7 @@ class Deployments:
         for schedule in deployment.schedules:
             if schedule.slug == job.slug and schedule.active:
                 await self._client.update_deployment_schedule(deployment.id, schedule.id, active=False)
-        self._readings.pop(deployment.id, None)
+        self._snapshots.pop(deployment.id, None)
 
     async def _skip_planned(self, job: DeployedJob, reason: str) -> None:
         for flow_run in await runs_of(self._client, [job.deployment.id], [StateType.SCHEDULED]):
@@ -342,7 +354,7 @@ class Deployments:
             if ticks.is_tick(flow_run) and flow_run.run_count == 0:
                 await self.teller.skip(flow_run, reason)
 
-    async def settle(self) -> None:
+    async def wait_for_ends(self) -> None:
         """Wait until every job that is over has been put away, but not for an API that is away."""
         if self._ending:
             await asyncio.wait(self._ending.values(), timeout=SETTLE_SECONDS)

@@ -3,19 +3,82 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from uuid import UUID
+
+from prefect.settings import get_current_settings
 
 from taskadapter.agent.hearing import Kind, News
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from taskadapter.settings import TaskadapterSettings
+
 AFTER_NEWS_SECONDS = (0.0, 1.0)
 """How long after some news the agent looks: the API may tell of a change before it shows it."""
 
 SHORTEST_PAUSE_SECONDS = 0.5
 """How long there is between two looks at least, unless something is due at once."""
+
+LISTENING_SECONDS = 30.0
+"""How often the agent looks for runs that hears of what it cannot know ahead: it looks as far ahead."""
+
+BUSY_POLLS = 3
+"""At work, an agent that does not hear looks for runs at each third time only: it sees them well ahead."""
+
+PLENTY_SECONDS = 2.0
+LISTENING_PLENTY_SECONDS = 10.0
+"""How long there is between two looks at least, while there is more to do than there is room for: where
+the agent does not know of what is to be done besides, and where it does."""
+
+LISTENING_VISIT_SECONDS = 60.0
+VISIT_SECONDS = 8.0
+IDLE_VISIT_SECONDS = 2.0
+"""How often the agent looks at the queues, which are groups, and deployments of its pool: while it hears
+what changes; else at work, and idle."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How many seconds there are between two looks, or two visits, where nothing wants one earlier.
+
+    Attributes:
+        idle: between two looks of an agent that does not hear Prefect's event stream, and is idle.
+        busy: the same of one that has something to run.
+    """
+
+    idle: float
+    busy: float
+
+    @classmethod
+    def of(cls, settings: TaskadapterSettings) -> Pace:
+        """Return what the settings say, Prefect's own for all workers first, where somebody has set it."""
+        worker = get_current_settings().worker
+        if "query_seconds" in worker.model_fields_set:
+            return cls(worker.query_seconds, worker.query_seconds)
+        return cls(settings.poll_seconds, BUSY_POLLS * settings.poll_seconds)
+
+    def of_looks(self, *, hears: bool, is_busy: bool) -> float:
+        """Return the seconds between two looks: what is due until the next one is seen before."""
+        if hears:
+            return LISTENING_SECONDS
+        return self.busy if is_busy else self.idle
+
+    def at_plenty(self, *, knows_all: bool) -> float:
+        """Return the seconds between two looks at least, while there is more to do than room for it.
+
+        Args:
+            knows_all: whether the agent knows of all that is to be done besides.
+        """
+        return LISTENING_PLENTY_SECONDS if knows_all else PLENTY_SECONDS
+
+    def of_visits(self, *, hears: bool, is_busy: bool) -> float:
+        """Return the seconds between two visits."""
+        if hears:
+            return LISTENING_VISIT_SECONDS
+        return VISIT_SECONDS if is_busy else IDLE_VISIT_SECONDS
 
 
 class Looks:

@@ -22,10 +22,16 @@ LOAD_MARGIN = 1.5
 """How many times as long as it took before the loading of a run's code may take this time."""
 
 LONGEST_LOAD_SECONDS = 8.0
-"""No run is claimed longer before its time: the agent does not know of more."""
+"""A run is claimed at most this long before its time: the agent may not know of those further ahead."""
 
 LONGEST_WAIT_SECONDS = 15.0
-"""How long a run waits at most that was ended before its body, before it is tried again."""
+"""How long a run that was ended before its body waits at most before it is tried again."""
+
+MOST_HOLDS = 5
+"""So often a run that cannot be claimed keeps the later ticks of its job behind it."""
+
+BRIEF_SECONDS = 2.0
+"""A run that takes no longer has the next one of its job wait behind it, with its process made ready."""
 
 Which = Callable[[FlowRun], bool]
 """Says of a run whether it is meant."""
@@ -58,7 +64,11 @@ class Queue:
         self._through: dict[UUID, float] = {}
         self._returned: dict[UUID, float] = {}
         self._tries: dict[UUID, Tries] = {}
+        # How often the API has failed a run's claim, and those that wait for what it tells next.
+        self._failures: dict[UUID, int] = {}
+        self._held: set[UUID] = set()
         self._load_seconds: dict[UUID | None, float] = {}
+        self._run_seconds: dict[UUID | None, float] = {}
 
     def __len__(self) -> int:
         """Return how many runs wait here."""
@@ -70,16 +80,17 @@ class Queue:
         Args:
             runs: as the API had them.
             asked: when it was asked, on the clock: what has been through since is no news.
-            taken: the runs that are not to wait here: they are between their claim and their end.
+            taken: the runs that are not to wait here: they have been taken, and are not over.
         """
         self._through = {run_id: when for run_id, when in self._through.items() if when >= asked}
         self._returned = {run_id: when for run_id, when in self._returned.items() if when >= asked}
         through = {*taken, *self._through}
         returned = {id_: run for id_, run in self._upcoming.items() if id_ in self._returned}
         self._upcoming = {run.id: run for run in runs if run.id not in through} | returned
-        self._tries = {
-            id_: tries for id_, tries in self._tries.items() if id_ in self._upcoming or id_ in through
-        }
+        known = self._upcoming.keys() | through
+        self._tries = {id_: tries for id_, tries in self._tries.items() if id_ in known}
+        self._failures = {id_: times for id_, times in self._failures.items() if id_ in known}
+        self._held.clear()
 
     def forget(self, which: Which = any_run) -> None:
         """Know nothing more of some runs, or of all."""
@@ -98,6 +109,19 @@ class Queue:
         self.put(flow_run)
         self._returned[flow_run.id] = clock
 
+    def hold(self, flow_run: FlowRun, clock: float) -> bool:
+        """Have a run whose claim the API has failed wait for the next look, and later ticks behind it.
+
+        Returns:
+            False if it fails again and again: the job goes on without it, until a look finds it again.
+        """
+        times = self._failures[flow_run.id] = self._failures.get(flow_run.id, 0) + 1
+        if times > MOST_HOLDS:
+            return False
+        self._held.add(flow_run.id)
+        self.put_back(flow_run, clock)
+        return True
+
     def through(self, run_id: UUID, clock: float) -> None:
         """Take note that a run is over, unless it waits here again."""
         if run_id not in self._upcoming:
@@ -111,6 +135,20 @@ class Queue:
     def loaded(self, job_id: UUID | None, seconds: float) -> None:
         """Take note of how long the code of a job takes to load."""
         self._load_seconds[job_id] = seconds
+
+    def ran(self, job_id: UUID | None, seconds: float) -> None:
+        """Take note of how long a run of a job has taken from the beginning of its body."""
+        self._run_seconds[job_id] = seconds
+
+    def may_follow(self, flow_run: FlowRun) -> bool:
+        """Return whether a tick may be claimed while those before it go on, as far as its job allows.
+
+        They end soon, and nobody has asked for a run of the job, which is to have the next place.
+        """
+        job_id = flow_run.deployment_id
+        if not ticks.is_tick(flow_run) or self._run_seconds.get(job_id, BRIEF_SECONDS) >= BRIEF_SECONDS:
+            return False
+        return all(ticks.is_tick(run) for run in self._upcoming.values() if run.deployment_id == job_id)
 
     def first(self, may_start: Which, clock: float) -> FlowRun | None:
         """Return the run that is to be claimed next, of those that may start."""
@@ -133,7 +171,7 @@ class Queue:
 
     def _waits(self, flow_run: FlowRun, clock: float) -> bool:
         tries = self._tries.get(flow_run.id)
-        return tries is not None and tries.again > clock
+        return flow_run.id in self._held or (tries is not None and tries.again > clock)
 
     def next_try(self, clock: float) -> float | None:
         """Return in how many seconds a run may be tried again that was ended before its body."""

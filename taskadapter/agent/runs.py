@@ -46,24 +46,26 @@ class Phase(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Life:
-    """What is known of a run between its claim and its end.
+    """What is known of a run from the moment at which it is taken from the queue until it is over.
 
     Attributes:
         phase: how far it has come.
         finishes: whether it may go on when the token of its group is lost.
         dropped: whether it is given back, unless its body has begun.
+        deferred: the same, but to be taken here again later.
         lost: whether the token was lost: what becomes of the run, the group's next holder says.
-        over: why it is not to begin: its job has ended since it was claimed.
-        ended: why its job is over, once that is known.
+        called_off: why it is not to begin, once its job is over.
+        job_ended: why it has ended its job, if it has.
         cancelled: when it was cancelled, on the monotonic clock.
     """
 
     phase: Phase = Phase.FOUND
     finishes: bool = False
     dropped: bool = False
+    deferred: bool = False
     lost: bool = False
-    over: str | None = None
-    ended: str | None = None
+    called_off: str | None = None
+    job_ended: str | None = None
     cancelled: float | None = None
 
     @property
@@ -100,6 +102,11 @@ class Forked:
 @dataclass(frozen=True, slots=True)
 class Dropped:
     """This node is to begin nothing more of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Deferred:
+    """Another one is to begin on this node before it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +151,7 @@ Event: TypeAlias = (
     | Forked
     | protocol.Begun
     | Dropped
+    | Deferred
     | CalledOff
     | TokenLost
     | TimeUp
@@ -229,15 +237,17 @@ def step(life: Life, event: Event) -> Step:
         case Claimed():
             return Step(replace(life, phase=Phase.CLAIMED))
         case Forked():
-            if life.dropped or life.lost:
+            if life.dropped or life.deferred or life.lost:
                 return Step(life, (Signal.KILL,))
             return Step(replace(life, phase=Phase.FORKED))
         case protocol.Begun(ended=reason):
             return _job_ends(replace(life, phase=Phase.BEGUN), reason)
         case Dropped():
             return Step(replace(life, dropped=True), _if_forked(life, Signal.DROP))
+        case Deferred():
+            return Step(replace(life, deferred=True), _if_forked(life, Signal.DROP))
         case CalledOff(reason):
-            return Step(replace(life, dropped=True, over=reason), _if_forked(life, Signal.DROP))
+            return Step(replace(life, dropped=True, called_off=reason), _if_forked(life, Signal.DROP))
         case TokenLost():
             return Step(replace(life, lost=True), () if life.finishes else _if_forked(life, Signal.KILL))
         case TimeUp():
@@ -273,15 +283,15 @@ def _end(life: Life, end: protocol.End | Killed) -> Step:
 
 def _job_ends(life: Life, reason: str | None, *then: Action) -> Step:
     """Return what follows when a run tells why its job is over, if it is: once is enough."""
-    if reason is None or life.ended is not None:
+    if reason is None or life.job_ended is not None:
         return Step(life, actions=then)
-    return Step(replace(life, ended=reason), actions=(EndJob(reason), *then))
+    return Step(replace(life, job_ended=reason), actions=(EndJob(reason), *then))
 
 
 def give_back(life: Life) -> PutBack | ShowSkipped:
     """Return what is to be done about a run that is claimed, and is not to begin here now."""
-    if life.over is not None:
-        return ShowSkipped(life.over)
+    if life.called_off is not None:
+        return ShowSkipped(life.called_off)
     return PutBack(keep=not life.dropped and not life.lost)
 
 
@@ -299,10 +309,10 @@ _OF_BODIES = {"Completed", "Failed"}
 class Todo(Enum):
     """What is to be done about a run.
 
-    LEAVE: nothing, or somebody else does it. PUT_BACK: make it due again. AGAIN: so, once the ledger allows
-    a second beginning. SUSPEND: let it begin again when somebody resumes it. CRASH: enter and tell that it
-    was interrupted. ENTER: enter what Prefect knows. TELL: tell Prefect what was entered. HAND_ON: leave it
-    to the next holder of its group.
+    LEAVE: nothing, or somebody else does it. PUT_BACK: make it due again. AGAIN: put it back after entering
+    that it was abandoned, so that the ledger lets it begin a second time. SUSPEND: let it begin again when
+    somebody resumes it. CRASH: enter and tell that it was interrupted. ENTER: enter what Prefect knows.
+    TELL: tell Prefect what was entered. HAND_ON: leave it to the next holder of its group.
     """
 
     LEAVE = "leave"
@@ -320,7 +330,7 @@ def decide(
     known: StateType | None,
     *,
     lives: bool = False,
-    ours: bool = False,
+    ended_here: bool = False,
     at_fault: bool = False,
     reruns: bool = False,
 ) -> Todo:
@@ -330,14 +340,14 @@ def decide(
         entry: of what it is an execution of, if that has begun.
         known: the state that Prefect has; None if it has no such run any more.
         lives: whether the process that executes it may still be there.
-        ours: whether it has just ended here, without telling Prefect of its end.
-        at_fault: whether it ended by itself, before its body.
+        ended_here: whether its process has just ended here, without telling Prefect of its end.
+        at_fault: whether the run itself failed, and nobody ended its process.
         reruns: whether an interrupted execution is to be made again.
     """
     is_final = known is None or known in TERMINAL_STATES
     if entry is None or entry.outcome == ABANDONED:
         # The engine takes an API that fails it before the body for a crash.
-        if is_final and not (ours and known is StateType.CRASHED):
+        if is_final and not (ended_here and known is StateType.CRASHED):
             return Todo.LEAVE
         return Todo.CRASH if at_fault or known is StateType.CANCELLING else Todo.PUT_BACK
     if entry.outcome is None:
@@ -352,7 +362,7 @@ def decide(
         return Todo.TELL
     # It takes it for the body's failure, or a crash, that it cannot tell what the body came to.
     told_wrong = known in {StateType.FAILED, StateType.CRASHED} and entry.outcome != outcome_of(known)
-    return Todo.TELL if ours and told_wrong and entry.outcome in _OF_BODIES else Todo.LEAVE
+    return Todo.TELL if ended_here and told_wrong and entry.outcome in _OF_BODIES else Todo.LEAVE
 
 
 def settle(
@@ -370,7 +380,7 @@ def settle(
     if life.lost and known not in TERMINAL_STATES:
         return Todo.HAND_ON
     is_elsewhere = entry is not None and entry.incarnation != incarnation
-    return decide(entry, known, ours=True, lives=is_elsewhere or life.lost, at_fault=at_fault)
+    return decide(entry, known, ended_here=True, lives=is_elsewhere or life.lost, at_fault=at_fault)
 
 
 def outcome_of(known: StateType | None) -> str:

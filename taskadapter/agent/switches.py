@@ -1,6 +1,7 @@
-"""Whether a job is paused or over: in its row first, which runs read before they begin, then in Prefect.
+"""Whether a job is paused or over: switches in the job's row, which runs read, and in Prefect.
 
-What somebody does in Prefect's UI the agents carry over to the row as soon as they see it.
+What our commands switch, they switch in the row first, and then in Prefect. What somebody switches in
+Prefect's UI, the agents carry over to the row as soon as they see it (`CarryOver`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from uuid import UUID
 from prefect.client.schemas.actions import DeploymentUpdate
 from prefect.exceptions import ObjectNotFound
 
-from taskadapter.agent.timetable import plan_of
+from taskadapter.agent.plans import plan_of
 from taskadapter.coordination import store
 from taskadapter.coordination.executions import Reading, Switches, moment
 from taskadapter.prefect_api.client import api_client

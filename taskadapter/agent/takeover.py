@@ -145,7 +145,9 @@ class Takeover:
             raise
         except Exception:  # noqa: BLE001 - whatever it is, it is told, and is this run's alone
             if what not in self._troubles:
-                self._log.exception("Run %s cannot be settled; the rest goes on.", what)
+                self._log.exception(
+                    "An error in the agent itself about run %s; other runs go on. Please report it.", what
+                )
             self._troubles.add(what)
 
     async def _settle(self, claimed: list[FlowRun]) -> None:

@@ -16,7 +16,7 @@ from prefect.states import Scheduled
 
 from taskadapter.agent import runs
 from taskadapter.coordination.executions import Entry
-from taskadapter.prefect_api.client import API_FAULTS, in_words
+from taskadapter.prefect_api.client import API_FAULTS, in_words, is_gone
 from taskadapter.rules import ticks
 
 RETRY_SECONDS = 2.0
@@ -38,8 +38,8 @@ class Teller:
     Args:
         client: connected to it.
         log: the agent's.
-        patient: whether it is told again until it knows, however long it does not answer; else a fault is
-            raised.
+        patient: whether to repeat a call until the API has taken it, however long that takes; else a
+            fault of the API is raised.
     """
 
     def __init__(
@@ -91,7 +91,9 @@ class Teller:
             except httpx.HTTPStatusError as refusal:
                 if not _is_for_good(refusal):
                     raise
-                self._log.warning("State %s of run %s is refused: %s", state.name, flow_run.name, refusal)
+                self._log.warning(
+                    "Prefect's API refuses state %s of run %s: %s", state.name, flow_run.name, refusal
+                )
             else:
                 return answer is not None and answer.status is SetStateStatus.ACCEPT
         return False
@@ -112,10 +114,14 @@ class Teller:
             except ObjectNotFound:
                 return None
             except API_FAULTS as fault:
+                if is_gone(fault):
+                    return None
                 if not self._patient or _is_for_good(fault):
                     raise
                 if not told:
-                    self._log.warning("Prefect's API cannot be told, trying again: %s", in_words(fault))
+                    self._log.warning(
+                        "Prefect's API cannot be told of a run's state, trying again: %s", in_words(fault)
+                    )
                 told = True
                 await asyncio.sleep(RETRY_SECONDS)
 

@@ -8,11 +8,11 @@ policy says.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from datetime import UTC, datetime, timedelta
-from itertools import islice, starmap
+from itertools import starmap
 from logging import Logger, LoggerAdapter
 from typing import Any
 from uuid import UUID
@@ -29,20 +29,16 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.responses import DeploymentResponse, OrchestrationResult, SetStateStatus
-from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.states import Pending
 
+from taskadapter.agent.plans import MADE_AHEAD, Line, Plan, begin, plan_of
 from taskadapter.agent.telling import Teller
 from taskadapter.coordination.executions import Entered
-from taskadapter.declare.triggers import TriggerConfiguration, WaitingPolicy
-from taskadapter.prefect_api.client import API_FAULTS, side_by_side
-from taskadapter.prefect_api.deployments import is_on, schedule_of, trigger_of
+from taskadapter.prefect_api.client import API_FAULTS, is_gone, side_by_side
+from taskadapter.prefect_api.deployments import is_on
 from taskadapter.prefect_api.ticks import create_tick
 from taskadapter.rules import ticks
-
-MADE_AHEAD = 20
-"""How many late ticks of a job wait at most that the agent has made: the others follow in order."""
 
 MADE_AT_ONCE = 64
 """How many late ticks of all jobs are made at one look, the oldest first, before it is acted on."""
@@ -54,97 +50,11 @@ to the next and the time by which it claims ahead, so that the ticks of a job ar
 NEW = timedelta(seconds=5)
 """The history of a schedule that was made so shortly before is not asked for."""
 
-SHOWN = 100
-"""How many ticks that a policy ignores are made, to be shown as skipped; those before are passed over."""
-
-CLAIM_LEAD = timedelta(seconds=10)
-"""A run is to be known longer before its time than it is claimed."""
+KNOWN_BEFORE = timedelta(seconds=10)
+"""The agent must know of a run this long before its time: longer than the time by which it claims ahead."""
 
 POLL_LIMIT = 200
 """How many runs the API returns at once; those that are due first."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """When a job is due and where its runs wait, as Prefect has it: somebody may have edited it there.
-
-    Attributes:
-        queue: its work queue's name.
-        queue_id: that queue, of this pool.
-        schedule_id: its schedule.
-        anchor: the moment of tick 0.
-        interval: seconds between two ticks.
-        trigger: as deployed.
-        created: when the schedule was made.
-    """
-
-    queue: str
-    queue_id: UUID | None
-    schedule_id: UUID
-    anchor: datetime
-    interval: float
-    # Deploying again touches these, and leaves the ticks what they are.
-    trigger: TriggerConfiguration = field(compare=False)
-    created: datetime = field(compare=False)
-
-
-@dataclass
-class Line:
-    """A job's plan, and up to where its ticks are settled.
-
-    Attributes:
-        deployment_id: the job.
-        name: its deployment's name.
-        plan: its schedule and queue.
-        through: every tick until then, itself included, is settled: claimed, skipped or ended.
-        settled: later ones that are.
-        held: whether the job is paused.
-        resumed: when it was resumed last, as far as the agent has seen a pause.
-        is_new: whether the agent has not looked after it before.
-        is_stale: whether what is settled is to be looked up again.
-    """
-
-    deployment_id: UUID
-    name: str
-    plan: Plan
-    through: datetime
-    settled: set[datetime] = field(default_factory=set)
-    held: bool = False
-    resumed: datetime | None = None
-    is_new: bool = True
-    is_stale: bool = False
-
-    def owed(self, until: datetime) -> list[datetime]:
-        """Return the ticks until then that are not settled, oldest first, as many as are made ahead."""
-        end = self.plan.trigger.end_time
-        until = until if end is None else min(until, end)
-        if self.plan.trigger.policy.waiting_policy is not WaitingPolicy.WAIT:
-            ignored = timedelta(seconds=SHOWN * self.plan.interval)
-            self.through = max(self.through, until - ignored)
-        ticks = self._ticks(until)
-        return list(islice((tick for tick in ticks if tick not in self.settled), MADE_AHEAD))
-
-    def unplanned(self, after: datetime, until: datetime, known: Collection[datetime]) -> datetime | None:
-        """Return the first tick in a span of time that nobody has planned, settled ones aside."""
-        end = self.plan.trigger.end_time
-        until = until if end is None else min(until, end)
-        after = max(after, self.through)
-        own = ticks.between(self.plan.anchor, self.plan.interval, after=after, until=until)
-        return next((tick for tick in own if tick not in known and tick not in self.settled), None)
-
-    def settle(self, tick: datetime) -> None:
-        """Take note that a tick has been claimed, skipped or ended."""
-        if tick <= self.through:
-            return
-        self.settled.add(tick)
-        for following in self._ticks(max(self.settled)):
-            if following not in self.settled:
-                break
-            self.settled.discard(following)
-            self.through = following
-
-    def _ticks(self, until: datetime) -> Iterator[datetime]:
-        return ticks.between(self.plan.anchor, self.plan.interval, after=self.through, until=until)
 
 
 class Timetable:
@@ -176,6 +86,8 @@ class Timetable:
         self._plans: dict[UUID, Plan] = {}
         self._lines: dict[UUID, Line] = {}
         self._ended: set[UUID] = set()
+        # The jobs of which the agent has said that it makes ticks, until Prefect plans some again.
+        self._told_of: set[UUID | None] = set()
         self.has_new = self.is_cut = False
         self.complete_until = datetime.now(UTC)
 
@@ -310,8 +222,9 @@ class Timetable:
             if (tick := ticks.tick_of(run)) is not None:
                 known.setdefault(run.deployment_id, set()).add(tick)
         listed = {run.deployment_id for run in found}
+        self._told_of -= {run.deployment_id for run in found if run.auto_scheduled}
         self.has_new = self.is_cut = False
-        self.complete_until = until - CLAIM_LEAD if is_full else until
+        self.complete_until = until - KNOWN_BEFORE if is_full else until
         missing: list[tuple[datetime, Line]] = []
         held_up: dict[UUID | None, datetime] = {}
         for line in self._lines.values():
@@ -367,9 +280,13 @@ class Timetable:
             raise faults[0]
         names = {line.deployment_id: line.name for _, line in missing}
         for job_id, count in Counter(run.deployment_id for run in made).items():
-            self._log.info(
-                "%d tick(s) of job %s had not been planned.", count, names[job_id or UUID(int=0)]
+            self._log.log(
+                logging.DEBUG if job_id in self._told_of else logging.INFO,
+                "Made %d tick(s) of job %s that Prefect had not planned.",
+                count,
+                names[job_id or UUID(int=0)],
             )
+            self._told_of.add(job_id)
         return made
 
     async def _make(self, line: Line, tick: datetime) -> FlowRun | None:
@@ -379,7 +296,7 @@ class Timetable:
         try:
             run = await create_tick(self._client, line.deployment_id, line.plan.schedule_id, tick)
         except httpx.HTTPStatusError as fault:
-            if fault.response.status_code != httpx.codes.NOT_FOUND:
+            if not is_gone(fault):
                 raise
             line.held = True  # the deployment is gone
             return None
@@ -423,7 +340,7 @@ class Timetable:
         for deployment_id, plan in plans.items():
             line, deployment = lines[deployment_id], self._deployments.get(deployment_id)
             if deployment is not None:  # else it has ended meanwhile
-                through, settled = _begin(plan, entered.get(deployment_id), last.get(deployment_id))
+                through, settled = begin(plan, entered.get(deployment_id), last.get(deployment_id))
                 self._lines[deployment_id] = Line(
                     deployment_id,
                     deployment.name,
@@ -477,44 +394,3 @@ def _is_of(flow_run: FlowRun, schedule_id: UUID) -> bool:
 def _is_before(flow_run: FlowRun, first: datetime | None) -> bool:
     """Return whether a run goes before a tick of its job that is still to be made."""
     return first is None or (tick := ticks.tick_of(flow_run)) is None or tick < first
-
-
-def _begin(plan: Plan, entered: Entered | None, last: datetime | None) -> tuple[datetime, set[datetime]]:
-    """Return the moment until which all ticks of a job are settled, and later ones that are.
-
-    Nothing is owed from before the schedule was made, edited or switched on again; but its first tick is,
-    where that is to come at once. Since then the ledger says what has run: whatever is missing between its
-    entries has been lost.
-
-    Args:
-        plan: the job's.
-        entered: what the ledger has of it.
-        last: its last tick that is settled, where the ledger has none.
-    """
-    start = plan.created
-    if plan.trigger.start_time is None:
-        start = min(start, plan.anchor - timedelta(microseconds=1))
-    if entered is None:
-        return start, set()
-    start = max(start, entered.opened or start)
-    if entered.dues:
-        return max(start, entered.dues[-1]), set(entered.dues)
-    # Ticks of one job are claimed in order.
-    return max(start, last or start), set()
-
-
-def plan_of(deployment: DeploymentResponse) -> Plan | None:
-    """Return a job's plan while its schedule is switched on."""
-    trigger = trigger_of(deployment)
-    schedule = schedule_of(deployment, trigger)
-    if trigger is None or schedule is None or not isinstance(schedule.schedule, IntervalSchedule):
-        return None
-    return Plan(
-        queue=deployment.work_queue_name or "",
-        queue_id=deployment.work_queue_id,
-        schedule_id=schedule.id,
-        anchor=ticks.in_utc(schedule.schedule.anchor_date),
-        interval=schedule.schedule.interval.total_seconds(),
-        trigger=trigger,
-        created=ticks.in_utc(schedule.created or datetime.now(UTC)),
-    )

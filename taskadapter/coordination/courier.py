@@ -58,6 +58,9 @@ class Courier:
     The connection is made for the first call, and kept until a call fails. On PostgreSQL it also
     listens: what others notify is reported as a `Hint`.
 
+    Attributes:
+        lacks_tables: Whether the last call that has failed did so for want of tables.
+
     Raises:
         CoordinationError: the database is of a kind that nodes cannot coordinate through.
     """
@@ -82,6 +85,7 @@ class Courier:
         self._guard = threading.Lock()
         self._is_abandoned = False
         self._has_tables = False
+        self.lacks_tables = False
         self._file: tuple[int, int] | None = None
 
     def take(self, call: Call, group_ids: Collection[str]) -> None:
@@ -144,6 +148,7 @@ class Courier:
             return Failed(call, str(exc), exc.age)
         except Exception as exc:  # noqa: BLE001  whatever it is, the node must go on
             self._hang_up()
+            self.lacks_tables = isinstance(exc, SchemaError)
             return Failed(call, self._why(exc, call))
 
     def _why(self, fault: Exception, call: Call) -> str:

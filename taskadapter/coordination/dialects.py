@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import socket
 import sqlite3
 from collections import namedtuple
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from sqlalchemy import Float, create_engine, event, func, make_url, select
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
@@ -100,10 +101,17 @@ def url_of(database: Database) -> URL:
     """Return the SQLAlchemy URL of a database, with the driver that this package uses.
 
     Raises:
-        CoordinationError: it is of another kind.
+        CoordinationError: it is of another kind, or no URL.
     """
     if isinstance(database, str | URL):
-        url = make_url(database)
+        try:
+            url = make_url(database)
+        except (ArgumentError, ValueError):  # which may have the password in their words
+            raise CoordinationError(
+                "the URL of the coordination database cannot be read; write it as "
+                "postgresql://USER@HOST:PORT/DATABASE, mysql://USER@HOST:PORT/DATABASE or sqlite:////FILE, "
+                "and special characters in a password as %XX"
+            ) from None
         return url.set(drivername=_driver(url.get_backend_name()))
     if database.kind == "sqlite":
         return URL.create(_DRIVERS["sqlite"], database=str(database.path))  # type: ignore[attr-defined]
@@ -134,20 +142,31 @@ def open_engine(database: Database, *, timeouts: Timeouts | None = None, pre_pin
 
     They are in UTC and READ COMMITTED, give up in time, and on SQLite lock at `BEGIN`. Nothing is
     connected yet. `pre_ping` replaces a pooled connection that died, at one round trip a checkout.
+
+    Raises:
+        CoordinationError: the URL cannot be used, or its driver is not installed.
     """
     timeouts = timeouts or Timeouts()
     url = url_of(database)
     name = url.get_backend_name()
-    engine = create_engine(
-        url,
-        pool_pre_ping=pre_ping,
-        # Statements carry job state, which belongs in no log.
-        hide_parameters=True,
-        connect_args=_CONNECT_ARGS[name](timeouts),
-        **({} if name == "sqlite" else {"isolation_level": _ISOLATION}),
-    )
+    try:
+        engine = create_engine(
+            url,
+            pool_pre_ping=pre_ping,
+            # Statements carry job state, which belongs in no log.
+            hide_parameters=True,
+            connect_args=_CONNECT_ARGS[name](timeouts),
+            **({} if name == "sqlite" else {"isolation_level": _ISOLATION}),
+        )
+    except ImportError as error:
+        raise CoordinationError(
+            f"{where(url)}: its driver cannot be imported ({error}); `pip install '{_PACKAGES[name]}'`"
+        ) from error
     _PREPARE[name](engine, timeouts)
     return engine
+
+
+_PACKAGES = {"postgresql": "psycopg[binary]", "mysql": "taskadapter[mysql]"}
 
 
 # A second statement must see what was committed while the first one waited for a lock.
@@ -516,8 +535,19 @@ def translated(url: URL) -> Iterator[None]:
 def _explain(exc: DBAPIError, url: URL) -> CoordinationError:
     kind = _CLASSIFY[url.get_backend_name()](exc)
     reason = " ".join(str(exc.orig).split())
-    remedy = _IF_LATE if _is_late(exc) else _REMEDIES[kind]
-    return kind(f"{where(url)}: {reason}; {remedy}")
+    return kind(f"{where(url)}: {reason}; {_remedy(exc, kind, reason, url)}")
+
+
+def _remedy(exc: DBAPIError, kind: type[CoordinationError], reason: str, url: URL) -> str:
+    if _is_late(exc):
+        return _IF_LATE
+    if re.search(r"[Dd]atabase [\"'].*[\"'] does not exist|Unknown database", reason):
+        return "make that database, or name another one"
+    if "read-only" in reason:
+        return "name the primary and not a replica of it, or let this user write"
+    if kind is AccessDeniedError and url.get_backend_name() == "sqlite":
+        return "name a file that this user may write, in a folder that is there"
+    return _REMEDIES[kind]
 
 
 def where(url: URL) -> str:
@@ -533,7 +563,7 @@ _REMEDIES: dict[type[CoordinationError], str] = {
     DatabaseUnavailableError: "check that it runs and can be reached from this host",
     AccessDeniedError: "correct the user, its password or its grants",
     SchemaError: "run `taskadapter db upgrade`, or give a DBA the output of `taskadapter db sql`",
-    CoordinationError: "see `taskadapter doctor`",
+    CoordinationError: "see the database's own log, and `taskadapter doctor`",
 }
 
 _IF_LATE = "the statement took too long: the database is overloaded, or another session holds a lock"
@@ -584,7 +614,7 @@ def _classify_sqlite(exc: DBAPIError) -> type[CoordinationError]:
     words = str(exc.orig)
     if "no such table" in words or "no such column" in words:
         return _SCHEMA
-    if "readonly" in words or "unable to open" in words:
+    if "readonly" in words or "unable to open" in words or "not a database" in words:
         return _DENIED
     return _GONE if isinstance(exc, OperationalError) else CoordinationError
 

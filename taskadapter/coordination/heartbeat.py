@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 import uuid
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, assert_never
 
 from taskadapter.coordination.board import NEVER, clock
@@ -21,10 +22,12 @@ from taskadapter.coordination.courier import Courier
 from taskadapter.coordination.lease import Lease, Timing, step
 from taskadapter.coordination.messages import (
     Abandon,
+    Answered,
     Extended,
     Gained,
     Joined,
     Lost,
+    Pulse,
     Refused,
     ReleaseAsked,
     ResignAsked,
@@ -42,7 +45,7 @@ if TYPE_CHECKING:
     from taskadapter.coordination.lease import Step
     from taskadapter.coordination.messages import Action, Event, Token
 
-__all__ = ["Change", "Heartbeat", "Publish"]
+__all__ = ["Change", "Heartbeat", "Publish", "Vitals"]
 
 _log = logging.getLogger("taskadapter.coordination")
 
@@ -53,7 +56,22 @@ _LONGEST_WAIT = 1.0
 """Seconds after which the decider looks at the clock: waits stand still while a machine sleeps."""
 
 _PAUSE = 0.1
-"""Seconds before it goes on after an error that should not happen."""
+"""Seconds before it goes on after an error of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Vitals:
+    """How a node is.
+
+    Attributes:
+        is_registered: Whether it is entered in the database.
+        fault: What the last call failed with; empty if it did not.
+        lacks_tables: Whether that was for want of tables.
+    """
+
+    is_registered: bool
+    fault: str
+    lacks_tables: bool
 
 
 class Publish(Protocol):
@@ -66,8 +84,8 @@ class Publish(Protocol):
 class Heartbeat:
     """Takes part, as one node, in the coordination of some groups.
 
-    `tell` gets each `Change`, and `publish` each new deadline, just before it. Both are called in a
-    thread of the heartbeat and must return at once: hand the work over to a thread of your own.
+    `tell` gets each `Change`, and `publish` each new deadline, just before it. These, and `beat`, are
+    called in a thread of the heartbeat and must return at once: hand the work over to one of your own.
     What they raise is logged and ignored. Each change, and each fault of the database once, is
     logged in one line.
 
@@ -78,6 +96,7 @@ class Heartbeat:
         liveness_check_interval: Seconds without heartbeat after which a node is taken for dead.
         heartbeat_frequency: Seconds from one heartbeat to the next.
         tell: Hears of changes.
+        beat: Hears of how many seconds each heartbeat took.
         publish: Hears of deadlines.
         of: For what it takes part, where this process does so under its name for something else too.
         incarnation: Which of all processes that ever had the name; by default one that none had.
@@ -98,6 +117,7 @@ class Heartbeat:
         heartbeat_frequency: float,
         tell: Callable[[Change], None],
         publish: Publish,
+        beat: Callable[[float], None] = lambda _: None,
         of: str = "",
         incarnation: str = "",
         log: logging.Logger | logging.LoggerAdapter[Any] = _log,
@@ -109,7 +129,7 @@ class Heartbeat:
         me = Node(task_id, incarnation or str(uuid.uuid4()), socket.gethostname(), os.getpid(), of)
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._courier = Courier(database, me, timing, self._events.put)
-        self._tell, self._publish, self._log = tell, publish, log
+        self._tell, self._publish, self._beat, self._log = tell, publish, beat, log
         self._lease = Lease(
             task_id=task_id,
             timing=timing,
@@ -145,6 +165,11 @@ class Heartbeat:
         lease = self._lease
         return lease.held[group_id].token if lease.trusts(group_id, clock()) else None
 
+    def seconds_left(self, group_id: str) -> float:
+        """Return for how long the token of a group may be trusted; 0 if it may not."""
+        held = self._lease.held.get(group_id)
+        return 0.0 if held is None else max(0.0, held.deadline - clock())
+
     @property
     def registered(self) -> frozenset[str]:
         """The groups that the node is entered for; none as long as it is not."""
@@ -155,6 +180,12 @@ class Heartbeat:
     def fault(self) -> str:
         """What the last call failed with; empty if it did not."""
         return self._lease.fault
+
+    @property
+    def vitals(self) -> Vitals:
+        """How the node is."""
+        lease = self._lease
+        return Vitals(lease.registered, lease.fault, bool(lease.fault) and self._courier.lacks_tables)
 
     @property
     def waits_for_its_predecessor(self) -> bool:
@@ -173,7 +204,7 @@ class Heartbeat:
             try:
                 self._obey(self._advance())
             except Exception:  # noqa: BLE001  a mistake of ours must not end the decisions
-                self._log.exception("the heartbeat goes on after an error that should not happen")
+                self._log.exception("An error in the heartbeat itself; it goes on. Please report it.")
                 time.sleep(_PAUSE)
         self._courier.end()
         self._stopped.set()
@@ -184,8 +215,12 @@ class Heartbeat:
             event = self._events.get(timeout=max(0.0, wait))
         except queue.Empty:
             event = Tick()
-        done = step(self._lease, event, clock())
+        now = clock()
+        done = step(self._lease, event, now)
         self._lease = done.lease
+        match event:
+            case Answered(Pulse(sent_at)):
+                self._call_out(self._beat, now - sent_at)
         return done
 
     def _obey(self, done: Step) -> None:
@@ -217,7 +252,9 @@ class Heartbeat:
         try:
             function(*arguments)
         except Exception:  # noqa: BLE001  a mistake of theirs must not end the decisions
-            self._log.exception("%r failed", function)
+            self._log.exception(
+                "An error in %r, which the heartbeat called; it goes on. Please report it.", function
+            )
 
 
 def _level(done: Step) -> int:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from taskadapter.coordination.executions import Entry, Execution, Owner, Reading, Switches
     from taskadapter.coordination.messages import Token
+    from taskadapter.coordination.overview import Status, Tenure
 
 RETRY_SECONDS = 0.5
 """How long to wait for a database that does not answer, before it is asked again."""
@@ -46,6 +47,20 @@ def interrupted(database_url: str, tokens: Collection[Token]) -> list[Entry]:
     from taskadapter.coordination import ledger
 
     return ask(database_url, lambda connection: ledger.interrupted(connection, tokens))
+
+
+def status(database_url: str) -> Status:
+    """Return where all tokens are and which nodes there are."""
+    from taskadapter.coordination.overview import read_status
+
+    return ask(database_url, read_status)
+
+
+def tenures(database_url: str, group_ids: Collection[str], last: int) -> list[Tenure]:
+    """Return the last terms of some groups, of each the newest first."""
+    from taskadapter.coordination.overview import read_tenures
+
+    return ask(database_url, lambda connection: read_tenures(connection, group_ids, last))
 
 
 def orphaned(database_url: str, interval: float) -> list[Entry]:

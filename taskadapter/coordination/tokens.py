@@ -56,21 +56,18 @@ if TYPE_CHECKING:
     from sqlalchemy.sql.dml import ValuesBase
 
 __all__ = [
-    "GroupStatus",
     "Node",
-    "NodeStatus",
-    "Status",
     "acquire",
     "claim_groups",
     "fence",
     "give_up_group",
     "groups_of_others",
     "pulse",
-    "read_status",
     "register",
     "release",
     "request_resign",
     "require_token",
+    "tokens_with_heartbeats",
     "unregister",
 ]
 
@@ -95,42 +92,6 @@ class Node:
     def entry(self) -> str:
         """The key of its entry among the nodes; no name has a slash."""
         return f"{self.task_id}/{self.of}"[:255] if self.of else self.task_id
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GroupStatus:
-    """Where a group's token is. Ages are in seconds; None where the database knows nothing.
-
-    `holder` is None if nobody holds it, `held_for` and `reason` are None if a Ballerina node does.
-    """
-
-    group_id: str
-    holder: str | None
-    term: int
-    heartbeat_age: float | None
-    held_for: float | None
-    reason: str | None
-    resign_requested: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NodeStatus:
-    """A node that has registered and not left. Ages are in seconds."""
-
-    task_id: str
-    host: str
-    pid: int
-    group_ids: tuple[str, ...]
-    last_seen_age: float
-    up_for: float
-
-
-@dataclass(frozen=True, slots=True)
-class Status:
-    """All groups and nodes of a database, by name."""
-
-    groups: tuple[GroupStatus, ...]
-    nodes: tuple[NodeStatus, ...]
 
 
 def require_token(connection: Connection, token: Token) -> None:
@@ -304,7 +265,8 @@ def _touch(me: Node) -> Update:
     return update(node).where(mine).values(last_seen=database_now())
 
 
-def _tokens_with_heartbeats() -> Any:
+def tokens_with_heartbeats() -> Any:
+    """Return the tokens, each beside its holder's heartbeat and term, for a query to select from."""
     beats, terms = health_check.c, tenure.c
     same_holder = and_(beats.group_id == token_holder.c.group_id, beats.task_id == token_holder.c.task_id)
     same_term = and_(terms.group_id == token_holder.c.group_id, terms.term == token_holder.c.term)
@@ -343,7 +305,7 @@ def _look(
             renewed.label("renewed"),
             tenure.c.resign_requested.is_not(None).label("resign_requested"),
         )
-        .select_from(_tokens_with_heartbeats())
+        .select_from(tokens_with_heartbeats())
         .where(wanted)
         .subquery("tokens")
     )
@@ -402,7 +364,7 @@ def _whether_free(me: Node, group_id: str, interval: float) -> Select[Any]:
     age = seconds_since(health_check.c.last_heartbeat).label("age")
     return (
         select(token_holder.c.task_id, token_holder.c.term, age, _free(me, interval).label("free"))
-        .select_from(_tokens_with_heartbeats())
+        .select_from(tokens_with_heartbeats())
         .where(token_holder.c.group_id == group_id)
     )
 
@@ -485,61 +447,3 @@ def request_resign(connection: Connection, group_id: str) -> Token:
         )
     notify(connection, group_id)
     return Token(group_id, row.task_id, row.term)
-
-
-def read_status(connection: Connection) -> Status:
-    """Return where all tokens are and which nodes there are."""
-    return Status(_group_statuses(connection), _node_statuses(connection))
-
-
-def _group_statuses(connection: Connection) -> tuple[GroupStatus, ...]:
-    rows = connection.execute(
-        select(
-            token_holder.c.group_id,
-            token_holder.c.task_id,
-            token_holder.c.term,
-            seconds_since(health_check.c.last_heartbeat).label("age"),
-            seconds_since(tenure.c.acquired).label("held_for"),
-            tenure.c.reason,
-            tenure.c.resign_requested.is_not(None).label("resign_requested"),
-        )
-        .select_from(_tokens_with_heartbeats())
-        .order_by(token_holder.c.group_id)
-    )
-    return tuple(
-        GroupStatus(
-            group_id=row.group_id,
-            holder=row.task_id or None,
-            term=row.term,
-            heartbeat_age=row.age,
-            held_for=row.held_for if row.task_id else None,
-            reason=row.reason if row.task_id else None,
-            resign_requested=bool(row.task_id and row.resign_requested),
-        )
-        for row in rows
-    )
-
-
-def _node_statuses(connection: Connection) -> tuple[NodeStatus, ...]:
-    columns = node.c
-    rows = connection.execute(
-        select(
-            columns.task_id,
-            columns.host,
-            columns.pid,
-            columns.group_ids,
-            seconds_since(columns.last_seen).label("last_seen_age"),
-            seconds_since(columns.started).label("up_for"),
-        ).order_by(columns.task_id)
-    )
-    return tuple(
-        NodeStatus(
-            task_id=row.task_id.partition("/")[0],
-            host=row.host,
-            pid=row.pid,
-            group_ids=tuple(json.loads(row.group_ids)),
-            last_seen_age=row.last_seen_age,
-            up_for=row.up_for,
-        )
-        for row in rows
-    )

@@ -329,7 +329,7 @@ class Turn:
         """
         if self.execution is not None:
             with _while_ours():
-                record.settle(self.execution.assignment, subject, outcome, ends)
+                record.enter_end(self.execution.assignment, subject, outcome, ends)
             self.execution.outcome = outcome
 
     def failed(self, exc: Exception) -> float | None:

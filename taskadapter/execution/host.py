@@ -215,6 +215,8 @@ class Host:
         fault: BaseException | None = None
         turn.keep(flow)
         private.heed_sigterm_only_if(self._is_meant)
+        if assignment.trigger is not None and assignment.is_tick and flow.flow_run_name is None:
+            private.name_run(assignment.flow_run.id, assignment.flow_run.name)
         private.abort_if_untold(assignment.flow_run.id, partial(setattr, execution, "untold"))
         try:
             state = drive(flow, assignment)
@@ -243,7 +245,7 @@ def _end_of(
             end = state if is_told else execution.untold
             if end is not None and execution.outcome is None:
                 with contextlib.suppress(CoordinationError, TokenLostError):
-                    record.settle(execution.assignment, None, end.type.value.capitalize())
+                    record.enter_end(execution.assignment, None, end.type.value.capitalize())
             return (protocol.Told if is_told else protocol.Untold)(ended=execution.ended)
         case Paused():
             return protocol.Paused()

@@ -107,7 +107,9 @@ def saved_service(assignment: Assignment, cls: type[Service]) -> Service | None:
     return None if state is None else load_state(cls, state)
 
 
-def settle(assignment: Assignment, service: Service | None, outcome: str, ends: str | None = None) -> None:
+def enter_end(
+    assignment: Assignment, service: Service | None, outcome: str, ends: str | None = None
+) -> None:
     """Enter what the execution came to, and save what it made of its service, if it succeeded.
 
     Args:

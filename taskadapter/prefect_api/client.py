@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from json import JSONDecodeError
@@ -28,6 +29,11 @@ PAGE = 200
 
 API_FAULTS = (httpx.HTTPError, ValidationError, JSONDecodeError)
 """What Prefect's client raises when the API does not answer, refuses, or does not make sense."""
+
+
+def is_gone(fault: Exception) -> bool:
+    """Return whether there is no such thing: not each method of the client raises ObjectNotFound then."""
+    return isinstance(fault, httpx.HTTPStatusError) and fault.response.status_code == httpx.codes.NOT_FOUND
 
 
 def in_words(fault: Exception) -> str:
@@ -89,10 +95,15 @@ def _told() -> Iterator[None]:
         yield
     except httpx.TransportError as fault:
         raise ApiUnavailableError(
-            f"Prefect's API at {get_current_settings().api.url} does not answer: "
+            f"Prefect's API at {shown(get_current_settings().api.url)} does not answer: "
             f"{str(fault) or type(fault).__name__}; start it with `prefect server start`, or name another "
             "one in PREFECT_API_URL."
         ) from None
+
+
+def shown(url: str | None) -> str:
+    """Return the URL of an API without the user and password that may be in it."""
+    return re.sub(r"^(\w+://)?.*@", r"\1", url or "")
 
 
 async def all_pages(read: Callable[..., Awaitable[list[Any]]], **filters: Any) -> list[Any]:

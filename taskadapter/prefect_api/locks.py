@@ -20,6 +20,8 @@ import httpx
 from prefect.client.schemas.actions import VariableCreate
 from prefect.exceptions import ObjectAlreadyExists
 
+from taskadapter.prefect_api.client import is_gone
+
 if TYPE_CHECKING:
     from uuid import UUID
 
@@ -68,5 +70,5 @@ async def _delete(client: PrefectClient, variable_id: UUID) -> None:
     try:
         await client.request("DELETE", "/variables/{id}", path_params={"id": variable_id})
     except httpx.HTTPStatusError as fault:
-        if fault.response.status_code != httpx.codes.NOT_FOUND:
+        if not is_gone(fault):
             raise

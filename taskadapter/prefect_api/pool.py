@@ -139,6 +139,6 @@ def _split(config: WarmBackupConfig) -> tuple[str | None, str | None]:
 
 def with_password(url: str, password: str) -> str:
     """Return a database's URL with its password in it: never log it."""
-    from sqlalchemy import make_url
+    from taskadapter.coordination.dialects import url_of
 
-    return make_url(url).set(password=password).render_as_string(hide_password=False)
+    return url_of(url).set(password=password).render_as_string(hide_password=False)

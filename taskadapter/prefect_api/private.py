@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefect import flow_engine
 from prefect._internal import control_listener
+from prefect.client.orchestration import PrefectClient, SyncPrefectClient
 from prefect.exceptions import Abort
 
 from taskadapter.prefect_api.client import API_FAULTS, in_words
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from uuid import UUID
 
+    import httpx
     from prefect.client.schemas.objects import State
 
 
@@ -89,6 +91,28 @@ def abort_if_untold(flow_run_id: UUID, keep: Callable[[State[Any]], None]) -> No
     engine.propose_state, engine.propose_state_sync = propose_guarded, propose_sync_guarded
 
 
+def name_run(flow_run_id: UUID, name: str) -> None:
+    """Have Prefect's engine name a run with the update that it makes of each, instead of with one more.
+
+    Args:
+        flow_run_id: the run.
+        name: what it is called from then on, unless the flow names its runs itself.
+    """
+
+    def naming(update: Any) -> Any:
+        @functools.wraps(update)
+        def named(*args: Any, **changes: Any) -> Any:
+            is_the_engines = changes.keys() >= {"flow_version", "empirical_policy"}
+            if is_the_engines and changes.get("flow_run_id") == flow_run_id:
+                changes = {"name": name, **changes}
+            return update(*args, **changes)
+
+        return named
+
+    for kind in (PrefectClient, SyncPrefectClient):
+        kind.update_flow_run = naming(kind.update_flow_run)  # type: ignore[method-assign]
+
+
 def is_being_deployed() -> bool:
     """Return whether ``prefect deploy`` is what imports the flows of this process.
 
@@ -108,6 +132,15 @@ def remember_time_zones() -> None:
 
     ours: Any = validators
     ours.get_timezones = functools.cache(ours.get_timezones)
+
+
+def count_requests(client: PrefectClient, count: Callable[[], None]) -> None:
+    """Have each request of a client counted that is sent, repeated ones too."""
+
+    async def hook(_: httpx.Request) -> None:
+        count()
+
+    client._client.event_hooks["request"].append(hook)
 
 
 def share_tls_context() -> None:

@@ -109,6 +109,18 @@ def tick_key(deployment_id: UUID, schedule_id: UUID | str, due: datetime) -> str
     return f"{_TICK} {deployment_id} {schedule_id} {due.astimezone(UTC).isoformat(sep=' ')}"
 
 
+def run_name(job: str, due: datetime) -> str:
+    """Return the name that the run of a tick shows in the UI, in logs and in notifications.
+
+    Args:
+        job: the deployment's name.
+        due: the tick's time, aware.
+    """
+    due = in_utc(due)
+    moment = due.isoformat(timespec="milliseconds" if due.microsecond else "seconds")
+    return f"{job} {moment.removesuffix('+00:00')}Z"
+
+
 def is_tick(flow_run: FlowRun) -> bool:
     """Return whether a run is a tick of its job's trigger, and not one that somebody asks for."""
     planned = flow_run.auto_scheduled or (flow_run.idempotency_key or "").startswith(f"{_TICK} ")

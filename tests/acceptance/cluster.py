@@ -23,6 +23,8 @@ from prefect.client.schemas.filters import (
     FlowRunFilterExpectedStartTime,
     FlowRunFilterState,
     FlowRunFilterStateType,
+    WorkPoolFilter,
+    WorkPoolFilterName,
 )
 from prefect.client.schemas.objects import StateType
 from sqlalchemy import create_engine, make_url, text
@@ -39,6 +41,9 @@ if TYPE_CHECKING:
 
     from deployments.local import Program
 
+EVERY = 3.0
+"""Seconds between two ticks of the counter: a slow machine, too, can do so many, and catch up."""
+
 INTERVAL = 3.0
 """The `liveness_check_interval` of all groups here."""
 
@@ -46,7 +51,7 @@ HEARTBEAT = 0.5
 """Their `heartbeat_frequency`."""
 
 BUSY, IDLE = "busy", "idle"
-"""The groups: one with a job each second, one with nothing but an hourly job."""
+"""The groups: one with a job that counts, one with nothing but an hourly job."""
 
 _NOW = {
     "postgresql": "extract(epoch from clock_timestamp())",
@@ -125,7 +130,7 @@ def listener(group, interval, **policy):
     return Listener(
         trigger=TriggerConfiguration(
             interval=interval,
-            start_time={later!r} if interval > 1 else None,
+            start_time={later!r} if interval > {every} else None,
             task_policy=TaskPolicy(**policy),
         ),
         warm_backup_config=WarmBackupConfig(
@@ -151,7 +156,7 @@ from sqlalchemy.exc import DBAPIError
 from taskadapter import Service, fenced
 from taskadapter.errors import TokenLostError
 
-@listener({busy!r}, 1).service("counter")
+@listener({busy!r}, {every}).service("counter")
 class Counter(Service):
     i: int = 1
 
@@ -331,8 +336,12 @@ class Cluster:
         self._stack.callback(self.engine.dispose)
 
     def close(self) -> None:
-        """Stop every agent."""
+        """Stop every agent, and delete the jobs: those of the next cluster have the same names."""
         self._stack.close()
+        client = self.prefect.client
+        pool = WorkPoolFilter(name=WorkPoolFilterName(any_=[self.project.pool]))
+        for job in client.read_deployments(work_pool_filter=pool):
+            client.delete_deployment(job.id)
 
     # --- set up -----------------------------------------------------------------------------------
 
@@ -341,9 +350,9 @@ class Cluster:
         with self.engine.connect() as connection:
             connection.execute(text(_TABLE))
         later = (datetime.now(UTC) + timedelta(hours=2)).isoformat()
-        keeper = _KEEPER.format(now=_NOW, later=later, liveness=INTERVAL, heartbeat=HEARTBEAT)
+        keeper = _KEEPER.format(now=_NOW, later=later, every=EVERY, liveness=INTERVAL, heartbeat=HEARTBEAT)
         self.project.write("keeper.py", keeper)
-        self.project.write("flows/jobs.py", _FLOWS.format(busy=BUSY, idle=IDLE))
+        self.project.write("flows/jobs.py", _FLOWS.format(busy=BUSY, idle=IDLE, every=EVERY))
         self.project.write("flows/heavy.py", _HEAVY.format(busy=BUSY))
         domain = Domain(liveness_check_interval=INTERVAL, heartbeat_frequency=HEARTBEAT)
         ensure_work_pool(self.project.pool, domain)
@@ -493,13 +502,17 @@ class Cluster:
         """
         due_ticks = [row.scheduled for row in self.rows("counter")]
         first, last = min(due_ticks), max(due_ticks)
-        missing = set(range(round(last - first))) - {round(tick - first) for tick in due_ticks}
+
+        def number(tick: float) -> int:
+            return round((tick - first) / EVERY)
+
+        missing = set(range(number(last))) - {number(tick) for tick in due_ticks}
         if missing:
             crashed = self.crashed("counter").values()
             reasons = ("termination signal", *self.nodes)
             explained = [run for run in crashed if any(reason in message(run) for reason in reasons)]
-            missing -= {round(due(run).timestamp() - first) for run in explained}
-        return [self._tell(tick) for tick in sorted(first + number for number in missing)]
+            missing -= {number(due(run).timestamp()) for run in explained}
+        return [self._tell(first + EVERY * one) for one in sorted(missing)]
 
     def _tell(self, tick: float) -> str:
         near = FlowRunFilterExpectedStartTime(

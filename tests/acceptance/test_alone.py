@@ -390,7 +390,7 @@ def test_a_thread_ends_with_its_run(project: Project, prefect: Prefect) -> None:
     ended = run(prefect, "beats")
     assert_completed([ended])
     (pid,) = {entry.pid for entry in project.entries("beats")}
-    wait_until(lambda: not is_alive(pid), 10, "the process to end")
+    wait_until(lambda: not is_alive(pid), 60, "the process to end")
 
 
 def is_gone(pid: int) -> bool:
@@ -415,7 +415,7 @@ def test_a_cancelled_run_takes_its_children_along(project: Project, prefect: Pre
     (child,) = children(project, 1)
     prefect.client.set_flow_run_state(going_on.id, Cancelling())
     assert state_of(prefect.wait_for_end(going_on)).name == "Cancelled"
-    wait_until(lambda: not is_alive(child), 10, "the child to end")
+    wait_until(lambda: not is_alive(child), 60, "the child to end")
 
 
 @pytest.mark.parametrize(
@@ -428,9 +428,9 @@ def test_what_a_run_leaves_is_ended(
     ended = run(prefect, flow)
     assert_completed([ended])
     for child in children(project, len(commands)):
-        wait_until(partial(is_gone, child), 10, "a child to end")
-    log = prefect.wait_for_logs(ended, "left processes behind")
-    (line,) = [message for message in log if "left processes behind" in message]
+        wait_until(partial(is_gone, child), 60, "a child to end")
+    log = prefect.wait_for_logs(ended, "left these processes behind")
+    (line,) = [message for message in log if "left these processes behind" in message]
     assert all(command in line for command in commands)
 
 
@@ -499,7 +499,7 @@ def test_a_nursery_that_is_killed_is_replaced(agent: Program, project: Project, 
     nursery.send_signal(signal.SIGSTOP)
     nursery.kill()
     assert state_of(prefect.wait_for_end(going_on)).name == "Crashed"
-    wait_until(lambda: not is_alive(child), 10, "the child to end")
+    wait_until(lambda: not is_alive(child), 60, "the child to end")
     assert_completed([run(prefect, "price")])
     assert nursery_of(agent).pid != nursery.pid
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.filters import ArtifactCollectionFilter, ArtifactCollectionFilterKey
 from prefect.events.filters import EventFilter, EventNameFilter
 from psycopg import sql
 from sqlalchemy import create_engine, make_url, text
@@ -35,8 +36,12 @@ if TYPE_CHECKING:
 TAKEOVER = INTERVAL + 1
 """Seconds from a holder's death until another node must hold its token."""
 
-API = 3
-"""Seconds more until that node must execute something: Prefect's API is asked what was left behind."""
+API = 12
+"""Seconds more until that node must execute something: Prefect's API is asked what was left behind.
+
+The server has the jobs of all modules before, and on a slow machine may be behind with them already when
+the node is killed; how soon it is on an idle one, `make bench` measures.
+"""
 
 HANDOVER = 1
 """Seconds from a release until another node must hold the token."""
@@ -516,10 +521,24 @@ def test_the_tables_can_be_made_and_widened_from_the_shell(cluster: Cluster) -> 
 
 @on_postgresql
 def test_the_ui_names_the_active_node(cluster: Cluster, prefect: Prefect) -> None:
-    """The work queue's description has the active node and its term."""
-    queue = prefect.client.read_work_queue_by_name(BUSY, cluster.project.pool)
-    wanted = f"Active: {cluster.active().name}, term {cluster.term()},"
-    assert str(queue.description).startswith(wanted)
+    """The descriptions of queue and pool, and an artifact, name the active node, its term, the others."""
+    pool, active = cluster.project.pool, cluster.active().name
+    others = ", ".join(sorted(set(cluster.nodes) - {active}))
+    wanted = f"Active: {active}, term {cluster.term()}, since "
+    ours = ArtifactCollectionFilter(key=ArtifactCollectionFilterKey(any_=[f"taskadapter-{pool}"]))
+
+    def told() -> bool:
+        queue = prefect.client.read_work_queue_by_name(BUSY, pool)
+        described = prefect.client.read_work_pool(pool).description or ""
+        artifacts = prefect.client.read_latest_artifacts(artifact_filter=ours)
+        return (
+            str(queue.description).startswith(wanted)
+            and str(queue.description).endswith(f"Standing by: {others}.")
+            and f"- {BUSY}: {wanted}" in described
+            and any(f"| {BUSY} | {active} | {cluster.term()} |" in str(one.data) for one in artifacts)
+        )
+
+    wait_until(told, PATIENCE, "the UI to show who is active")
 
 
 @on_postgresql

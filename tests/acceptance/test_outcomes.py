@@ -185,7 +185,7 @@ def began(run: FlowRun) -> datetime:
 
 def only_run(project: Project, prefect: Prefect, job: str) -> FlowRun:
     """Return the one run of a job that was executed, once it is final."""
-    project.wait_for(job, "attempt", within=90)  # a whole interval later, if it was deployed too late
+    project.wait_for(job, "attempt", within=240)  # a whole interval later, if it was deployed too late
     prefect.wait_for_put_away(job)
     (run,) = prefect.executed(job)
     return prefect.wait_for_end(run)

@@ -50,6 +50,22 @@ PLAIN = """
         note("slow", "finished", run=flow_run.id)
 """
 
+LONG_LOADING = """
+    import time
+    from pathlib import Path
+    from ledger import note
+    from prefect import flow
+    from prefect.runtime import flow_run
+
+    for _ in range(60):
+        if not Path("loads-at-once").exists():
+            time.sleep(0.1)
+
+    @flow
+    def long_loading() -> None:
+        note("long-loading", "ran", run=flow_run.id)
+"""
+
 SCRIPT = """
     import sys
     import time
@@ -90,18 +106,23 @@ SCRIPT = """
 
 @pytest.fixture(scope="module", autouse=True)
 def deployments(project: Project, prefect: Prefect) -> dict[str, UUID]:
-    """Two plain flows, deployed; no agent."""
+    """Plain flows, deployed; no agent."""
     project.write("plain.py", PLAIN)
+    project.write("loading.py", LONG_LOADING)
     ensure_work_pool(project.pool)
     return {
         name: prefect.client.create_deployment(
             prefect.client.create_flow_from_name(name),
             name,
-            entrypoint=f"plain.py:{name}",
+            entrypoint=entrypoint,
             work_pool_name=project.pool,
             enforce_parameter_schema=False,
         )
-        for name in ("quick", "slow")
+        for name, entrypoint in (
+            ("quick", "plain.py:quick"),
+            ("slow", "plain.py:slow"),
+            ("long-loading", "loading.py:long_loading"),
+        )
     }
 
 
@@ -195,7 +216,7 @@ def test_a_stopping_agent_gives_back_what_has_not_begun(project: Project, prefec
     with project.agent("giving-back") as agent:
         wait_until(lambda: "started" in agent.output(), PATIENCE, "the agent to start")
         time = datetime.now(UTC) + timedelta(seconds=5)
-        runs = [prefect.start("quick", state=Scheduled(scheduled_time=time)) for _ in range(8)]
+        runs = [prefect.start("long-loading", state=Scheduled(scheduled_time=time)) for _ in range(8)]
 
         def claimed() -> bool:
             return any(prefect.client.read_flow_run(run.id).state_name == "Pending" for run in runs)
@@ -210,11 +231,12 @@ def test_a_stopping_agent_gives_back_what_has_not_begun(project: Project, prefec
     assert any("Pending" in names for names in histories)
     assert {run.state_name for run in after if run not in waiting} <= {"Completed"}
     assert {due(run) for run in after} == {time}
-    executed = {entry["run"] for entry in project.entries("quick", "ran")}
+    executed = {entry["run"] for entry in project.entries("long-loading", "ran")}
     assert executed.isdisjoint(str(run.id) for run in waiting)
 
+    project.write("loads-at-once", "")
     project.prefect("worker", "start", "--run-once", "--pool", project.pool, "--type", "warm-backup")
-    executions = Counter(entry["run"] for entry in project.entries("quick", "ran"))
+    executions = Counter(entry["run"] for entry in project.entries("long-loading", "ran"))
     assert [executions[str(run.id)] for run in runs] == [1] * len(runs)
 
 
@@ -248,7 +270,7 @@ def test_hosts_do_not_outlive_their_agent(project: Project, prefect: Prefect, tm
         body = project.entries("slow", "began")[-1].pid
         assert body in {process.pid for process in processes}
         send(agent, signal.SIGKILL)
-        wait_until(lambda: gone(processes), 15, "the hosts to end")
+        wait_until(lambda: gone(processes), 60, "the hosts to end")
 
 
 def test_no_run_starts_twice_however_many_agents_there_are(project: Project, prefect: Prefect) -> None:

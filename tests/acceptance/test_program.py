@@ -655,14 +655,14 @@ def test_forty_listeners_have_one_agent(
         assert hearts <= 3
 
 
-# --- the README -----------------------------------------------------------------------------------
+# --- the guide ------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_the_readmes_program(project: Project, prefect: Prefect, database: dict[str, str]) -> None:
+def test_the_guides_program(project: Project, prefect: Prefect, database: dict[str, str]) -> None:
     """It runs as it stands there, from the first report to SIGTERM."""
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    section = readme.split("## Or run the program itself")[1].split("\n## ")[0]
+    guide = (Path(__file__).parents[2] / "docs" / "programs.md").read_text(encoding="utf-8")
+    section = guide.split("## A program that is its own node")[1].split("\n## ")[0]
     project.write("report.py", section.split("```python\n")[1].split("```")[0])
     with running(project.program("report.py", env=database)) as program:
         wait_until(lambda: "Report 100" in program.output(), PATIENCE, "the first report")

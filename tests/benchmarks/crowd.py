@@ -200,7 +200,7 @@ class Crowd:
 
     def spread(self, way: Way, jobs: int) -> Figures:
         """Return how late jobs begin of which each runs once a minute, evenly spread."""
-        start = _in(20 + 0.15 * jobs)
+        start = _in(20 + 0.3 * jobs)
         planned = [Planned(f"crowd-{n}", start + timedelta(seconds=60 * n / jobs), 60) for n in range(jobs)]
         with self._deployed(way, planned), self._node(way, "--limit", "10") as (node, _):
             opens = start + timedelta(seconds=SETTLED_SECONDS)

@@ -74,10 +74,17 @@ class Proxy:
                 client.close()
                 continue
             self.connections += 1
-            server = socket.create_connection(self.target)
+            server = self._connect()
+            if server is None:
+                client.close()
+                continue
             self._sockets += [client, server]
             self._start(self._pump, client, server)
             self._start(self._pump, server, client)
+
+    def _connect(self) -> socket.socket | None:
+        """Return a connection to the server; None where there is none to be had."""
+        return socket.create_connection(self.target)
 
     def _pump(self, source: socket.socket, sink: socket.socket) -> None:
         under_way: SimpleQueue[tuple[float, bytes]] = SimpleQueue()
@@ -96,3 +103,23 @@ class Proxy:
                 sink.sendall(item[1])
         with suppress(OSError):
             sink.shutdown(socket.SHUT_RDWR)
+
+
+class Balancer(Proxy):
+    """Gives each new connection to the next of several servers of this machine, past those that refuse it.
+
+    Args:
+        ports: those of the servers; they may be named later.
+    """
+
+    def __init__(self, *ports: int) -> None:
+        self.ports = list(ports)
+        super().__init__("127.0.0.1", 0)
+
+    def _connect(self) -> socket.socket | None:
+        for port in list(self.ports):
+            self.ports.remove(port)
+            self.ports.append(port)
+            with suppress(OSError):
+                return socket.create_connection((self.target[0], port))
+        return None

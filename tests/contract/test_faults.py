@@ -14,8 +14,9 @@ from sqlalchemy import Engine, text
 
 from taskadapter.coordination import schema
 from taskadapter.coordination.dialects import Timeouts, open_engine, transaction, url_of
+from taskadapter.coordination.overview import check_rights, read_status
 from taskadapter.coordination.progress import load_state
-from taskadapter.coordination.tokens import Node, acquire, read_status
+from taskadapter.coordination.tokens import Node, acquire
 from taskadapter.errors import (
     AccessDeniedError,
     CoordinationError,
@@ -49,6 +50,9 @@ def test_missing_tables(engine: Engine) -> None:
         with engine.connect() as connection:
             assert schema.create_missing(connection) == tuple(sorted(schema.metadata.tables))
             assert schema.create_missing(connection) == ()
+
+
+REFUSED = r"correct .* its grants|name a file that this user may write"
 
 
 @pytest.fixture
@@ -87,8 +91,17 @@ def reader(engine: Engine, tmp_path: Path) -> Iterator[Engine]:
 def test_missing_grants(reader: Engine) -> None:
     """A user who may not write is told so, and can still read."""
     ask(reader)
-    with pytest.raises(AccessDeniedError, match="grants"), transaction(reader) as connection:
+    with pytest.raises(AccessDeniedError, match=REFUSED), transaction(reader) as connection:
         acquire(connection, NODE, "group", 30)
+
+
+def test_rights_are_checked_without_a_trace(engine: Engine, reader: Engine) -> None:
+    """Whoever may write passes, and leaves nothing; who may only read is refused."""
+    with transaction(engine) as connection:
+        check_rights(connection)
+        assert not any(connection.execute(table.select()).all() for table in (schema.node, schema.ledger))
+    with pytest.raises(AccessDeniedError, match=REFUSED), transaction(reader) as connection:
+        check_rights(connection)
 
 
 def test_wrong_password_on_mysql(mysql_url: str) -> None:

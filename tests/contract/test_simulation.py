@@ -243,7 +243,7 @@ class World:
         known = run.state if run.id in self.runs else None
         mine = entry is None or entry.incarnation == agent.incarnation
         lost = agent.token != process.owner.token
-        todo = decide(entry, known, ours=True, lives=not mine or lost)
+        todo = decide(entry, known, ended_here=True, lives=not mine or lost)
         if not (lost and known in {PENDING, RUNNING}):  # else it is the next holder's
             self._do(todo, run, process.execution.key, entry)
         process.step = "over"

@@ -14,12 +14,12 @@ from sqlalchemy import Connection, Engine, delete, func, select, text, update
 from taskadapter.coordination import schema
 from taskadapter.coordination.dialects import open_engine, transaction
 from taskadapter.coordination.messages import Acquired, Sighting, Token
+from taskadapter.coordination.overview import read_status, read_tenures
 from taskadapter.coordination.tokens import (
     Node,
     acquire,
     fence,
     pulse,
-    read_status,
     register,
     release,
     request_resign,
@@ -447,6 +447,26 @@ class TestStatus:
             release(connection, [Token(GROUP, NODE.task_id, 1)])
             (group,) = read_status(connection).groups
         assert (group.holder, group.term, group.heartbeat_age) == (None, 1, None)
+
+    def test_shows_who_was_active_before(self, engine: Engine) -> None:
+        """The last terms of a group, the newest first, and whether they were given up."""
+        with transaction(engine) as connection:
+            for _ in range(3):
+                for node in (NODE, OTHER):
+                    taken = acquire(connection, node, GROUP, INTERVAL)
+                    assert taken.term is not None
+                    release(connection, [Token(GROUP, node.task_id, taken.term)])
+            acquire(connection, NODE, GROUP, INTERVAL)
+            acquire(connection, NODE, "another", INTERVAL)
+            found = read_tenures(connection, [GROUP], last=3)
+            assert read_tenures(connection, [], last=3) == []
+        assert [(one.group_id, one.term, one.task_id) for one in found] == [
+            (GROUP, 7, NODE.task_id),
+            (GROUP, 6, OTHER.task_id),
+            (GROUP, 5, NODE.task_id),
+        ]
+        assert [one.released is None for one in found] == [True, False, False]
+        assert all(0 <= one.began < 60 and one.reason for one in found)
 
 
 class TestResign:

@@ -6,28 +6,44 @@ import asyncio
 import subprocess
 import sys
 import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import prefect
 import pytest
-from prefect.client.schemas.actions import DeploymentUpdate, WorkPoolCreate
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.blocks.webhook import Webhook
+from prefect.client.schemas.actions import DeploymentUpdate, WorkPoolCreate, WorkPoolUpdate
+from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
+from prefect.settings import (
+    PREFECT_API_AUTH_STRING,
+    PREFECT_API_KEY,
+    PREFECT_API_URL,
+    temporary_settings,
+)
+from sqlalchemy import make_url, text
 
 from deployments.local import environment, free_port
-from taskadapter import doctor, schedule_job_recur_by_frequency
+from taskadapter import deploy, doctor, schedule_job_recur_by_frequency
 from taskadapter.coordination import tokens
 from taskadapter.coordination.dialects import open_engine, transaction
 from taskadapter.coordination.schema import create_missing
+from taskadapter.declare.registry import listeners
+from taskadapter.doctor import server
 from taskadapter.pools import ensure_work_pool
+from taskadapter.prefect_api.pool import Domain
+from tests.api_proxy import ApiProxy, Request, refusal
 from tests.integration.test_scheduler import HELLO
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
+    from prefect.client.schemas.responses import DeploymentResponse
 
-    from deployments.local import PrefectServer
+    from deployments.local import Postgres, PrefectServer
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -137,9 +153,11 @@ def test_a_group_and_its_nodes(
             tokens.acquire(connection, node, GROUP, 30)
         said.append(about(f"group {GROUP!r}", findings(pool, tmp_path)))
 
+    start = f"`prefect worker start --pool {pool} --type warm-backup`"
     assert said == [
-        f"error group {GROUP!r} has no active node; start an agent.",
-        f"warning group {GROUP!r}: 'node-1' is active, and nobody stands by; start another agent.",
+        f"error group {GROUP!r} has no active node; start an agent: {start}.",
+        f"warning group {GROUP!r}: 'node-1' is active, and nobody stands by; start another agent, on "
+        f"another machine: {start}.",
         f"ok group {GROUP!r}: 'node-1' is active, 1 standing by.",
     ]
     assert about("this machine only", findings(pool, tmp_path)).startswith("warning")
@@ -166,13 +184,651 @@ def test_a_database_out_of_reach(
 def test_the_clock(seconds: float, level: str) -> None:
     """Half a minute is a warning in either direction, the second that the server cuts off is not."""
 
-    class Client:
-        async def hello(self) -> SimpleNamespace:
-            date = datetime.now(UTC) - timedelta(seconds=seconds)
-            return SimpleNamespace(headers={"date": format_datetime(date, usegmt=True)})
+    now = datetime.now(UTC)
+    date = format_datetime(now - timedelta(seconds=seconds), usegmt=True)
+    assert server.clock(date, now).level == level
 
-    client: Any = Client()
-    assert asyncio.run(doctor._clock(client)).level == level
+
+# --- a system that is well, and what is said when one thing of it breaks ---------------------------
+
+
+MODULE = """
+from taskadapter import Listener, TriggerConfiguration, WarmBackupConfig
+
+listener = Listener(
+    trigger=TriggerConfiguration(interval=3600),
+    warm_backup_config=WarmBackupConfig(group_id="a-group"),
+    work_pool="{pool}",
+)
+
+
+@listener.service("count")
+def count() -> None: ...
+"""
+
+SECRET = "hush"
+
+SETTING = "PREFECT_INTEGRATIONS_TASKADAPTER_"
+
+
+@dataclass
+class System:
+    """A project whose job is deployed, in a group with two nodes."""
+
+    client: SyncPrefectClient
+    pool: str
+    folder: Path
+    database: str
+    patch: pytest.MonkeyPatch
+    postgres: Postgres
+
+    @property
+    def module(self) -> Path:
+        return self.folder / "flows" / "count.py"
+
+    @property
+    def job(self) -> DeploymentResponse:
+        return self.client.read_deployment_by_name(f"{self.service}/{self.service}")
+
+    @property
+    def service(self) -> str:
+        return f"count-{self.pool}"
+
+    def render(self) -> None:
+        file = self.folder / "prefect.yaml"
+        file.write_text(deploy.render(self.folder / "flows", file))
+
+    def change_job(self, **fields: Any) -> None:
+        self.client.update_deployment(self.job.id, DeploymentUpdate(**fields))
+
+    def change_pool(self, **fields: Any) -> None:
+        self.client.update_work_pool(self.pool, WorkPoolUpdate(**fields))
+
+    def change_queue(self, name: str, **fields: Any) -> None:
+        self.client._client.patch(f"/work_pools/{self.pool}/queues/{name}", json=fields)
+
+    def change_domain(self, domain: Domain) -> None:
+        template = self.client.read_work_pool(self.pool).base_job_template
+        self.change_pool(base_job_template=domain.put_into(template))
+
+    def execute(self, *statements: str) -> None:
+        engine = open_engine(self.database)
+        with transaction(engine) as connection:
+            for statement in statements:
+                connection.execute(text(statement))
+        engine.dispose()
+
+    def use(self, url: str) -> None:
+        """Have the settings name another database."""
+        self.patch.setenv(f"{SETTING}DATABASE_URL", url)
+
+    def make_postgres(self) -> str:
+        """Return the URL of a database of PostgreSQL that has the tables, which the settings name."""
+        name = f"doctor_{uuid.uuid4().hex[:8]}"
+        self.postgres.create_database(name)
+        self.database = self.postgres.url(name)
+        self.use(self.database)
+        make_tables(self.database, self.pool)
+        return self.database
+
+    def make_role(self, rights: str) -> str:
+        """Return the URL of the same database for somebody who has these rights only."""
+        role = f"reader_{uuid.uuid4().hex[:8]}"
+        self.execute(
+            f"CREATE ROLE {role} LOGIN PASSWORD '{SECRET}'",
+            f"GRANT {rights} ON ALL TABLES IN SCHEMA public TO {role}",
+        )
+        url = make_url(self.database).set(username=role, password=SECRET)
+        return url.render_as_string(hide_password=False)
+
+
+def make_tables(url: str, pool: str) -> None:
+    """Make the tables, with a pool's group and two nodes."""
+    engine = open_engine(url)
+    with engine.connect() as connection:
+        create_missing(connection)
+    for name in ("node-1", "node-2"):
+        node = tokens.Node(name, str(uuid.uuid4()), "a-host", 1)
+        with transaction(engine) as connection:
+            tokens.claim_groups(connection, pool, [GROUP])
+            tokens.register(connection, node, [GROUP], 30)
+            tokens.acquire(connection, node, GROUP, 30)
+    engine.dispose()
+
+
+@pytest.fixture
+def system(
+    prefect_client: SyncPrefectClient,
+    postgres_server: Postgres,
+    pool: str,
+    tmp_path: Path,
+    database: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> System:
+    """A system that is well."""
+    monkeypatch.chdir(tmp_path)
+    made = System(prefect_client, pool, tmp_path, database, monkeypatch, postgres_server)
+    made.module.parent.mkdir()
+    made.module.write_text(MODULE.format(pool=pool).replace('"count"', f'"{made.service}"'))
+    made.render()
+    (listener,) = listeners
+    asyncio.run(deploy.deploy(listener))
+    make_tables(database, pool)
+    for name in ("node-1", "node-2"):
+        prefect_client.send_worker_heartbeat(pool, name, heartbeat_interval_seconds=30)
+    return made
+
+
+def test_a_system_that_is_well(system: System) -> None:
+    """Nothing is an error; the one warning is that SQLite is for one machine."""
+    found = findings(system.pool, system.folder)
+
+    assert [text for text in found if not text.startswith("ok")] == [
+        about("coordinates the agents of this machine only; name a server for more", found)
+    ]
+    assert about("1 job(s)", found) == "ok 1 job(s)."
+
+
+class Broken(NamedTuple):
+    """One way to break a system, and what is to be said of it."""
+
+    break_it: Callable[[System], Any]
+    level: str
+    words: str
+    remedy: str
+
+
+BROKEN: list[Broken] = []
+
+
+def breaks(level: str, words: str, remedy: str) -> Callable[[Callable[[System], Any]], None]:
+    """Add a way to break a system to the table; `{name}` in the words stands for a field of it."""
+    return lambda break_it: BROKEN.append(Broken(break_it, level, words, remedy))
+
+
+# The project.
+
+
+@breaks("error", "broken.py, line 1: ModuleNotFoundError: No module named 'nowhere'", "move it out of")
+def a_module_that_cannot_be_imported(system: System) -> None:
+    (system.folder / "flows" / "broken.py").write_text("import nowhere\n")
+
+
+@breaks("error", "broken.py ends the program that imports it", "do that under `if __name__")
+def a_module_that_is_a_script(system: System) -> None:
+    (system.folder / "flows" / "broken.py").write_text("raise SystemExit(0)\n")
+
+
+@breaks("error", "count.py, line 5: TriggerConfiguration: interval=-1: must be greater", "choose a longer")
+def a_declaration_that_is_refused(system: System) -> None:
+    system.module.write_text(system.module.read_text().replace("3600", "-1"))
+
+
+@breaks("warning", "prefect.yaml is not what", "run `taskadapter render`, and deploy")
+def a_declaration_that_is_not_rendered(system: System) -> None:
+    system.module.write_text(system.module.read_text().replace("3600", "60"))
+
+
+@breaks("error", "prefect.yaml cannot be read: Is a directory", "run `taskadapter render`")
+def a_folder_in_the_place_of_the_rendered_file(system: System) -> None:
+    (system.folder / "prefect.yaml").unlink()
+    (system.folder / "prefect.yaml").mkdir()
+
+
+@breaks("warning", "not deployed in work pool '{pool}', though declared: another", "prefect.yaml --all`")
+def a_declaration_that_is_not_deployed(system: System) -> None:
+    more = '\n\n@listener.service("another")\ndef another() -> None: ...\n'
+    system.module.write_text(system.module.read_text() + more)
+    system.render()
+
+
+@breaks(
+    "warning", "job '{service}' is deployed with another trigger than is declared", "prefect.yaml --all`"
+)
+def a_trigger_that_is_rendered_and_not_deployed(system: System) -> None:
+    system.module.write_text(system.module.read_text().replace("3600", "60"))
+    system.render()
+
+
+@breaks("error", f"setting {SETTING}WORKER_COUNT=0 is refused", "correct it, or unset it")
+def a_setting_that_is_refused(system: System) -> None:
+    system.patch.setenv(f"{SETTING}WORKER_COUNT", "0")
+
+
+# The work pool and its queues.
+
+
+@breaks("warning", "work pool '{pool}' is paused", "`prefect work-pool resume {pool}`")
+def a_pool_that_is_paused(system: System) -> None:
+    system.change_pool(is_paused=True)
+
+
+@breaks(
+    "warning",
+    "work pool '{pool}' has a concurrency limit of 0",
+    "`prefect work-pool clear-concurrency-limit {pool}`",
+)
+def a_pool_that_lets_nothing_run(system: System) -> None:
+    system.change_pool(concurrency_limit=0)
+
+
+@breaks(
+    "warning", f"work queue '{GROUP}' is paused", f"`prefect work-queue resume {GROUP} --pool {{pool}}`"
+)
+def a_group_that_is_paused(system: System) -> None:
+    system.change_queue(GROUP, is_paused=True)
+
+
+@breaks(
+    "warning",
+    "work queue 'default' has a concurrency limit of 0",
+    "`prefect work-queue clear-concurrency-limit default --pool {pool}`",
+)
+def a_queue_that_lets_nothing_run(system: System) -> None:
+    system.change_queue("default", concurrency_limit=0)
+
+
+@breaks(
+    "error",
+    "the template of work pool '{pool}' does not hand on trigger",
+    'write "trigger": "{{{{ trigger }}}}" into',
+)
+def a_template_without_the_trigger(system: System) -> None:
+    template = system.client.read_work_pool(system.pool).base_job_template
+    del template["job_configuration"]["trigger"]
+    system.change_pool(base_job_template=template)
+
+
+@breaks(
+    "error", "liveness_check_interval=2 must be at least 3 times heartbeat_frequency=5", "raise it to 15"
+)
+def a_timing_that_was_edited(system: System) -> None:
+    system.change_domain(Domain(liveness_check_interval=2, heartbeat_frequency=5))
+
+
+@breaks("warning", "worker 'stranger' polls the pool and is no node", "start it with --type warm-backup")
+def a_worker_that_does_not_coordinate(system: System) -> None:
+    system.client.send_worker_heartbeat(system.pool, "stranger", heartbeat_interval_seconds=30)
+
+
+@breaks(
+    "error", "no agent polls work pool '{pool}'", "`prefect worker start --pool {pool} --type warm-backup`"
+)
+def a_pool_without_an_agent(system: System) -> None:
+    for name in ("node-1", "node-2"):
+        system.client._client.delete(f"/work_pools/{system.pool}/workers/{name}")
+
+
+# Its jobs.
+
+
+@breaks("error", "job '{service}' has lost its trigger", "deploy it again")
+def a_job_without_its_trigger(system: System) -> None:
+    system.change_job(job_variables={})
+
+
+@breaks("error", "job '{service}' has no entrypoint", "deploy it again")
+def a_job_without_an_entrypoint(system: System) -> None:
+    system.change_job(entrypoint="")
+
+
+@breaks("warning", "not deployed in work pool '{pool}', though declared: {service}", "prefect.yaml --all`")
+def a_group_that_was_deleted(system: System) -> None:
+    system.client._client.delete(f"/work_pools/{system.pool}/queues/{GROUP}")
+
+
+@breaks("warning", "job '{service}' runs every 5 s", "delete that schedule in the UI and deploy again")
+def a_schedule_that_was_edited(system: System) -> None:
+    edited = IntervalSchedule(interval=timedelta(seconds=5), anchor_date=datetime.now(UTC))
+    system.client.update_deployment_schedule(system.job.id, system.job.schedules[0].id, schedule=edited)
+
+
+@breaks(
+    "warning", "job '{service}' runs by a CronSchedule", "delete that schedule in the UI and deploy again"
+)
+def a_schedule_that_was_made_a_cron(system: System) -> None:
+    edited = CronSchedule(cron="0 3 * * *")
+    system.client.update_deployment_schedule(system.job.id, system.job.schedules[0].id, schedule=edited)
+
+
+@breaks("error", "job '{service}' has no schedule for its trigger, every 3600 s", "deploy it again")
+def a_schedule_that_was_deleted(system: System) -> None:
+    system.client.delete_deployment_schedule(system.job.id, system.job.schedules[0].id)
+
+
+@breaks(
+    "warning", "also runs by the schedule of an earlier trigger, 'every-60s-01234567'", "deploy it again"
+)
+def a_schedule_of_an_earlier_trigger(system: System) -> None:
+    earlier = IntervalSchedule(interval=timedelta(seconds=60), anchor_date=datetime.now(UTC))
+    planned: list[Any] = [(earlier, True)]
+    system.client.create_deployment_schedules(system.job.id, planned, slug="every-60s-01234567")
+
+
+@breaks("warning", "job '{service}' has a concurrency limit of 0", "`prefect gcl update deployment:")
+def a_job_that_may_not_run(system: System) -> None:
+    system.change_job(concurrency_limit=1)
+    limit = system.job.global_concurrency_limit
+    system.client._client.patch(f"/v2/concurrency_limits/{limit.id}", json={"limit": 0})
+
+
+# The database.
+
+
+@breaks(
+    "error",
+    f"{SETTING}DATABASE_URL: the URL of the coordination database cannot be read",
+    "postgresql://USER@HOST:PORT/DATABASE",
+)
+def a_database_url_that_is_none(system: System) -> None:
+    system.use(f"postgresql//me:{SECRET}@db/tasks")
+
+
+@breaks(
+    "error",
+    f"{SETTING}DATABASE_URL: the URL of the coordination database cannot be read",
+    "a password as %XX",
+)
+def a_database_url_whose_password_is_not_quoted(system: System) -> None:
+    system.use(f"postgresql://me:a@b:{SECRET}/tasks")
+
+
+@breaks(
+    "error",
+    f"{SETTING}DATABASE_URL: oracle: not a database that nodes can coordinate through",
+    "use postgresql, mysql or sqlite",
+)
+def a_database_of_another_kind(system: System) -> None:
+    system.use(f"oracle://me:{SECRET}@db/tasks")
+
+
+@breaks(
+    "error", "database me@db/tasks: its driver cannot be imported", "`pip install 'taskadapter[mysql]'`"
+)
+def a_database_whose_driver_is_not_installed(system: System) -> None:
+    for name in ("pymysql", "pymysql.constants"):
+        system.patch.setitem(sys.modules, name, None)
+    system.use(f"mysql://me:{SECRET}@db/tasks")
+
+
+@breaks("error", 'password authentication failed for user "postgres"', "correct the user, its password")
+def a_wrong_password(system: System) -> None:
+    wrong = make_url(system.make_postgres()).set(password=SECRET)
+    system.use(wrong.render_as_string(hide_password=False))
+
+
+@breaks("error", 'database "nothing" does not exist', "make that database, or name another one")
+def a_database_that_is_not_there(system: System) -> None:
+    system.use(system.postgres.url("nothing"))
+
+
+@breaks("error", "permission denied for table", "correct the user, its password or its grants")
+def a_user_who_may_only_read(system: System) -> None:
+    system.make_postgres()
+    system.use(system.make_role("SELECT"))
+
+
+@breaks("error", "permission denied for table taskadapter_ledger", "its grants")
+def a_user_who_may_not_delete(system: System) -> None:
+    system.make_postgres()
+    url = system.make_role("SELECT, INSERT, UPDATE, DELETE")
+    system.execute(f"REVOKE DELETE ON taskadapter_ledger FROM {make_url(url).username}")
+    system.use(url)
+
+
+@breaks("error", "in a read-only transaction", "name the primary and not a replica")
+def a_database_that_is_read_only(system: System) -> None:
+    url = make_url(system.make_postgres())
+    system.execute(f"ALTER DATABASE {url.database} SET default_transaction_read_only = on")
+
+
+@breaks("error", "attempt to write a readonly database", "name a file that this user may write")
+def a_file_that_is_read_only(system: System) -> None:
+    system.use(f"sqlite:///file:{system.folder / 'doctor.db'}?mode=ro&uri=true")
+
+
+@breaks("error", "unable to open database file", "in a folder that is there")
+def a_folder_that_is_not_there(system: System) -> None:
+    system.use(f"sqlite:///{system.folder / 'nowhere' / 'doctor.db'}")
+
+
+@breaks("error", "file is not a database", "name a file that this user may write")
+def a_file_that_is_no_database(system: System) -> None:
+    (system.folder / "other.db").write_text("no database " * 100)
+    system.use(f"sqlite:///{system.folder / 'other.db'}")
+
+
+@breaks("error", "are of version 1, and this release needs version 2", "run `taskadapter db upgrade`")
+def tables_of_an_older_release(system: System) -> None:
+    system.execute("DROP TABLE taskadapter_schema", "DROP TABLE taskadapter_ledger")
+
+
+@breaks("error", "are of version 3, and this release knows version 2", "the release that the others have")
+def tables_of_a_newer_release(system: System) -> None:
+    system.execute("INSERT INTO taskadapter_schema (step) VALUES (3)")
+
+
+@breaks("warning", "lacks taskadapter_group, taskadapter_tenure", "`taskadapter db init` makes them")
+def tables_that_are_missing(system: System) -> None:
+    system.execute("DROP TABLE taskadapter_group", "DROP TABLE taskadapter_tenure")
+
+
+@breaks("warning", "has narrower columns than it should", "run `taskadapter db upgrade`")
+def columns_that_are_narrower(system: System) -> None:
+    system.make_postgres()
+    system.execute("ALTER TABLE token_holder ALTER COLUMN group_id TYPE varchar(20)")
+
+
+@breaks("error", "Secret block 'no-such-block', which cannot be read", "make that block, or set PREFECT_")
+def a_secret_block_that_is_missing(system: System) -> None:
+    system.patch.delenv(f"{SETTING}DATABASE_URL")
+    system.change_domain(Domain(database="postgresql://me@db/tasks", password_block="no-such-block"))
+
+
+@breaks("error", "Secret block '{pool}', which cannot be read", "make that block, or set PREFECT_")
+def a_secret_block_of_another_type(system: System) -> None:
+    Webhook(url="http://127.0.0.1/hook").save(system.pool)
+    system.patch.delenv(f"{SETTING}DATABASE_URL")
+    system.change_domain(Domain(database="postgresql://me@db/tasks", password_block=system.pool))
+
+
+@breaks(
+    "error", "the variable database of work pool '{pool}': the URL", "write it as postgresql://USER@HOST"
+)
+def a_pool_whose_database_is_no_url(system: System) -> None:
+    system.patch.setenv(f"{SETTING}DATABASE_PASSWORD", SECRET)
+    system.patch.delenv(f"{SETTING}DATABASE_URL")
+    system.change_domain(Domain(database="tasks"))
+
+
+@breaks("warning", "the variable database of work pool '{pool}' has a password", "database_config")
+def a_password_that_everybody_can_read(system: System) -> None:
+    system.change_domain(Domain(database=f"postgresql://me:{SECRET}@db/tasks"))
+
+
+@breaks("warning", f"{SETTING}DATABASE_URL names database", "unset it, or set it on all nodes")
+def a_machine_with_a_database_of_its_own(system: System) -> None:
+    system.change_domain(Domain(database="postgresql://me@db/tasks"))
+
+
+@breaks("error", f"group '{GROUP}' belongs to work pool 'another'", "choose another group_id, or delete")
+def a_group_of_another_pool(system: System) -> None:
+    system.execute("UPDATE taskadapter_group SET work_pool = 'another'")
+
+
+@breaks("error", "has no active node: 'node-1' was last seen", "start an agent: `prefect worker start")
+def a_node_that_died_and_has_no_successor(system: System) -> None:
+    system.execute("UPDATE health_check SET last_heartbeat = '2020-01-01 00:00:00.000'")
+
+
+@pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.break_it.__name__)
+def test_what_breaks(system: System, broken: Broken) -> None:
+    """One finding names what is broken and what to do, which a well system has not, and no secret."""
+    broken.break_it(system)
+
+    found = findings(system.pool, system.folder)
+
+    names = {"pool": system.pool, "service": system.service}
+    finding = about(broken.words.format(**names), found)
+    assert finding.startswith(broken.level)
+    assert broken.remedy.format(**names) in finding
+    assert SECRET not in "".join(found)
+
+
+# --- Prefect's API --------------------------------------------------------------------------------
+
+
+HTML = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: 20\r\n\r\n<html>Sign in</html>"
+EVERY, POOL = "", "/work_pools/"
+
+
+class Answer(NamedTuple):
+    """What an API answers to each request in whose path some text stands, and what is to be said of it."""
+
+    path: str
+    answer: bytes
+    words: str
+    remedy: str
+    level: str = "error"
+    settings: Mapping[Any, str] = MappingProxyType({})
+
+
+ANSWERS = {
+    "nobody signs in": Answer(
+        EVERY, refusal(401), "(401 Unauthorized)", "set PREFECT_API_AUTH_STRING as on"
+    ),
+    "a wrong password": Answer(
+        EVERY,
+        refusal(401),
+        "refuses this machine (401 Unauthorized)",
+        "make PREFECT_API_AUTH_STRING what PREFECT_SERVER_API_AUTH_STRING is",
+        settings={PREFECT_API_AUTH_STRING: f"admin:{SECRET}"},
+    ),
+    "a wrong key": Answer(
+        EVERY,
+        refusal(403),
+        "refuses this machine (403 Forbidden)",
+        "set PREFECT_API_KEY to a key that is valid",
+        settings={PREFECT_API_KEY: SECRET},
+    ),
+    "no right to the pool": Answer(POOL, refusal(403), "(403 Forbidden)", "set PREFECT_API_AUTH_STRING"),
+    "another server": Answer(
+        EVERY, refusal(404), "is not Prefect's API (404 Not Found)", "http://HOST:4200/api"
+    ),
+    "a page": Answer(
+        EVERY, HTML, "is not Prefect's API (its answer makes no sense)", "set PREFECT_API_URL"
+    ),
+    "another JSON": Answer(EVERY, refusal(200), "its answer makes no sense", "set PREFECT_API_URL"),
+    "nonsense of a pool": Answer(POOL, refusal(200), "does not understand", "install the server's version"),
+    "nonsense of jobs": Answer(
+        "/deployments/", refusal(200, b"[3]"), "does not understand", "install the server's version"
+    ),
+    "a fault": Answer(EVERY, refusal(500), "fails at GET /api/admin/version (500", "see the server's log"),
+    "a fault later": Answer(
+        "/deployments/", refusal(500), "fails at POST /api/deployments/filter (500", "see the server's log"
+    ),
+    "no server behind the proxy": Answer(
+        EVERY, refusal(502), "is not ready (502 Bad Gateway)", "start the server"
+    ),
+    "too many requests": Answer(EVERY, refusal(429), "is asked too often (429", "wait a minute"),
+    "an older version": Answer(
+        "/version",
+        refusal(200, b'"3.1.0"'),
+        f"has version 3.1.0, and {prefect.__version__} is installed here",
+        f"`pip install prefect=={prefect.__version__}` on the server",
+        "warning",
+    ),
+    "no clock": Answer(
+        "/hello", refusal(200), "lack the header Date", "let the proxy before it pass that on", "warning"
+    ),
+}
+
+
+@pytest.fixture
+def proxy(prefect_api: PrefectServer) -> Iterator[ApiProxy]:
+    """A proxy before the shared server, whose URL has a password."""
+    with ApiProxy(prefect_api.port).running() as running:
+        yield running
+
+
+@pytest.mark.parametrize("given", ANSWERS.values(), ids=ANSWERS.keys())
+def test_an_api_that_answers_something_else(system: System, proxy: ApiProxy, given: Answer) -> None:
+    """What it answers is named, with the remedy, and the database is looked at nevertheless."""
+
+    def fault(request: Request) -> bytes | None:
+        return given.answer if given.path in request.path else None
+
+    proxy.fault = fault
+    with temporary_settings({PREFECT_API_URL: proxy.api_url, **given.settings}):
+        found = findings(system.pool, system.folder)
+
+    finding = about(given.words, found)
+    assert finding.startswith(given.level)
+    assert given.remedy in finding
+    assert about("doctor.db", found).split()[0] in ("ok", "warning")
+    assert SECRET not in "".join(found)
+
+
+def test_a_secret_block_that_the_api_does_not_give(system: System, proxy: ApiProxy) -> None:
+    """That is said like any other fault of the API, after all that could be read."""
+    system.change_domain(Domain(database="postgresql://me@db/tasks", password_block="a-block"))
+    system.patch.delenv(f"{SETTING}DATABASE_URL")
+    proxy.fault = lambda request: refusal(500) if "/block" in request.path else None
+    with temporary_settings({PREFECT_API_URL: proxy.api_url}):
+        found = findings(system.pool, system.folder)
+
+    assert about("1 job(s)", found).startswith("ok")
+    assert about("(500 Internal Server Error)", found).startswith("error Prefect's API at")
+
+
+def test_deployments_of_others(prefect_client: SyncPrefectClient, pool: str, tmp_path: Path) -> None:
+    """A pool that has only such is not taken for one without jobs."""
+    ensure_work_pool(pool)
+    flow_id = prefect_client.create_flow_from_name(pool)
+    prefect_client.create_deployment(flow_id, "nightly", work_pool_name=pool)
+
+    assert about("1 deployment(s) besides", findings(pool, tmp_path)).startswith("ok 0 job(s)")
+
+
+def test_no_address_of_an_api(pool: str, tmp_path: Path, database: str) -> None:
+    """Prefect would start a server of its own, which has no pool: that is not done."""
+    found = findings(pool, tmp_path)
+
+    finding = about("PREFECT_API_URL is not set", found)
+    assert finding.startswith("error")
+    assert "set it to the API of the server that all nodes use, such as http://HOST:4200/api" in finding
+    assert about("doctor.db", found).startswith("warning")
+
+
+def test_the_address_of_the_user_interface(prefect_api: PrefectServer, pool: str, tmp_path: Path) -> None:
+    """It is taken for no API, and an address with `/api` is asked for."""
+    with temporary_settings({PREFECT_API_URL: prefect_api.ui_url}):
+        (only,) = findings(pool, tmp_path)
+    assert only.startswith(f"error {prefect_api.ui_url} is not Prefect's API (")
+    assert "http://HOST:4200/api" in only
+
+
+@pytest.mark.parametrize("address", ["http://me:hush@127.0.0.1:port/api", "me:hush@127.0.0.1/api"])
+def test_an_address_that_is_none(pool: str, tmp_path: Path, address: str) -> None:
+    """It is named without its password."""
+    with temporary_settings({PREFECT_API_URL: address}):
+        (only,) = findings(pool, tmp_path)
+    assert only.startswith("error")
+    assert "PREFECT_API_URL" in only
+    assert "127.0.0.1" in only
+    assert SECRET not in only
+
+
+def test_a_broken_database_hides_no_job(system: System) -> None:
+    """What is wrong with the jobs is said as well, and with the project."""
+    system.use("oracle://db/tasks")
+    system.change_job(job_variables={})
+    system.module.write_text("import nowhere\n")
+
+    found = findings(system.pool, system.folder)
+
+    for words in ("not a database", "has lost its trigger", "No module named 'nowhere'"):
+        assert about(words, found).startswith("error")
 
 
 def test_the_command(

@@ -487,7 +487,7 @@ def test_a_run_by_hand_ends_nothing(given: Callable[..., Agent]) -> None:
     assert (state.is_failed(), execution.ended) == (True, None)
 
 
-@pytest.mark.parametrize("call", ["saved_service", "settle"])
+@pytest.mark.parametrize("call", ["saved_service", "enter_end"])
 def test_a_fault_of_the_database_ends_no_job(
     given: Callable[..., Agent], monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:

@@ -63,7 +63,7 @@ def test_paused_postgres_answers_after_it_resumes(server: Postgres) -> None:
     with server.connect() as connection:
         server.pause()
         backend = psutil.Process(connection.info.backend_pid)
-        wait_until(lambda: backend.status() == psutil.STATUS_STOPPED, 5, "the backend to freeze")
+        wait_until(lambda: backend.status() == psutil.STATUS_STOPPED, 60, "the backend to freeze")
         server.resume()
 
         assert connection.execute("SELECT 1").fetchone() == (1,)
@@ -82,7 +82,7 @@ def test_stop_kills_what_does_not_end_in_time(tmp_path: Path) -> None:
     """A program that ignores the request to stop is killed at the end of its grace."""
     program = python(IGNORES_SIGTERM, tmp_path)
     program.start()
-    wait_until(lambda: "up" in program.output(), 10, "the program to be up")
+    wait_until(lambda: "up" in program.output(), 60, "the program to be up")
     process = program.process
     assert process is not None
 
@@ -95,7 +95,7 @@ def test_kill_reaches_children_in_other_sessions(tmp_path: Path) -> None:
     """Nothing a program has started outlives it."""
     with running(python(HAS_A_CHILD, tmp_path)) as program:
         parent = psutil.Process(program.pid)
-        children = wait_until(parent.children, 10, "the child")
+        children = wait_until(parent.children, 60, "the child")
 
         program.kill()
 

@@ -186,7 +186,7 @@ def test_prefects_scheduler_makes_no_second_run_of_a_tick(
 
     assert only_run(prefect_client, job_id).expected_start_time == start
     wait_until(
-        lambda: len(runs(prefect_client, job_id)) > 1, deadline=30, what="the scheduler's next ticks"
+        lambda: len(runs(prefect_client, job_id)) > 1, deadline=150, what="the scheduler's next ticks"
     )
     due = sorted(run.expected_start_time for run in runs(prefect_client, job_id))
     assert due == [start + n * HOUR for n in range(len(due))]
@@ -204,7 +204,7 @@ def test_a_start_that_has_passed_is_that_of_a_job_that_has_a_name(
         )
 
     job_id = schedule()
-    wait_until(lambda: datetime.now(UTC) > start, deadline=10, what="the start to pass")
+    wait_until(lambda: datetime.now(UTC) > start, deadline=60, what="the start to pass")
 
     assert schedule() == job_id
     with pytest.raises(TaskError, match=r"start_time=.* has passed, it is"):
@@ -218,7 +218,7 @@ def test_the_key_of_a_tick_is_the_schedulers(prefect_client: SyncPrefectClient, 
     """What Prefect's scheduler plans has the key that we give to the same tick."""
     job_id = schedule_job_recur_by_frequency(HELLO, 3600.25, start_time=NOON, work_pool=pool)
 
-    wait_until(lambda: runs(prefect_client, job_id), deadline=30, what="the scheduler's ticks")
+    wait_until(lambda: runs(prefect_client, job_id), deadline=150, what="the scheduler's ticks")
 
     (schedule,) = deployment(prefect_client, job_id).schedules
     for run in runs(prefect_client, job_id):
@@ -471,7 +471,7 @@ def test_pause_and_resume(prefect_client: SyncPrefectClient, pool: str) -> None:
     """A paused job shows as paused and has no run that waits; a resumed one is as before."""
     job_id = schedule_job_recur_by_frequency(HELLO, 3600, work_pool=pool)
     before = deployment(prefect_client, job_id)
-    wait_until(lambda: len(runs(prefect_client, job_id)) > 1, deadline=30, what="the scheduler's ticks")
+    wait_until(lambda: len(runs(prefect_client, job_id)) > 1, deadline=150, what="the scheduler's ticks")
 
     pause_job(job_id)
 
@@ -480,7 +480,7 @@ def test_pause_and_resume(prefect_client: SyncPrefectClient, pool: str) -> None:
     resume_job(job_id)
     after = deployment(prefect_client, job_id)
     assert (after.paused, after.schedules) == (False, before.schedules)
-    wait_until(lambda: runs(prefect_client, job_id), deadline=30, what="the scheduler's ticks")
+    wait_until(lambda: runs(prefect_client, job_id), deadline=150, what="the scheduler's ticks")
 
 
 def test_a_pause_leaves_what_has_begun(prefect_client: SyncPrefectClient, pool: str) -> None:
@@ -677,14 +677,14 @@ def test_sync_functions_in_a_running_event_loop(prefect_client: SyncPrefectClien
     assert only_run(prefect_client, job_id).expected_start_time == NOON
 
 
-# --- the README -----------------------------------------------------------------------------------
+# --- the guide ------------------------------------------------------------------------------------
 
 
-def test_the_readmes_example_runs(
+def test_the_guides_example_runs(
     prefect_api: PrefectServer, prefect_client: SyncPrefectClient, pool: str, tmp_path: Path
 ) -> None:
     """The program under "Schedule from a program" runs as it stands, and uses every function."""
-    section = (PROJECT / "README.md").read_text().split("## Schedule from a program")[1].split("\n## ")[0]
+    section = (PROJECT / "docs" / "programs.md").read_text().split("## Schedule from a program")[1]
     (program,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     (tmp_path / "jobs.py").write_text(program)
     env = environment(

@@ -79,7 +79,7 @@ def test_a_deployed_interval_schedule_produces_runs(server: PrefectServer) -> No
             times = [r.expected_start_time for r in runs if r.expected_start_time is not None]
             return sorted(times) if len(times) >= 3 else []
 
-        times = wait_until(several, 60, "three scheduled runs")
+        times = wait_until(several, 150, "three scheduled runs")
 
     steps = {(later - earlier).total_seconds() for earlier, later in itertools.pairwise(times)}
     assert steps == {INTERVAL}

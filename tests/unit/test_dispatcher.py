@@ -1,68 +1,139 @@
-"""In which order the ticks of a job begin."""
+"""What becomes of runs that are not claimed after all, or are put back."""
 
 import asyncio
-import logging
 import time
 from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
 
+import httpx
 import pytest
+from prefect.exceptions import ObjectNotFound
 
-from taskadapter.agent.dispatcher import Dispatcher, RunInHand
+from taskadapter.agent.dispatcher import Dispatcher
+from taskadapter.agent.hand import Hand
+from taskadapter.agent.hearing import Kind, News
 from taskadapter.agent.jobs import Deployments
+from taskadapter.agent.queue import any_run
 from taskadapter.agent.runs import Life, Phase, give_back
-from tests.unit.given import tick
-
-LOG = logging.getLogger("test")
-
-
-class Process:
-    """Remembers whether it may go on."""
-
-    released = False
-
-    def go(self):
-        self.released = True
+from taskadapter.errors import CoordinationError
+from tests.unit.given import LOG, node, tick
 
 
-def new_dispatcher() -> Any:
+def new_dispatcher(look_for: Any = lambda _: None) -> Any:
     """A dispatcher that has nothing to do."""
-    agent: Any = SimpleNamespace(client=None, log=LOG)
-    return Dispatcher(agent, None, Deployments(None, LOG), None)
+    nothing: Any = None
+    deployments = Deployments(nothing, LOG)
+    hand = Hand(deployments.known)
+    return Dispatcher(node(), nothing, nothing, deployments, nothing, hand, look_for)
 
 
-def in_hand(*begun, planned=True):
-    """A dispatcher with ticks of one job, a second apart; each has begun or not, and waits in a process."""
+@pytest.mark.parametrize("fault", [httpx.ConnectError("away"), CoordinationError("away")])
+def test_a_run_that_could_not_be_claimed_is_looked_for(fault, caplog):
+    """It waits for that look, and the next tick of its job, which was known already, behind it."""
+    news: list[News] = []
+    dispatcher = new_dispatcher(news.append)
+    first, second = (dispatcher._hand.take(tick(uuid4(), seconds), None) for seconds in (1, 2))
+    dispatcher.found([later := tick(first.flow_run.deployment_id, 3)], time.monotonic())
+
+    async def decide(_):
+        raise fault
+
+    dispatcher._decide = decide
+    for run in (first, second):
+        asyncio.run(dispatcher._handle(run))
+
+    assert news == [News(Kind.WAITS, run.flow_run.id) for run in (first, second)]
+    assert len(dispatcher._hand) == 0
+    assert dispatcher._queue.first(any_run, 0.0) is None
+    dispatcher.found([later, first.flow_run], time.monotonic())
+    assert dispatcher._queue.first(any_run, 0.0) is first.flow_run
+    assert [record.levelname for record in caplog.records] == ["WARNING"], "one line is enough"
+
+
+def test_a_run_that_is_put_back_has_its_successors_given_back():
+    """They are in hand already, and would begin before it: it waits in the queue again."""
     dispatcher = new_dispatcher()
     job_id = uuid4()
-    runs = []
-    for n, has in enumerate(begun):
-        flow_run = tick(job_id, n, planned)
-        process: Any = Process()
-        runs.append(RunInHand(flow_run, life=Life(Phase.BEGUN if has else Phase.FORKED), host=process))
-        dispatcher._in_hand[flow_run.id] = runs[-1]
-    dispatcher._release()
-    hosts: list[Any] = [run.host for run in runs]
-    return [host.released for host in hosts]
+    runs = [dispatcher._hand.take(tick(job_id, seconds), None) for seconds in (1, 2, 3)]
+    by_hand = dispatcher._hand.take(tick(job_id, 2, planned=False), None)
+    runs[2].life = Life(Phase.BEGUN)
+
+    async def decide(_):
+        raise httpx.ConnectError("away")
+
+    dispatcher._decide = decide
+    asyncio.run(dispatcher._handle(runs[0]))
+
+    assert [run.life.deferred for run in (*runs, by_hand)] == [False, True, False, False]
+
+
+def choosing(limit, max_concurrent=1):
+    """A dispatcher with so much room, of jobs that allow so many runs at once, and its queue."""
+    dispatcher = new_dispatcher()
+    job: Any = SimpleNamespace(trigger="ours", max_concurrent=max_concurrent)
+    dispatcher._deployments = SimpleNamespace(is_ending=lambda _: False, known=lambda _: job)
+    dispatcher._hand = Hand(lambda _: job)
+    dispatcher._membership = SimpleNamespace(may_run=lambda _: True)
+    dispatcher._timetable = SimpleNamespace(is_held=lambda _: False)
+    dispatcher._hosts = SimpleNamespace(limit=limit)
+    return dispatcher
+
+
+LATE = -1e9
+"""Seconds after noon of 2030 that are long past."""
 
 
 @pytest.mark.parametrize(
-    ("begun", "released"),
-    [
-        ([False, False, False], [True, False, False]),
-        ([True, False, False], [True, True, False]),
-        ([True, True, False], [True, True, True]),
-    ],
+    ("limit", "took", "chosen"),
+    [(3, 0.1, "the next"), (2, 0.1, "none"), (3, 60.0, "none"), (1, 0.1, "none")],
+    ids=["room to spare", "one place left", "a long run", "no room"],
 )
-def test_ticks_begin_in_their_order(begun, released):
-    """A tick whose process is ready waits for the body of the one before it."""
-    assert in_hand(*begun) == released
+def test_the_next_tick_of_a_serial_job_is_made_ready_where_there_is_room(limit, took, chosen):
+    """It is claimed behind the one that goes on, if that is brief."""
+    dispatcher, job_id = choosing(limit), uuid4()
+    first, second, third = (tick(job_id, LATE + n) for n in range(3))
+    dispatcher._hand.take(first, None)
+    dispatcher._queue.ran(job_id, took)
+    dispatcher.found([second, third], time.monotonic())
+
+    found, _ = dispatcher._choose(time.monotonic())
+    assert found is (second if chosen == "the next" else None)
+    if found is not None:
+        dispatcher._queue.take(found)
+        dispatcher._hand.take(found, None)
+        assert dispatcher._choose(time.monotonic())[0] is None, "one is enough"
 
 
-def test_runs_by_hand_wait_for_nobody():
-    """What somebody asks for has no place in the order."""
-    assert in_hand(False, False, planned=False) == [True, True]
+def test_what_can_begin_goes_first():
+    """A tick that has to wait for others is given back when there is no room for one that has not."""
+    dispatcher, job_id = choosing(limit=3), uuid4()
+    runs = [dispatcher._hand.take(tick(job_id, LATE + n), None) for n in range(2)]
+    dispatcher._queue.ran(job_id, 0.1)
+    other, following = tick(uuid4(), LATE + 9), tick(job_id, LATE + 2)
+    dispatcher.found([other, following], time.monotonic())
+    assert dispatcher._choose(time.monotonic())[0] is other
+
+    dispatcher._hosts.limit = 2
+    assert dispatcher._choose(time.monotonic())[0] is None
+    assert [run.life.deferred for run in runs] == [False, True]
+
+
+def test_a_run_that_is_gone_is_a_reason_to_look_at_its_job(caplog):
+    """Somebody may have deleted that."""
+    caplog.set_level("INFO")
+    news: list[News] = []
+    dispatcher = new_dispatcher(news.append)
+    run = dispatcher._hand.take(tick(uuid4(), 1), None)
+
+    async def decide(_):
+        raise ObjectNotFound(ValueError("gone"))
+
+    dispatcher._decide = decide
+    asyncio.run(dispatcher._handle(run))
+
+    assert news == [News(Kind.DEPLOYMENT, run.flow_run.deployment_id)]
+    assert "was deleted" in caplog.text
 
 
 @pytest.mark.parametrize("waits", [True, False])
@@ -70,7 +141,7 @@ def test_a_tick_that_waits_for_its_turn_is_not_passed_over(waits):
     """The answer to a look from before it was put off has it still, and one that is through not."""
     dispatcher = new_dispatcher()
     first, second = (tick(uuid4(), seconds) for seconds in (1, 2))
-    dispatcher._in_hand[first.id] = RunInHand(first)
+    run = dispatcher._hand.take(first, None)
 
     async def decide(run):
         if waits:
@@ -78,7 +149,7 @@ def test_a_tick_that_waits_for_its_turn_is_not_passed_over(waits):
 
     dispatcher._decide = decide
     asked = time.monotonic()
-    asyncio.run(dispatcher._handle(dispatcher._in_hand[first.id]))
+    asyncio.run(dispatcher._handle(run))
     dispatcher.found([first, second], asked)
 
     waiting = {run.id for run in dispatcher._queue.firsts()}
@@ -91,13 +162,14 @@ def test_a_tick_that_is_put_back_is_not_passed_over(dropped):
     dispatcher = new_dispatcher()
     job_id = uuid4()
     first, second = (tick(job_id, seconds) for seconds in (1, 2))
-    run = dispatcher._in_hand[first.id] = RunInHand(first, life=Life(dropped=dropped))
+    run = dispatcher._hand.take(first, None)
+    run.life = Life(dropped=dropped)
 
     async def told(*_):
         pass
 
     dispatcher._teller.put_back = told
-    dispatcher._decide = lambda run: dispatcher._give_back(run, give_back(run.life))
+    dispatcher._decide = lambda run: dispatcher._runner.give_back(run, give_back(run.life))
     asked = time.monotonic()
     asyncio.run(dispatcher._handle(run))
     dispatcher.found([second], asked)

@@ -15,8 +15,9 @@ from taskadapter.agent.hearing import Hearing, Kind, News
 RUN = UUID(int=7)
 
 
-def event(name, resource):
-    return Event(event=name, resource=Resource({"prefect.resource.id": resource}), id=uuid4())
+def event(name, resource, **payload):
+    about = Resource({"prefect.resource.id": resource})
+    return Event(event=name, resource=about, payload=payload, id=uuid4())
 
 
 @pytest.mark.parametrize(
@@ -95,6 +96,21 @@ def test_that_something_may_have_been_missed_is_told(hear):
     assert heard[:6] == [None, News(Kind.WAITS, RUN), None] * 2
 
 
+def test_what_nodes_write_for_people_is_no_news(hear):
+    """Who is active stands in the descriptions of pool and queues; more than that is a reason to look."""
+
+    class Descriptions(Stream):
+        async def __aiter__(self):
+            for n, fields in enumerate((["description"], ["description", "priority"])):
+                yield event(
+                    "prefect.deployment.updated", f"prefect.deployment.{UUID(int=n)}", updated_fields=fields
+                )
+            await asyncio.Event().wait()
+
+    heard = hear(Descriptions(), lambda _, heard: len(heard) >= 2)
+    assert heard[:2] == [None, News(Kind.DEPLOYMENT, UUID(int=1))]
+
+
 @pytest.mark.parametrize(("is_api_away", "lines"), [(False, 2), (True, 0)])
 def test_a_stream_that_cannot_be_heard_is_told_once(hear, monkeypatch, caplog, is_api_away, lines):
     """And that it is heard again; not where the whole API is away, of which the agent tells."""
@@ -162,3 +178,19 @@ class TestDoubt:
 
         assert results == [is_doubted]
         assert len(caplog.messages) == is_doubted
+
+    def test_one_that_was_reliable_for_long_is_told_of_again(self, hear, caplog, monkeypatch):
+        """A line each ten minutes would say nothing new; one next month does."""
+        lines = []
+
+        def compare(ear, heard):
+            if len(heard) < 2:
+                return False
+            for n in range(3):
+                monkeypatch.setattr(hearing, "RELIABLE", timedelta(seconds=-3600 * (n // 2)))
+                assert self.doubts(ear, {UUID(int=10 + n): datetime.now(UTC)})
+                lines.append(len(caplog.messages))
+            return True
+
+        hear(Stream(lasts=True), compare)
+        assert lines == [1, 1, 2]

@@ -11,7 +11,8 @@ import pytest
 from prefect.client.schemas.objects import FlowRun
 from pydantic import SecretStr
 
-from taskadapter.agent.hosts import Host, HostPool, Progress, writer_to
+from taskadapter.agent.hosts import HostPool
+from taskadapter.agent.links import HostLink, Progress, writer_to
 from taskadapter.agent.runs import Killed
 from taskadapter.execution import protocol
 from taskadapter.execution.assignment import Assignment, Workspace
@@ -32,11 +33,11 @@ IGNORED = Progress(loaded=lambda _: None, started=lambda: None, begun=lambda _: 
 def test_the_last_words_of_a_process_are_heard(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where it is gone by the time the agent says something, and has not read all."""
 
-    monkeypatch.setattr("taskadapter.agent.hosts.LAST_WORDS_SECONDS", 0.01)
+    monkeypatch.setattr("taskadapter.agent.links.LAST_WORDS_SECONDS", 0.01)
 
     async def course() -> protocol.End | Killed:
         ours, theirs = socket.socketpair()
-        host = Host(ours, await writer_to(ours), 2**22, give_up=lambda: None)
+        host = HostLink(ours, await writer_to(ours), 2**22, give_up=lambda: None)
         carrying_out = asyncio.create_task(host.carry_out(ASSIGNMENT, IGNORED))
         await asyncio.sleep(0)  # it is given its assignment
         theirs.sendall(protocol.Dropped().line())

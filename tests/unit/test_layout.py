@@ -19,7 +19,7 @@ ROWS = (
     ("execution",),
     ("agent",),
     ("listener", "scheduler", "pools", "deploy"),
-    ("cli", "doctor", "audit"),
+    ("cli", "doctor", "audit", "tables"),
 )
 ROW = {name: row for row, names in enumerate(ROWS) for name in names}
 

@@ -136,6 +136,14 @@ class TestTrust:
         assert isinstance(actions[0], Lost)
         assert not active.lease.trusts("g", START + 6.4)
 
+    def test_is_not_given_at_its_own_deadline(self, standby: Node) -> None:
+        """A token that is free again at that very moment is not gained."""
+        standby.tell(Tick(), START + 1)
+        standby.answer(seen(sighting(free=True)), START + 1)
+        standby.answer(Acquired(5, "it was released", START + 1), START + 1 + 5.4)
+        assert "g" not in standby.lease.held
+        assert standby.done.sentence == "took g too late to trust it"
+
     def test_is_not_given_by_a_late_answer(self, standby: Node) -> None:
         """A token whose trust would be over already is not gained."""
         standby.tell(Tick(), START + 1)
@@ -222,6 +230,40 @@ class TestCalls:
         assert standby.tell(Hint("other"), START + 0.1) == ()
         assert standby.tell(Hint("g"), START + 0.1) == (Send(Pulse(START + 0.1)),)
 
+    def test_an_answer_to_nothing_that_was_asked_is_a_mistake(self, standby: Node) -> None:
+        """It is ours, and not to be passed over."""
+        standby.tell(Tick(), START + 1)
+        with pytest.raises(TypeError, match="does not answer"):
+            standby.answer(Acquired(5, "free", START), START + 1)
+
+    def test_a_slow_one_is_broken_off_again_and_again(self, standby: Node) -> None:
+        """Each call has its own time, however the one before it has ended."""
+        for number, ends in enumerate(
+            [standby.fail, standby.fail, lambda now: standby.answer(seen(), now)]
+        ):
+            sent = START + 10 * (number + 1)
+            standby.tell(Tick(), sent)
+            assert isinstance(standby.tell(Tick(), sent + 1.8)[0], Abandon)
+            assert standby.lease.wake_at() == float("inf")
+            ends(sent + 2)
+            assert not standby.lease.abandoned
+
+    def test_what_is_no_heartbeat_leaves_room_for_one(self, active: Node) -> None:
+        """It may take longer than a heartbeat, as long as one fits in before the deadline."""
+        deadline = active.lease.held["g"].deadline
+        active.tell(Joined(frozenset({"g", "h"})), START + 2)
+        assert isinstance(active.lease.call, Register)
+        assert active.lease.wake_at() == pytest.approx(deadline - TIMING.beat_timeout)
+        assert active.lease.group_ids == {"g", "h"}
+        assert not active.lease.registered
+
+    def test_a_release_that_fails_is_no_end(self, active: Node) -> None:
+        """Only a node that is stopping stops for it."""
+        active.tell(ReleaseAsked("g"), START + 1.5)
+        assert active.fail(START + 2) == ()
+        assert not active.lease.stopped
+        assert active.done.sentence == "no route"
+
     def test_a_lost_race_ends_the_attempt(self, standby: Node) -> None:
         """If another node was faster, this one goes on looking."""
         standby.tell(Tick(), START + 1)
@@ -249,6 +291,13 @@ class TestHandover:
         active.tell(Tick(), START + 5)
         assert active.answer(free, START + 5) == (Send(Acquire(START + 5, "g")),)
 
+    def test_a_release_is_of_what_is_held(self, active: Node) -> None:
+        """Of several groups that a node leaves, also of those after one that it does not hold."""
+        active.tell(Joined(frozenset({"a", "g"})), START + 1.5)
+        active.answer(Done(), START + 1.5)
+        active.tell(Joined(frozenset()), START + 1.6)
+        assert active.lease.releasing == (TOKEN,)
+
     def test_a_request_to_resign_is_passed_on_once(self, active: Node) -> None:
         """Whoever runs the node hears once that it is asked to hand over, and still holds it."""
         asked = seen(replace(RENEWED.sightings[0], resign_requested=True))
@@ -269,6 +318,7 @@ class TestHandover:
         """If the release fails the node stops all the same: its token becomes free by itself."""
         active.tell(StopAsked(), START + 1.5)
         assert active.fail(START + 2) == (Stopped(),)
+        assert active.done.sentence == "no route"
 
     def test_stopping_releases_what_was_just_won(self, standby: Node) -> None:
         """A token that arrives after the request to stop goes straight back."""
@@ -311,10 +361,77 @@ class TestName:
         node.fail(START, "in use", age=0.9)
         node.tell(Tick(), START + 1)
         assert node.fail(START + 1, "in use", age=0.9) == (Refused("in use"),)
+        assert node.done.sentence == "in use"
         assert node.lease.wake_at() == float("inf")
+
+    @pytest.mark.parametrize(("moves", "lives"), [(0.5, False), (0.51, True)])
+    def test_what_two_clocks_differ_by_is_no_sign_of_life(self, moves: float, lives: bool) -> None:
+        """Less than half a heartbeat, counted from the first look."""
+        node = Node()
+        node.tell(Tick(), START)
+        node.fail(START, "in use", age=4.0)
+        node.tell(Tick(), START + 1)
+        assert node.fail(START + 1, "in use", age=5.0 - moves / 2) == ()
+        node.tell(Tick(), START + 2)
+        assert bool(node.fail(START + 2, "in use", age=6.0 - moves)) is lives
+
+    def test_a_predecessor_that_has_become_stale_is_forgotten(self) -> None:
+        """A later namesake is waited for anew."""
+        node = Node()
+        node.tell(Tick(), START)
+        node.fail(START, "in use", age=4.0)
+        assert node.lease.other_stale_at == START + 2
+        node.tell(Tick(), START + 2.01)
+        node.answer(Done(), START + 2.02)
+        assert node.lease.other_stale_at is None
+
+
+class TestSentences:
+    """What the log says, and no more."""
+
+    def test_that_it_is_active(self, active: Node) -> None:
+        """For which group, in which term, and why."""
+        assert active.done.sentence == "active for g in term 5: node 'node-2' was silent for 6.5 s"
+
+    def test_that_it_is_asked_to_hand_over(self, active: Node) -> None:
+        """Once; a renewal as such is nothing to tell."""
+        active.tell(Tick(), START + 2)
+        active.answer(RENEWED, START + 2)
+        assert active.done.sentence == ""
+        active.tell(Tick(), START + 3)
+        asked = sighting(holder="node-1", term=5, renewed=True, resign_requested=True)
+        active.answer(seen(asked), START + 3)
+        assert active.done.sentence == "asked to hand over g"
+
+    @pytest.mark.parametrize(
+        ("found", "why"),
+        [
+            ((), "its row in token_holder is gone"),
+            ((sighting(holder="", free=True),), "it was released in term 4"),
+            ((sighting(),), "node 'node-2' has it in term 4"),
+        ],
+    )
+    def test_who_has_its_token(self, active: Node, found: tuple[Sighting, ...], why: str) -> None:
+        """As far as the database knows."""
+        active.tell(Tick(), START + 2)
+        active.answer(seen(*found), START + 2)
+        assert active.done.sentence == f"standby for g after term 5: {why}"
 
 
 class TestTiming:
+    def test_exactly_three_heartbeats_fit(self) -> None:
+        """The boundary itself is allowed."""
+        least = 3 * (1 - 1e-9)
+        Timing(liveness_check_interval=least, heartbeat_frequency=1)
+
+    def test_the_back_off_has_a_limit(self) -> None:
+        """Five seconds, or a third of the interval, but a heartbeat at least."""
+        limits = [(30, 1, 5.0), (9, 1, 3.0), (60, 20, 20.0)]
+        for interval, frequency, limit in limits:
+            timing = Timing(liveness_check_interval=interval, heartbeat_frequency=frequency)
+            assert timing.backoff(1) == frequency / 4
+            assert timing.backoff(99) == limit
+
     def test_room_for_three_heartbeats(self) -> None:
         """Three heartbeats must fit into the interval, and exactly three do."""
         Timing(liveness_check_interval=0.3, heartbeat_frequency=0.1)

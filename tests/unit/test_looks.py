@@ -3,9 +3,11 @@
 from uuid import uuid4
 
 import pytest
+from prefect.settings import PREFECT_WORKER_QUERY_SECONDS, temporary_settings
 
 from taskadapter.agent.hearing import Kind, News
-from taskadapter.agent.looks import Looks
+from taskadapter.agent.looks import Looks, Pace
+from taskadapter.settings import TaskadapterSettings
 
 PAUSE = 30.0
 
@@ -116,3 +118,26 @@ def test_what_is_wanted_during_a_look_is_not_forgotten(clock, looks):
     looks.looked(began)
 
     assert looks.is_due(PAUSE)
+
+
+@pytest.mark.parametrize(
+    ("hears", "is_busy", "look", "visit"),
+    [
+        (True, False, 30.0, 60.0),
+        (True, True, 30.0, 60.0),
+        (False, False, 0.6, 2.0),
+        (False, True, 1.8, 8.0),
+    ],
+)
+def test_an_agent_that_hears_looks_seldom(hears, is_busy, look, visit):
+    """One that does not sees what it is to run well ahead, and what is new at the next look only."""
+    pace = Pace.of(TaskadapterSettings())
+
+    assert pace.of_looks(hears=hears, is_busy=is_busy) == pytest.approx(look)
+    assert pace.of_visits(hears=hears, is_busy=is_busy) == pytest.approx(visit)
+
+
+def test_prefects_own_setting_wins():
+    """A worker's users may know it."""
+    with temporary_settings({PREFECT_WORKER_QUERY_SECONDS: 4}):
+        assert Pace.of(TaskadapterSettings()) == Pace(4, 4)

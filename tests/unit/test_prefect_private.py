@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import json
 import os
 import signal
 import ssl
@@ -20,12 +21,21 @@ from prefect._internal import control_listener
 from prefect._internal.schemas import validators
 from prefect.cli.deploy import _commands
 from prefect.client import orchestration
-from prefect.client.schemas.objects import State
+from prefect.client.schemas.objects import FlowRun, State
 from prefect.client.schemas.schedules import IntervalSchedule
+from prefect.context import AsyncClientContext, SyncClientContext
 from prefect.exceptions import Abort
-from prefect.states import Completed, Crashed, Failed, Running
+from prefect.settings import (
+    PREFECT_API_URL,
+    PREFECT_CLIENT_CSRF_SUPPORT_ENABLED,
+    PREFECT_CLIENT_SERVER_VERSION_CHECK_ENABLED,
+    get_current_settings,
+    temporary_settings,
+)
+from prefect.states import Completed, Crashed, Failed, Pending, Running
 from prefect.utilities import engine
 
+from taskadapter.execution import rehearsal
 from taskadapter.prefect_api import private
 
 
@@ -62,6 +72,49 @@ def test_the_engine_asks_the_module_that_we_tell():
     engines: Any = flow_engine
     assert engines.get_intent is control_listener.get_intent
     assert "control_listener.get_intent()" in inspect.getsource(engine.capture_sigterm)
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+def test_a_run_is_named_without_a_request_of_its_own(is_async, monkeypatch):
+    """The engine updates each run that it is given once, before it begins, and reads it after that."""
+    for client in (orchestration.PrefectClient, orchestration.SyncPrefectClient):
+        monkeypatch.setattr(client, "update_flow_run", client.update_flow_run)  # and put back
+    flow_run = FlowRun(id=uuid4(), flow_id=uuid4(), state=Pending())
+    asked: list[httpx.Request] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(request)
+        if request.method == "GET":
+            raise Abort("as far as this")
+        return rehearsal._answer(request, flow_run)
+
+    def body() -> None: ...
+
+    async def body_async() -> None: ...
+
+    played = {"transport": httpx.MockTransport(answer)}
+    private.name_run(flow_run.id, "job 2030-01-01T12:00:00Z")
+    storage = get_current_settings().results.local_storage_path
+    named: Any = flow(result_storage=storage, persist_result=False)(body_async if is_async else body)
+
+    async def go() -> None:
+        with SyncClientContext(httpx_settings=played):
+            async with AsyncClientContext(httpx_settings=played):
+                running: Any = flow_engine.run_flow(named, flow_run=flow_run)
+                await running
+
+    settings = {
+        PREFECT_API_URL: "http://127.0.0.1:9/api",
+        PREFECT_CLIENT_CSRF_SUPPORT_ENABLED: False,
+        PREFECT_CLIENT_SERVER_VERSION_CHECK_ENABLED: False,
+    }
+    with temporary_settings(settings), pytest.raises(Abort):
+        asyncio.run(go())
+
+    update, *_, read = asked
+    assert [request.method for request in asked].count("PATCH") == 1
+    assert (update.method, read.method) == ("PATCH", "GET")
+    assert json.loads(update.content)["name"] == "job 2030-01-01T12:00:00Z"
 
 
 def test_this_process_does_not_deploy():
@@ -198,3 +251,20 @@ def test_time_zones_are_listed_once(monkeypatch):
         assert IntervalSchedule(interval=timedelta(seconds=1), timezone=zone).timezone == zone
 
     assert listed == [1]
+
+
+def test_requests_of_a_client_are_counted():
+    """Each that is sent, whatever becomes of it."""
+    sent = []
+
+    async def ask() -> None:
+        async with orchestration.get_client() as client:
+            private.count_requests(client, lambda: sent.append(1))
+            client._client._transport = httpx.MockTransport(lambda _: httpx.Response(200, json={}))
+            client._client._mounts = {}
+            await client._client.get("/health")
+            await client._client.get("/health")
+
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
+        asyncio.run(ask())
+    assert len(sent) == 2

@@ -1,11 +1,21 @@
 """Which run is claimed next, and when: each job in its order, the earliest first."""
 
-from datetime import timedelta
+from datetime import UTC, timedelta
 from uuid import UUID, uuid4
 
 import pytest
 
-from taskadapter.agent.queue import CLAIM_AHEAD, LONGEST_LOAD_SECONDS, Queue, any_run
+from taskadapter.agent.queue import (
+    BRIEF_SECONDS,
+    CLAIM_AHEAD,
+    LONGEST_LOAD_SECONDS,
+    LONGEST_WAIT_SECONDS,
+    MOST_HOLDS,
+    Queue,
+    any_run,
+    due,
+)
+from taskadapter.prefect_api.client import backoff
 from tests.unit.given import NOON, tick
 
 ONE, OTHER = UUID(int=1), UUID(int=2)
@@ -60,23 +70,6 @@ def test_a_run_that_is_put_back_is_not_through():
     assert len(queue) == 1
 
 
-def test_what_fails_before_its_body_is_tried_later_each_time():
-    """And forgotten once the run is gone."""
-    run = tick(ONE, 1)
-    queue = queue_of(run)
-    waits = []
-    for _ in range(3):
-        queue.try_later(run.id, 100.0)
-        waits.append(queue.next_try(100.0))
-        assert queue.first(any_run, 100.0) is None
-        assert queue.first(any_run, 100.0 + waits[-1]) is run
-
-    assert waits == sorted(waits)
-    assert waits[0] < waits[-1]
-    queue.found([], asked=200.0, taken=())
-    assert queue.next_try(100.0) is None
-
-
 @pytest.mark.parametrize(
     ("loads", "ahead"),
     [(0.1, CLAIM_AHEAD), (2.0, timedelta(seconds=3)), (60.0, timedelta(seconds=LONGEST_LOAD_SECONDS))],
@@ -98,3 +91,89 @@ def test_what_is_forgotten_is_gone():
     queue.forget()
 
     assert len(queue) == 0
+
+
+def test_a_run_that_was_ended_before_its_body_waits_longer_each_time():
+    """As long as it is known; the next one is tried in the meantime."""
+    run, other = tick(ONE, 1), tick(OTHER, 2)
+    queue = queue_of(run, other)
+    waits = []
+    for _ in range(3):
+        queue.try_later(run.id, clock=100.0)
+        waits.append(queue.next_try(100.0))
+        assert queue.first(any_run, 100.0) is other
+    assert waits == [backoff(times, LONGEST_WAIT_SECONDS) for times in range(3)]
+
+    assert queue.first(any_run, 100.0 + waits[-1]) is run
+    assert queue.next_try(100.0 + waits[-1]) is None
+
+
+def test_a_run_that_cannot_be_claimed_stops_its_job_for_so_often():
+    """It waits for the next look each time, and later ticks behind it; at last they pass."""
+    run, later = tick(ONE, 1), tick(ONE, 2)
+    queue = queue_of(run, later)
+    for clock in range(MOST_HOLDS):
+        queue.take(run)
+        assert queue.hold(run, float(clock))
+        assert queue.first(any_run, 100.0) is None
+        queue.found([run, later], clock + 0.5, ())
+        assert queue.first(any_run, 100.0) is run
+    queue.take(run)
+    assert not queue.hold(run, 100.0)
+    assert queue.first(any_run, 100.0) is later
+
+
+@pytest.mark.parametrize(
+    ("seconds", "asked_for", "may"),
+    [
+        ([], False, False),
+        ([BRIEF_SECONDS], False, False),
+        ([BRIEF_SECONDS, 0.1], False, True),
+        ([0.1], True, False),
+    ],
+    ids=["not known", "long", "brief", "somebody asks"],
+)
+def test_what_follows_a_brief_run_is_made_ready(seconds, asked_for, may):
+    """Unless somebody has asked for a run of that job, which would have to wait for it."""
+    run, other = tick(ONE, 1), tick(OTHER, 1, planned=False)
+    queue = queue_of(run, other, *[tick(ONE, 2, planned=False)] * asked_for)
+    for took in seconds:
+        queue.ran(ONE, took)
+        queue.ran(OTHER, took)
+
+    assert queue.may_follow(run) is may
+    assert not queue.may_follow(other)
+
+
+@pytest.mark.parametrize("knows", ["the answer", "the agent"])
+def test_it_is_forgotten_with_its_run(knows):
+    """One that waits here, or is taken, is still tried later than the others."""
+    run = tick(ONE, 1)
+    queue = queue_of(run)
+    queue.try_later(run.id, clock=100.0)
+    queue.found([run] if knows == "the answer" else [], 100.0, [] if knows == "the answer" else [run.id])
+    assert queue.next_try(100.0) is not None
+    queue.found([], 100.0, [])
+    assert queue.next_try(100.0) is None
+
+
+def test_an_answer_of_the_same_moment_is_older():
+    """What was asked for at the moment at which a run was over may have it still."""
+    run = tick(ONE, 1)
+    queue = queue_of(run)
+    queue.take(run)
+    queue.through(run.id, clock=10.0)
+    queue.found([run], asked=10.0, taken=())
+    assert queue.firsts() == []
+
+
+def test_a_run_without_a_time_is_due_when_it_was_made():
+    """And one that has neither, at once."""
+    run = tick(ONE, 1).model_copy(update={"expected_start_time": None, "created": NOON})
+    assert due(run) == NOON
+    assert due(run.model_copy(update={"created": None})).tzinfo is UTC
+
+
+def test_a_job_that_was_never_loaded_is_claimed_a_second_ahead():
+    """That much is enough for most."""
+    assert Queue().claimed_at(tick(ONE, 5)) == NOON + timedelta(seconds=5) - CLAIM_AHEAD

@@ -16,7 +16,7 @@ from taskadapter.agent.runs import (
     state_of,
     step,
 )
-from taskadapter.coordination.executions import ABANDONED, Entry
+from taskadapter.coordination.executions import ABANDONED, SKIPPED, Entry
 from taskadapter.execution import protocol
 
 PENDING, RUNNING, CANCELLING = StateType.PENDING, StateType.RUNNING, StateType.CANCELLING
@@ -40,14 +40,14 @@ def entry(outcome=None):
         # It was to be cancelled: nobody wants it to run.
         (CANCELLING, {}, Todo.CRASH),
         # Its process has ended of itself, and would again.
-        (PENDING, {"ours": True, "at_fault": True}, Todo.CRASH),
+        (PENDING, {"ended_here": True, "at_fault": True}, Todo.CRASH),
         # The engine takes an API that fails it for a crash.
-        (CRASHED, {"ours": True}, Todo.PUT_BACK),
+        (CRASHED, {"ended_here": True}, Todo.PUT_BACK),
         (CRASHED, {}, Todo.LEAVE),
         # Its parameters are wrong, or a person has ended it.
-        (FAILED, {"ours": True}, Todo.LEAVE),
-        (CANCELLED, {"ours": True}, Todo.LEAVE),
-        (None, {"ours": True}, Todo.LEAVE),
+        (FAILED, {"ended_here": True}, Todo.LEAVE),
+        (CANCELLED, {"ended_here": True}, Todo.LEAVE),
+        (None, {"ended_here": True}, Todo.LEAVE),
     ],
 )
 def test_what_has_not_begun(known, options, todo):
@@ -66,9 +66,9 @@ def test_what_has_not_begun(known, options, todo):
         (RUNNING, {"reruns": True}, Todo.AGAIN),
         (COMPLETED, {"reruns": True}, Todo.ENTER),
         # Somebody will resume it, or not.
-        (StateType.PAUSED, {"ours": True}, Todo.SUSPEND),
+        (StateType.PAUSED, {"ended_here": True}, Todo.SUSPEND),
         (StateType.PAUSED, {}, Todo.SUSPEND),
-        (CRASHED, {"ours": True}, Todo.ENTER),
+        (CRASHED, {"ended_here": True}, Todo.ENTER),
         (None, {}, Todo.ENTER),
     ],
 )
@@ -82,12 +82,12 @@ def test_what_was_being_executed(known, options, todo):
     [
         (PENDING, {"lives": True}, Todo.TELL),
         (RUNNING, {}, Todo.TELL),
-        (COMPLETED, {"ours": True}, Todo.LEAVE),
-        (FAILED, {"ours": True}, Todo.TELL),
-        (CRASHED, {"ours": True}, Todo.TELL),
+        (COMPLETED, {"ended_here": True}, Todo.LEAVE),
+        (FAILED, {"ended_here": True}, Todo.TELL),
+        (CRASHED, {"ended_here": True}, Todo.TELL),
         # A person has done that.
         (FAILED, {}, Todo.LEAVE),
-        (CANCELLED, {"ours": True}, Todo.LEAVE),
+        (CANCELLED, {"ended_here": True}, Todo.LEAVE),
         (None, {}, Todo.LEAVE),
     ],
 )
@@ -101,20 +101,20 @@ def test_what_has_not_succeeded(outcome):
     """Prefect is told, and then knows."""
     assert decide(entry(outcome), RUNNING) is Todo.TELL
     known = StateType(outcome.upper())
-    assert decide(entry(outcome), known, ours=True) is Todo.LEAVE
+    assert decide(entry(outcome), known, ended_here=True) is Todo.LEAVE
 
 
 def test_a_failure_that_shows_as_a_crash():
     """The engine could not tell of it; that an agent has ended a run, it can."""
-    assert decide(entry("Failed"), CRASHED, ours=True) is Todo.TELL
-    assert decide(entry("Cancelled"), CRASHED, ours=True) is Todo.LEAVE
+    assert decide(entry("Failed"), CRASHED, ended_here=True) is Todo.TELL
+    assert decide(entry("Cancelled"), CRASHED, ended_here=True) is Todo.LEAVE
 
 
 def test_what_may_begin_again():
     """It is due again, as long as Prefect does not take it for ended."""
     assert decide(entry(ABANDONED), RUNNING) is Todo.PUT_BACK
     assert decide(entry(ABANDONED), COMPLETED) is Todo.LEAVE
-    assert decide(entry(ABANDONED), CRASHED, ours=True) is Todo.PUT_BACK
+    assert decide(entry(ABANDONED), CRASHED, ended_here=True) is Todo.PUT_BACK
 
 
 @pytest.mark.parametrize("known", [COMPLETED, FAILED, CRASHED, CANCELLED])
@@ -152,6 +152,7 @@ def test_a_run_goes_one_way():
     ("event", "signal"),
     [
         (runs.Dropped(), Signal.DROP),
+        (runs.Deferred(), Signal.DROP),
         (runs.CalledOff("it is over"), Signal.DROP),
         (runs.TokenLost(), Signal.KILL),
         (runs.TimeUp(), Signal.KILL),
@@ -160,14 +161,18 @@ def test_a_run_goes_one_way():
 )
 def test_its_process_is_told_while_it_has_one(phase, event, signal):
     """What has begun may end in order where its time is up; all else is told at once."""
-    told = step(Life(phase), event).signals
+    after = step(Life(phase), event)
+    told = after.signals
     if phase is Phase.BEGUN and event == runs.TimeUp():
         signal = Signal.TERMINATE
 
     assert told == (() if phase in BEFORE_ITS_PROCESS else (signal,))
+    assert after.life.phase is phase
 
 
-@pytest.mark.parametrize("event", [runs.Dropped(), runs.CalledOff("it is over"), runs.TokenLost()])
+@pytest.mark.parametrize(
+    "event", [runs.Dropped(), runs.Deferred(), runs.CalledOff("it is over"), runs.TokenLost()]
+)
 def test_a_process_that_comes_too_late_is_killed(event):
     """What was dropped, called off or lost meanwhile does not begin in it."""
     after = step(step(Life(Phase.CLAIMED), event).life, runs.Forked())
@@ -189,7 +194,7 @@ def test_a_cancelled_run_has_time_to_clean_up():
     life = step(Life(Phase.BEGUN), runs.Cancelled(at=100.0)).life
 
     assert step(life, runs.Cancelled(at=101.0)) == runs.Step(life)
-    assert step(life, runs.Watched(at=100.0 + CANCEL_GRACE_SECONDS)).signals == ()
+    assert step(life, runs.Watched(at=100.0 + CANCEL_GRACE_SECONDS)) == runs.Step(life)
     assert step(life, runs.Watched(at=100.1 + CANCEL_GRACE_SECONDS)).signals == (Signal.KILL,)
     assert step(Life(Phase.BEGUN), runs.Watched(at=1e9)).signals == ()
 
@@ -211,7 +216,9 @@ def test_a_cancelled_run_has_time_to_clean_up():
 )
 def test_what_its_end_asks_for(end, actions):
     """Prefect knows, or the ledger is to say, or it has not begun and goes back."""
-    assert step(Life(Phase.BEGUN), end).actions == actions
+    after = step(Life(Phase.BEGUN), end)
+    assert after.actions == actions
+    assert after.life.phase is Phase.BEGUN
 
 
 def test_a_job_ends_once():
@@ -236,6 +243,15 @@ def test_what_is_not_wanted_here_is_not_kept(phase, event, given_back):
     assert step(step(Life(phase), event).life, protocol.Dropped()).actions == (given_back,)
 
 
+@pytest.mark.parametrize("phase", WITH_PROCESS)
+def test_what_is_deferred_is_kept(phase):
+    """It is the next of its job on this node, unless the node is to begin nothing more of it."""
+    life = step(Life(phase), runs.Deferred()).life
+
+    assert step(life, protocol.Dropped()).actions == (runs.PutBack(keep=True),)
+    assert step(step(life, runs.Dropped()).life, protocol.Dropped()).actions == (runs.PutBack(keep=False),)
+
+
 # --- settle ---------------------------------------------------------------------------------------
 
 
@@ -255,3 +271,34 @@ def test_what_another_process_executes_is_left_to_it():
     assert settle(life, entry(), RUNNING, "incarnation", at_fault=False) is Todo.CRASH
     assert settle(life, None, PENDING, "incarnation", at_fault=False) is Todo.PUT_BACK
     assert settle(life, None, PENDING, "incarnation", at_fault=True) is Todo.CRASH
+
+
+def test_what_the_engine_takes_for_a_crash_before_the_body_is_put_back():
+    """It could not reach the API; only here, and now, is it known that nobody else has ended it."""
+    assert settle(Life(Phase.FORKED), None, CRASHED, "incarnation", at_fault=False) is Todo.PUT_BACK
+
+
+# --- what Prefect is told -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("outcome", "kind"),
+    [("Completed", COMPLETED), ("Failed", FAILED), ("Crashed", CRASHED), (None, CRASHED)],
+)
+def test_a_run_is_told_as_what_it_came_to(outcome, kind):
+    """With where it was; one without an outcome was interrupted."""
+    state = state_of(entry(outcome))
+
+    assert state.type is kind
+    assert (
+        state.message == "Executed on node 'node-1' in term 7 of group 'group', which could not report it."
+    )
+
+
+def test_a_run_whose_tick_was_skipped_is_skipped():
+    """It was another run of the same tick that the ledger has as skipped."""
+    state = state_of(entry(SKIPPED))
+
+    assert state.name == "Skipped"
+    assert state.message is not None
+    assert "another run of this tick was" in state.message

@@ -6,7 +6,7 @@ from uuid import UUID, uuid4
 import pendulum
 import pytest
 from prefect.client.schemas.actions import DeploymentScheduleCreate
-from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.settings import get_current_settings
 
@@ -21,14 +21,18 @@ from taskadapter.rules.ticks import (
     is_slug,
     is_tick,
     judge,
+    run_name,
     schedule,
+    skipped,
     slug,
     tick_key,
+    tick_of,
 )
 
 NOON = datetime(2030, 1, 1, 12, 0, tzinfo=UTC)
 MICROSECOND = timedelta(microseconds=1)
 SECOND = timedelta(seconds=1)
+LATER = NOON + timedelta(hours=1)
 
 
 def trigger(**changes):
@@ -181,6 +185,22 @@ def test_a_tick_is_told_from_a_run_that_somebody_asks_for(run, expected):
     assert is_tick(FlowRun(flow_id=uuid4(), **run)) is expected
 
 
+@pytest.mark.parametrize(
+    ("run", "expected"),
+    [
+        ({"auto_scheduled": True, "expected_start_time": NOON}, NOON),
+        ({"idempotency_key": tick_key(UUID(int=1), "once", NOON), "expected_start_time": LATER}, NOON),
+        ({"auto_scheduled": True, "idempotency_key": "a b c d", "expected_start_time": LATER}, LATER),
+        ({"auto_scheduled": True}, None),
+        ({"expected_start_time": NOON}, None),
+    ],
+    ids=["planned", "put off", "a key of another form", "without a time", "by hand"],
+)
+def test_a_tick_is_of_the_moment_that_its_key_says(run, expected):
+    """Whenever the run itself is to start by now; one that somebody asks for is of none."""
+    assert tick_of(FlowRun(flow_id=uuid4(), **run)) == expected
+
+
 # --- the shortest interval ------------------------------------------------------------------------
 
 
@@ -197,7 +217,7 @@ def test_less_than_the_least_interval_is_refused():
     message = str(refused.value)
     assert "interval 0.59 s" in message
     assert "0.6 s is the least" in message
-    assert "PREFECT_SERVER_SERVICES_SCHEDULER_MAX_RUNS" in message
+    assert message.endswith("raise PREFECT_SERVER_SERVICES_SCHEDULER_MAX_RUNS on the server and here.")
 
 
 def test_raised_settings_allow_a_shorter_interval():
@@ -254,7 +274,10 @@ def test_a_tick_that_fell_into_a_pause_is_made_up_for_only_by_waiting(policy, ve
     """However little late it is, a policy that ignores missed ticks ignores it."""
     job = trigger(task_policy=TaskPolicy(waiting_policy=policy))
 
-    assert judge(job, NOON, now=NOON + SECOND, paused=True).verdict is verdict
+    judgement = judge(job, NOON, now=NOON + SECOND, paused=True)
+    assert judgement.verdict is verdict
+    skipped_because = f"the job was paused then, and {policy} makes up for nothing"
+    assert judgement.reason == ("" if verdict is Verdict.RUN else skipped_because)
 
 
 @pytest.mark.parametrize("policy", list(WaitingPolicy))
@@ -324,3 +347,25 @@ def test_a_moment_in_utc_is_the_same_moment(zone):
 
     assert type(moment) is datetime
     assert moment - MICROSECOND == NOON - MICROSECOND
+
+
+def test_a_skipped_run_says_so_by_its_name_and_why():
+    """Prefect has no state of that kind: it is Cancelled, with a name of its own."""
+    state = skipped("it is late")
+
+    assert (state.type, state.name, state.message) == (
+        StateType.CANCELLED,
+        "Skipped",
+        "Skipped: it is late.",
+    )
+
+
+@pytest.mark.parametrize(
+    ("microsecond", "name"), [(0, "job 2030-01-01T11:00:00Z"), (887544, "job 2030-01-01T11:00:00.887Z")]
+)
+def test_the_name_of_a_run_is_its_job_and_its_time_in_utc(microsecond, name):
+    """Milliseconds where there are some; whatever kind of time it is."""
+    due = datetime(2030, 1, 1, 12, microsecond=microsecond, tzinfo=timezone(timedelta(hours=1)))
+
+    assert run_name("job", due) == name
+    assert run_name("job", pendulum.instance(due)) == name

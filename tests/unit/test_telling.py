@@ -11,7 +11,7 @@ import httpx
 import pytest
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.client.schemas.responses import SetStateStatus
-from prefect.exceptions import PrefectHTTPStatusError
+from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.states import Completed, Crashed, Running
 
 from taskadapter.agent import telling
@@ -56,6 +56,29 @@ NOON = datetime(2030, 1, 1, 12, tzinfo=UTC)
 
 def report(api, state, **options):
     return asyncio.run(Teller(api, LOG).report(RUN, state, **options))
+
+
+@pytest.mark.parametrize("patient", [True, False])
+def test_a_run_that_was_deleted_is_not_put_back(patient):
+    """Prefect's client raises one fault for an update of it, and another for a new state."""
+
+    class Empty(Api):
+        async def update_flow_run(self, *_, **__):
+            request = httpx.Request("PATCH", "http://api")
+            response = httpx.Response(404, request=request)
+            raise PrefectHTTPStatusError("gone", request=request, response=response)
+
+        async def set_flow_run_state(self, *_, **__):
+            raise ObjectNotFound(ValueError("gone"))
+
+    tick = RUN.model_copy(update={"auto_scheduled": True})
+    api: Any = Empty()
+
+    async def put_back() -> None:
+        async with asyncio.timeout(5):
+            await Teller(api, LOG, patient=patient).put_back(tick, NOON)
+
+    asyncio.run(put_back())
 
 
 def test_a_nul_is_written_out():

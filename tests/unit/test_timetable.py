@@ -10,7 +10,8 @@ import httpx
 import pytest
 from prefect.client.schemas.objects import FlowRun
 
-from taskadapter.agent.timetable import MADE_AHEAD, MADE_AT_ONCE, SHOWN, Line, Plan, Timetable
+from taskadapter.agent.plans import MADE_AHEAD, SHOWN, Line, Plan
+from taskadapter.agent.timetable import MADE_AT_ONCE, Timetable
 from taskadapter.declare.triggers import TaskPolicy, TriggerConfiguration, WaitingPolicy
 from taskadapter.rules.ticks import between, tick_of
 
@@ -159,6 +160,22 @@ def test_a_tick_that_cannot_be_made_holds_up_its_own_job_only():
     assert [tick for job, tick in made if job == ID] == at(0)
     assert [tick for job, tick in made if job != ID] == at(0, 5, 10)
     assert timetable.complete_until == NOON + 10 * SECOND
+
+
+def test_that_ticks_are_made_is_told_once(caplog):
+    """Until Prefect plans some again: its scheduler may be away for hours."""
+    caplog.set_level("INFO")
+    api: Any = Api()
+    job = line()
+    _, timetable = complete(api, job, now=0)
+    planned = FlowRun(id=uuid4(), flow_id=ID, deployment_id=ID, auto_scheduled=True)
+
+    def look(now, *found):
+        moment = NOON + now * SECOND
+        asyncio.run(timetable.complete([*found], ["default"], [], moment, moment))
+        return len(caplog.messages)
+
+    assert (look(5), look(10), look(15, planned), look(20)) == (1, 1, 2, 2)
 
 
 def test_an_api_that_fails_for_all_is_a_fault():

@@ -1,0 +1,322 @@
+"""What an agent looks at in Prefect's API: the runs that are due soon, and what has changed of its jobs.
+
+A *look* is for runs, a *visit* for all queues and deployments of the pool as well. `Looks` remembers when
+either is wanted: because a run is planned, because of news, or because time has passed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Collection
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+from uuid import UUID
+
+from prefect.client.schemas.objects import FlowRun
+from prefect.exceptions import ObjectNotFound
+from pydantic import SecretStr
+
+from taskadapter.agent.hearing import Hearing, Kind, News
+from taskadapter.agent.looks import SHORTEST_PAUSE_SECONDS, Looks, Pace
+from taskadapter.agent.node import LONGEST_BACKOFF_SECONDS, Node, queue_of
+from taskadapter.agent.switches import CarryOver
+from taskadapter.agent.timetable import POLL_LIMIT
+from taskadapter.coordination import store
+from taskadapter.errors import ApiUnavailableError, CoordinationError, TaskError
+from taskadapter.prefect_api.client import API_FAULTS, backoff, in_words
+from taskadapter.prefect_api.deployments import deployments_of, deployments_of_pool
+from taskadapter.prefect_api.pool import PoolSize
+from taskadapter.prefect_api.ticks import due
+
+if TYPE_CHECKING:
+    from prefect.client.schemas.responses import DeploymentResponse
+
+    from taskadapter.agent.dispatcher import Dispatcher
+    from taskadapter.agent.hand import Hand
+    from taskadapter.agent.hosts import HostPool
+    from taskadapter.agent.jobs import Deployments
+    from taskadapter.agent.membership import Membership
+    from taskadapter.agent.timetable import Timetable
+
+RETRY_SECONDS = 0.02
+"""How long to wait before the API is asked again on behalf of somebody who waits for it."""
+
+
+class Lookout:
+    """Looks at the API on behalf of an agent.
+
+    Args:
+        node: the node.
+        membership: its part in the pool's groups.
+        hosts: the processes; how many there may be, the pool says.
+        deployments: what runs are runs of.
+        timetable: learns here which jobs there are, and makes the ticks that are missing.
+        hand: the runs that are taken, which are not looked for.
+        dispatcher: is told which runs are due.
+        pace: how often to look.
+        limit: how many runs at once the agent's command allows; None if it does not say.
+        prefetch_seconds: how long before its time a run is to be known at least.
+
+    Attributes:
+        fault: what the last look failed with; None if it did not.
+    """
+
+    def __init__(
+        self,
+        node: Node,
+        membership: Membership,
+        hosts: HostPool,
+        deployments: Deployments,
+        timetable: Timetable,
+        hand: Hand,
+        dispatcher: Dispatcher,
+        *,
+        pace: Pace,
+        limit: int | None,
+        prefetch_seconds: float,
+    ) -> None:
+        self._node = node
+        self._membership = membership
+        self._hosts = hosts
+        self._deployments = deployments
+        self._timetable = timetable
+        self._hand = hand
+        self._dispatcher = dispatcher
+        self._pace = pace
+        self._limit = limit
+        self._prefetch_seconds = prefetch_seconds
+        self._looks = Looks()
+        self._looking = asyncio.Lock()
+        self._hearing = Hearing(node.log, self._hear, lambda: self._faults > 0)
+        self._listening: asyncio.Task[None] | None = None
+        self._heard_pool: UUID | None = None
+        self._carry_over = CarryOver()
+        # The pool's deployments, as they were last looked at, and jobs of runs that are none of them.
+        self._deployed: dict[UUID, DeploymentResponse] = {}
+        self._gone: set[UUID] = set()
+        # Whether there was more to do than there was room for at the last look, and still is.
+        self._had_plenty = False
+        self._faults = 0
+        self.fault: Exception | None = None
+
+    @property
+    def hears(self) -> bool:
+        """Whether the agent hears of what it cannot know ahead."""
+        return self._hearing.hears
+
+    def want(self) -> None:
+        """Have a look made at once."""
+        self._looks.want()
+
+    def want_visit(self) -> None:
+        """Have a visit made at once."""
+        self._looks.want_visit()
+
+    def look_for(self, news: News) -> None:
+        """Have a look made for what somebody in the agent has found out."""
+        self._looks.hear(news)
+
+    def _hear(self, news: News | None) -> None:
+        """Act on an event of Prefect's; None: some events may have been missed."""
+        about = None if news is None else news.about
+        if news is not None and news.kind is Kind.CANCELLING and about is not None:
+            self._hand.cancel(about)
+        elif about not in self._hand.ids:  # what becomes of those is known here first
+            self._looks.hear(news)
+
+    # --- a look -----------------------------------------------------------------------------------
+
+    async def poll(self) -> list[FlowRun]:
+        """Look for runs if it is time to; the dispatcher starts them. No fault of the API is raised."""
+        if self._had_plenty and not self._dispatcher.has_plenty:
+            self._had_plenty = False
+            self._looks.want()
+        if not self._node.has_pool() or not self._looks.is_due(self._pause):
+            return []
+        async with self._looking:  # a takeover looks at once, perhaps in the middle of another look
+            return await self._look_once()
+
+    async def _look_once(self) -> list[FlowRun]:
+        asked = time.monotonic()
+        try:
+            found = await self._look()
+        except (*API_FAULTS, TaskError) as fault:
+            await self._back_off(fault, in_words(fault))
+            return []
+        except Exception as exc:
+            self._node.log.exception("Looking for runs failed.")
+            await self._back_off(exc, type(exc).__name__)
+            return []
+        if self._faults:
+            self._node.log.info("Looking for runs succeeds again, after %d failures.", self._faults)
+            self._faults, self.fault = 0, None
+            # An API whose broker was away has told nothing, though the stream of its events was open.
+            self._looks.hear(None)
+        self._dispatcher.found(found, asked)
+        by_hand = {run.id: run.created for run in found if not run.auto_scheduled}
+        self._hearing.compare(by_hand | {id_: deployed.created for id_, deployed in self._deployed.items()})
+        self._had_plenty = self._dispatcher.has_plenty
+        self._looks.looked(asked, self._enough_for())
+        return found
+
+    def _enough_for(self) -> float:
+        """Return for how many seconds what a look has found is enough."""
+        ahead = (self._timetable.complete_until - datetime.now(UTC)).total_seconds()
+        if self._timetable.has_new:
+            least = 0.0
+        elif self._had_plenty:
+            least = self._pace.at_plenty(knows_all=self.hears and not self._timetable.is_cut)
+        else:
+            least = SHORTEST_PAUSE_SECONDS
+        return max(ahead, least)
+
+    @property
+    def _pause(self) -> float:
+        return self._pace.of_looks(hears=self.hears, is_busy=self._dispatcher.is_busy)
+
+    async def _back_off(self, fault: Exception, words: str) -> None:
+        """Say once why, and wait longer each time."""
+        if not self._faults:
+            self._node.log.warning("Looking for runs failed, trying again: %s", words)
+        self._faults, self.fault = self._faults + 1, fault
+        await asyncio.sleep(backoff(self._faults, LONGEST_BACKOFF_SECONDS))
+
+    async def _look(self) -> list[FlowRun]:
+        # Has a paused job been resumed? Its missed ticks are late already.
+        is_busy = self._dispatcher.is_busy and not self._timetable.held
+        if self._looks.is_visit_due(self._pace.of_visits(hears=self.hears, is_busy=is_busy)):
+            await self._visit()
+        elif changed := self._looks.changed:
+            await self._look_at(changed)
+        wanted = self._membership.served
+        if not wanted:
+            return []
+        now = datetime.now(UTC)
+        try:
+            runs, until = await self._due(
+                wanted, now + timedelta(seconds=self._pause + self._prefetch_seconds)
+            )
+        except ObjectNotFound:
+            self._looks.want_visit()  # a queue, or the pool, was deleted
+            return []
+        # A new job's first ticks may not be planned: it must be known before one of them is started.
+        if self._timetable.strangers(runs) - self._gone:
+            await self._visit()
+            self._gone = self._timetable.strangers(runs)
+        runs = await self._timetable.complete(runs, wanted, self._hand.flow_runs, now, until)
+        await self._deployments.prepare(runs)
+        return runs
+
+    async def _due(self, wanted: list[str], before: datetime) -> tuple[list[FlowRun], datetime]:
+        """Return the runs of this node's jobs that are due until some moment, and that moment.
+
+        Raises:
+            ObjectNotFound: a queue, or the pool, is gone.
+        """
+        client = self._node.client
+        # The server looks up each queue by its name, but not those of the whole pool.
+        names = None if self._membership.queues <= set(wanted) else wanted
+        found, until = await due(client, self._node.work_pool, names, before)
+        runs = [run for run in found if queue_of(run) in wanted and self._node.share.has_job_of(run)]
+        if len(runs) < len(found) and (until < before or len(found) >= POLL_LIMIT):
+            # Those that are left out could fill the list for ever.
+            ours, until = self._timetable.jobs_of(wanted), before
+            runs = await client.get_scheduled_flow_runs_for_deployments(ours, before)
+            runs = [run for run in runs if queue_of(run) in wanted]
+        return runs, until
+
+    # --- a visit ----------------------------------------------------------------------------------
+
+    async def _visit(self) -> None:
+        """Look at the pool's queues and deployments: at its groups, and at what its jobs are to do."""
+        node, asked = self._node, time.monotonic()
+        await self._membership.refresh()
+        self._listen()
+        found = await deployments_of_pool(node.client, node.work_pool)
+        self._deployed = {deployment.id: deployment for deployment in found}
+        await self._take_note(found)
+        size = PoolSize.of(node.pool())
+        self._hosts.limit = self._limit or size.worker_count or node.settings.worker_count
+        self._looks.visited(asked)
+
+    def _listen(self) -> None:
+        """Hear of what happens in the pool, which may have been deleted and made anew."""
+        pool_id = self._node.pool().id
+        if self._heard_pool != pool_id:
+            self._heard_pool = pool_id
+            if self._listening is not None:
+                self._listening.cancel()
+            self._listening = self._node.tasks.spawn(self._hearing.listen(pool_id))
+
+    async def _look_at(self, job_ids: Collection[UUID]) -> None:
+        """Look at some deployments of which there is news."""
+        found = await deployments_of(self._node.client, job_ids)
+        ours = [deployment for deployment in found if deployment.work_pool_name == self._node.work_pool]
+        rest = {id_: deployment for id_, deployment in self._deployed.items() if id_ not in job_ids}
+        self._deployed = rest | {deployment.id: deployment for deployment in ours}
+        await self._take_note(ours)
+
+    async def _take_note(self, news: Collection[DeploymentResponse]) -> None:
+        """Carry over what has changed in some deployments, and see what all jobs are to do."""
+        url = self._membership.database_url
+        await self._carry_over.look(url, news)
+        if news:
+            self._hosts.use(SecretStr(url))
+        left_out = self._node.share.left_out
+        found = [deployment for id_, deployment in self._deployed.items() if id_ not in left_out]
+        if gone := self._timetable.learn(found):
+            self._node.tasks.spawn(self._end_gone(gone))
+
+    async def _end_gone(self, job_ids: set[UUID]) -> None:
+        """Have nothing of jobs begin that were deleted."""
+        for job_id in job_ids:
+            # Whatever claims a run of it later finds no deployment.
+            with suppress(*API_FAULTS, CoordinationError):
+                try:
+                    await self._node.client.read_deployment(job_id)
+                except ObjectNotFound:
+                    reason = "its deployment was deleted"
+                    await asyncio.to_thread(store.end_job, self._membership.database_url, job_id, reason)
+
+    # --- for somebody who waits for it ------------------------------------------------------------
+
+    async def look_at_once(self, queue: str, job_ids: Collection[UUID], end: float) -> None:
+        """Look at a queue and some jobs now; repeat it until then while the API does not answer.
+
+        Args:
+            queue: the queue.
+            job_ids: jobs of it, which may be new.
+            end: when to give up, on the monotonic clock.
+
+        Raises:
+            ApiUnavailableError: it has not answered.
+        """
+        while True:
+            try:
+                if self._node.has_pool():
+                    async with self._looking:
+                        await self._learn(queue, job_ids)
+                    break
+                fault = ""
+            except API_FAULTS as exc:
+                fault = f": {in_words(exc)}"
+            if time.monotonic() >= end:
+                raise ApiUnavailableError(f"Prefect's API does not answer{fault}.")
+            await asyncio.sleep(RETRY_SECONDS)
+        self._looks.want()
+
+    async def _learn(self, queue: str, job_ids: Collection[UUID]) -> None:
+        """Look at one queue of the pool and some of its jobs, as a visit does at all of them."""
+        asked = time.monotonic()
+        if self._membership.domain is None or self._looks.is_visit_due(float("inf")):
+            await self._visit()
+            return
+        await self._membership.add(queue)
+        found = await deployments_of(self._node.client, job_ids)
+        await self._carry_over.look(self._membership.database_url, found)
+        self._deployed |= {deployment.id: deployment for deployment in found}
+        self._timetable.add(found)
+        # To list all deployments is dear, and many may join one after the other.
+        self._looks.visited(asked)

@@ -1,0 +1,260 @@
+"""From a run that is claimed to one that is over: have it run in a process, and do what follows."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from prefect.client.schemas.objects import State
+from prefect.logging.loggers import flow_run_logger
+from prefect.states import Cancelled, Crashed
+
+from taskadapter.agent import events, metrics, runs
+from taskadapter.agent.hand import Hand, RunInHand
+from taskadapter.agent.hosts import HostPool
+from taskadapter.agent.links import Outcome, Progress
+from taskadapter.agent.runs import Todo
+from taskadapter.agent.watch import send_heartbeat
+from taskadapter.coordination import store
+from taskadapter.coordination.executions import ABANDONED, Entry
+from taskadapter.declare.triggers import WaitingPolicy
+from taskadapter.errors import CoordinationError, TokenLostError
+from taskadapter.execution import protocol
+from taskadapter.execution.assignment import Assignment
+from taskadapter.prefect_api.pool import PoolSize
+from taskadapter.rules import ticks
+
+if TYPE_CHECKING:
+    from taskadapter.agent.jobs import DeployedJob, Deployments
+    from taskadapter.agent.membership import Membership
+    from taskadapter.agent.node import Node
+    from taskadapter.agent.queue import Queue
+    from taskadapter.agent.timetable import Timetable
+
+PAUSE_SECONDS = 5.0
+"""How long to wait before a run is tried again that no process could be started for."""
+
+
+class Runner:
+    """Runs claimed runs.
+
+    Args:
+        node: whose runs they are.
+        membership: which database and tokens they run under.
+        hosts: where they run.
+        deployments: what they are runs of.
+        timetable: which ticks are owed; it learns here which are settled.
+        queue: where those go that are put back; it learns how long their code takes to load.
+        hand: where they are meanwhile.
+    """
+
+    def __init__(
+        self,
+        node: Node,
+        membership: Membership,
+        hosts: HostPool,
+        deployments: Deployments,
+        timetable: Timetable,
+        queue: Queue,
+        hand: Hand,
+    ) -> None:
+        self._node = node
+        self._log = node.log
+        self._membership = membership
+        self._hosts = hosts
+        self._deployments = deployments
+        self._teller = deployments.teller
+        self._timetable = timetable
+        self._queue = queue
+        self._hand = hand
+
+    async def run(self, run: RunInHand, job: DeployedJob) -> None:
+        """Run a claimed run, and do what follows from how it went."""
+        has_storage = await self._deployments.server_has_storage()
+        assignment = self._assignment(run, job, server_has_storage=has_storage)
+        outcome = await self._in_a_process(run, assignment, job)
+        for action in run.meet(outcome.end):
+            match action:
+                case runs.AskLedger(at_fault):
+                    await self._settle(run, assignment, outcome.message, at_fault=at_fault)
+                case runs.PutBack() | runs.ShowSkipped():
+                    await self.give_back(run, action)
+                case runs.Skip(reason):
+                    await self.skip(run, job, reason)
+                case runs.EndJob(reason):
+                    self._end_job(job, reason)
+                case runs.HoldJob():
+                    self._timetable.hold(job.deployment.model_copy(update={"paused": True}))
+        if outcome.left:
+            flow_run_logger(run.flow_run).warning(
+                "The run left these processes behind; they have been killed: %s", "; ".join(outcome.left)
+            )
+
+    async def give_back(self, run: RunInHand, action: runs.PutBack | runs.ShowSkipped) -> None:
+        """Make a run that has begun nothing due again, or show that it is skipped."""
+        match action:
+            case runs.PutBack(keep):
+                await self._teller.put_back(run.flow_run, run.due)
+                if keep:
+                    self._queue.put_back(run.flow_run, time.monotonic())
+                    self._hand.hold_back(run)
+            case runs.ShowSkipped(reason):
+                await self._teller.skip(run.flow_run, reason)
+
+    async def _settle(
+        self, run: RunInHand, assignment: Assignment, message: str, *, at_fault: bool
+    ) -> None:
+        """Do about a run whose process has ended what the ledger says."""
+        try:
+            entry = await self._entry(run, assignment)
+        except TokenLostError:
+            return  # the next holder asks the same
+        known = await self._teller.state_of(run.flow_run)
+        match runs.settle(run.life, entry, known, self._node.incarnation, at_fault=at_fault):
+            case Todo.HAND_ON:
+                self._log.warning(
+                    "Run %s ended after its group was lost; the group's next holder settles it.",
+                    run.flow_run.name,
+                )
+            case Todo.PUT_BACK:
+                self._queue.try_later(run.flow_run.id, time.monotonic())
+                await self.give_back(run, runs.give_back(run.life))
+            case Todo.CRASH:
+                await self._report_crash(run, assignment, message)
+            case Todo.SUSPEND:
+                await self._enter(run, assignment, ABANDONED)
+            case Todo.ENTER:
+                await self._enter(run, assignment, runs.outcome_of(known))
+            case Todo.TELL if entry is not None:
+                await self._teller.tell(run.flow_run, entry)
+
+    async def _entry(self, run: RunInHand, assignment: Assignment) -> Entry | None:
+        """Return a run's entry in the ledger, however long the database does not answer.
+
+        Raises:
+            TokenLostError: the token is lost.
+        """
+        key, url = assignment.execution.key, self._membership.database_url
+        while True:
+            try:
+                found = await asyncio.to_thread(store.entries, url, [key])
+            except CoordinationError as fault:
+                if run.life.lost:
+                    raise TokenLostError(f"run {run.flow_run.name} is another node's") from fault
+                self._log.debug("The end of run %s waits for the database: %s", run.flow_run.name, fault)
+                await asyncio.sleep(store.RETRY_SECONDS)
+            else:
+                return found[0] if found else None
+
+    async def _enter(self, run: RunInHand, assignment: Assignment, outcome: str) -> None:
+        """Enter what a run came to; if the database does not answer now, a look at what is open will."""
+        url, key = self._membership.database_url, assignment.execution.key
+        try:
+            await asyncio.to_thread(store.end, url, key, outcome)
+        except CoordinationError as fault:
+            self._log.debug("The end of run %s is not entered yet: %s", run.flow_run.name, fault)
+
+    def _assignment(
+        self, run: RunInHand, job: DeployedJob, *, server_has_storage: bool = True
+    ) -> Assignment:
+        return Assignment(
+            flow_run=run.flow_run,
+            due=run.due,
+            flow_name=job.flow_name,
+            entrypoint=job.deployment.entrypoint or "",
+            workspace=job.workspace_of(run.flow_run, self._node.name),
+            node=self._node.name,
+            incarnation=self._node.incarnation,
+            database_url=self._membership.database_url,
+            token=run.token,
+            board=self._membership.board,
+            scratch=self._hosts.scratch(str(run.flow_run.id)),
+            trigger_slug=job.slug,
+            trigger=job.trigger,
+            initial_state=job.configuration.initial_state,
+            waiting_time=PoolSize.of(self._node.pool()).waiting_time,
+            server_has_storage=server_has_storage,
+        )
+
+    async def _in_a_process(self, run: RunInHand, assignment: Assignment, job: DeployedJob) -> Outcome:
+        begun_at: float | None = None
+
+        def begun(ended: str | None) -> None:
+            nonlocal begun_at
+            begun_at = begun_at or time.monotonic()
+            if ticks.is_tick(run.flow_run):
+                late = (datetime.now(UTC) - run.tick).total_seconds()
+                metrics.begun(self._node.work_pool, late, assignment.waiting_time)
+            actions = run.meet(protocol.Begun(ended=ended))
+            self._hand.let_begin()
+            for action in actions:
+                if isinstance(action, runs.EndJob):
+                    self._end_job(job, action.reason)
+
+        def loaded(seconds: float) -> None:
+            self._queue.loaded(run.flow_run.deployment_id, seconds)
+
+        try:
+            host = await self._hosts.fork()
+        except OSError as fault:
+            self._log.warning(
+                "No process could be started for run %s, which is put back: %s", run.flow_run.name, fault
+            )
+            await asyncio.sleep(PAUSE_SECONDS)
+            return Outcome(protocol.Dropped())
+        run.host = host
+        try:
+            run.meet(runs.Forked())
+            if not run.life.has_process:
+                return Outcome(protocol.Dropped())
+            if self._hand.is_its_turn(run):
+                host.go()
+            return await host.carry_out(assignment, Progress(loaded, lambda: send_heartbeat(run), begun))
+        finally:
+            run.host = None
+            if begun_at is not None:
+                self._queue.ran(run.flow_run.deployment_id, time.monotonic() - begun_at)
+            await self._hosts.clear(str(run.flow_run.id))
+
+    async def _report_crash(self, run: RunInHand, assignment: Assignment, message: str) -> None:
+        """Enter and report the end of a run whose process could not, and run the hooks it owes."""
+        state: State[Any] = Crashed(message=f"On {self._node.name}: {message}.")
+        if run.life.cancelled is not None:
+            state = Cancelled(message=f"Cancelled; on {self._node.name} {message}.")
+        await self._enter(run, assignment, state.type.value.capitalize())
+        if await self._teller.report(run.flow_run, state, force=True):
+            self._log.warning("Run %s: %s", run.flow_run.name, state.message)
+            await self._run_hooks(run, assignment, state)
+
+    async def _run_hooks(self, run: RunInHand, assignment: Assignment, state: State[Any]) -> None:
+        try:
+            host = await self._hosts.fork()
+            await host.run_hooks(assignment, state)
+        except OSError as fault:
+            self._log.warning("The hooks of run %s could not be run: %s", run.flow_run.name, fault)
+        finally:
+            await self._hosts.clear(str(run.flow_run.id))
+
+    def _end_job(self, job: DeployedJob, reason: str) -> None:
+        """End a job for all nodes; its ticks that are claimed, but have not begun, do not begin."""
+        self._deployments.end(job, reason)
+        self._timetable.end(job.deployment.id)
+        self._hand.call_off(job.deployment.id, reason)
+
+    async def skip(self, run: RunInHand, job: DeployedJob, reason: str) -> None:
+        """Skip a tick that is too late for its policy, or whose job is over; say so if the policy asks."""
+        try:
+            assignment = self._assignment(run, job)
+            url, execution, owner = self._membership.database_url, assignment.execution, assignment.owner
+            await asyncio.to_thread(store.skip, url, execution, owner, reason)
+        except CoordinationError as fault:
+            self._log.debug("The ledger does not say that run %s is skipped: %s", run.flow_run.name, fault)
+        await self._teller.skip(run.flow_run, reason)
+        metrics.skipped(self._node.work_pool)
+        events.tick_skipped(self._node, run.flow_run, job, reason)
+        self._timetable.settle(run.flow_run)
+        if job.policy.waiting_policy is WaitingPolicy.LOG_AND_IGNORE:
+            log = flow_run_logger(run.flow_run)
+            log.warning("Job %s skips its tick of %s: %s.", job.name, run.tick.isoformat(), reason)

@@ -1,0 +1,181 @@
+"""What a node does with a token: it takes the group over, is active for it, and hands it over.
+
+A group that is gained is not active at once: first is put in order what former holders have left. One that
+cannot be put in order within a lease is given back, for another node may be able to.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING
+from uuid import UUID
+
+from taskadapter.agent.node import LONGEST_BACKOFF_SECONDS, Node, queue_of
+from taskadapter.coordination.messages import Gained, Lost, ResignAsked, Token
+from taskadapter.prefect_api.client import backoff, in_words
+
+if TYPE_CHECKING:
+    from prefect.client.schemas.objects import FlowRun
+
+    from taskadapter.agent.dispatcher import Dispatcher
+    from taskadapter.agent.lookout import Lookout
+    from taskadapter.agent.membership import Membership
+    from taskadapter.agent.takeover import Takeover
+    from taskadapter.agent.timetable import Timetable
+
+NAMED = 3
+"""How many groups a line of the log names; it counts the others."""
+
+
+class Terms:
+    """A node's terms as the holder of its groups' tokens.
+
+    Args:
+        node: the node.
+        membership: its part in the groups; which are active is written there.
+        dispatcher: has their runs run.
+        timetable: knows which of their ticks are owed.
+        lookout: looks for their runs.
+        new_takeover: returns what puts groups in order, on the database of now.
+    """
+
+    def __init__(
+        self,
+        node: Node,
+        membership: Membership,
+        dispatcher: Dispatcher,
+        timetable: Timetable,
+        lookout: Lookout,
+        new_takeover: Callable[[], Takeover],
+    ) -> None:
+        self._node = node
+        self._membership = membership
+        self._dispatcher = dispatcher
+        self._timetable = timetable
+        self._lookout = lookout
+        self._new_takeover = new_takeover
+        # Tokens that were gained, and since when what former holders left is being put in order.
+        self._gained: dict[Token, float] = {}
+        self._has_gained = asyncio.Event()
+
+    def hear(self, change: Gained | Lost | ResignAsked) -> None:
+        """React to a token that is gained, lost, or asked for."""
+        match change:
+            case Gained(token):
+                self._gained[token] = time.monotonic()
+                self._has_gained.set()
+            case Lost(token):
+                self._gained.pop(token, None)
+                if self._membership.active.get(token.group_id) == token:
+                    self._retire(token.group_id)
+                self._dispatcher.lose(token)
+            case ResignAsked(token):
+                self._node.tasks.spawn(self.hand_over(token))
+
+    # --- taking over ------------------------------------------------------------------------------
+
+    async def take_over(self) -> None:
+        """Clean up what former holders left in the groups just gained, then run the groups' jobs.
+
+        All at once, again and again until it succeeds, as long as the agent lives.
+        """
+        takeover, faults, told = self._new_takeover(), 0, ""
+        while True:
+            tokens = [token for token in self._gained if self._membership.holds(token)]
+            if not tokens:
+                self._gained.clear()
+                self._has_gained.clear()
+                await self._has_gained.wait()
+                takeover, faults, told = self._new_takeover(), 0, ""
+                continue
+            try:
+                await takeover.clean_up(tokens)
+                await self._be_active(tokens)
+            except Exception as fault:  # noqa: BLE001 - whoever holds a token runs its jobs, or says why not
+                if str(fault) != told:
+                    self._node.log.warning(
+                        "Taking over %s failed, trying again: %s", _names(tokens), in_words(fault)
+                    )
+                told, faults = str(fault), faults + 1
+                await self._give_up(tokens, told)
+                await asyncio.sleep(backoff(faults, LONGEST_BACKOFF_SECONDS))
+
+    async def _be_active(self, tokens: Collection[Token]) -> None:
+        """Run the jobs of groups that are in order."""
+        for token in tokens:
+            if self._gained.pop(token, None) is not None and self._node.share.serves(token.group_id):
+                self._membership.activate(token)
+        self._lookout.want()
+        if any(token.term > 1 for token in tokens):
+            await self._lookout.poll()  # what was due meanwhile need not even wait for that
+
+    async def _give_up(self, tokens: Collection[Token], reason: str) -> None:
+        """Leave those groups to other nodes that could not be taken over within a lease."""
+        domain = self._membership.domain
+        lease = 0.0 if domain is None else domain.liveness_check_interval
+        for token in tokens:
+            if time.monotonic() - self._gained.get(token, float("inf")) > lease:
+                del self._gained[token]
+                self._node.log.warning(
+                    "Giving group %s back, for another node to take over: %s", token.group_id, reason
+                )
+                await self.hand_over(token)
+
+    # --- handing over -----------------------------------------------------------------------------
+
+    async def resign(self, queue: str) -> None:
+        """Hand a group over, if this node holds its token, to one that runs all of its jobs."""
+        token = self._membership.token(queue)
+        if token is not None:
+            await self.hand_over(token)
+
+    async def hand_over(self, token: Token) -> None:
+        """Start nothing more of a group, let its runs end, and give its token to a standby."""
+        self._retire(token.group_id)
+        await self._drain(token.group_id)
+        self._membership.release(token.group_id)
+
+    async def leave(self, queue: str | None, job_ids: Collection[UUID], drain_seconds: float) -> None:
+        """Leave jobs to other nodes: begin nothing more of them, let what is running end, hand over.
+
+        Args:
+            queue: a queue that is left as a whole; None if others of its jobs go on here.
+            job_ids: the jobs.
+            drain_seconds: how long runs may go on before they are ended.
+        """
+        self._node.share.give_up(queue, job_ids)
+        self._timetable.leave_out(job_ids)
+        if queue is not None:
+            self._retire(queue)
+
+        def is_left(run: FlowRun) -> bool:
+            return run.deployment_id in job_ids or queue_of(run) == queue
+
+        self._dispatcher.forget(is_left)
+        await self._dispatcher.drain(drain_seconds, is_left)
+        if queue is not None:
+            await self._membership.leave(queue)
+
+    async def let_go(self) -> None:
+        """Let the runs of all groups end: the node is to leave them all."""
+        for name in list(self._membership.active):
+            self._retire(name)
+            await self._drain(name)
+
+    def _retire(self, name: str) -> None:
+        """Be active for a group no longer."""
+        self._membership.retire(name)
+        self._timetable.forget(name)
+
+    async def _drain(self, name: str) -> None:
+        await self._dispatcher.drain(self._node.settings.drain_seconds, lambda run: queue_of(run) == name)
+
+
+def _names(tokens: Sequence[Token]) -> str:
+    """Return which groups those tokens are of, as far as a line has room."""
+    names = ", ".join(token.group_id for token in tokens[:NAMED])
+    if len(tokens) > NAMED:
+        names += f" and {len(tokens) - NAMED} more"
+    return f"group {names}" if len(tokens) == 1 else f"groups {names}"

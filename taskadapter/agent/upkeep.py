@@ -1,0 +1,137 @@
+"""What an agent looks after besides runs, from time to time, as long as it lives."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING
+from uuid import UUID
+
+from taskadapter.agent.hearing import Kind, News
+from taskadapter.agent.node import Node
+from taskadapter.coordination import store
+from taskadapter.declare.triggers import DEFAULT_QUEUE
+from taskadapter.errors import CoordinationError
+from taskadapter.prefect_api.client import API_FAULTS
+
+if TYPE_CHECKING:
+    from taskadapter.agent.hand import Hand
+    from taskadapter.agent.hosts import HostPool
+    from taskadapter.agent.lookout import Lookout
+    from taskadapter.agent.membership import Membership
+    from taskadapter.agent.takeover import Takeover
+    from taskadapter.agent.timetable import Timetable
+
+HOSTS_SECONDS = 0.5
+"""How often the agent looks whether it can start processes."""
+
+PAUSED_SECONDS = 0.5
+"""How often the agent asks the database whether a job that is paused has been resumed."""
+
+RESUMED_LOOKS = 6
+"""How often the agent looks so for what a job is to do that has been resumed."""
+
+SWEEP_SECONDS = 15.0
+"""How often an active node looks for runs of its groups that are nobody's."""
+
+SWEEPS_PER_PRUNING = 240
+"""How often it does so before it looks for what is too old to be kept: about once an hour."""
+
+DAY_SECONDS = 86400.0
+
+
+class Upkeep:
+    """Three things that an agent does for ever.
+
+    Args:
+        node: the node.
+        membership: its part in the pool's groups.
+        hosts: the processes.
+        timetable: knows which jobs are paused.
+        hand: the runs that are taken.
+        lookout: looks for runs.
+        new_takeover: returns what settles runs, on the database of now.
+    """
+
+    def __init__(
+        self,
+        node: Node,
+        membership: Membership,
+        hosts: HostPool,
+        timetable: Timetable,
+        hand: Hand,
+        lookout: Lookout,
+        new_takeover: Callable[[], Takeover],
+    ) -> None:
+        self._node = node
+        self._membership = membership
+        self._hosts = hosts
+        self._timetable = timetable
+        self._hand = hand
+        self._lookout = lookout
+        self._new_takeover = new_takeover
+
+    def begin(self) -> None:
+        """Do all of it from now on."""
+        for work in (self._look_after_hosts, self._look_after_paused, self._look_after_claimed):
+            self._node.tasks.keep_up(work)
+
+    async def _look_after_hosts(self) -> None:
+        """Leave the groups to others while this node can start no process, and take part again after."""
+        while True:
+            await asyncio.sleep(HOSTS_SECONDS)
+            domain = self._membership.domain
+            if domain is None:
+                continue
+            is_broken = self._hosts.broken_for > domain.liveness_check_interval / 2
+            if is_broken and not self._membership.stands_back:
+                self._node.log.error(
+                    "This node cannot start processes, and leaves its groups to others: %s",
+                    self._hosts.fault,
+                )
+                self._membership.stand_back()
+            elif self._membership.stands_back and not is_broken:
+                self._node.log.info("This node can start processes again, and takes part in its groups.")
+                self._membership.come_forward()
+                self._lookout.want_visit()  # which takes part again
+
+    async def _look_after_paused(self) -> None:
+        """Look for runs at once when a job has been resumed, which its row says first."""
+        looks: dict[UUID, int] = {}
+        while True:
+            await asyncio.sleep(PAUSED_SECONDS)
+            held = self._timetable.held
+            looks = {job_id: times for job_id, times in looks.items() if job_id in held}
+            if not held:
+                continue
+            with suppress(CoordinationError):
+                resumed = await asyncio.to_thread(store.resumed, self._membership.database_url, held)
+                # Prefect follows; where it does not, the usual looks will do.
+                if any(looks.get(job_id, 0) < RESUMED_LOOKS for job_id in resumed):
+                    for job_id in resumed:
+                        self._lookout.look_for(News(Kind.DEPLOYMENT, job_id))
+                    self._lookout.want()
+                    await self._lookout.poll()
+                looks |= {job_id: looks.get(job_id, 0) + 1 for job_id in resumed}
+
+    async def _look_after_claimed(self) -> None:
+        """Settle what is nobody's and what nodes that are gone have left, and forget what is old."""
+        takeover, sweeps = None, 0
+        while True:
+            await asyncio.sleep(SWEEP_SECONDS)
+            domain, url = self._membership.domain, self._membership.database_url
+            if domain is None:
+                continue
+            if takeover is None or takeover.database_url != url:
+                takeover = self._new_takeover()
+            try:
+                if self._node.share.serves(DEFAULT_QUEUE):
+                    await takeover.end_orphans(domain.liveness_check_interval)
+                await takeover.sweep(self._membership.served, lambda: self._hand.ids)
+                if sweeps % SWEEPS_PER_PRUNING == 0:
+                    seconds = self._node.settings.ledger_days * DAY_SECONDS
+                    await asyncio.to_thread(store.prune, url, seconds)
+                sweeps += 1
+            except (*API_FAULTS, CoordinationError) as fault:
+                self._node.log.debug("What is claimed is looked after later: %s", fault)

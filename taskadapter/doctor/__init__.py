@@ -1,0 +1,76 @@
+"""What `taskadapter doctor` looks at: each check says what it found, and how to put it right.
+
+What is read, of the project, the server and the database, is apart from what is said of it. A check that
+builds on something that fails is left out; all others are made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from prefect.settings import get_current_settings
+
+from taskadapter.doctor import server
+from taskadapter.doctor.database import look_at_database
+from taskadapter.doctor.findings import Finding, Level, error
+from taskadapter.doctor.jobs import look_at_jobs
+from taskadapter.doctor.pool import look_at_names, look_at_pool, source_of
+from taskadapter.doctor.project import declared_for, not_deployed, read_project, read_settings
+from taskadapter.errors import CoordinationError, TaskError
+from taskadapter.prefect_api.client import shown
+from taskadapter.prefect_api.pool import Domain
+from taskadapter.settings import DEFAULT_WORK_POOL, TaskadapterSettings
+
+__all__ = ["Finding", "Level", "examine"]
+
+
+async def examine(pool_name: str | None, flows: Path, file: Path) -> AsyncIterator[Finding]:
+    """Look at everything that a pool's jobs need.
+
+    Args:
+        pool_name: the work pool; None for the settings' one.
+        flows: the folder of flow modules; nothing is said of it where there is none.
+        file: the rendered prefect.yaml.
+    """
+    settings, found = read_settings()
+    declared, said = read_project(flows, file)
+    for finding in found + said:
+        yield finding
+    name = pool_name or (settings.work_pool if settings else DEFAULT_WORK_POOL)
+    seen, found = await server.read(name)
+    for finding in found:
+        yield finding
+    if seen is not None:
+        jobs = {job.name: job for job in seen.jobs}
+        for finding in (
+            *look_at_pool(seen),
+            *look_at_jobs(seen.jobs, seen.others),
+            *not_deployed(declared_for(declared, name), jobs, name, file),
+        ):
+            yield finding
+    if settings is not None:
+        for finding in await _database(settings, seen):
+            yield finding
+
+
+async def _database(settings: TaskadapterSettings, seen: server.Seen | None) -> list[Finding]:
+    """Look at the database, if this machine or the pool names one."""
+    pool = seen.pool if seen else None
+    source = source_of(pool, settings)
+    if pool is None:
+        own = settings.database_url
+        return [] if own is None else list(look_at_database(own.get_secret_value(), source, None))
+    named = list(look_at_names(pool, settings))
+    try:
+        url = await Domain.of(pool).database_url(settings)
+    except CoordinationError as fault:
+        return [*named, error(f"{source}: {fault}")]
+    except TaskError as fault:
+        return [*named, error(fault)]
+    except server.FAULTS as fault:
+        return [
+            *named,
+            error(server.in_words(fault, shown(get_current_settings().api.url), is_prefect=True)),
+        ]
+    return [*named, *look_at_database(url, source, seen)]

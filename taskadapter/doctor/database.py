@@ -1,0 +1,137 @@
+"""What the coordination database says: its tables, its rights, its groups and nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from taskadapter.agent.worker import WarmBackupWorker
+from taskadapter.coordination import schema
+from taskadapter.coordination.dialects import open_engine, transaction, where
+from taskadapter.coordination.messages import FOREIGN_GROUP
+from taskadapter.coordination.overview import Status, check_rights, read_status
+from taskadapter.coordination.tokens import groups_of_others
+from taskadapter.doctor.findings import Finding, error, ok, warning
+from taskadapter.doctor.pool import groups_of, liveness_of, start_command
+from taskadapter.errors import CoordinationError, SchemaError
+
+if TYPE_CHECKING:
+    from prefect.client.schemas.objects import Worker
+    from sqlalchemy import Engine
+
+    from taskadapter.doctor.server import Seen
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What was read of a database.
+
+    Attributes:
+        missing: the tables that it lacks; without them there is nothing else.
+        is_narrow: whether columns have less room than ours.
+        status: groups and nodes.
+        foreign: groups of another pool, by name, with that pool's.
+    """
+
+    missing: tuple[str, ...] = ()
+    is_narrow: bool = False
+    status: Status = field(default_factory=lambda: Status((), ()))
+    foreign: dict[str, str] | None = None
+
+
+def look_at_database(url: str, source: str, seen: Seen | None) -> Iterator[Finding]:
+    """Say what is wrong with a database, and with the groups and nodes in it.
+
+    Args:
+        url: with its password.
+        source: where it is named.
+        seen: the work pool; None where the server cannot be asked.
+    """
+    try:
+        engine = open_engine(url)
+    except CoordinationError as fault:
+        yield error(f"{source}: {fault}")
+        return
+    try:
+        facts = _read(engine, seen)
+    except CoordinationError as fault:
+        yield error(fault)
+        return
+    groups = groups_of(seen.queues) if seen else []
+    yield _tables(engine, facts, groups)
+    if seen is not None and not facts.missing:
+        for name in groups:
+            yield _group(name, facts, seen)
+        yield from _strangers(seen.workers, facts.status)
+
+
+def _read(engine: Engine, seen: Seen | None) -> Facts:
+    """Read all at once.
+
+    Raises:
+        CoordinationError: the database fails, refuses, or has tables of another release.
+    """
+    try:
+        with transaction(engine) as connection:
+            try:
+                schema.require_version(connection, new=True)
+            except SchemaError as fault:
+                raise SchemaError(f"{where(engine.url)}: {fault}") from None
+            if missing := schema.missing_tables(connection):
+                return Facts(missing)
+            check_rights(connection)
+            is_narrow = bool(schema.upgrades(connection))
+            groups, pool = (groups_of(seen.queues), seen.pool.name) if seen else ([], "")
+            foreign = groups_of_others(connection, pool, groups)
+            return Facts((), is_narrow, read_status(connection), foreign)
+    finally:
+        engine.dispose()
+
+
+def _tables(engine: Engine, facts: Facts, groups: list[str]) -> Finding:
+    name = where(engine.url)
+    if facts.missing:
+        return warning(
+            f"{name} lacks {', '.join(facts.missing)}; `taskadapter db init` makes them, as an agent does "
+            "that may"
+        )
+    if facts.is_narrow:
+        return warning(f"{name} has narrower columns than it should; run `taskadapter db upgrade`")
+    if engine.dialect.name == "sqlite" and groups:
+        return warning(f"{name} coordinates the agents of this machine only; name a server for more")
+    return ok(f"{name} answers, with its tables")
+
+
+def _group(name: str, facts: Facts, seen: Seen) -> Finding:
+    if facts.foreign and name in facts.foreign:
+        return error(FOREIGN_GROUP.format(name=name, other=facts.foreign[name]))
+    within, start = liveness_of(seen.pool), start_command(seen.pool.name)
+    found = next((group for group in facts.status.groups if group.group_id == name), None)
+    if found is None or found.holder is None:
+        return error(f"group {name!r} has no active node; start an agent: {start}")
+    if found.heartbeat_age is None or found.heartbeat_age > within:
+        since = "never" if found.heartbeat_age is None else f"{found.heartbeat_age:.0f} s ago"
+        return error(
+            f"group {name!r} has no active node: {found.holder!r} was last seen {since}, and nobody took "
+            f"over; start an agent: {start}"
+        )
+    standing_by = len(facts.status.standing_by(within).get(name, []))
+    if not standing_by:
+        return warning(
+            f"group {name!r}: {found.holder!r} is active, and nobody stands by; start another agent, on "
+            f"another machine: {start}"
+        )
+    return ok(f"group {name!r}: {found.holder!r} is active, {standing_by} standing by")
+
+
+def _strangers(workers: list[Worker], status: Status) -> Iterator[Finding]:
+    """Name the workers that poll the pool and do not coordinate with its nodes."""
+    nodes = {node.task_id for node in status.nodes}
+    for worker in workers:
+        if worker.status == "ONLINE" and worker.name not in nodes:
+            yield warning(
+                f"worker {worker.name!r} polls the pool and is no node in its database; unless it was just "
+                "stopped, it has another type or another database: stop it, and start it with --type "
+                f"{WarmBackupWorker.type} and the settings of the other nodes"
+            )

@@ -1,0 +1,103 @@
+"""What a pool's jobs say, as Prefect has them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from prefect.client.schemas.schedules import IntervalSchedule
+
+from taskadapter.doctor.findings import Finding, error, ok, warning
+from taskadapter.errors import DeclarationError
+from taskadapter.prefect_api.deployments import DETACHED, is_on, stored_trigger
+from taskadapter.rules import ticks
+from taskadapter.settings import check_interval
+
+if TYPE_CHECKING:
+    from prefect.client.schemas.objects import DeploymentSchedule
+    from prefect.client.schemas.responses import DeploymentResponse
+
+    from taskadapter.declare.triggers import TriggerConfiguration
+
+
+def look_at_jobs(jobs: list[DeploymentResponse], others: int) -> Iterator[Finding]:
+    """Say what is wrong with each of a pool's jobs, and how many there are.
+
+    Args:
+        jobs: the pool's deployments that are ours.
+        others: how many it has besides, whose schedules are what their owners make of them.
+    """
+    if not jobs and not others:
+        yield warning("the pool has no jobs; deploy some")
+        return
+    for job in jobs:
+        yield from _trigger(job)
+        yield from _rest(job)
+    paused = _those("paused", [job for job in jobs if job.paused])
+    besides = f", {others} deployment(s) besides" if others else ""
+    yield ok(f"{len(jobs)} job(s){paused}{_off(jobs)}{besides}")
+
+
+def _off(jobs: list[DeploymentResponse]) -> str:
+    return _those("over, or switched off", [job for job in jobs if not job.paused and not is_on(job)])
+
+
+def _those(how: str, jobs: list[DeploymentResponse]) -> str:
+    return f", {how}: {', '.join(sorted(job.name for job in jobs))}" if jobs else ""
+
+
+def _trigger(job: DeploymentResponse) -> Iterator[Finding]:
+    try:
+        trigger = stored_trigger(job.job_variables)
+        if trigger is None:
+            yield error(f"job {job.name!r} has lost its trigger; deploy it again")
+            return
+        if job.schedules:
+            check_interval(trigger.interval)
+    except DeclarationError as fault:
+        yield error(f"job {job.name!r}: {fault}, and deploy it again")
+        return
+    if DETACHED not in job.tags:  # else all that is left of it is to be seen in the UI
+        yield from _schedules(job, trigger)
+
+
+def _schedules(job: DeploymentResponse, trigger: TriggerConfiguration) -> Iterator[Finding]:
+    slug = ticks.slug(trigger)
+    own = next((found for found in job.schedules if found.slug == slug), None)
+    if own is not None and (differing := _differing(own, trigger)):
+        yield warning(
+            f"job {job.name!r} runs {differing}, as its schedule was edited in Prefect, and its trigger "
+            f"says every {trigger.interval:g} s; delete that schedule in the UI and deploy again, or "
+            "declare what is wanted"
+        )
+    if own is None and trigger.interval != ticks.ONE_TIME:
+        yield error(
+            f"job {job.name!r} has no schedule for its trigger, every {trigger.interval:g} s; deploy it "
+            "again"
+        )
+    for found in job.schedules:
+        if found.active and found is not own and ticks.is_slug(found.slug):
+            yield warning(
+                f"job {job.name!r} also runs by the schedule of an earlier trigger, {found.slug!r}; deploy "
+                "it again, or delete that schedule in the UI"
+            )
+
+
+def _differing(found: DeploymentSchedule, trigger: TriggerConfiguration) -> str:
+    """Say how a schedule differs from the trigger that it was made for; nothing if it does not."""
+    if not isinstance(found.schedule, IntervalSchedule):
+        return f"by a {type(found.schedule).__name__}"
+    seconds = found.schedule.interval.total_seconds()
+    # Prefect keeps microseconds.
+    return f"every {seconds:g} s" if abs(seconds - trigger.interval) > 1e-6 else ""
+
+
+def _rest(job: DeploymentResponse) -> Iterator[Finding]:
+    if not job.entrypoint:
+        yield error(f"job {job.name!r} has no entrypoint, and no node can load its flow; deploy it again")
+    limit = job.global_concurrency_limit
+    if limit is not None and limit.active and limit.limit == 0:
+        yield warning(
+            f"job {job.name!r} has a concurrency limit of 0, and its runs wait; "
+            f"`prefect gcl update {limit.name} --limit 1`"
+        )

@@ -1,0 +1,273 @@
+"""What an agent does about what it finds at Prefect's API, and about an API that fails it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
+from typing import Any
+from uuid import uuid4
+
+import httpx
+import pytest
+from prefect.exceptions import ObjectNotFound
+
+from taskadapter.agent import lookout, looks
+from taskadapter.agent.hearing import Hearing, Kind, News
+from taskadapter.agent.lookout import Lookout
+from taskadapter.agent.looks import Pace
+from taskadapter.agent.node import Share
+from taskadapter.declare.triggers import DEFAULT_QUEUE
+from taskadapter.errors import ApiUnavailableError
+from tests.unit.given import PATIENCE_SECONDS, node, tick
+
+OURS, OTHERS = uuid4(), uuid4()
+
+
+class Timetable:
+    """Knows our job, and makes no ticks."""
+
+    def __init__(self) -> None:
+        self.complete_until = datetime.now(UTC) + timedelta(seconds=60)
+        self.has_new = self.is_cut = False
+        self.held: set[Any] = set()
+
+    def strangers(self, found: Any) -> set[Any]:
+        return {run.deployment_id for run in found} - {OURS}
+
+    def learn(self, _: object) -> set[Any]:
+        return set()
+
+    def add(self, _: object) -> None: ...
+
+    async def complete(self, runs: Any, *_: object) -> Any:
+        return runs
+
+    def jobs_of(self, _: object) -> list[Any]:
+        return [OURS]
+
+
+class Agent:
+    """All that surrounds the lookout: an API with some runs, and parts that remember what they are told."""
+
+    def __init__(self, *runs: Any) -> None:
+        self.runs = list(runs)
+        self.troubles: list[Exception] = []
+        self.asked: list[tuple[object, ...]] = []
+        self.share = Share(left_out={OTHERS})
+        # As a membership.
+        self.served = [DEFAULT_QUEUE]
+        self.queues = {DEFAULT_QUEUE}
+        self.database_url = "sqlite://"
+        self.domain: Any = object()
+        # As a dispatcher, and as hosts.
+        self.has_plenty = self.is_busy = False
+        hand: Any = SimpleNamespace(ids=frozenset(), flow_runs=[], cancel=self.cancel)
+        self.hand = hand
+        self.limit = 0
+        part: Any = self
+        timetable: Any = Timetable()
+        pool = SimpleNamespace(id=uuid4(), base_job_template={})
+        mine = node(self, pool, self.share)
+        self.lookout = Lookout(
+            mine,
+            part,
+            part,
+            part,
+            timetable,
+            hand,
+            part,
+            pace=Pace(0.6, 1.8),
+            limit=None,
+            prefetch_seconds=10,
+        )
+
+    async def refresh(self) -> None:
+        self.asked.append(("visit",))
+        if self.troubles:
+            raise self.troubles.pop(0)
+
+    async def add(self, queue: str) -> None:
+        self.asked.append(("join", queue))
+
+    async def prepare(self, _: object) -> None: ...
+
+    def found(self, runs: Any, _: float) -> None:
+        self.asked.append(("found", *runs))
+
+    def cancel(self, run_id: Any) -> None:
+        self.asked.append(("cancel", run_id))
+
+    def use(self, _: object) -> None: ...
+
+    async def get_scheduled_flow_runs_for_deployments(self, job_ids: Any, _: object) -> Any:
+        return [run for run in self.runs if run.deployment_id in job_ids]
+
+    def polls(self, times: int = 1) -> list[tuple[object, ...]]:
+        """Return what is asked for while the agent polls so often."""
+
+        async def go() -> None:
+            for _ in range(times):
+                await self.lookout.poll()
+
+        asyncio.run(go())
+        return self.asked
+
+
+@pytest.fixture(autouse=True)
+def server(monkeypatch):
+    """An API that lists as many runs as it has, and an agent that never hears, nor waits."""
+    lists: dict[str, Any] = {"until": None, "names": []}
+
+    async def due(client: Any, pool: str, names: Any, until: datetime) -> tuple[list[Any], datetime]:
+        assert pool == "pool"
+        lists["names"].append(names)
+        if isinstance(lists["until"], Exception):
+            raise lists["until"]
+        return client.runs, lists["until"] or until
+
+    async def nothing(*_: object) -> list[Any]:
+        return []
+
+    monkeypatch.setattr(lookout, "due", due)
+    monkeypatch.setattr(lookout, "deployments_of_pool", nothing)
+    monkeypatch.setattr(lookout, "deployments_of", nothing)
+    monkeypatch.setattr(Hearing, "listen", nothing)
+    monkeypatch.setattr(lookout, "backoff", lambda *_: 0.0)
+    return lists
+
+
+def test_the_first_look_is_a_visit_and_the_next_is_not_due():
+    """What is due until then is known."""
+    run = tick(OURS, 0)
+    assert Agent(run).polls(3) == [("visit",), ("found", run)]
+
+
+def test_jobs_and_queues_of_others_are_left_to_them():
+    """Though the list of the pool has them."""
+    ours, others, elsewhere = tick(OURS, 0), tick(OTHERS, 0), tick(OURS, 0)
+    elsewhere.work_queue_name = "group"
+    assert Agent(ours, others, elsewhere).polls()[-1] == ("found", ours)
+
+
+def test_what_others_leave_undone_does_not_fill_the_list(server):
+    """Where the list was cut, and has runs that are none of ours, ours are asked for by their jobs."""
+    server["until"] = datetime.now(UTC)
+    ours, others = tick(OURS, 0), tick(OTHERS, 0)
+    assert Agent(others, ours).polls()[-1] == ("found", ours)
+
+
+@pytest.mark.parametrize(("queues", "names"), [({DEFAULT_QUEUE}, None), ({"group"}, [DEFAULT_QUEUE])])
+def test_queues_are_named_where_not_all_are_served(server, queues, names):
+    """The server looks each of them up."""
+    agent = Agent()
+    agent.queues = queues
+    agent.polls()
+    assert server["names"] == [names]
+
+
+def test_a_new_jobs_run_waits_for_a_visit():
+    """Its first ticks may not be planned; a job that no visit finds is no reason for another."""
+    agent = Agent(tick(uuid4(), 0))
+    agent.polls()
+    assert [what[0] for what in agent.asked] == ["visit", "visit", "found"]
+    agent.asked.clear()
+    agent.lookout.want()
+    assert [what[0] for what in agent.polls()] == ["found"]
+
+
+@pytest.mark.parametrize("fault", [httpx.ConnectError("away"), ValueError("nonsense")])
+def test_no_fault_ends_it_or_fills_the_log(fault, caplog):
+    """One line when it begins, and one when it is over."""
+    caplog.set_level("INFO")
+    agent = Agent()
+    agent.troubles = [fault] * 5
+
+    assert [what[0] for what in agent.polls(6)] == [*["visit"] * 6, "found"]
+    lines = [record.getMessage() for record in caplog.records if not record.exc_info]
+    assert lines[0].startswith("Looking for runs failed, trying again: ")
+    assert lines[1:] == ["Looking for runs succeeds again, after 5 failures."]
+
+
+def test_an_api_that_was_away_has_perhaps_told_nothing():
+    """The stream of its events may have been open all the while: all is looked at again."""
+    agent = Agent()
+    agent.polls()
+    agent.troubles = [httpx.ConnectError("away")]
+    agent.lookout.want_visit()
+    agent.polls(2)
+    agent.asked.clear()
+    end = time.monotonic() + PATIENCE_SECONDS
+    while ("visit",) not in agent.polls() and time.monotonic() < end:
+        time.sleep(0.01)
+    assert ("visit",) in agent.asked
+
+
+def test_a_queue_that_is_gone_is_a_reason_for_a_visit(server):
+    """Nothing runs from it."""
+    server["until"] = ObjectNotFound(ValueError("gone"))
+    agent = Agent(tick(OURS, 0))
+    agent.polls()
+    assert agent.asked[-1] == ("found",)
+    server["until"] = None
+    assert ("visit",) in agent.polls()[2:]
+
+
+def test_a_node_that_serves_nothing_finds_nothing(server):
+    """It holds no token, and leaves the jobs without a group to others."""
+    agent = Agent(tick(OURS, 0))
+    agent.served = []
+    assert agent.polls() == [("visit",), ("found",)]
+    assert server["names"] == []
+
+
+def test_a_cancellation_is_acted_on_without_a_look():
+    """The run's process is here."""
+    agent = Agent()
+    agent.polls()
+    run_id = uuid4()
+    agent.asked.clear()
+    agent.lookout._hear(News(Kind.CANCELLING, run_id))
+    assert agent.polls() == [("cancel", run_id)]
+
+
+@pytest.mark.parametrize(("by", "is_looked_for"), [("stream", False), ("agent", True)])
+def test_a_run_in_hand_is_no_news_unless_the_agent_says_so(by, is_looked_for, monkeypatch):
+    """What becomes of it is known here first; but one that could not be claimed is to be found again."""
+    monkeypatch.setattr(looks, "SHORTEST_PAUSE_SECONDS", 0)
+    agent = Agent()
+    agent.polls()
+    agent.asked.clear()
+    run_id = uuid4()
+    agent.hand.ids = frozenset({run_id})
+    news = News(Kind.WAITS, run_id)
+    if by == "stream":
+        agent.lookout._hear(news)
+    else:
+        agent.lookout.look_for(news)
+
+    assert bool(agent.polls()) is is_looked_for
+
+
+def test_whoever_waits_for_a_look_hears_that_the_api_is_away():
+    """At the end of the time that it has."""
+    agent = Agent()
+    agent.domain = None  # it has not been up for a moment
+    agent.troubles = [httpx.ConnectError("away")] * 1000
+
+    async def go() -> None:
+        await agent.lookout.look_at_once("group", [OURS], time.monotonic() + 0.1)
+
+    with pytest.raises(ApiUnavailableError, match=r"does not answer: .*away"):
+        asyncio.run(go())
+
+
+def test_one_more_queue_costs_no_visit():
+    """To list all deployments is dear, and many may join one after the other."""
+    agent = Agent()
+    agent.polls()
+    agent.asked.clear()
+
+    asyncio.run(agent.lookout.look_at_once("group", [OURS], time.monotonic()))
+    assert agent.asked == [("join", "group")]

@@ -1,0 +1,300 @@
+"""For which groups a node stands by, without a database or an API."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+from uuid import uuid4
+
+import pytest
+from prefect.exceptions import ObjectNotFound
+
+from taskadapter.agent import membership
+from taskadapter.agent.membership import Membership
+from taskadapter.agent.node import Share
+from taskadapter.coordination import store
+from taskadapter.coordination.messages import Gained, Refused, Token
+from taskadapter.declare.triggers import DEFAULT_QUEUE
+from taskadapter.errors import CoordinationError
+from taskadapter.prefect_api.pool import Domain
+from tests.unit.given import node, tick
+
+TOKEN = Token("group", "node-1", 1)
+
+
+class Groups:
+    """Stands by for what it is told to, and says what the test lets it say."""
+
+    made: ClassVar[list[Groups]] = []
+
+    def __init__(self, *args: Any) -> None:
+        self.domain = Domain.of(args[2])
+        self.board = Path("board")
+        self.hear = args[-1]
+        self.names: frozenset[str] = frozenset()
+        self.database_url = ""
+        self.held: dict[str, Token] = {}
+        self.registered = False
+        self.waits_for_its_predecessor = False
+        self.fault = ""
+        self.is_stopped = False
+        self.made.append(self)
+
+    def stand_by(self, names: Any, database_url: str) -> None:
+        self.names, self.database_url = frozenset(names), database_url
+
+    def token(self, name: str) -> Token | None:
+        return self.held.get(name)
+
+    def is_registered(self, _: str) -> bool:
+        return self.registered
+
+    async def stop(self) -> None:
+        self.is_stopped = True
+
+
+class Server:
+    """A work pool with its queues, the database of its groups, and those of other pools."""
+
+    def __init__(self) -> None:
+        self.queues = {DEFAULT_QUEUE, "group", "other"}
+        self.domain = Domain(database="sqlite:////first.db")
+        self.foreign: dict[str, str] = {}
+        self.other_pools: set[tuple[str, str]] = set()
+
+    @property
+    def pool(self) -> Any:
+        template: dict[str, Any] = {"variables": {"properties": {}}}
+        return SimpleNamespace(base_job_template=self.domain.put_into(template))
+
+    async def read_work_pool(self, _: str) -> Any:
+        return self.pool
+
+    async def read_work_queue_by_name(self, name: str, pool: str) -> None:
+        if (name, pool) not in self.other_pools:
+            raise ObjectNotFound(ValueError(name))
+
+    async def queue_names(self, *_: object) -> set[str]:
+        return set(self.queues)
+
+    def claim(self, _: str, __: str, names: Any) -> dict[str, str]:
+        return {name: other for name, other in self.foreign.items() if name in names}
+
+    def give_up(self, _: str, pool: str, name: str) -> None:
+        assert self.foreign.pop(name) == pool
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """What the node finds."""
+    found = Server()
+    monkeypatch.setattr(membership, "Groups", Groups)
+    monkeypatch.setattr(membership, "queue_names", found.queue_names)
+    monkeypatch.setattr(store, "claim_groups", found.claim)
+    monkeypatch.setattr(store, "give_up_group", found.give_up)
+    monkeypatch.setattr(Groups, "made", [])
+    return found
+
+
+def new_membership(server: Any, *queues: str, told: list[Any] | None = None) -> Membership:
+    """The membership of a node that serves some queues, or all."""
+    told = [] if told is None else told
+    mine = replace(node(server, share=Share(set(queues))), pool=lambda: server.pool)
+
+    async def let_go() -> None:
+        told.append([groups.is_stopped for groups in Groups.made])
+
+    return Membership(mine, is_only=True, tell=told.append, let_go=let_go)
+
+
+def stood_by_for(server: Any, *queues: str) -> frozenset[str]:
+    asyncio.run(new_membership(server, *queues).refresh())
+    return Groups.made[-1].names
+
+
+def test_a_node_stands_by_for_every_group_of_its_pool(server):
+    """The queue of jobs without a group is none."""
+    assert stood_by_for(server) == {"group", "other"}
+
+
+def test_a_node_stands_by_for_its_share_only(server):
+    """A program's node runs its own listeners' queues."""
+    assert stood_by_for(server, "group", DEFAULT_QUEUE) == {"group"}
+
+
+def test_a_group_of_another_pool_is_left_to_it(server, caplog):
+    """Each would stand in for the other's jobs without running them; it is told once."""
+    server.foreign = {"other": "their-pool"}
+    server.other_pools = {("other", "their-pool")}
+
+    async def scenario() -> None:
+        mine = new_membership(server)
+        await mine.refresh()
+        await mine.refresh()
+
+    asyncio.run(scenario())
+    assert Groups.made[-1].names == {"group"}
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+    assert "'their-pool'" in caplog.text
+
+
+def test_a_group_whose_other_pool_is_gone_is_taken(server):
+    """Its queue was deleted there."""
+    server.foreign = {"other": "their-pool"}
+    assert stood_by_for(server) == {"group", "other"}
+
+
+def test_a_new_group_is_joined_without_a_look_at_the_others(server):
+    """As a listener does that is started after others."""
+
+    async def scenario() -> Membership:
+        mine = new_membership(server)
+        await mine.refresh()
+        await mine.add("new")
+        await mine.add(DEFAULT_QUEUE)
+        return mine
+
+    mine = asyncio.run(scenario())
+    assert Groups.made[-1].names == {"group", "other", "new"}
+    assert "new" in mine.queues
+
+
+def test_another_database_is_joined_anew(server):
+    """After the runs of all groups have ended, and their tokens have been released."""
+    told: list[Any] = []
+
+    async def scenario() -> Membership:
+        mine = new_membership(server, told=told)
+        await mine.refresh()
+        server.domain = Domain(database="sqlite:////second.db", liveness_check_interval=7)
+        await mine.refresh()
+        return mine
+
+    mine = asyncio.run(scenario())
+    first, second = Groups.made
+    assert told == [[False]], "they are let go before they are stopped"
+    assert first.is_stopped
+    assert not second.is_stopped
+    assert mine.database_url == second.database_url == "sqlite:////second.db"
+    assert mine.domain == second.domain == server.domain
+
+
+def test_a_node_that_stands_back_comes_forward_again(server):
+    """It has no group meanwhile, and runs nothing."""
+    mine = asyncio.run(_looked(server))
+    groups = Groups.made[-1]
+    mine.stand_back()
+    assert groups.names == frozenset()
+    assert not mine.may_run(tick(uuid4(), 0))
+    asyncio.run(mine.refresh())
+    assert groups.names == frozenset(), "a look does not change that"
+    mine.come_forward()
+    asyncio.run(mine.refresh())
+    assert groups.names == {"group", "other"}
+    assert mine.may_run(tick(uuid4(), 0))
+
+
+async def _looked(server: Any, *queues: str, told: list[Any] | None = None) -> Membership:
+    mine = new_membership(server, *queues, told=told)
+    await mine.refresh()
+    return mine
+
+
+@pytest.mark.parametrize(
+    ("active", "held", "queue", "may"),
+    [
+        (TOKEN, TOKEN, "group", True),
+        (TOKEN, None, "group", False),
+        (None, TOKEN, "group", False),
+        (TOKEN, Token("group", "node-1", 2), "group", False),
+        (TOKEN, TOKEN, "other", False),
+        (None, None, None, True),
+    ],
+    ids=["active", "past the deadline", "not in order yet", "a later term", "another", "without a group"],
+)
+def test_a_run_of_a_group_needs_its_token(server, active, held, queue, may):
+    """The one under which the group is active, at this moment."""
+    mine = asyncio.run(_looked(server))
+    if active is not None:
+        mine.activate(active)
+    if held is not None:
+        Groups.made[-1].held["group"] = held
+    run = tick(uuid4(), 0)
+    run.work_queue_name = queue
+
+    assert mine.may_run(run) is may
+
+
+def test_a_run_of_a_job_that_is_left_out_is_not_run(server):
+    """Nor one of a queue that is not served."""
+    mine = asyncio.run(_looked(server, DEFAULT_QUEUE, "group"))
+    job = uuid4()
+    mine._node.share.give_up(None, [job])
+    elsewhere = tick(uuid4(), 0)
+    elsewhere.work_queue_name = "other"
+
+    assert not mine.may_run(tick(job, 0))
+    assert not mine.may_run(elsewhere)
+
+
+def test_only_a_refusal_is_kept(server):
+    """The rest is for whoever runs the groups."""
+    told: list[Any] = []
+    mine = asyncio.run(_looked(server, told=told))
+    gained = Gained(TOKEN, deadline=0.0, reason="a test")
+    Groups.made[-1].hear(gained)
+    Groups.made[-1].hear(Refused("it is in use"))
+
+    assert told == [gained]
+    assert mine.refused == "it is in use"
+
+
+@pytest.mark.parametrize(
+    ("state", "error"),
+    [
+        ({"registered": True}, None),
+        ({"fault": "it is read-only"}, "'group' cannot be joined: it is read-only"),
+        ({}, "'group' cannot be joined: the coordination database does not answer"),
+    ],
+)
+def test_whoever_joins_hears_what_is_in_the_way(server, state, error):
+    """At the end of the time that it has."""
+
+    async def scenario() -> None:
+        mine = await _looked(server)
+        vars(Groups.made[-1]).update(state)
+        await mine.until_registered("group", time.monotonic())
+
+    if error is None:
+        asyncio.run(scenario())
+    else:
+        with pytest.raises(CoordinationError, match=error):
+            asyncio.run(scenario())
+
+
+def test_whoever_joins_hears_of_a_refusal_at_once(server):
+    """Another live process has this node's name."""
+
+    async def scenario() -> None:
+        mine = await _looked(server)
+        Groups.made[-1].hear(Refused("task_id node-1 is in use"))
+        await mine.until_registered("group", time.monotonic() + 3600)
+
+    with pytest.raises(CoordinationError, match="in use"):
+        asyncio.run(scenario())
+
+
+def test_whoever_joins_does_not_wait_for_a_dead_process_of_its_name(server, monkeypatch):
+    """One that lived would have shown it by now; the token comes when the dead one's lease is over."""
+    monkeypatch.setattr(membership, "LIVES_WITHIN_BEATS", 0)
+
+    async def scenario() -> None:
+        mine = await _looked(server)
+        Groups.made[-1].waits_for_its_predecessor = True
+        await mine.until_registered("group", time.monotonic())
+
+    asyncio.run(scenario())

@@ -1,0 +1,207 @@
+"""What an agent looks after from time to time."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+from uuid import uuid4
+
+import pytest
+
+from taskadapter.agent import upkeep
+from taskadapter.agent.hearing import Kind, News
+from taskadapter.agent.upkeep import RESUMED_LOOKS, Upkeep
+from taskadapter.coordination import store
+from taskadapter.declare.triggers import DEFAULT_QUEUE
+from taskadapter.errors import CoordinationError
+from taskadapter.prefect_api.pool import Domain
+from tests.unit.given import node, until
+
+JOB = uuid4()
+
+
+class Agent:
+    """All that surrounds the upkeep, and what it is asked to do, in order."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[object, ...]] = []
+        self.troubles: list[Exception] = []
+        # As a membership.
+        self.domain: Domain | None = Domain(liveness_check_interval=10)
+        self.database_url = "sqlite://"
+        self.served = [DEFAULT_QUEUE, "group"]
+        self.stands_back = False
+        # As hosts, a timetable and a dispatcher.
+        self.broken_for, self.fault = 0.0, "no memory"
+        self.held: set[Any] = set()
+        self.ids: frozenset[Any] = frozenset()
+        part: Any = self
+        self.node = node()
+        self.upkeep = Upkeep(self.node, part, part, part, part, part, self.new_takeover)
+
+    def stand_back(self) -> None:
+        self.stands_back = True
+        self.asked.append(("stand back",))
+
+    def come_forward(self) -> None:
+        self.stands_back = False
+        self.asked.append(("come forward",))
+
+    def want(self) -> None:
+        self.asked.append(("want",))
+
+    def want_visit(self) -> None:
+        self.asked.append(("visit",))
+
+    def look_for(self, news: News) -> None:
+        self.asked.append(("look for", news))
+
+    async def poll(self) -> None:
+        self.asked.append(("poll",))
+
+    def new_takeover(self) -> Any:
+        self.asked.append(("a takeover on", self.database_url))
+        return SimpleNamespace(
+            database_url=self.database_url, end_orphans=self.end_orphans, sweep=self.sweep
+        )
+
+    async def end_orphans(self, interval: float) -> None:
+        self.asked.append(("orphans", interval))
+        if self.troubles:
+            raise self.troubles.pop(0)
+
+    async def sweep(self, queues: list[str], _: object) -> None:
+        self.asked.append(("sweep", *queues))
+
+    async def passes(self, turns: int = 20) -> None:
+        """Let the upkeep have some turns."""
+        for _ in range(turns):
+            await asyncio.sleep(0.001)
+
+
+@pytest.fixture(autouse=True)
+def no_waits(monkeypatch):
+    """Each look follows the one before."""
+    for name in ("HOSTS_SECONDS", "PAUSED_SECONDS", "SWEEP_SECONDS"):
+        monkeypatch.setattr(upkeep, name, 0)
+
+
+@pytest.fixture(autouse=True)
+def pruned(monkeypatch):
+    """For how long what is older is kept, each time that the rest is forgotten."""
+    found: list[float] = []
+    monkeypatch.setattr(store, "prune", lambda _, seconds: found.append(seconds))
+    return found
+
+
+def run(scenario: Any) -> Any:
+    """Let a scenario act on an agent whose upkeep goes on."""
+
+    async def go() -> Any:
+        agent = Agent()
+        agent.upkeep.begin()
+        await scenario(agent)
+        agent.node.tasks.cancel()
+        return agent
+
+    return asyncio.run(go())
+
+
+def test_a_node_without_processes_stands_back_until_it_has_some(caplog):
+    """After half a lease; and says both, once."""
+    caplog.set_level("INFO")
+
+    async def scenario(agent: Agent) -> None:
+        agent.broken_for = 5.0
+        await agent.passes()
+        assert not agent.stands_back, "it may be over in a moment"
+        agent.broken_for = 5.1
+        await until(lambda: agent.stands_back)
+        await agent.passes()
+        agent.broken_for = 0.0
+        await until(lambda: not agent.stands_back)
+        await agent.passes()
+
+    agent = run(scenario)
+    mine = [what for what in agent.asked if what[0] in {"stand back", "come forward", "visit"}]
+    assert mine == [("stand back",), ("come forward",), ("visit",)]
+    assert [record.levelname for record in caplog.records] == ["ERROR", "INFO"]
+    assert "no memory" in caplog.text
+
+
+def test_a_job_that_is_resumed_is_looked_at_at_once(monkeypatch):
+    """Prefect may show it later than its row: a few times, and then with all others."""
+    monkeypatch.setattr(store, "resumed", lambda _, job_ids: set(job_ids))
+
+    async def scenario(agent: Agent) -> None:
+        agent.held = {JOB}
+        await until(lambda: agent.asked.count(("poll",)) >= RESUMED_LOOKS)
+        await agent.passes()
+
+    agent = run(scenario)
+    assert agent.asked.count(("poll",)) == RESUMED_LOOKS
+    assert agent.asked.count(("look for", News(Kind.DEPLOYMENT, JOB))) == RESUMED_LOOKS
+
+
+def test_a_job_that_stays_paused_costs_no_request(monkeypatch):
+    """Nor does a database that does not answer end anything."""
+    answers: list[Any] = [CoordinationError("away"), set()]
+
+    def resumed(*_: Any) -> Any:
+        answer = answers.pop(0) if answers else set()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(store, "resumed", resumed)
+
+    async def scenario(agent: Agent) -> None:
+        agent.held = {JOB}
+        await until(lambda: not answers)
+        await agent.passes()
+
+    assert ("poll",) not in run(scenario).asked
+
+
+def test_what_is_nobodys_is_settled_again_and_again(pruned):
+    """On the queues that this node runs now; what is old is forgotten at the first time."""
+
+    async def scenario(agent: Agent) -> None:
+        await until(lambda: agent.asked.count(("sweep", DEFAULT_QUEUE, "group")) > 3)
+
+    agent = run(scenario)
+    assert agent.asked[:2] == [("a takeover on", "sqlite://"), ("orphans", 10)]
+    assert pruned == [7 * 86400.0]
+
+
+@pytest.mark.parametrize("trouble", [CoordinationError("away"), ConnectionError("away")])
+def test_a_fault_puts_it_off(trouble):
+    """Until the next time."""
+
+    async def scenario(agent: Agent) -> None:
+        agent.troubles = [trouble]
+        await until(lambda: ("sweep", DEFAULT_QUEUE, "group") in agent.asked)
+
+    assert run(scenario).troubles == []
+
+
+def test_on_another_database_it_begins_anew():
+    """What was suspected on the former one counts for nothing."""
+
+    async def scenario(agent: Agent) -> None:
+        await until(lambda: ("orphans", 10) in agent.asked)
+        agent.database_url = "sqlite:///another"
+        await until(lambda: ("a takeover on", "sqlite:///another") in agent.asked)
+
+    run(scenario)
+
+
+def test_nothing_is_looked_after_before_the_pool_is_known():
+    """There is no database to ask."""
+
+    async def scenario(agent: Agent) -> None:
+        agent.domain = None
+        await agent.passes()
+
+    assert run(scenario).asked == []
