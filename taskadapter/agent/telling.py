@@ -48,6 +48,7 @@ class Teller:
         self._client = client
         self._log = log
         self._patient = patient
+        self._waiting: set[Any] = set()
 
     async def state_of(self, flow_run: FlowRun) -> StateType | None:
         """Return the type of the state that a run has now; None if it is gone."""
@@ -107,23 +108,35 @@ class Teller:
             HTTPStatusError: the API refuses it for good.
             HTTPError: as any of `API_FAULTS`: the API does not answer an impatient one.
         """
-        told = False
-        while True:
-            try:
-                return await tell()
-            except ObjectNotFound:
-                return None
-            except API_FAULTS as fault:
-                if is_gone(fault):
+        try:
+            while True:
+                try:
+                    return await tell()
+                except ObjectNotFound:
                     return None
-                if not self._patient or _is_for_good(fault):
-                    raise
-                if not told:
-                    self._log.warning(
-                        "Prefect's API cannot be told of a run's state, trying again: %s", in_words(fault)
-                    )
-                told = True
+                except API_FAULTS as fault:
+                    if is_gone(fault):
+                        return None
+                    if not self._patient or _is_for_good(fault):
+                        raise
+                    self._wait(tell, fault)
                 await asyncio.sleep(RETRY_SECONDS)
+        finally:
+            self._wait_no_more(tell)
+
+    def _wait(self, tell: Any, fault: Exception) -> None:
+        """Say that the API is not told, once for all that waits for it."""
+        if not self._waiting:
+            self._log.warning(
+                "Prefect's API cannot be told of a run's state, trying again: %s", in_words(fault)
+            )
+        self._waiting.add(tell)
+
+    def _wait_no_more(self, tell: Any) -> None:
+        if tell in self._waiting:
+            self._waiting.remove(tell)
+            if not self._waiting:
+                self._log.info("Nothing waits to be told to Prefect's API any more.")
 
 
 def _printable(state: State[Any]) -> State[Any]:

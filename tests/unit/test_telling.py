@@ -133,6 +133,19 @@ def test_a_refusal_that_passes(status):
     assert [message for _, message, _ in api.told] == ["boom"] * 4
 
 
+def test_runs_that_cannot_be_told_of_are_one_line(caplog):
+    """However many wait, it is said once that they do, and once that none does any more."""
+    caplog.set_level(logging.INFO)
+    api: Any = Api(status=503, refusals=6)
+    teller = Teller(api, LOG)
+
+    async def tell_of_three() -> None:
+        await asyncio.gather(*(teller.report(RUN, Crashed(message="boom")) for _ in range(3)))
+
+    asyncio.run(tell_of_three())
+    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
+
+
 # --- what a run is told to have come to -----------------------------------------------------------
 
 
