@@ -166,9 +166,9 @@ class Courier:
         match call:
             case Pulse(tokens=tokens):
                 return pulse(connection, self._me, tokens, group_ids, self._interval)
-            case Acquire(group_id=group_id):
+            case Acquire(group_ids=wanted):
                 with exclusive(connection):
-                    return acquire(connection, self._me, group_id, self._interval)
+                    return acquire(connection, self._me, wanted, self._interval)
             case Register():
                 with exclusive(connection):
                     register(connection, self._me, group_ids, self._interval)

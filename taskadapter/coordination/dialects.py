@@ -13,7 +13,7 @@ import sqlite3
 from collections import namedtuple
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from sqlalchemy import Float, create_engine, event, func, make_url, select
 from sqlalchemy.dialects import mysql, postgresql, sqlite
@@ -30,12 +30,12 @@ from taskadapter.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from sqlalchemy import Column, Connection, Dialect, Engine, Select, Table
     from sqlalchemy.engine.interfaces import DBAPIConnection
     from sqlalchemy.sql.compiler import SQLCompiler
-    from sqlalchemy.sql.dml import Insert, ValuesBase
+    from sqlalchemy.sql.dml import Insert, UpdateBase
 
 __all__ = [
     "Database",
@@ -314,8 +314,12 @@ def _since_sqlite(element: Any, compiler: SQLCompiler, **kw: Any) -> str:
     return f"((julianday('now') - julianday({moment})) * 86400.0)"
 
 
-def ensured(dialect: Dialect, table: Table, values: Mapping[str, Any]) -> Insert:
-    """Return what inserts a row unless its primary key exists; lock it next, to see which.
+Rows: TypeAlias = "Mapping[str, Any] | Sequence[Mapping[str, Any]]"
+"""One row to insert, or several."""
+
+
+def ensured(dialect: Dialect, table: Table, values: Rows) -> Insert:
+    """Return what inserts rows unless their primary key exists; lock them next, to see which.
 
     Where another transaction has inserted the same key, that waits for its outcome.
     """
@@ -337,8 +341,8 @@ def ensure_row(connection: Connection, table: Table, values: Mapping[str, Any]) 
     connection.execute(ensured(connection.dialect, table, values))
 
 
-def upsert(dialect: Dialect, table: Table, values: Mapping[str, Any], changes: Mapping[str, Any]) -> Insert:
-    """Return what inserts a row, or makes `changes` to the one whose primary key exists."""
+def upsert(dialect: Dialect, table: Table, values: Rows, changes: Mapping[str, Any]) -> Insert:
+    """Return what inserts rows, or makes `changes` to those whose primary key exists."""
     keys, changed = list(table.primary_key.columns), dict(changes)
     match dialect.name:
         case "postgresql":
@@ -351,7 +355,7 @@ def upsert(dialect: Dialect, table: Table, values: Mapping[str, Any], changes: M
             return mysql.insert(table).values(values).on_duplicate_key_update(changed)
 
 
-def together(connection: Connection, *statements: Select[Any] | ValuesBase) -> list[Any]:
+def together(connection: Connection, *statements: Select[Any] | UpdateBase) -> list[Any]:
     """Execute statements in their order, in one round trip to a server.
 
     Returns:
@@ -406,10 +410,10 @@ def limit_idle(connection: Connection, seconds: float) -> None:
 CHANNEL = "taskadapter"
 
 
-def notify(connection: Connection, payload: str) -> None:
+def notify(connection: Connection, payloads: Sequence[str]) -> None:
     """Wake those who `listen`, once the transaction commits. Only PostgreSQL can."""
     if connection.dialect.name == "postgresql":
-        connection.execute(select(func.pg_notify(CHANNEL, payload)))
+        together(connection, *(select(func.pg_notify(CHANNEL, payload)) for payload in payloads))
 
 
 def listen(connection: Connection) -> int | None:

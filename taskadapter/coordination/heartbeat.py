@@ -226,8 +226,8 @@ class Heartbeat:
     def _obey(self, done: Step) -> None:
         for action in done.actions:
             self._do(action)
-        if done.sentence:
-            self._log.log(_level(done), "node %s: %s", done.lease.task_id, done.sentence)
+        for sentence in done.sentences:
+            self._log.log(_level(done), "node %s: %s", done.lease.task_id, sentence)
 
     def _do(self, action: Action) -> None:
         match action:
@@ -258,7 +258,7 @@ class Heartbeat:
 
 
 def _level(done: Step) -> int:
-    """Say how loud a sentence is: a node that acts as asked is no reason to worry."""
+    """Say how loud sentences are: a node that acts as asked is no reason to worry."""
     lost = any(isinstance(action, Lost) and not action.asked for action in done.actions)
     refused = any(isinstance(action, Refused) for action in done.actions)
     return logging.WARNING if lost or refused or done.lease.faults else logging.INFO

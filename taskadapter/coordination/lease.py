@@ -1,7 +1,7 @@
 """Who may believe what, and until when: the decisions of a node, without any I/O.
 
 `step` takes what a node knows, one event and the time, and returns what the node knows then, what
-it must do, and a sentence for the log. It reads no clock: every `now` is the node's monotonic clock
+it must do, and sentences for the log. It reads no clock: every `now` is the node's monotonic clock
 in seconds, and is compared with nothing but other such times.
 
 The rule that everything rests on: a node trusts that it holds a token until
@@ -50,12 +50,15 @@ from taskadapter.coordination.messages import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
 __all__ = ["Lease", "Step", "Timing", "step"]
 
 _GRACE = 0.01
 """Seconds that a poll comes after the moment it is meant for, so that it is never early."""
+
+_MOST_AT_ONCE = 200
+"""How many tokens are taken with one call, so that a heartbeat does not have to wait for long."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +133,7 @@ class Lease:
     held: Mapping[str, _Held] = field(default_factory=dict)
     releasing: tuple[Token, ...] = ()
     free: frozenset[str] = frozenset()
+    stuck: tuple[str, ...] = ()
     stale_at: Mapping[str, float] = field(default_factory=dict)
     not_before: Mapping[str, float] = field(default_factory=dict)
     registered: bool = False
@@ -184,16 +188,19 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What came of an event. `sentence` is empty if there is nothing worth telling."""
+    """What came of an event. There are no sentences if there is nothing worth telling."""
 
     lease: Lease
     actions: tuple[Action, ...] = ()
-    sentence: str = ""
+    sentences: tuple[str, ...] = ()
 
     def then(self, lease: Lease, *actions: Action, sentence: str = "") -> Step:
         """Return this step, continued."""
-        sentences = [text for text in (self.sentence, sentence) if text]
-        return Step(lease, self.actions + actions, "; ".join(sentences))
+        return self.also(lease, actions, [sentence] if sentence else [])
+
+    def also(self, lease: Lease, actions: Iterable[Action], sentences: Iterable[str]) -> Step:
+        """Return this step, continued by much at once."""
+        return Step(lease, (*self.actions, *actions), (*self.sentences, *sentences))
 
 
 def step(lease: Lease, event: Event, now: float) -> Step:
@@ -307,6 +314,9 @@ def _failed(done: Step, event: Failed, now: float) -> Step:
         failing_since=now if lease.failing_since is None else lease.failing_since,
         next_beat=now + lease.timing.backoff(faults),
     )
+    if isinstance(event.call, Acquire):
+        asked = event.call.group_ids
+        failing = replace(failing, stuck=(*_without(lease.stuck, asked), *asked))
     if lease.stopping and isinstance(event.call, Release | Unregister):
         # Tokens that could not be released become free by themselves.
         return done.then(replace(failing, stopped=True), Stopped(), sentence=event.reason)
@@ -334,9 +344,7 @@ def _looked(done: Step, call: Pulse, answer: PulseAnswer, now: float) -> Step:
     if not answer.registered:
         return _superseded(done, now)
     seen = {sighting.group_id: sighting for sighting in answer.sightings}
-    for token in call.tokens:
-        done = _confirmed(done, call, token, seen.get(token.group_id))
-    return _watched(done, seen, now)
+    return _watched(_confirmed(done, call, seen), seen, now)
 
 
 def _superseded(done: Step, now: float) -> Step:
@@ -345,20 +353,29 @@ def _superseded(done: Step, now: float) -> Step:
     return done.then(replace(done.lease, registered=False, next_beat=now))
 
 
-def _confirmed(done: Step, call: Pulse, token: Token, sighting: Sighting | None) -> Step:
-    lease = done.lease
-    held = lease.held.get(token.group_id)
-    if held is None or held.token != token:
-        return done
-    if sighting is None or not sighting.renewed:
-        return _lose(done, token, _taker(sighting))
-    asked = sighting.resign_requested and not held.resigning
-    deadline = max(held.deadline, call.sent_at + lease.timing.trust)
-    kept = _Held(token, deadline, held.resigning or asked)
-    actions = [ResignAsked(token)] if asked else []
-    lease = replace(lease, held={**lease.held, token.group_id: kept})
-    sentence = f"asked to hand over {token.group_id}" if asked else ""
-    return done.then(lease, Extended(token, deadline), *actions, sentence=sentence)
+def _confirmed(done: Step, call: Pulse, seen: Mapping[str, Sighting]) -> Step:
+    """Trust for longer what the pulse has renewed, and no more what it was to renew and has not."""
+    lease, held = done.lease, dict(done.lease.held)
+    actions: list[Action] = []
+    sentences, lost = [], []
+    for token in call.tokens:
+        old, sighting = held.get(token.group_id), seen.get(token.group_id)
+        if old is None or old.token != token:
+            continue
+        if sighting is None or not sighting.renewed:
+            lost.append((token, _taker(sighting)))
+            continue
+        asked = sighting.resign_requested and not old.resigning
+        deadline = max(old.deadline, call.sent_at + lease.timing.trust)
+        held[token.group_id] = _Held(token, deadline, old.resigning or asked)
+        actions.append(Extended(token, deadline))
+        if asked:
+            actions.append(ResignAsked(token))
+            sentences.append(f"asked to hand over {token.group_id}")
+    done = done.also(replace(lease, held=held), actions, sentences)
+    for token, reason in lost:
+        done = _lose(done, token, reason)
+    return done
 
 
 def _taker(sighting: Sighting | None) -> str:
@@ -383,20 +400,31 @@ def _watched(done: Step, seen: Mapping[str, Sighting], now: float) -> Step:
 
 
 def _acquired(done: Step, call: Acquire, answer: Acquired, now: float) -> Step:
-    lease = replace(done.lease, free=done.lease.free - {call.group_id})
-    done = done.then(lease)
-    if answer.term is None:
-        return done
+    lease, held = done.lease, dict(done.lease.held)
     deadline = answer.since + lease.timing.trust
-    token = Token(call.group_id, lease.task_id, answer.term)
-    if lease.stopping or call.group_id not in lease.group_ids:
-        return done.then(replace(lease, releasing=(*lease.releasing, token)))
-    if deadline <= now:
-        return done.then(lease, sentence=f"took {call.group_id} too late to trust it")
-    held = {**lease.held, call.group_id: _Held(token, deadline)}
-    sentence = f"active for {call.group_id} in term {answer.term}: {answer.reason}"
-    gained = Gained(token, deadline, answer.reason)
-    return done.then(replace(lease, held=held), gained, sentence=sentence)
+    gained, releasing, sentences = [], [], []
+    for taken in answer.taken:
+        token = Token(taken.group_id, lease.task_id, taken.term)
+        if lease.stopping or taken.group_id not in lease.group_ids:
+            releasing.append(token)
+        elif deadline <= now:
+            sentences.append(f"took {taken.group_id} too late to trust it")
+        else:
+            held[taken.group_id] = _Held(token, deadline)
+            gained.append(Gained(token, deadline, taken.reason))
+            sentences.append(f"active for {taken.group_id} in term {taken.term}: {taken.reason}")
+    lease = replace(
+        lease,
+        held=held,
+        releasing=(*lease.releasing, *releasing),
+        free=lease.free.difference(call.group_ids),
+        stuck=_without(lease.stuck, call.group_ids),
+    )
+    return done.also(lease, gained, sentences)
+
+
+def _without(group_ids: tuple[str, ...], those: Collection[str]) -> tuple[str, ...]:
+    return tuple(group_id for group_id in group_ids if group_id not in those)
 
 
 def _call(done: Step, now: float) -> Step:
@@ -433,7 +461,17 @@ def _due(lease: Lease, now: float) -> Call | None:
     if now >= lease.next_call_at() or lease.hinted:
         return _pulse(lease, now)
     wanted = [g for g in sorted(lease.free & lease.standby()) if now >= _earliest(lease, g)]
-    return Acquire(now, wanted[0]) if wanted else None
+    return Acquire(now, _at_once(wanted, lease.stuck)) if wanted else None
+
+
+def _at_once(wanted: Sequence[str], stuck: Sequence[str]) -> tuple[str, ...]:
+    """Return whose tokens to take with one call.
+
+    A row that a frozen session has locked must not keep the others from being taken: groups whose call
+    has failed come after those whose has not, one by one, and each again when the others had their turn.
+    """
+    easy = tuple(group_id for group_id in wanted if group_id not in stuck)
+    return easy[:_MOST_AT_ONCE] or tuple(group_id for group_id in stuck if group_id in wanted)[:1]
 
 
 def _earliest(lease: Lease, group_id: str) -> float:

@@ -33,6 +33,7 @@ __all__ = [
     "Sighting",
     "StopAsked",
     "Stopped",
+    "Taken",
     "Tick",
     "Token",
     "Unregister",
@@ -75,10 +76,10 @@ class Pulse:
 
 @dataclass(frozen=True, slots=True)
 class Acquire:
-    """Take a group's token, if it is free."""
+    """Take the tokens of groups, of those that are free."""
 
     sent_at: float
-    group_id: str
+    group_ids: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,14 +137,22 @@ class PulseAnswer:
 
 
 @dataclass(frozen=True, slots=True)
-class Acquired:
-    """The new term and why the token was free; `term` is None if it was not.
+class Taken:
+    """A group whose token was free, and why; the node has it now, in a new term."""
 
-    `since` is the node's clock just before the first heartbeat was sent.
+    group_id: str
+    term: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Acquired:
+    """The tokens that were free.
+
+    `since` is the node's clock just before their first heartbeats were sent.
     """
 
-    term: int | None
-    reason: str = ""
+    taken: tuple[Taken, ...] = ()
     since: float = field(default=0.0, compare=False)
 
 

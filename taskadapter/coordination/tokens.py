@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import (
     and_,
+    any_,
+    case,
     delete,
     false,
     func,
@@ -45,15 +47,15 @@ from taskadapter.coordination.dialects import (
     together,
     upsert,
 )
-from taskadapter.coordination.messages import Acquired, PulseAnswer, Sighting, Token
+from taskadapter.coordination.messages import Acquired, PulseAnswer, Sighting, Taken, Token
 from taskadapter.coordination.schema import group, health_check, node, tenure, token_holder
 from taskadapter.errors import CoordinationError, DuplicateNodeError, TokenLostError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
 
-    from sqlalchemy import ColumnElement, Connection, Dialect, Row, Select, Update
-    from sqlalchemy.sql.dml import ValuesBase
+    from sqlalchemy import ColumnElement, Connection, Dialect, Row, Select, Table, Update
+    from sqlalchemy.sql.dml import UpdateBase
 
 __all__ = [
     "Node",
@@ -206,7 +208,7 @@ def pulse(
     # Terms never come back: a token that is ours now was ours when it was renewed. Without its row
     # in health_check, though, there was nothing to renew.
     renewed = and_(_held(tokens), health_check.c.last_heartbeat.is_not(None))
-    beats = [_renewal(me, _kept(tokens))] if tokens else []
+    beats = [_renewal(me, health_check.c.group_id.in_(_kept(tokens)))] if tokens else []
     *_, rows = together(connection, *beats, _touch(me), _look(me, group_ids, interval, renewed))
     return _answer(rows)
 
@@ -222,9 +224,11 @@ def _pulse_at_once(
     if not tokens:
         look = _look(me, group_ids, interval, false())
         return _answer(connection.execute(look.add_cte(touched)).all())
-    # Apart, or PostgreSQL may lock all of them anew for each heartbeat that it writes.
-    kept = _kept(tokens).cte("kept")
-    beaten = _renewal(me, select(kept)).returning(health_check.c.group_id).cte("beaten")
+    # Apart, or PostgreSQL may lock all of them anew for each heartbeat that it writes. As an array, or it
+    # may go through all of them for each: it takes them for a single row while it has no statistics.
+    kept = _kept(tokens).order_by(token_holder.c.group_id).cte("kept")
+    among = any_(func.array(select(kept).scalar_subquery()))
+    beaten = _renewal(me, health_check.c.group_id == among).returning(health_check.c.group_id).cte("beaten")
     # The look sees what was there before the renewal; only what the renewal returns is certain.
     renewed = token_holder.c.group_id.in_(select(beaten))
     look = _look(me, group_ids, interval, renewed)
@@ -232,8 +236,13 @@ def _pulse_at_once(
 
 
 def _held(tokens: Iterable[Token]) -> ColumnElement[bool]:
-    """Say in SQL that a row is one of these tokens: by term, so that groups are found in a list."""
-    columns = token_holder.c
+    """Say in SQL that a row of `token_holder` is one of these tokens."""
+    return _of(tokens, token_holder)
+
+
+def _of(tokens: Iterable[Token], table: Table) -> ColumnElement[bool]:
+    """Say in SQL that a row is about one of these tokens: by term, so that groups are found in a list."""
+    columns = table.c
     groups: dict[tuple[str, int], list[str]] = defaultdict(list)
     for token in tokens:
         groups[token.task_id, token.term].append(token.group_id)
@@ -249,14 +258,10 @@ def _kept(tokens: Iterable[Token]) -> Select[Any]:
     return select(token_holder.c.group_id).where(_held(tokens)).with_for_update(read=True)
 
 
-def _renewal(me: Node, group_ids: Select[Any]) -> Update:
-    """Write a heartbeat for each of some groups."""
-    beats = health_check.c
-    return (
-        update(health_check)
-        .where(beats.task_id == me.task_id, beats.group_id.in_(group_ids))
-        .values(last_heartbeat=database_now())
-    )
+def _renewal(me: Node, kept: ColumnElement[bool]) -> Update:
+    """Write a heartbeat for each group whose token is kept."""
+    mine = update(health_check).where(health_check.c.task_id == me.task_id, kept)
+    return mine.values(last_heartbeat=database_now())
 
 
 def _touch(me: Node) -> Update:
@@ -330,97 +335,117 @@ def _sighting(row: Row[Any]) -> Sighting:
     )
 
 
-def acquire(connection: Connection, me: Node, group_id: str, interval: float) -> Acquired:
-    """Take a group's token if it is free, in a higher term than any before.
+def acquire(connection: Connection, me: Node, group_ids: Collection[str], interval: float) -> Acquired:
+    """Take the tokens of groups, of those that are free, each in a higher term than any before.
 
-    Only call it where this process does not trust that it holds the token.
+    However many they are, it takes two round trips. Only name groups whose token this process does not
+    trust that it holds.
     """
-    last = _last_term(group_id)
+    # All of them lock in this order, so that none waits for another that waits for it.
+    names = sorted(group_ids)
     # Of several nodes that insert a row at once, the primary key lets one succeed; the others wait.
-    row = {"group_id": group_id, "task_id": NOBODY, "term": last.scalar_subquery()}
-    made = ensured(connection.dialect, token_holder, row)
-    is_free = _whether_free(me, group_id, interval)
-    _, (recorded,), (locked,), (seen,) = together(connection, made, last, _lock(group_id), is_free)
-    reason = _why_free(seen)
-    if reason is None:
-        return Acquired(None)
-    term = max(locked.term, recorded.term) + 1
+    rows = [{"group_id": name, "task_id": NOBODY, "term": 0} for name in names]
+    made = ensured(connection.dialect, token_holder, rows)
+    looked = _last_terms(names), _lock(names), _whether_free(me, names, interval)
+    _, recorded, locked, seen = together(connection, made, *looked)
+    terms = {row.group_id: row.term for row in recorded}
+    for row in locked:
+        # A row that somebody has deleted begins anew; terms do not.
+        terms[row.group_id] = max(row.term, terms.get(row.group_id, 0))
+    taken = tuple(
+        Taken(row.group_id, terms[row.group_id] + 1, _why_free(row, terms[row.group_id]))
+        for row in seen
+        if row.free
+    )
+    if not taken:
+        return Acquired()
     since = clock()
-    together(connection, *_taking(connection.dialect, me, Token(group_id, me.task_id, term), reason))
-    return Acquired(term, reason, since)
+    together(connection, *_taking(connection.dialect, me, taken))
+    return Acquired(taken, since)
 
 
-def _last_term(group_id: str) -> Select[Any]:
-    last = func.coalesce(func.max(tenure.c.term), 0).label("term")
-    return select(last).where(tenure.c.group_id == group_id)
+def _last_terms(names: Sequence[str]) -> Select[Any]:
+    columns = tenure.c
+    last = func.max(columns.term).label("term")
+    return select(columns.group_id, last).where(columns.group_id.in_(names)).group_by(columns.group_id)
 
 
-def _lock(group_id: str) -> Select[Any]:
+def _lock(names: Sequence[str]) -> Select[Any]:
     columns = token_holder.c
-    return select(columns.term).where(columns.group_id == group_id).with_for_update()
+    rows = select(columns.group_id, columns.term).where(columns.group_id.in_(names))
+    return rows.order_by(columns.group_id).with_for_update()
 
 
-def _whether_free(me: Node, group_id: str, interval: float) -> Select[Any]:
+def _whether_free(me: Node, names: Sequence[str], interval: float) -> Select[Any]:
+    columns = token_holder.c
     age = seconds_since(health_check.c.last_heartbeat).label("age")
     return (
-        select(token_holder.c.task_id, token_holder.c.term, age, _free(me, interval).label("free"))
+        select(columns.group_id, columns.task_id, age, _free(me, interval).label("free"))
         .select_from(tokens_with_heartbeats())
-        .where(token_holder.c.group_id == group_id)
+        .where(columns.group_id.in_(names))
+        .order_by(columns.group_id)
     )
 
 
-def _why_free(seen: Row[Any]) -> str | None:
-    if not seen.free:
-        return None
+def _why_free(seen: Row[Any], last_term: int) -> str:
     if seen.task_id == NOBODY:
-        return "it was released" if seen.term else "the first to take it"
+        return "it was released" if last_term else "the first to take it"
     if seen.age is None:
         return f"node {seen.task_id!r} has no heartbeat"
     return f"node {seen.task_id!r} was silent for {seen.age:.1f} s"
 
 
-def _taking(dialect: Dialect, me: Node, token: Token, reason: str) -> list[ValuesBase]:
-    """Return what makes a node the holder of a token whose row is locked.
+def _taking(dialect: Dialect, me: Node, taken: Sequence[Taken]) -> list[UpdateBase]:
+    """Return what makes a node the holder of tokens whose rows are locked.
 
-    That includes its first heartbeat, without which the token would count as free.
+    That includes their first heartbeats, without which the tokens would count as free.
     """
-    taken = update(token_holder).where(token_holder.c.group_id == token.group_id)
-    beat = {"task_id": me.task_id, "group_id": token.group_id, "last_heartbeat": database_now()}
+    columns = token_holder.c
+    terms = {one.group_id: one.term for one in taken}
+    new = {"task_id": me.task_id, "term": case(terms, value=columns.group_id)}
     now = {"last_heartbeat": database_now()}
-    term = {
-        "group_id": token.group_id,
-        "term": token.term,
-        "task_id": me.task_id,
-        "incarnation": me.incarnation,
-        "reason": reason[:255],
-        "acquired": database_now(),
-    }
+    beats = [{"task_id": me.task_id, "group_id": one.group_id, **now} for one in taken]
+    tenures = [
+        {
+            "group_id": one.group_id,
+            "term": one.term,
+            "task_id": me.task_id,
+            "incarnation": me.incarnation,
+            "reason": one.reason[:255],
+            "acquired": database_now(),
+        }
+        for one in taken
+    ]
     return [
-        taken.values(task_id=me.task_id, term=token.term),
-        upsert(dialect, health_check, beat, now),
-        insert(tenure).values(term),
+        update(token_holder).where(columns.group_id.in_(terms)).values(new),
+        upsert(dialect, health_check, beats, now),
+        insert(tenure).values(tenures),
     ]
 
 
 def release(connection: Connection, tokens: Iterable[Token]) -> tuple[Token, ...]:
     """Give tokens back, wake the standbys, and return those that were still held.
 
-    The row keeps the term and loses its holder. So a renewal that is still under way comes to
-    nothing, and the next holder's term is higher.
+    The rows keep their terms and lose their holder. So a renewal that is still under way comes to
+    nothing, and the next holder's term is higher. However many they are, it takes two round trips.
     """
-    released = []
-    for token in tokens:
-        freed = update(token_holder).where(_held([token])).values(task_id=NOBODY)
-        if connection.execute(freed).rowcount != 1:
-            continue
-        beats, terms = health_check.c, tenure.c
-        beat = and_(beats.task_id == token.task_id, beats.group_id == token.group_id)
-        connection.execute(delete(health_check).where(beat))
-        this_term = and_(terms.group_id == token.group_id, terms.term == token.term)
-        connection.execute(update(tenure).where(this_term).values(released=database_now()))
-        notify(connection, token.group_id)
-        released.append(token)
-    return tuple(released)
+    columns, beats = token_holder.c, health_check.c
+    wanted = {token.group_id: token for token in tokens}
+    held = select(columns.group_id).where(_held(wanted.values())).order_by(columns.group_id)
+    (rows,) = together(connection, held.with_for_update())
+    released = tuple(wanted[row.group_id] for row in rows)
+    if not released:
+        return ()
+    names = [token.group_id for token in released]
+    theirs = [and_(beats.task_id == token.task_id, beats.group_id == token.group_id) for token in released]
+    together(
+        connection,
+        update(token_holder).where(columns.group_id.in_(names)).values(task_id=NOBODY),
+        delete(health_check).where(or_(*theirs)),
+        update(tenure).where(_of(released, tenure)).values(released=database_now()),
+    )
+    notify(connection, names)
+    return released
 
 
 def request_resign(connection: Connection, group_id: str) -> Token:
@@ -445,5 +470,5 @@ def request_resign(connection: Connection, group_id: str) -> Token:
             f"node {row.task_id!r}, which holds the token of group {group_id!r}, is no taskadapter "
             "node and cannot be asked to resign; stop it instead"
         )
-    notify(connection, group_id)
+    notify(connection, [group_id])
     return Token(group_id, row.task_id, row.term)

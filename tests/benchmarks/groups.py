@@ -66,13 +66,10 @@ def _take(connection: Connection, names: list[str]) -> tuple[Node, list[Token]]:
     me = Node("active", str(uuid.uuid4()), "here", 1)
     with exclusive(connection):
         register(connection, me, names, INTERVAL)
-    tokens = []
-    for name in names:
-        with exclusive(connection):
-            term = acquire(connection, me, name, INTERVAL).term
-        assert term is not None
-        tokens.append(Token(name, me.task_id, term))
-    return me, tokens
+    with exclusive(connection):
+        taken = acquire(connection, me, names, INTERVAL).taken
+    assert len(taken) == len(names)
+    return me, [Token(one.group_id, me.task_id, one.term) for one in taken]
 
 
 @contextmanager

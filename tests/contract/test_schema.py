@@ -74,8 +74,8 @@ def test_ballerinas_tables_are_improved(engine: Engine) -> None:
             connection.execute(text(statement))
         assert schema.upgrades(connection) == ()
     with transaction(engine) as connection:
-        assert acquire(connection, NODE, "group", 30).term is None
-        assert acquire(connection, NODE, "g" * 255, 30).term == 1
+        assert acquire(connection, NODE, ["group"], 30).taken == ()
+        assert [taken.term for taken in acquire(connection, NODE, ["g" * 255], 30).taken] == [1]
         register(connection, NODE, ["group"], 30)
         (sighting,) = pulse(connection, NODE, [], ["group"], 30).sightings or ()
     assert sighting.age is not None

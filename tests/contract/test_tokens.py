@@ -13,7 +13,7 @@ from sqlalchemy import Connection, Engine, delete, func, select, text, update
 
 from taskadapter.coordination import schema
 from taskadapter.coordination.dialects import open_engine, transaction
-from taskadapter.coordination.messages import Acquired, Sighting, Token
+from taskadapter.coordination.messages import Sighting, Taken, Token
 from taskadapter.coordination.overview import read_status, read_tenures
 from taskadapter.coordination.tokens import (
     Node,
@@ -48,15 +48,16 @@ def node(number: int, incarnation: int = 0) -> Node:
 NODE, OTHER = node(1), node(2)
 
 
-def take(engine: Engine, me: Node = NODE, group_id: str = GROUP) -> Acquired:
+def take(engine: Engine, me: Node = NODE, group_id: str = GROUP) -> Taken | None:
     with transaction(engine) as connection:
-        return acquire(connection, me, group_id, INTERVAL)
+        (taken,) = acquire(connection, me, [group_id], INTERVAL).taken or [None]
+    return taken
 
 
 def must_take(engine: Engine, me: Node = NODE, group_id: str = GROUP) -> Token:
-    term = take(engine, me, group_id).term
-    assert term is not None
-    return Token(group_id, me.task_id, term)
+    taken = take(engine, me, group_id)
+    assert taken is not None
+    return Token(group_id, me.task_id, taken.term)
 
 
 def enter(engine: Engine, *nodes: Node) -> None:
@@ -78,19 +79,20 @@ def go_silent(engine: Engine, seconds: float = INTERVAL + 0.01) -> None:
 class TestAcquire:
     def test_first_gets_term_one(self, engine: Engine) -> None:
         """The first node to ask becomes the holder, in term 1."""
-        assert take(engine) == Acquired(1, "the first to take it")
+        assert take(engine) == Taken(GROUP, 1, "the first to take it")
 
     def test_a_live_holder_keeps_it(self, engine: Engine) -> None:
         """At less than the interval a heartbeat is not stale."""
         take(engine)
         go_silent(engine, INTERVAL - 2)
-        assert take(engine, OTHER) == Acquired(None)
+        assert take(engine, OTHER) is None
 
     def test_a_silent_holder_loses_it(self, engine: Engine) -> None:
         """Just past the interval the next node takes over, and knows from whom."""
         take(engine)
         go_silent(engine)
         taken = take(engine, OTHER)
+        assert taken is not None
         assert taken.term == 2
         assert taken.reason.startswith("node 'node-1' was silent for 30.")
 
@@ -99,25 +101,25 @@ class TestAcquire:
         take(engine)
         go_silent(engine)
         take(engine, OTHER)
-        assert take(engine, node(3)) == Acquired(None)
+        assert take(engine, node(3)) is None
 
     def test_the_holder_itself_takes_a_new_term(self, engine: Engine) -> None:
         """A process that stopped trusting its token takes it over at once, in a higher term."""
-        assert [take(engine).term for _ in range(2)] == [1, 2]
+        assert [must_take(engine).term for _ in range(2)] == [1, 2]
 
     def test_a_successor_under_the_same_name_waits(self, engine: Engine) -> None:
         """Another process of the same name is another node: it waits until the first is stale."""
         take(engine, node(1, incarnation=1))
-        assert take(engine, node(1, incarnation=2)) == Acquired(None)
+        assert take(engine, node(1, incarnation=2)) is None
         go_silent(engine)
-        assert take(engine, node(1, incarnation=2)).term == 2
+        assert must_take(engine, node(1, incarnation=2)).term == 2
 
     def test_a_holder_without_heartbeat_loses_it(self, engine: Engine) -> None:
         """A token whose holder never sent a heartbeat is free, as it is to Ballerina's nodes."""
         take(engine)
         with transaction(engine) as connection:
             connection.execute(delete(schema.health_check))
-        assert take(engine, OTHER) == Acquired(2, "node 'node-1' has no heartbeat")
+        assert take(engine, OTHER) == Taken(GROUP, 2, "node 'node-1' has no heartbeat")
 
     def test_groups_are_apart(self, engine: Engine) -> None:
         """Each group has its own token."""
@@ -130,14 +132,51 @@ class TestAcquire:
         take(engine)
         with transaction(engine) as connection:
             connection.execute(delete(schema.token_holder))
-        assert take(engine, OTHER).term == 3
+        assert must_take(engine, OTHER).term == 3
+
+    def test_takes_those_that_are_free(self, engine: Engine) -> None:
+        """Of many groups, with one call; each goes on in its own terms, and has its own reason."""
+        released, lost, mine = must_take(engine, OTHER, "b"), must_take(engine, OTHER, "d"), "a"
+        must_take(engine, OTHER, "c")
+        for _ in range(2):
+            must_take(engine, NODE, mine)
+        with transaction(engine) as connection:
+            release(connection, [released])
+            connection.execute(delete(schema.token_holder).where(schema.token_holder.c.group_id == "d"))
+            taken = acquire(connection, NODE, ["d", "c", "b", "a", "e"], INTERVAL).taken
+        assert {one.group_id: one.term for one in taken} == {"a": 3, "b": 2, "d": 2, "e": 1}
+        assert [one.reason for one in taken[1:]] == [
+            "it was released",
+            "it was released",
+            "the first to take it",
+        ]
+        enter(engine, NODE)
+        tokens = [Token(one.group_id, NODE.task_id, one.term) for one in taken]
+        with transaction(engine) as connection:
+            assert [release(connection, [lost]), len(release(connection, tokens))] == [(), 4]
+            (others,) = {group.holder for group in read_status(connection).groups} - {None}
+        assert others == OTHER.task_id
+
+    def test_many_are_raced_for_by_many(self, engine: Engine) -> None:
+        """Whatever the order that each names them in, no two wait for each other, and one gets each."""
+        names = [f"group-{n:02d}" for n in range(20)]
+
+        def take_all(number: int) -> list[str]:
+            with transaction(engine) as connection:
+                wanted = names if number % 2 else names[::-1]
+                return [one.group_id for one in acquire(connection, node(number), wanted, INTERVAL).taken]
+
+        for _ in range(3):
+            taken = race([partial(take_all, n) for n in range(5)])
+            assert sorted(name for found in taken for name in found) == names
+            go_silent(engine)
 
     def test_first_insertion_is_raced_by_many(self, engine: Engine) -> None:
         """Of many that insert at once, the primary key lets one succeed."""
         for attempt in range(3):
             group_id = f"group-{attempt}"
             taken = race([partial(take, engine, node(n), group_id) for n in range(5)])
-            assert sorted(taken, key=str)[1:] == [Acquired(None)] * 4
+            assert sorted(taken, key=str)[:4] == [None] * 4
 
     def test_takeover_is_raced_by_many(self, engine: Engine) -> None:
         """Of many that take over at once, one succeeds, and terms go up by one each time."""
@@ -145,7 +184,7 @@ class TestAcquire:
         for expected in range(2, 5):
             go_silent(engine)
             taken = race([partial(take, engine, node(n)) for n in range(5)])
-            assert [a.term for a in taken if a.term is not None] == [expected]
+            assert [one.term for one in taken if one is not None] == [expected]
 
 
 class TestPulse:
@@ -291,7 +330,7 @@ def renew(reset: Connection, holder: Connection, number: int, course: Course) ->
 
 def take_stale(engine: Engine, course: Course) -> bool:
     course.start(course.handicap)
-    taken = take(engine, OTHER).term is not None
+    taken = take(engine, OTHER) is not None
     course.finish(taken)
     return taken
 
@@ -319,7 +358,7 @@ class TestRelease:
         with transaction(engine) as connection:
             assert release(connection, [token]) == (token,)
         assert look(engine, OTHER).free
-        assert take(engine, OTHER) == Acquired(2, "it was released")
+        assert take(engine, OTHER) == Taken(GROUP, 2, "it was released")
 
     def test_ends_the_term(self, engine: Engine) -> None:
         """What the former holder still has under way comes to nothing."""
@@ -359,7 +398,7 @@ class TestFence:
         go_silent(engine)
         frozen = engine.connect()
         fence(frozen, token, 0.2)
-        assert take(engine, OTHER).term == 2
+        assert must_take(engine, OTHER).term == 2
         frozen.invalidate()
         frozen.close()
 
@@ -443,7 +482,7 @@ class TestStatus:
     def test_shows_that_nobody_holds_it(self, engine: Engine) -> None:
         """A released token has no holder, and keeps its term."""
         with transaction(engine) as connection:
-            acquire(connection, NODE, GROUP, INTERVAL)
+            acquire(connection, NODE, [GROUP], INTERVAL)
             release(connection, [Token(GROUP, NODE.task_id, 1)])
             (group,) = read_status(connection).groups
         assert (group.holder, group.term, group.heartbeat_age) == (None, 1, None)
@@ -453,11 +492,10 @@ class TestStatus:
         with transaction(engine) as connection:
             for _ in range(3):
                 for node in (NODE, OTHER):
-                    taken = acquire(connection, node, GROUP, INTERVAL)
-                    assert taken.term is not None
+                    (taken,) = acquire(connection, node, [GROUP], INTERVAL).taken
                     release(connection, [Token(GROUP, node.task_id, taken.term)])
-            acquire(connection, NODE, GROUP, INTERVAL)
-            acquire(connection, NODE, "another", INTERVAL)
+            acquire(connection, NODE, [GROUP], INTERVAL)
+            acquire(connection, NODE, ["another"], INTERVAL)
             found = read_tenures(connection, [GROUP], last=3)
             assert read_tenures(connection, [], last=3) == []
         assert [(one.group_id, one.term, one.task_id) for one in found] == [
@@ -521,11 +559,11 @@ class TestWithBallerina:
             theirs = BallerinaNode(connection, "ballerina", GROUP, int(INTERVAL))
             assert theirs.try_to_acquire()
             theirs.heartbeat()
-            assert take(either) == Acquired(None)
+            assert take(either) is None
             assert not look(either, NODE).free
             go_silent(either, INTERVAL + 1)
             assert look(either, NODE).free
-            assert take(either).term == 2
+            assert must_take(either).term == 2
             assert not theirs.has_token()
             assert not theirs.try_to_acquire()
 
@@ -543,7 +581,7 @@ class TestWithBallerina:
             theirs.heartbeat()
         sighting = look(either, NODE, token)
         assert (sighting.renewed, sighting.holder, sighting.term) == (False, "ballerina", 2)
-        assert take(either) == Acquired(None)
+        assert take(either) is None
 
     def test_its_node_takes_what_we_release(self, either: Engine) -> None:
         """A token that we give back is free to a Ballerina node at its next tick."""
@@ -554,7 +592,7 @@ class TestWithBallerina:
             theirs = BallerinaNode(connection, "ballerina", GROUP, int(INTERVAL))
             assert theirs.try_to_acquire()
             assert theirs.has_token()
-        assert take(either).term == 3, "a holder without a heartbeat is free, as Ballerina has it"
+        assert must_take(either).term == 3, "a holder without a heartbeat is free, as Ballerina has it"
 
     def test_it_cannot_be_asked_to_resign(self, either: Engine) -> None:
         """We say that a Ballerina node cannot be asked, instead of asking in vain."""
@@ -613,7 +651,7 @@ class TestTimeZones:
             theirs.heartbeat()
             age = look(engine, NODE).age
             go_silent(engine, INTERVAL + 1)
-            assert take(engine, NODE).term == 2
+            assert must_take(engine, NODE).term == 2
             assert not theirs.try_to_acquire()
             connection.invalidate()
         assert age is not None

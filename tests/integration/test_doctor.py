@@ -150,7 +150,7 @@ def test_a_group_and_its_nodes(
         node = tokens.Node(name, str(uuid.uuid4()), "a-host", 1)
         with transaction(engine) as connection:
             tokens.register(connection, node, [GROUP], 30)
-            tokens.acquire(connection, node, GROUP, 30)
+            tokens.acquire(connection, node, [GROUP], 30)
         said.append(about(f"group {GROUP!r}", findings(pool, tmp_path)))
 
     start = f"`prefect worker start --pool {pool} --type warm-backup`"
@@ -292,7 +292,7 @@ def make_tables(url: str, pool: str) -> None:
         with transaction(engine) as connection:
             tokens.claim_groups(connection, pool, [GROUP])
             tokens.register(connection, node, [GROUP], 30)
-            tokens.acquire(connection, node, GROUP, 30)
+            tokens.acquire(connection, node, [GROUP], 30)
     engine.dispose()
 
 

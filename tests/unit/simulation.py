@@ -32,6 +32,7 @@ from taskadapter.coordination.messages import (
     Send,
     Sighting,
     Stopped,
+    Taken,
     Tick,
     Token,
     Unregister,
@@ -92,8 +93,11 @@ class Database:
     def see(self, incarnation: str, call: Call) -> object:
         """Return what a call would see if it did not lock first."""
         match call:
-            case Acquire(group_id=group_id):
-                return self.tokens.get(group_id), self.is_free(group_id, incarnation)
+            case Acquire(group_ids=group_ids):
+                return {
+                    group_id: (self.tokens.get(group_id), self.is_free(group_id, incarnation))
+                    for group_id in group_ids
+                }
             case Pulse(tokens=tokens):
                 return {token for token in tokens if self.tokens.get(token.group_id) == token}
             case _:
@@ -131,18 +135,18 @@ class Database:
         return Done()
 
     def _acquire(self, task_id: str, incarnation: str, call: Acquire, seen: object) -> Answer:
-        group_id = call.group_id
-        old = self.tokens.get(group_id, Token(group_id, "", 0))
-        free = self.is_free(group_id, incarnation)
-        if isinstance(seen, tuple):
-            old, free = seen[0] or Token(group_id, "", 0), seen[1]
-        if not free:
-            return Acquired(None)
-        new = Token(group_id, task_id, old.term + 1)
-        self.tokens[group_id] = new
-        self.takers[group_id, new.term] = incarnation
-        self.beats[task_id, group_id] = self.now
-        return Acquired(new.term, "free", call.sent_at)
+        saw: dict[str, tuple[Token | None, bool]] = seen if isinstance(seen, dict) else {}
+        taken = []
+        for group_id in call.group_ids:
+            now = self.tokens.get(group_id), self.is_free(group_id, incarnation)
+            old, free = saw.get(group_id, now)
+            if free:
+                new = Token(group_id, task_id, (old.term if old else 0) + 1)
+                self.tokens[group_id] = new
+                self.takers[group_id, new.term] = incarnation
+                self.beats[task_id, group_id] = self.now
+                taken.append(Taken(group_id, new.term, "free"))
+        return Acquired(tuple(taken), call.sent_at)
 
     def _pulse(self, task_id: str, incarnation: str, call: Pulse, seen: object) -> Answer:
         registered = self.nodes.get(task_id, ("", 0))[0] == incarnation
@@ -301,8 +305,7 @@ class World:
         heapq.heappush(self._happenings, (self.now + seconds, next(self._numbers), happening))
 
     def _obey(self, process: Process, done: Step) -> None:
-        if done.sentence:
-            process.log.append(f"{self.now:.2f} {done.sentence}")
+        process.log += [f"{self.now:.2f} {sentence}" for sentence in done.sentences]
         for action in done.actions:
             match action:
                 case Send(call):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -33,11 +33,15 @@ from taskadapter.coordination.messages import (
     Sighting,
     StopAsked,
     Stopped,
+    Taken,
     Tick,
     Token,
     Unregister,
 )
 from tests.unit.simulation import GROUPS, Network, Process, World
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
 
 TIMING = Timing(liveness_check_interval=6, heartbeat_frequency=1)
 TOKEN = Token("g", "node-1", 5)
@@ -57,6 +61,10 @@ class Node:
         )
         self.done = Step(self.lease)
 
+    @property
+    def said(self) -> list[str]:
+        return list(self.done.sentences)
+
     def tell(self, event: Event, now: float) -> tuple[Action, ...]:
         self.done = step(self.lease, event, now)
         self.lease = self.done.lease
@@ -69,6 +77,20 @@ class Node:
     def fail(self, now: float, reason: str = "no route", age: float | None = None) -> Any:
         assert self.lease.call is not None
         return self.tell(Failed(self.lease.call, reason, age), now)
+
+
+def many(group_ids: Collection[str], now: float) -> Node:
+    """A node that has seen that the tokens of its groups are free, and asks for them."""
+    node = Node(registered=True)
+    node.tell(Joined(frozenset(group_ids)), now)
+    node.answer(Done(), now)
+    node.answer(seen(*(sighting(group_id=group_id, free=True) for group_id in group_ids)), now)
+    return node
+
+
+def taken(term: int, reason: str, since: float = 0.0, *group_ids: str) -> Acquired:
+    """An answer that says that the token of a group, or of several, has been taken."""
+    return Acquired(tuple(Taken(group_id, term, reason) for group_id in group_ids or ("g",)), since)
 
 
 def sighting(**fields: Any) -> Sighting:
@@ -99,7 +121,7 @@ def active(standby: Node) -> Node:
     node = standby
     node.tell(Tick(), START + 1)
     node.answer(seen(sighting(free=True, age=6.5)), START + 1)
-    node.answer(Acquired(5, "node 'node-2' was silent for 6.5 s", START + 1), START + 1)
+    node.answer(taken(5, "node 'node-2' was silent for 6.5 s", START + 1), START + 1)
     return node
 
 
@@ -108,7 +130,7 @@ class TestTrust:
         """The deadline is the clock before the first heartbeat plus the interval less the margin."""
         standby.tell(Tick(), START + 1)
         standby.answer(seen(sighting(free=True)), START + 1.2)
-        (gained,) = standby.answer(Acquired(5, "it was released", START + 1.4), START + 1.9)[:1]
+        (gained,) = standby.answer(taken(5, "it was released", START + 1.4), START + 1.9)[:1]
         assert gained == Gained(TOKEN, START + 1.4 + 6 - 0.6, "it was released")
 
     def test_ends_at_the_deadline(self, active: Node) -> None:
@@ -140,24 +162,24 @@ class TestTrust:
         """A token that is free again at that very moment is not gained."""
         standby.tell(Tick(), START + 1)
         standby.answer(seen(sighting(free=True)), START + 1)
-        standby.answer(Acquired(5, "it was released", START + 1), START + 1 + 5.4)
+        standby.answer(taken(5, "it was released", START + 1), START + 1 + 5.4)
         assert "g" not in standby.lease.held
-        assert standby.done.sentence == "took g too late to trust it"
+        assert standby.said == ["took g too late to trust it"]
 
     def test_is_not_given_by_a_late_answer(self, standby: Node) -> None:
         """A token whose trust would be over already is not gained."""
         standby.tell(Tick(), START + 1)
         standby.answer(seen(sighting(free=True)), START + 1)
-        standby.answer(Acquired(5, "free"), START + 6.4)
+        standby.answer(taken(5, "free"), START + 6.4)
         assert not standby.lease.held
-        assert standby.done.sentence == "took g too late to trust it"
+        assert standby.said == ["took g too late to trust it"]
 
     def test_ends_at_once_if_another_node_has_the_token(self, active: Node) -> None:
         """An answer that says "not mine" does not wait for the deadline."""
         active.tell(Tick(), START + 2)
         lost = active.answer(seen(sighting(term=6)), START + 2.1)[0]
         assert lost == Lost(TOKEN, "node 'node-2' has it in term 6")
-        assert active.done.sentence == ("standby for g after term 5: node 'node-2' has it in term 6")
+        assert active.said == ["standby for g after term 5: node 'node-2' has it in term 6"]
 
     def test_ends_at_once_if_another_process_has_the_name(self, active: Node) -> None:
         """A node whose name another process has taken gives up everything, and asks again."""
@@ -172,13 +194,13 @@ class TestTrust:
         """No answer is no verdict: the node goes on, says why once, and then steps down."""
         active.tell(Tick(), START + 2)
         active.fail(START + 2.1)
-        assert active.done.sentence == "no route"
+        assert active.said == ["no route"]
         active.tell(Tick(), active.lease.wake_at())
         active.fail(START + 3)
-        assert active.done.sentence == ""
+        assert active.said == []
         assert active.lease.trusts("g", START + 3)
         active.tell(Tick(), START + 6.4)
-        assert active.done.sentence == ("standby for g after term 5: not confirmed in time: no route")
+        assert active.said == ["standby for g after term 5: not confirmed in time: no route"]
 
     def test_is_not_regained_in_the_same_term(self, active: Node) -> None:
         """After it stepped down, the node takes its own token over, at once and in a new term."""
@@ -187,7 +209,7 @@ class TestTrust:
         active.fail(START + 6.5)
         active.tell(Tick(), active.lease.wake_at())
         (sent,) = active.answer(seen(own), START + 7)
-        assert sent == Send(Acquire(START + 7, "g"))
+        assert sent == Send(Acquire(START + 7, ("g",)))
 
 
 class TestCalls:
@@ -209,7 +231,7 @@ class TestCalls:
     def test_an_answer_to_another_call_is_ignored(self, standby: Node) -> None:
         """What nobody waits for any more changes nothing."""
         before = standby.lease
-        assert standby.tell(Answered(Acquire(1.0, "g"), Acquired(9, "free")), START + 0.5) == ()
+        assert standby.tell(Answered(Acquire(1.0, ("g",)), taken(9, "free")), START + 0.5) == ()
         assert standby.lease == before
 
     def test_back_off_and_come_back(self, standby: Node) -> None:
@@ -223,18 +245,60 @@ class TestCalls:
         assert waits == pytest.approx([0.25, 0.5, 1, 2, 2, 2, 2])
         standby.tell(Tick(), now)
         standby.answer(seen(sighting()), now)
-        assert standby.done.sentence == "the database answers again, after 9.8 s"
+        assert standby.said == ["the database answers again, after 9.8 s"]
 
     def test_a_hint_brings_the_next_look_forward(self, standby: Node) -> None:
         """A hint about one of its groups makes a standby look now, about another group not."""
         assert standby.tell(Hint("other"), START + 0.1) == ()
         assert standby.tell(Hint("g"), START + 0.1) == (Send(Pulse(START + 0.1)),)
 
+    def test_many_tokens_are_taken_with_one_call(self) -> None:
+        """A takeover of many groups is one call; of each that was free there is a line."""
+        node = many("abc", START)
+        assert node.lease.call == Acquire(START, ("a", "b", "c"))
+        node.answer(taken(5, "free", START, "a", "c"), START + 0.1)
+        assert node.said == ["active for a in term 5: free", "active for c in term 5: free"]
+        assert [node.lease.trusts(group_id, START + 2) for group_id in "abc"] == [True, False, True]
+        assert node.lease.call is None
+
+    def test_so_many_that_a_heartbeat_need_not_wait(self) -> None:
+        """The rest are taken with the next call, or after the heartbeat that is due."""
+        names = [f"g{n:04d}" for n in range(1000)]
+        node = many(names, START)
+        calls = [node.lease.call]
+        while isinstance(node.lease.call, Acquire):
+            node.answer(Acquired(), START)
+            calls.append(node.lease.call)
+        asked = [call.group_ids for call in calls if isinstance(call, Acquire)]
+        assert [name for group_ids in asked for name in group_ids] == names
+        assert max(map(len, asked)) < 1000
+
+    def test_a_row_that_somebody_has_locked_holds_up_no_other(self) -> None:
+        """Once a call for several has failed each is asked for by itself, those that fail at the end."""
+        node, asked, now = many("abc", START), [], START
+        for _ in range(6):
+            while not isinstance(node.lease.call, Acquire):
+                now = max(now, node.lease.wake_at())
+                node.tell(Tick(), now)
+                if isinstance(node.lease.call, Pulse):
+                    free = set("abc") - node.lease.held.keys()
+                    confirmed = [
+                        sighting(group_id=g, holder="node-1", term=5, renewed=True) for g in node.lease.held
+                    ]
+                    node.answer(seen(*confirmed, *(sighting(group_id=g, free=True) for g in free)), now)
+            asked.append("".join(node.lease.call.group_ids))
+            if "a" in node.lease.call.group_ids:
+                now += 1
+                node.fail(now)
+            else:
+                node.answer(taken(5, "free", now, *node.lease.call.group_ids), now)
+        assert asked == ["abc", "a", "b", "c", "a", "a"]
+
     def test_an_answer_to_nothing_that_was_asked_is_a_mistake(self, standby: Node) -> None:
         """It is ours, and not to be passed over."""
         standby.tell(Tick(), START + 1)
         with pytest.raises(TypeError, match="does not answer"):
-            standby.answer(Acquired(5, "free", START), START + 1)
+            standby.answer(taken(5, "free", START), START + 1)
 
     def test_a_slow_one_is_broken_off_again_and_again(self, standby: Node) -> None:
         """Each call has its own time, however the one before it has ended."""
@@ -262,13 +326,13 @@ class TestCalls:
         active.tell(ReleaseAsked("g"), START + 1.5)
         assert active.fail(START + 2) == ()
         assert not active.lease.stopped
-        assert active.done.sentence == "no route"
+        assert active.said == ["no route"]
 
     def test_a_lost_race_ends_the_attempt(self, standby: Node) -> None:
         """If another node was faster, this one goes on looking."""
         standby.tell(Tick(), START + 1)
         standby.answer(seen(sighting(free=True)), START + 1)
-        assert standby.answer(Acquired(None), START + 1.1) == ()
+        assert standby.answer(Acquired(), START + 1.1) == ()
         assert standby.lease.wake_at() == START + 2
 
 
@@ -289,7 +353,7 @@ class TestHandover:
             assert active.tell(Tick(), now) == (Send(Pulse(now)),)
             assert active.answer(free, now) == ()
         active.tell(Tick(), START + 5)
-        assert active.answer(free, START + 5) == (Send(Acquire(START + 5, "g")),)
+        assert active.answer(free, START + 5) == (Send(Acquire(START + 5, ("g",))),)
 
     def test_a_release_is_of_what_is_held(self, active: Node) -> None:
         """Of several groups that a node leaves, also of those after one that it does not hold."""
@@ -318,14 +382,14 @@ class TestHandover:
         """If the release fails the node stops all the same: its token becomes free by itself."""
         active.tell(StopAsked(), START + 1.5)
         assert active.fail(START + 2) == (Stopped(),)
-        assert active.done.sentence == "no route"
+        assert active.said == ["no route"]
 
     def test_stopping_releases_what_was_just_won(self, standby: Node) -> None:
         """A token that arrives after the request to stop goes straight back."""
         standby.tell(Tick(), START + 1)
         standby.answer(seen(sighting(free=True)), START + 1)
         standby.tell(StopAsked(), START + 1.1)
-        assert standby.answer(Acquired(5, "free", START + 1), START + 1.2) == (
+        assert standby.answer(taken(5, "free", START + 1), START + 1.2) == (
             Send(Release(START + 1.2, (TOKEN,))),
         )
 
@@ -345,11 +409,11 @@ class TestName:
         node = Node()
         node.tell(Tick(), START)
         node.fail(START, "in use", age=4.0)
-        assert node.done.sentence == "in use"
+        assert node.said == ["in use"]
         assert node.lease.wake_at() == START + 1
         node.tell(Tick(), START + 1)
         node.fail(START + 1, "in use", age=5.0)
-        assert node.done.sentence == ""
+        assert node.said == []
         assert node.lease.wake_at() == pytest.approx(START + 2, abs=0.02)
         node.tell(Tick(), START + 2.01)
         assert node.answer(Done(), START + 2.02) == (Send(Pulse(START + 2.02)),)
@@ -361,7 +425,7 @@ class TestName:
         node.fail(START, "in use", age=0.9)
         node.tell(Tick(), START + 1)
         assert node.fail(START + 1, "in use", age=0.9) == (Refused("in use"),)
-        assert node.done.sentence == "in use"
+        assert node.said == ["in use"]
         assert node.lease.wake_at() == float("inf")
 
     @pytest.mark.parametrize(("moves", "lives"), [(0.5, False), (0.51, True)])
@@ -391,17 +455,17 @@ class TestSentences:
 
     def test_that_it_is_active(self, active: Node) -> None:
         """For which group, in which term, and why."""
-        assert active.done.sentence == "active for g in term 5: node 'node-2' was silent for 6.5 s"
+        assert active.said == ["active for g in term 5: node 'node-2' was silent for 6.5 s"]
 
     def test_that_it_is_asked_to_hand_over(self, active: Node) -> None:
         """Once; a renewal as such is nothing to tell."""
         active.tell(Tick(), START + 2)
         active.answer(RENEWED, START + 2)
-        assert active.done.sentence == ""
+        assert active.said == []
         active.tell(Tick(), START + 3)
         asked = sighting(holder="node-1", term=5, renewed=True, resign_requested=True)
         active.answer(seen(asked), START + 3)
-        assert active.done.sentence == "asked to hand over g"
+        assert active.said == ["asked to hand over g"]
 
     @pytest.mark.parametrize(
         ("found", "why"),
@@ -415,7 +479,7 @@ class TestSentences:
         """As far as the database knows."""
         active.tell(Tick(), START + 2)
         active.answer(seen(*found), START + 2)
-        assert active.done.sentence == f"standby for g after term 5: {why}"
+        assert active.said == [f"standby for g after term 5: {why}"]
 
 
 class TestTiming:
