@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from taskadapter.agent.plans import plan_of
 from taskadapter.coordination import ledger, progress
-from taskadapter.coordination.dialects import transaction
+from taskadapter.coordination.engines import transaction
 from taskadapter.coordination.executions import moment
 from taskadapter.rules import ticks
 

@@ -74,7 +74,7 @@ def status(
     as_json: Annotated[bool, Parameter(name="--json", help="Print it as JSON.")] = False,
 ) -> None:
     """Show the groups, who is active for them, and the nodes."""
-    from taskadapter.coordination.dialects import transaction
+    from taskadapter.coordination.engines import transaction
     from taskadapter.coordination.overview import read_status
 
     domain, engine = _domain(pool)
@@ -97,7 +97,7 @@ def status(
 @app.command
 def resign(group: str, /, *, pool: Pool = None) -> None:
     """Ask the active node of a group to hand over to a standby, once its runs have ended."""
-    from taskadapter.coordination.dialects import transaction
+    from taskadapter.coordination.engines import transaction
     from taskadapter.coordination.tokens import request_resign
 
     _, engine = _domain(pool)
@@ -172,7 +172,7 @@ def doctor(
 @database.command
 def init(*, pool: Pool = None) -> None:
     """Make the tables that the database lacks; agents do so themselves where they may."""
-    from taskadapter.coordination.dialects import translated
+    from taskadapter.coordination.faults import translated
     from taskadapter.coordination.schema import create_missing
 
     _, engine = _domain(pool)
@@ -188,7 +188,8 @@ def upgrade(*, pool: Pool = None) -> None:
     No node of the older release may run meanwhile.
     """
     from taskadapter.coordination import schema
-    from taskadapter.coordination.dialects import transaction, translated
+    from taskadapter.coordination.engines import transaction
+    from taskadapter.coordination.faults import translated
 
     _, engine = _domain(pool)
     with translated(engine.url), engine.connect() as connection:
@@ -214,7 +215,7 @@ def sql(*, pool: Pool = None) -> None:
 
 def _domain(pool: str | None) -> tuple[Domain, Engine]:
     """Return a pool's domain, and an engine on its database."""
-    from taskadapter.coordination.dialects import open_engine
+    from taskadapter.coordination.engines import open_engine
     from taskadapter.prefect_api.client import api_client
     from taskadapter.prefect_api.pool import Domain
     from taskadapter.settings import TaskadapterSettings

@@ -112,9 +112,7 @@ class Teller:
             while True:
                 try:
                     return await tell()
-                except ObjectNotFound:
-                    return None
-                except API_FAULTS as fault:
+                except (ObjectNotFound, *API_FAULTS) as fault:
                     if is_gone(fault):
                         return None
                     if not self._patient or _is_for_good(fault):

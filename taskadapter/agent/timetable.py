@@ -30,6 +30,7 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.responses import DeploymentResponse, OrchestrationResult, SetStateStatus
 from prefect.client.schemas.sorting import FlowRunSort
+from prefect.exceptions import ObjectNotFound
 from prefect.states import Pending
 
 from taskadapter.agent.plans import MADE_AHEAD, Line, Plan, begin, plan_of
@@ -294,12 +295,15 @@ class Timetable:
         if self._lines.get(line.deployment_id) is not line:
             return None  # its job has ended meanwhile
         try:
-            run = await create_tick(self._client, line.deployment_id, line.plan.schedule_id, tick)
-        except httpx.HTTPStatusError as fault:
+            return await self._made(line, tick)
+        except (ObjectNotFound, httpx.HTTPStatusError) as fault:
             if not is_gone(fault):
                 raise
             line.held = True  # the deployment is gone
             return None
+
+    async def _made(self, line: Line, tick: datetime) -> FlowRun | None:
+        run = await create_tick(self._client, line.deployment_id, line.plan.schedule_id, tick)
         if run.state is not None and run.state.is_scheduled():
             if run.work_queue_id == line.plan.queue_id:
                 return run

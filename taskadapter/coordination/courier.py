@@ -11,17 +11,9 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, assert_never
 
 from taskadapter.coordination.board import clock
-from taskadapter.coordination.dialects import (
-    Interrupter,
-    Timeouts,
-    exclusive,
-    file_of,
-    hear,
-    listen,
-    open_engine,
-    translated,
-    where,
-)
+from taskadapter.coordination.dialects import Interrupter, hear, listen
+from taskadapter.coordination.engines import Timeouts, exclusive, file_of, open_engine
+from taskadapter.coordination.faults import translated, where
 from taskadapter.coordination.messages import (
     Acquire,
     Answered,
@@ -42,7 +34,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection
 
-    from taskadapter.coordination.dialects import Database
+    from taskadapter.coordination.engines import Database
     from taskadapter.coordination.lease import Timing
     from taskadapter.coordination.messages import Answer, Call, Event
     from taskadapter.coordination.tokens import Node

@@ -41,7 +41,7 @@ from taskadapter.coordination.tokens import Node
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
-    from taskadapter.coordination.dialects import Database
+    from taskadapter.coordination.engines import Database
     from taskadapter.coordination.lease import Step
     from taskadapter.coordination.messages import Action, Event, Token
 

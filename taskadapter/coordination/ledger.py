@@ -19,7 +19,7 @@ from sqlalchemy import and_, delete, exists, func, insert, or_, select, union_al
 from sqlalchemy.exc import IntegrityError
 
 from taskadapter.coordination import progress
-from taskadapter.coordination.dialects import database_now, ensure_row, seconds_since
+from taskadapter.coordination.dialects import database_now, ensure_rows, seconds_since
 from taskadapter.coordination.executions import (
     ABANDONED,
     SKIPPED,
@@ -166,7 +166,7 @@ def skip(connection: Connection, execution: Execution, owner: Owner, reason: str
     """Enter that a tick is not run, and why; nothing happens if its body has begun."""
     if _locked(connection, execution.key) is None:
         values = {"begun": None, "ended": database_now(), "outcome": SKIPPED, "reason": reason}
-        ensure_row(connection, ledger, {**_values(execution, owner, None), **values})
+        ensure_rows(connection, ledger, {**_values(execution, owner, None), **values})
 
 
 def history(connection: Connection, job_id: str, limit: int) -> list[Past]:

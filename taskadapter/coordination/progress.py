@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import and_, delete, select, update
 
-from taskadapter.coordination.dialects import database_now, ensure_row, seconds_since, upsert
+from taskadapter.coordination.dialects import database_now, ensure_rows, seconds_since, upsert
 from taskadapter.coordination.executions import Switches
 from taskadapter.coordination.schema import job_progress
 from taskadapter.coordination.tokens import require_token
@@ -218,7 +218,7 @@ def _locked_job(connection: Connection, job_id: str, trigger_slug: str) -> Row[A
             "run_count": 0,
             "updated": database_now(),
         }
-        ensure_row(connection, job_progress, first)
+        ensure_rows(connection, job_progress, first)
         row = connection.execute(query).one()
     return row
 

@@ -30,7 +30,7 @@ from sqlalchemy.dialects.mysql import LONGTEXT, TIMESTAMP
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.schema import CreateColumn, CreateTable
 
-from taskadapter.coordination.dialects import database_now, ensure_row, widen
+from taskadapter.coordination.dialects import database_now, ensure_rows, widen
 from taskadapter.errors import SchemaError
 
 if TYPE_CHECKING:
@@ -224,7 +224,7 @@ def create_missing(connection: Connection) -> tuple[str, ...]:
         return ()
     # What says which release's they are comes first: nobody takes half of them for an older one's.
     _create(connection, schema_step)
-    ensure_row(connection, schema_step, {"step": VERSION, "done": database_now()})
+    ensure_rows(connection, schema_step, {"step": VERSION, "done": database_now()})
     connection.commit()
     for name in missing:
         _create(connection, metadata.tables[name])
@@ -282,7 +282,7 @@ def upgrade(connection: Connection) -> tuple[int, ...]:
     for number in done:
         _STEPS[number](connection)
         _create(connection, schema_step)
-        ensure_row(connection, schema_step, {"step": number, "done": database_now()})
+        ensure_rows(connection, schema_step, {"step": number, "done": database_now()})
         connection.commit()
     return done
 

@@ -206,7 +206,7 @@ def connect(database_url: str) -> None:
     Raises:
         CoordinationError: the database does not answer, or refuses.
     """
-    from taskadapter.coordination.dialects import translated
+    from taskadapter.coordination.faults import translated
 
     engine = _engine(database_url)
     with translated(engine.url), engine.connect():
@@ -240,7 +240,7 @@ def ask(database_url: str, question: Callable[[Connection], T]) -> T:
 
 @contextmanager
 def _transaction(database_url: str) -> Iterator[Connection]:
-    from taskadapter.coordination.dialects import transaction
+    from taskadapter.coordination.engines import transaction
 
     with transaction(_engine(database_url)) as connection:
         yield connection
@@ -250,7 +250,7 @@ def _engine(url: str) -> Engine:
     """Return this process's engine: for SQLite one for each file that ever had the name."""
     from sqlalchemy import make_url
 
-    from taskadapter.coordination.dialects import file_of
+    from taskadapter.coordination.engines import file_of
 
     return _engine_on(url, file_of(make_url(url)))
 
@@ -262,7 +262,7 @@ def _engine_on(url: str, _file: tuple[int, int] | None) -> Engine:
     SQLAlchemy is imported here, by the processes that use it: Prefect imports our modules for each of
     its commands.
     """
-    from taskadapter.coordination.dialects import Timeouts, open_engine
+    from taskadapter.coordination.engines import Timeouts, open_engine
 
     return open_engine(url, timeouts=Timeouts(idle=IDLE_SECONDS))
 
@@ -270,7 +270,7 @@ def _engine_on(url: str, _file: tuple[int, int] | None) -> Engine:
 def _create_tables(database_url: str) -> None:
     """Create the tables that the database lacks."""
     from taskadapter.coordination import schema
-    from taskadapter.coordination.dialects import translated
+    from taskadapter.coordination.faults import translated
 
     engine = _engine(database_url)
     with translated(engine.url), engine.connect() as connection:

@@ -38,7 +38,7 @@ from sqlalchemy import (
 from taskadapter.coordination.board import clock
 from taskadapter.coordination.dialects import (
     database_now,
-    ensure_row,
+    ensure_rows,
     ensured,
     has_writable_ctes,
     limit_idle,
@@ -134,8 +134,8 @@ def claim_groups(connection: Connection, work_pool: str, group_ids: Collection[s
 
     The nodes of two pools would stand in for each other's jobs, which they do not run.
     """
-    for group_id in sorted(group_ids):
-        ensure_row(connection, group, {"group_id": group_id, "work_pool": work_pool})
+    if group_ids:
+        ensure_rows(connection, group, [{"group_id": g, "work_pool": work_pool} for g in sorted(group_ids)])
     return groups_of_others(connection, work_pool, group_ids)
 
 

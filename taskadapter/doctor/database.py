@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from taskadapter.agent.worker import WarmBackupWorker
 from taskadapter.coordination import schema
-from taskadapter.coordination.dialects import open_engine, transaction, where
+from taskadapter.coordination.engines import open_engine, transaction
+from taskadapter.coordination.faults import where
 from taskadapter.coordination.messages import FOREIGN_GROUP
 from taskadapter.coordination.overview import Status, check_rights, read_status
 from taskadapter.coordination.tokens import groups_of_others

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import URL
 
 from taskadapter.agent.worker import WarmBackupWorker
-from taskadapter.coordination.dialects import url_of, where
+from taskadapter.coordination.engines import url_of
+from taskadapter.coordination.faults import where
 from taskadapter.declare.triggers import DEFAULT_QUEUE, WarmBackupConfig
 from taskadapter.doctor.findings import Finding, error, ok, warning
 from taskadapter.errors import CoordinationError, DeclarationError

@@ -13,6 +13,7 @@ from uuid import UUID
 
 import httpx
 from prefect.client.orchestration import PrefectClient, get_client
+from prefect.exceptions import ObjectNotFound
 from prefect.settings import get_current_settings
 from prefect.utilities.asyncutils import run_coro_as_sync
 from pydantic import ValidationError
@@ -32,8 +33,10 @@ API_FAULTS = (httpx.HTTPError, ValidationError, JSONDecodeError)
 
 
 def is_gone(fault: Exception) -> bool:
-    """Return whether there is no such thing: not each method of the client raises ObjectNotFound then."""
-    return isinstance(fault, httpx.HTTPStatusError) and fault.response.status_code == httpx.codes.NOT_FOUND
+    """Return whether there is no such thing: methods of the client raise one or the other fault then."""
+    if isinstance(fault, httpx.HTTPStatusError):
+        return fault.response.status_code == httpx.codes.NOT_FOUND
+    return isinstance(fault, ObjectNotFound)
 
 
 def in_words(fault: Exception) -> str:

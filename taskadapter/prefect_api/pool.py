@@ -131,7 +131,7 @@ def password_of(config: WarmBackupConfig) -> str | None:
 def _split(config: WarmBackupConfig) -> tuple[str | None, str | None]:
     if config.database_config is None:
         return None, None
-    from taskadapter.coordination.dialects import url_of
+    from taskadapter.coordination.engines import url_of
 
     url: URL = url_of(config.database_config)
     return url._replace(password=None).render_as_string(), url.password
@@ -139,6 +139,6 @@ def _split(config: WarmBackupConfig) -> tuple[str | None, str | None]:
 
 def with_password(url: str, password: str) -> str:
     """Return a database's URL with its password in it: never log it."""
-    from taskadapter.coordination.dialects import url_of
+    from taskadapter.coordination.engines import url_of
 
     return url_of(url).set(password=password).render_as_string(hide_password=False)

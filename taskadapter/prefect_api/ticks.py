@@ -70,7 +70,7 @@ async def create_tick(
         The run, made now or before, by us or by Prefect's scheduler.
 
     Raises:
-        ObjectNotFound: there is no such deployment.
+        HTTPStatusError: the API refuses it; with status 404, there is no such deployment.
     """
     state: State[Any] = Scheduled(scheduled_time=due)
     key = ticks.tick_key(deployment_id, schedule_id, due)

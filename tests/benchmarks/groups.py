@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from taskadapter.coordination.dialects import Timeouts, exclusive, open_engine
+from taskadapter.coordination.engines import Timeouts, exclusive, open_engine
 from taskadapter.coordination.messages import Token
 from taskadapter.coordination.schema import create_missing
 from taskadapter.coordination.tokens import Node, acquire, pulse, register

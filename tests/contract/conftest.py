@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import Engine, QueuePool, delete
 
 from taskadapter.coordination import schema
-from taskadapter.coordination.dialects import open_engine
+from taskadapter.coordination.engines import open_engine
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from sqlalchemy import Connection, Engine, text
 
-from taskadapter.coordination.dialects import transaction
+from taskadapter.coordination.engines import transaction
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

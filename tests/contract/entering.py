@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from sqlalchemy import insert, select, update
 
 from taskadapter.coordination import ledger
-from taskadapter.coordination.dialects import transaction
+from taskadapter.coordination.engines import transaction
 from taskadapter.coordination.executions import Begun, Execution, Limits, Owner, tick_key
 from taskadapter.coordination.messages import Token
 from taskadapter.coordination.schema import job_progress, token_holder

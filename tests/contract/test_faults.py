@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import Engine, text
 
 from taskadapter.coordination import schema
-from taskadapter.coordination.dialects import Timeouts, open_engine, transaction, url_of
+from taskadapter.coordination.engines import Timeouts, open_engine, transaction, url_of
 from taskadapter.coordination.overview import check_rights, read_status
 from taskadapter.coordination.progress import load_state
 from taskadapter.coordination.tokens import Node, acquire

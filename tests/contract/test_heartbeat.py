@@ -15,7 +15,7 @@ from sqlalchemy import Engine, text
 from deployments.local import wait_until
 from taskadapter.coordination import schema
 from taskadapter.coordination.board import NEVER, DeadlineBoard, clock
-from taskadapter.coordination.dialects import open_engine, transaction
+from taskadapter.coordination.engines import open_engine, transaction
 from taskadapter.coordination.heartbeat import Change, Heartbeat
 from taskadapter.coordination.messages import Gained, Lost, Refused, ResignAsked, Stopped, Token
 from taskadapter.coordination.overview import read_status

@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import Engine, select, update
 
 from taskadapter.coordination import store
-from taskadapter.coordination.dialects import open_engine, transaction
+from taskadapter.coordination.engines import open_engine, transaction
 from taskadapter.coordination.executions import Switches
 from taskadapter.coordination.messages import Token
 from taskadapter.coordination.progress import (

@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import Engine, delete, text
 
 from taskadapter.coordination import ledger, progress, schema
-from taskadapter.coordination.dialects import transaction
+from taskadapter.coordination.engines import transaction
 from taskadapter.coordination.executions import (
     ABANDONED,
     Begun,
@@ -111,7 +111,7 @@ class TestCount:
 
 RACER = """
 import sys
-from taskadapter.coordination.dialects import open_engine, transaction
+from taskadapter.coordination.engines import open_engine, transaction
 from taskadapter.coordination.executions import Limits
 from taskadapter.coordination.ledger import begin
 from tests.contract.entering import ALONE, tick, told

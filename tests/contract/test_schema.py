@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import Engine, text
 
 from taskadapter.coordination import schema, store
-from taskadapter.coordination.dialects import transaction
+from taskadapter.coordination.engines import transaction
 from taskadapter.coordination.tokens import Node, acquire, pulse, register
 from tests.contract.databases import BALLERINA_TABLES, BallerinaNode, race
 

@@ -19,7 +19,7 @@ from sqlalchemy import delete, insert, update
 from taskadapter.agent import runs
 from taskadapter.agent.runs import Todo, decide
 from taskadapter.coordination import ledger, progress, schema
-from taskadapter.coordination.dialects import transaction
+from taskadapter.coordination.engines import transaction
 from taskadapter.coordination.executions import (
     ABANDONED,
     Begun,

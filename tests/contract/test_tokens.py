@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import Connection, Engine, delete, func, select, text, update
 
 from taskadapter.coordination import schema
-from taskadapter.coordination.dialects import open_engine, transaction
+from taskadapter.coordination.engines import open_engine, transaction
 from taskadapter.coordination.messages import Sighting, Taken, Token
 from taskadapter.coordination.overview import read_status, read_tenures
 from taskadapter.coordination.tokens import (

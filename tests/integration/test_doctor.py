@@ -30,7 +30,7 @@ from sqlalchemy import make_url, text
 from deployments.local import environment, free_port
 from taskadapter import deploy, doctor, schedule_job_recur_by_frequency
 from taskadapter.coordination import tokens
-from taskadapter.coordination.dialects import open_engine, transaction
+from taskadapter.coordination.engines import open_engine, transaction
 from taskadapter.coordination.schema import create_missing
 from taskadapter.declare.registry import listeners
 from taskadapter.doctor import server

@@ -6,7 +6,7 @@ import pytest
 from prefect.settings import get_current_settings
 from pydantic import ValidationError
 
-from taskadapter.coordination.dialects import url_of
+from taskadapter.coordination.engines import url_of
 from taskadapter.settings import TaskadapterSettings
 
 PREFIX = "PREFECT_INTEGRATIONS_TASKADAPTER_"

@@ -1,0 +1,267 @@
+"""How a database is named and opened: sessions that behave alike whatever the server's defaults."""
+
+from __future__ import annotations
+
+import math
+import os
+import sqlite3
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from sqlalchemy import create_engine, event, make_url
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import ArgumentError, DBAPIError
+
+from taskadapter.coordination.faults import translated, where
+from taskadapter.errors import CoordinationError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sqlalchemy import Connection, Engine
+    from sqlalchemy.engine.interfaces import DBAPIConnection
+
+__all__ = [
+    "Database",
+    "Timeouts",
+    "exclusive",
+    "file_of",
+    "open_engine",
+    "transaction",
+    "url_of",
+]
+
+
+class DatabaseConfig(Protocol):
+    """What `PostgresqlConfig`, `MysqlConfig` and `SqliteConfig` have in common."""
+
+    @property
+    def kind(self) -> Literal["postgresql", "mysql", "sqlite"]:
+        """Which database it is."""
+
+
+Database = DatabaseConfig | URL | str
+"""How a caller may name a database."""
+
+_DRIVERS = {
+    "postgresql": "postgresql+psycopg",
+    "mysql": "mysql+pymysql",
+    "mariadb": "mysql+pymysql",
+    "sqlite": "sqlite+pysqlite",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timeouts:
+    """How long a call may take, in seconds.
+
+    `connect` is for a new connection (the PostgreSQL driver waits at least 2). `statement` is for
+    one statement, lock waits included. `idle`, if not None, is after how long the *server* drops a
+    session that went silent, in a transaction on PostgreSQL and anywhere on MySQL, so that a frozen
+    client does not keep its locks.
+    """
+
+    connect: float = 5.0
+    statement: float = 10.0
+    idle: float | None = None
+
+
+def url_of(database: Database) -> URL:
+    """Return the SQLAlchemy URL of a database, with the driver that this package uses.
+
+    Raises:
+        CoordinationError: it is of another kind, or no URL.
+    """
+    if isinstance(database, str | URL):
+        try:
+            url = make_url(database)
+        except (ArgumentError, ValueError):  # which may have the password in their words
+            raise CoordinationError(
+                "the URL of the coordination database cannot be read; write it as "
+                "postgresql://USER@HOST:PORT/DATABASE, mysql://USER@HOST:PORT/DATABASE or sqlite:////FILE, "
+                "and special characters in a password as %XX"
+            ) from None
+        return url.set(drivername=_driver(url.get_backend_name()))
+    if database.kind == "sqlite":
+        return URL.create(_DRIVERS["sqlite"], database=str(database.path))  # type: ignore[attr-defined]
+    return _server_url(database)
+
+
+def _driver(kind: str) -> str:
+    if kind not in _DRIVERS:
+        raise CoordinationError(
+            f"{kind}: not a database that nodes can coordinate through; use postgresql, mysql or sqlite"
+        )
+    return _DRIVERS[kind]
+
+
+def _server_url(config: Any) -> URL:
+    return URL.create(
+        _DRIVERS[config.kind],
+        username=config.user,
+        password=config.password.get_secret_value() if config.password else None,
+        host=config.host,
+        port=config.port,
+        database=config.database,
+    )
+
+
+def open_engine(database: Database, *, timeouts: Timeouts | None = None, pre_ping: bool = True) -> Engine:
+    """Return an engine whose sessions all behave alike, whatever the server's defaults.
+
+    They are in UTC and READ COMMITTED, give up in time, and on SQLite lock at `BEGIN`. Nothing is
+    connected yet. `pre_ping` replaces a pooled connection that died, at one round trip a checkout.
+
+    Raises:
+        CoordinationError: the URL cannot be used, or its driver is not installed.
+    """
+    timeouts = timeouts or Timeouts()
+    url = url_of(database)
+    name = url.get_backend_name()
+    try:
+        engine = create_engine(
+            url,
+            pool_pre_ping=pre_ping,
+            # Statements carry job state, which belongs in no log.
+            hide_parameters=True,
+            connect_args=_CONNECT_ARGS[name](timeouts),
+            **({} if name == "sqlite" else {"isolation_level": _ISOLATION}),
+        )
+    except ImportError as error:
+        raise CoordinationError(
+            f"{where(url)}: its driver cannot be imported ({error}); `pip install '{_PACKAGES[name]}'`"
+        ) from error
+    _PREPARE[name](engine, timeouts)
+    return engine
+
+
+_PACKAGES = {"postgresql": "psycopg[binary]", "mysql": "taskadapter[mysql]"}
+
+
+# A second statement must see what was committed while the first one waited for a lock.
+_ISOLATION = "READ COMMITTED"
+
+
+def _postgresql_connect_args(timeouts: Timeouts) -> dict[str, Any]:
+    return {
+        "connect_timeout": max(2, math.ceil(timeouts.connect)),
+        "tcp_user_timeout": math.ceil(timeouts.statement * 1000),
+        "keepalives_idle": 5,
+        "keepalives_interval": 2,
+        "keepalives_count": 3,
+        "application_name": "taskadapter",
+    }
+
+
+def _mysql_connect_args(timeouts: Timeouts) -> dict[str, Any]:
+    from pymysql.constants import CLIENT  # an extra, which need not be installed
+
+    return {
+        "connect_timeout": max(1, math.ceil(timeouts.connect)),
+        "read_timeout": timeouts.statement,
+        "write_timeout": timeouts.statement,
+        "charset": "utf8mb4",
+        "client_flag": CLIENT.FOUND_ROWS | CLIENT.MULTI_STATEMENTS,
+    }
+
+
+def _sqlite_connect_args(timeouts: Timeouts) -> dict[str, Any]:
+    return {"timeout": timeouts.statement, "check_same_thread": False}
+
+
+_CONNECT_ARGS = {
+    "postgresql": _postgresql_connect_args,
+    "mysql": _mysql_connect_args,
+    "sqlite": _sqlite_connect_args,
+}
+
+
+def _prepare_postgresql(engine: Engine, timeouts: Timeouts) -> None:
+    # Not connection options: PgBouncer refuses those.
+    milliseconds = math.ceil(timeouts.statement * 1000)
+    settings = f"SET TIME ZONE 'UTC'; SET statement_timeout = {milliseconds}"
+    settings += f"; SET SESSION CHARACTERISTICS AS TRANSACTION ISOLATION LEVEL {_ISOLATION}"
+    if timeouts.idle is not None:
+        idle = math.ceil(timeouts.idle * 1000)
+        settings += f"; SET idle_in_transaction_session_timeout = {idle}"
+    _on_connect(engine, settings)
+
+
+def _prepare_mysql(engine: Engine, timeouts: Timeouts) -> None:
+    # Without strict mode a name that is too long for its column would be cut.
+    settings = (
+        "SET time_zone = '+00:00', sql_mode = CONCAT(@@sql_mode, ',STRICT_TRANS_TABLES'), "
+        f"innodb_lock_wait_timeout = {max(1, math.floor(timeouts.statement))}"
+    )
+    if timeouts.idle is not None:
+        settings += f", wait_timeout = {max(2, math.ceil(timeouts.idle))}"
+    _on_connect(engine, settings)
+
+
+def _on_connect(engine: Engine, settings: str) -> None:
+    @event.listens_for(engine, "connect")
+    def apply(connection: DBAPIConnection, _record: object) -> None:
+        cursor = connection.cursor()
+        cursor.execute(settings)
+        cursor.close()
+        connection.commit()
+
+
+def _prepare_sqlite(engine: Engine, _timeouts: Timeouts) -> None:
+    @event.listens_for(engine, "connect")
+    def apply(connection: Any, _record: object) -> None:
+        # The driver would begin late and without a lock; `begin` below does it.
+        connection.isolation_level = None
+        # Refused while another process is about to do the same.
+        with suppress(sqlite3.OperationalError):
+            connection.execute("PRAGMA journal_mode = WAL")
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        # SQLite has no row locks: a transaction owns the file from its start.
+        if connection.get_execution_options().get("isolation_level") != "AUTOCOMMIT":
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+_PREPARE = {
+    "postgresql": _prepare_postgresql,
+    "mysql": _prepare_mysql,
+    "sqlite": _prepare_sqlite,
+}
+
+
+@contextmanager
+def transaction(engine: Engine) -> Iterator[Connection]:
+    """Give a connection in a transaction, committed at the end or rolled back on an error.
+
+    Raises:
+        CoordinationError: the database failed; see `translated`.
+    """
+    with translated(engine.url), engine.begin() as connection:
+        yield connection
+
+
+@contextmanager
+def exclusive(connection: Connection) -> Iterator[None]:
+    """Make a transaction on a connection that otherwise commits each statement."""
+    begin = "BEGIN IMMEDIATE" if connection.dialect.name == "sqlite" else "BEGIN"
+    connection.exec_driver_sql(begin)
+    try:
+        yield
+    except BaseException:
+        with suppress(DBAPIError):
+            connection.exec_driver_sql("ROLLBACK")
+        raise
+    connection.exec_driver_sql("COMMIT")
+
+
+def file_of(url: URL) -> tuple[int, int] | None:
+    """Return what tells a SQLite database's file from another one of its name; None where there is none."""
+    if url.get_backend_name() != "sqlite" or not url.database:
+        return None
+    try:
+        found = os.stat(url.database)  # noqa: PTH116 - it may be a URI, which is no path
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
