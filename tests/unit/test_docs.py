@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import itertools
 import re
 from pathlib import Path
+from textwrap import indent
 
 import pytest
 import yaml
 from prefect import Flow
+from sqlalchemy import create_engine
 
 import taskadapter
-from taskadapter import cli
+from taskadapter import Job, Listener, TaskError, cli
 from taskadapter.agent import events
 from taskadapter.declare.triggers import DEFAULT_QUEUE
 from taskadapter.settings import TaskadapterSettings
@@ -47,24 +50,79 @@ def test_a_test(name):
 
 # --- the pages for users --------------------------------------------------------------------------
 
-PAGES = {
-    name: (ROOT / "docs" / f"{name}.md").read_text()
-    for name in ("index", "tutorial", "existing-flows", "reference")
-}
+PAGES = {path.stem: path.read_text() for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]}
 BLOCKS = [
     (name, block)
     for name, text in PAGES.items()
     for block in re.findall(r"```python[^\n]*\n(.*?)```", text, re.DOTALL)
+    if name != "from-ballerina"  # which has a test of its own
 ]
+BEFORE = {
+    "coordination": "from sqlalchemy import create_engine, text\nfrom taskadapter import fenced\n",
+    "declarations": "from taskadapter import Listener\n",
+}
+"""What the page has said before a block."""
 
 
 @pytest.mark.parametrize(("name", "block"), BLOCKS, ids=[name for name, _ in BLOCKS])
 def test_a_block_of_python_is_a_module_of_flows(project, monkeypatch, name, block):
-    """It declares what `prefect deploy` can deploy."""
+    """It declares what can be deployed; or it is what a flow does, and uses what there is."""
     monkeypatch.syspath_prepend(str(project))
-    module = f"page_{name.replace('-', '_')}"
-    (project / f"{module}.py").write_text(block)
-    assert any(isinstance(value, Flow) for value in vars(importlib.import_module(module)).values())
+    (project / "Config.toml").write_text("[org.module.trigger]\ninterval = 60\n")
+    module = f"page_{name.replace('-', '_')}_{len(block)}"
+    inside = "def body(engine):\n" + indent(block, "    ") if "engine.begin" in block else block
+    (project / f"{module}.py").write_text(BEFORE.get(name, "") + inside)
+    found = vars(importlib.import_module(module))
+    if "engine.begin" in block:
+        with pytest.raises(TaskError, match="outside a run"):
+            found["body"](create_engine("sqlite://"))
+    else:
+        kinds = (Flow, Listener, type(Job))
+        assert any(isinstance(value, kinds) for value in found.values())
+
+
+LINES = [
+    (name, line.partition("#")[0].strip())
+    for name, text in PAGES.items()
+    for block in re.findall(r"```(?:console|shell)[^\n]*\n(.*?)```", text, re.DOTALL)
+    for line in block.splitlines()
+]
+
+
+def typed(command):
+    """Return each way of typing a command that lines of the pages show: [a | b], a | b | c."""
+    lines = [line for _, line in LINES if re.match(rf"(\S+ )?{command}\b", line)]
+    for line in lines:
+        parts = re.split(r"[][]", line)  # what is not optional, what is, and so on
+        for options in itertools.product(*(part.split(" | ") for part in parts[1::2])):
+            first, *others = parts[0].strip().split(" | ")
+            for way in [first, *(" ".join([*first.split()[:-1], other]) for other in others)]:
+                yield [*way[way.index(command) :].split()[1:], *" ".join(options).split()]
+
+
+@pytest.mark.parametrize("words", list(typed("taskadapter")), ids=" ".join)
+def test_a_command_can_be_typed_so(words):
+    """With these options and arguments."""
+    cli.app.parse_args(words, print_error=False, exit_on_error=False)
+
+
+@pytest.mark.parametrize("words", list(typed("make")), ids=" ".join)
+def test_a_target_of_make(words):
+    assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+def test_there_are_such_commands():
+    """They are found, not remembered."""
+    assert len(list(typed("taskadapter"))) > 12
+    assert len(list(typed("make"))) > 1
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [(n, p) for n, t in PAGES.items() for p in re.findall(r"`((?:deployments|tests|flows)/[\w./-]+)`", t)],
+)
+def test_a_file_that_a_page_names(name, path):
+    assert (ROOT / path).exists(), name
 
 
 def test_the_deployment_of_an_existing_flow_is_of_the_flow_beside_it():
