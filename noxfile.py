@@ -1,7 +1,7 @@
 """The built package on every Python that is here, with the oldest and the newest Prefect: `make matrix`.
 
 What is built is what is tried: the wheel that is made of the source distribution, in an environment of its
-own, beside a copy of the project that has no package in it.
+own, beside a copy of the project that has no package in it. Then agents are tried on the other's server.
 """
 
 from __future__ import annotations
@@ -25,10 +25,13 @@ nox.options.default_venv_backend = "venv"
 nox.options.error_on_missing_interpreters = False
 
 
+OTHER = {"oldest": "newest", "newest": "oldest"}
+
+
 @nox.session(python=PYTHONS)
-@nox.parametrize("prefect", ["oldest", "newest"])
+@nox.parametrize("prefect", list(OTHER))
 def package(session: nox.Session, prefect: str) -> None:
-    """Install the wheel; run the command, the unit tests and the demo with it."""
+    """Install the wheel; run the command, the unit tests, the demo, and agents on the other server."""
     (wheel,) = (ROOT / "dist").glob("*.whl")
     project = ROOT / "build" / "matrix" / f"python-{session.python}-{prefect}"
     shutil.rmtree(project, ignore_errors=True)
@@ -38,22 +41,33 @@ def package(session: nox.Session, prefect: str) -> None:
             shutil.copytree(ROOT / name, project / name)
         else:
             shutil.copy2(ROOT / name, project / name, follow_symlinks=False)
-    constraints = project / "constraints.txt"
-    constraints.write_text(_constraints(prefect), encoding="utf-8")
+    constraints = _constraints(project, prefect)
     dev = nox.project.dependency_groups(PYPROJECT, "dev")
-    session.install("--constraint", str(constraints), f"{wheel}[mysql,embedded]", *dev)
+    session.install("--constraint", constraints, f"{wheel}[mysql,embedded]", *dev)
     session.chdir(project)
     session.run("taskadapter", "--version")
     # What an image is built of is the source, which is not here.
     source = "tests/unit/test_deployments.py::test_the_image_has_what_it_copies"
     session.run("python", "-m", "pytest", "--quiet", "tests/unit", "--deselect", source)
     session.run("python", "-m", "deployments.demo")
+    server = project / "server"
+    session.run("python", "-m", "venv", str(server))
+    other = "--constraint", _constraints(project, OTHER[prefect])
+    session.run(str(server / "bin" / "pip"), "install", "--quiet", *other, str(wheel), external=True)
+    session.run(
+        *("python", "-m", "pytest", "--quiet", "tests/acceptance/test_prefect.py"),
+        *("tests/acceptance/test_outcomes.py", "tests/integration/test_scheduler.py"),
+        env={"TASKADAPTER_TEST_PREFECT": str(server / "bin" / "prefect")},
+    )
 
 
-def _constraints(prefect: str) -> str:
-    """Return the versions that are tested together; with the oldest Prefect those that it asks for."""
+def _constraints(folder: Path, prefect: str) -> str:
+    """Write down the versions that are tested together; with the oldest Prefect those that it asks for."""
+    path = folder / f"constraints-{prefect}.txt"
     if prefect == "newest":
-        return CONSTRAINTS.read_text(encoding="utf-8")
-    dependencies = PYPROJECT["project"]["dependencies"]
-    (oldest,) = (found[1] for line in dependencies if (found := re.match(r"prefect>=([\d.]+)", line)))
-    return f"prefect=={oldest}\n"
+        shutil.copy2(CONSTRAINTS, path)
+    else:
+        dependencies = PYPROJECT["project"]["dependencies"]
+        (oldest,) = (found[1] for line in dependencies if (found := re.match(r"prefect>=([\d.]+)", line)))
+        path.write_text(f"prefect=={oldest}\n", encoding="utf-8")
+    return str(path)

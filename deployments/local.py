@@ -105,6 +105,7 @@ class PrefectServer(Program):
         settings: Environment variables on top of those it needs.
         options: Further options of its command.
         api_url: What clients connect to, where that is not the server itself but a balancer before it.
+        command: Its `prefect`, by default the one that belongs to this Python.
 
     Attributes:
         api_url: What clients connect to.
@@ -113,7 +114,12 @@ class PrefectServer(Program):
     """
 
     def __init__(
-        self, home: Path, settings: Mapping[str, str], *options: str, api_url: str | None = None
+        self,
+        home: Path,
+        settings: Mapping[str, str],
+        *options: str,
+        api_url: str | None = None,
+        command: str | None = None,
     ) -> None:
         self.port = free_port()
         self.ui_url = f"http://{HOST}:{self.port}"
@@ -134,7 +140,14 @@ class PrefectServer(Program):
         }
         super().__init__(
             "Prefect server",
-            [prefect_command(), "server", "start", "--host", HOST, "--port", str(self.port), *options],
+            [
+                command or prefect_command(),
+                "server",
+                "start",
+                f"--host={HOST}",
+                f"--port={self.port}",
+                *options,
+            ],
             log=home / "server.log",
             ready=self._is_healthy,
             cwd=home,  # not the caller's, where a prefect.toml or .env may be
@@ -186,7 +199,10 @@ def postgres(directory: Path | None = None) -> Iterator[Postgres]:
 
 @contextmanager
 def prefect_server(
-    home: Path, database_url: str | None = None, env: Mapping[str, str] | None = None
+    home: Path,
+    database_url: str | None = None,
+    env: Mapping[str, str] | None = None,
+    command: str | None = None,
 ) -> Iterator[PrefectServer]:
     """Run a Prefect server, healthy from the start of the block.
 
@@ -194,10 +210,11 @@ def prefect_server(
         home: Its `PREFECT_HOME`; created when it is missing, left there at the end.
         database_url: A database that is empty or was Prefect's before; by default SQLite in `home`.
         env: Further settings, which win over ours.
+        command: Its `prefect`, by default the one that belongs to this Python.
     """
     home.mkdir(parents=True, exist_ok=True)
     database = {"PREFECT_SERVER_DATABASE_CONNECTION_URL": database_url} if database_url else {}
-    with running(PrefectServer(home.resolve(), {**database, **(env or {})})) as server:
+    with running(PrefectServer(home.resolve(), {**database, **(env or {})}, command=command)) as server:
         yield server
 
 

@@ -45,10 +45,14 @@ def postgres_server() -> Iterator[Postgres]:
 def prefect_api(
     postgres_server: Postgres, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[PrefectServer]:
-    """A real Prefect server on PostgreSQL, shared: tests use names of their own and leave it up."""
+    """A real Prefect server on PostgreSQL, shared: tests use names of their own and leave it up.
+
+    Where the environment names another `prefect` it is that one's, of another version perhaps.
+    """
     postgres_server.create_database("prefect")
     url = postgres_server.url("prefect", driver="asyncpg")
-    with prefect_server(tmp_path_factory.mktemp("prefect"), url) as server:
+    command = os.environ.get("TASKADAPTER_TEST_PREFECT")
+    with prefect_server(tmp_path_factory.mktemp("prefect"), url, command=command) as server:
         yield server
 
 

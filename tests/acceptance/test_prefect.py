@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,6 @@ import pytest
 from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate
 from prefect.client.schemas.schedules import CronSchedule
 
-from deployments.local import prefect_command
 from tests.acceptance.project import Prefect, Project, is_alive, state_of
 
 if TYPE_CHECKING:
@@ -301,6 +301,6 @@ def test_another_worker_cannot_run_a_job(project: Project, prefect: Prefect) -> 
 def test_a_direct_call_is_not_gated(project: Project) -> None:
     """In a shell or a test a job is an ordinary flow."""
     call = "from flows.tasks import tick; print(tick())"
-    project.run(prefect_command().replace("prefect", "python"), "-c", call)
+    project.run(sys.executable, "-c", call)
 
     assert project.entries("tick", "ran")[-1]["node"] is None
