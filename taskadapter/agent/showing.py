@@ -176,11 +176,14 @@ def describe_group(group: GroupStatus, facts: Facts, now: datetime) -> str:
 def describe_pool(
     text: str | None, groups: Sequence[GroupStatus], facts: dict[str, Facts], now: datetime
 ) -> str:
-    """Return a pool's description: what somebody has written there, and then who is active."""
+    """Return a pool's description: what somebody has written there, and then who is active.
+
+    The UI shows neither Markdown nor lines there.
+    """
     own = (text or "").partition(MARK)[0].rstrip()
-    lines = [f"- {one.group_id}: {describe_group(one, facts[one.group_id], now)}" for one in groups[:NAMED]]
+    lines = [f"• {one.group_id}: {describe_group(one, facts[one.group_id], now)}" for one in groups[:NAMED]]
     if len(groups) > NAMED:
-        lines.append(f"- and {len(groups) - NAMED} more groups")
+        lines.append(f"• and {len(groups) - NAMED} more groups")
     return "\n".join([*([own, ""] if own else []), MARK, *lines])
 
 

@@ -534,7 +534,7 @@ def test_the_ui_names_the_active_node(cluster: Cluster, prefect: Prefect) -> Non
         return (
             str(queue.description).startswith(wanted)
             and str(queue.description).endswith(f"Standing by: {others}.")
-            and f"- {BUSY}: {wanted}" in described
+            and f"• {BUSY}: {wanted}" in described
             and any(f"| {BUSY} | {active} | {cluster.term()} |" in str(one.data) for one in artifacts)
         )
 

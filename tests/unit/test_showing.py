@@ -58,7 +58,7 @@ def test_what_somebody_has_written_of_a_pool_stays(own):
     facts = {"group": BY_TWO}
     once = describe_pool(own, [group()], facts, NOW)
     assert once.startswith((own or "").strip() or MARK)
-    assert once.count("- group: Active: node-1") == 1
+    assert once.count("• group: Active: node-1") == 1
     assert describe_pool(once, [group()], facts, NOW) == once
 
 
@@ -66,7 +66,7 @@ def test_many_groups_are_counted():
     """A description has little room."""
     groups = [group(f"group-{number}") for number in range(showing.NAMED + 3)]
     text = describe_pool(None, groups, {one.group_id: BY_TWO for one in groups}, NOW)
-    assert text.endswith("- and 3 more groups")
+    assert text.endswith("• and 3 more groups")
     assert text.count("Active: ") == showing.NAMED
 
 
