@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# A worker for each core, each with servers of its own; a file's tests share what they start, and stay together.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo up test test-slow coverage mutation matrix lint check docs bench render deploy clean
 help: ## Show the targets.
@@ -24,10 +26,10 @@ up: $(READY) ## The demo, and on until Ctrl-C.
 	@$(BIN)/python -m deployments.demo --stay
 
 test: $(READY) ## Set everything up and run the tests.
-	@$(BIN)/python -m pytest
+	@$(PYTEST)
 
 test-slow: $(READY) ## The tests that need a minute each, which `make test` leaves out.
-	@$(BIN)/python -m pytest -m slow
+	@$(PYTEST) -m slow
 
 coverage: $(READY) ## What the unit and contract tests leave out of what decides.
 	@$(BIN)/python -m coverage run -m pytest tests/unit tests/contract

@@ -12,6 +12,7 @@ import tempfile
 from typing import TYPE_CHECKING
 
 import pytest
+from sqlalchemy import create_engine, make_url, text
 
 # Before anything imports Prefect: its settings come from here and not from who runs the tests, and
 # a client without a server is an error instead of the silent start of a temporary one.
@@ -34,11 +35,50 @@ if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
 
 
+WORKER = os.environ.get("PYTEST_XDIST_WORKER")
+"""Which of several processes that share the tests this is, such as `gw0`; None where one runs them all."""
+
+LONGEST = ["test_failover.py", "test_schedule.py", "test_ledger.py", "test_program.py", "test_doctor.py"]
+"""The files that take a minute or more, the longest first."""
+
+FOLDERS = ["acceptance", "integration", "contract", "unit"]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest, so that no worker is left with one at the end."""
+
+    def place(item: pytest.Item) -> tuple[int, int]:
+        name, folder = item.path.name, item.path.parent.name
+        first = LONGEST.index(name) if name in LONGEST else len(LONGEST)
+        return first, FOLDERS.index(folder)
+
+    if WORKER is not None:
+        items.sort(key=place)
+
+
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator[Postgres]:
     """A private PostgreSQL; tests that write create a database of their own in it."""
     with postgres() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def mysql_url() -> Iterator[str]:
+    """The database that the environment names, or one beside it for each of several workers."""
+    named = make_url(os.environ["TASKADAPTER_TEST_MYSQL_URL"])
+    if WORKER is None:
+        yield named.render_as_string(hide_password=False)
+        return
+    own = named.set(database=f"{named.database}_{WORKER}")
+    engine = create_engine(named.set(database=None))
+    with engine.begin() as connection:
+        connection.execute(text(f"CREATE DATABASE IF NOT EXISTS `{own.database}`"))
+    yield own.render_as_string(hide_password=False)
+    with engine.begin() as connection:
+        connection.execute(text(f"DROP DATABASE `{own.database}`"))
+    engine.dispose()
 
 
 @pytest.fixture(scope="session")

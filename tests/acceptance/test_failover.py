@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -84,15 +83,14 @@ def postgresql_database(postgres_server: Postgres) -> str:
 
 
 @pytest.fixture(scope="module")
-def mysql_database() -> str:
+def mysql_database(mysql_url: str) -> str:
     """The URL of a database without our tables."""
-    url = os.environ["TASKADAPTER_TEST_MYSQL_URL"]
-    engine = create_engine(url)
+    engine = create_engine(mysql_url)
     with engine.begin() as connection:
         schema.metadata.drop_all(connection)
         connection.execute(text("DROP TABLE IF EXISTS ledger"))
     engine.dispose()
-    return url
+    return mysql_url
 
 
 @pytest.fixture

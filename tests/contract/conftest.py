@@ -31,11 +31,6 @@ def postgres_url(postgres_server: Postgres) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def mysql_url() -> str:
-    return os.environ["TASKADAPTER_TEST_MYSQL_URL"]
-
-
-@pytest.fixture(scope="session")
 def sqlite_url(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"sqlite:///{tmp_path_factory.mktemp('sqlite')}/tasks.db"
 

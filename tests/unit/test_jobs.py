@@ -151,7 +151,11 @@ def test_unknown_type():
     assert "Declared has a field whose type is not known yet; import or define" in text
 
 
-@pytest.mark.parametrize("value", [object(), float("nan"), float("inf"), b"\xff", [LOCK]], ids=repr)
+@pytest.mark.parametrize(
+    "value",
+    [object(), float("nan"), float("inf"), b"\xff", [LOCK]],
+    ids=["an object", "not a number", "infinite", "bytes", "a lock in a list"],
+)
 def test_value_without_json(value):
     """A value of an open type must have a JSON form, however the instance is made."""
     for make in (Counter, lambda extra: Counter.model_validate({"extra": extra})):

@@ -249,7 +249,18 @@ def test_a_functions_optional_parameters_stay():
         None,
         "check_inbox",
     ],
-    ids=repr,
+    ids=[
+        "an instance of a service",
+        "a job",
+        "an instance of a job",
+        "Service",
+        "a method",
+        "a partial function",
+        "print",
+        "int",
+        "None",
+        "a name",
+    ],
 )
 def test_other_things_are_refused(source):
     """What is neither a Service class nor a function is refused, naming what can be declared."""
@@ -408,7 +419,11 @@ def test_a_class_inside_a_function_cannot_be_attached():
     assert "Move it to module level" in message
 
 
-@pytest.mark.parametrize("thing", [Counter, Greeting(), check_inbox, None], ids=repr)
+@pytest.mark.parametrize(
+    "thing",
+    [Counter, Greeting(), check_inbox, None],
+    ids=["a service", "an instance of a job", "a function", "None"],
+)
 def test_only_a_service_can_be_attached(thing):
     """A class, a job or a function is refused, naming what can be attached."""
     assert "an instance of a Service" in refused(listener().attach, thing, "job-1")
