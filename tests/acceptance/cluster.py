@@ -23,8 +23,6 @@ from prefect.client.schemas.filters import (
     FlowRunFilterExpectedStartTime,
     FlowRunFilterState,
     FlowRunFilterStateType,
-    WorkPoolFilter,
-    WorkPoolFilterName,
 )
 from prefect.client.schemas.objects import StateType
 from sqlalchemy import create_engine, make_url, text
@@ -338,10 +336,7 @@ class Cluster:
     def close(self) -> None:
         """Stop every agent, and delete the jobs: those of the next cluster have the same names."""
         self._stack.close()
-        client = self.prefect.client
-        pool = WorkPoolFilter(name=WorkPoolFilterName(any_=[self.project.pool]))
-        for job in client.read_deployments(work_pool_filter=pool):
-            client.delete_deployment(job.id)
+        self.prefect.delete_jobs(self.project.pool)
 
     # --- set up -----------------------------------------------------------------------------------
 
@@ -381,8 +376,7 @@ class Cluster:
 
         wait_until(self._has_tables, PATIENCE, "the nodes to make their tables")
         wait_until(lambda: len(self._read(query)) >= nodes, PATIENCE, f"{nodes} nodes to take part")
-        before = len(self.rows("counter"))
-        wait_until(lambda: len(self.rows("counter")) > before, PATIENCE, "the counter to count")
+        wait_until(self._counts, PATIENCE, "the counter to count")
 
     def taskadapter(self, *args: str) -> str:
         """Run our own command and return what it prints, the errors of others not included.
@@ -433,6 +427,11 @@ class Cluster:
     def term(self, group: str = BUSY) -> int:
         """Return the term that began last."""
         return self.tenures(group)[-1].term
+
+    def _counts(self) -> bool:
+        """Return whether the node that has the token now has run the counter's tick, or the one before."""
+        rows = self.rows("counter")
+        return bool(rows) and rows[-1].term == self.term() and self.now() - rows[-1].began < EVERY
 
     def _has_tables(self) -> bool:
         with self.engine.connect() as connection:

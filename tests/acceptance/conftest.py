@@ -28,10 +28,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="module")
 def project(
     request: pytest.FixtureRequest, prefect_api: PrefectServer, tmp_path_factory: pytest.TempPathFactory
-) -> Project:
-    """An empty project folder, with a work pool named after the test module."""
+) -> Iterator[Project]:
+    """An empty project folder, with a work pool named after the test module; its jobs go with it."""
     name = request.module.__name__.rpartition(".")[2].removeprefix("test_")
-    return Project(tmp_path_factory.mktemp(name), prefect_api, f"acceptance-{name}")
+    project = Project(tmp_path_factory.mktemp(name), prefect_api, f"acceptance-{name}")
+    yield project
+    with prefect_api.client() as client:
+        Prefect(client).delete_jobs(project.pool)
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,8 @@ from prefect.client.schemas.filters import (
     LogFilterFlowRunId,
     TaskRunFilter,
     TaskRunFilterFlowRunId,
+    WorkPoolFilter,
+    WorkPoolFilterName,
 )
 from prefect.client.schemas.objects import StateType
 
@@ -194,6 +196,12 @@ class Prefect:
         """Return whether the one schedule of a job makes runs."""
         (schedule,) = self.deployment(job).schedules
         return schedule.active
+
+    def delete_jobs(self, pool: str) -> None:
+        """Delete the jobs of a work pool, so that the server has no more work with them."""
+        ours = WorkPoolFilter(name=WorkPoolFilterName(any_=[pool]))
+        for job in self.client.read_deployments(work_pool_filter=ours):
+            self.client.delete_deployment(job.id)
 
     def start(self, job: str, **options: Any) -> FlowRun:
         """Start a run by hand, as `prefect deployment run` does."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import struct
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -148,11 +149,13 @@ def serve() -> Iterator[Callable[[Callable[[socket.socket], Any]], int]]:
     """Serve one client as a function does; return the port."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         threads = []
+        clients = []
 
         def start(talk: Callable[[socket.socket], Any]) -> int:
             def accept() -> None:
                 client, _ = server.accept()
                 with client:
+                    clients.append(client)
                     talk(client)
 
             threads.append(threading.Thread(target=accept))
@@ -161,6 +164,9 @@ def serve() -> Iterator[Callable[[Callable[[socket.socket], Any]], int]]:
             return port
 
         yield start
+        for client in clients:  # one that gives up may not hang up for long
+            with suppress(OSError):
+                client.shutdown(socket.SHUT_RDWR)
         for thread in threads:
             thread.join(timeout=10)
 
