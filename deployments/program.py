@@ -36,18 +36,20 @@ def wait_until(condition: Callable[[], T], deadline: float, what: str) -> T:
     """Poll until `condition()` is truthy and return its value; what it raises is not caught.
 
     Args:
-        condition: Called at once, then twenty times a second, and once more at the deadline.
+        condition: Called at once, then after pauses, and once more at the deadline. A pause is a tenth of
+            the time waited so far, from a twentieth to a quarter of a second: many a call is a request.
         deadline: Seconds from now.
         what: The awaited thing, for the message.
 
     Raises:
         TimeoutError: It did not become true in time; the message names `what`.
     """
-    end = time.monotonic() + deadline
+    begun = time.monotonic()
     while not (value := condition()):
-        if time.monotonic() >= end:
+        waited = time.monotonic() - begun
+        if waited >= deadline:
             raise TimeoutError(f"waited {deadline:g} s for {what}")
-        time.sleep(0.05)
+        time.sleep(min(max(0.05, waited / 10), 0.25))
     return value
 
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import chdir, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +35,7 @@ from taskadapter import (
     aschedule_one_time_job,
 )
 from taskadapter.agent.switches import detach
-from taskadapter.deploy import deploy, prepare
+from taskadapter.deploy import deploy, prepare, render
 from taskadapter.pools import aensure_work_pool, ensure_work_pool
 from taskadapter.prefect_api import locks
 from taskadapter.prefect_api.pool import Domain, PoolSize
@@ -537,9 +537,7 @@ def test_prefect_deploy_and_python_agree(
     assert [deployed(prefect_client, name) for name in ("counter", "flaky")] == before
 
 
-def project(
-    server: PrefectServer, folder: Path, name: str, pool: str, group: str | None = None, **trigger: Any
-) -> None:
+def project(folder: Path, name: str, pool: str, group: str | None = None, **trigger: Any) -> None:
     """Write a project of one job, and render it."""
     backup = f"warm_backup_config=WarmBackupConfig(group_id={group!r})" if group else ""
     arguments = ", ".join(f"{key}={value!r}" for key, value in trigger.items())
@@ -549,14 +547,8 @@ def project(
         f"on = Listener(trigger=TriggerConfiguration({arguments}), work_pool={pool!r}, {backup})\n\n\n"
         f"@on.service({name!r})\ndef job(): ...\n"
     )
-    script = "from taskadapter.cli import main; main()"
-    subprocess.run(
-        [sys.executable, "-c", script, "render", "--output", "prefect.yaml"],
-        cwd=folder,
-        env=environment(server.env, {"PYTHONPATH": str(PROJECT)}),
-        check=True,
-        capture_output=True,
-    )
+    with chdir(folder):
+        Path("prefect.yaml").write_text(render(Path("flows"), Path("prefect.yaml")))
 
 
 @pytest.mark.parametrize("start_time", [None, NOON.isoformat()])
@@ -569,7 +561,7 @@ def test_prefect_deploy_of_a_changed_trigger(
 ) -> None:
     """`prefect deploy` puts a changed trigger's schedule in the place of the one before."""
     for interval in (3600, 7200):
-        project(prefect_api, tmp_path, name, POOL, interval=interval, start_time=start_time)
+        project(tmp_path, name, POOL, interval=interval, start_time=start_time)
         run = prefect(prefect_api, tmp_path, "deploy", "--all")
         assert run.returncode == 0, run.stdout + run.stderr
 
@@ -585,7 +577,7 @@ def test_prefect_deploy_from_two_machines_at_once(
     folders = [tmp_path / "one", tmp_path / "two"]
     for folder in folders:
         folder.mkdir()
-        project(prefect_api, folder, name, f"pool-of-{name}", group=f"group-of-{name}", interval=3600)
+        project(folder, name, f"pool-of-{name}", group=f"group-of-{name}", interval=3600)
     with ThreadPoolExecutor() as pool:
         runs = [pool.submit(prefect, prefect_api, folder, "deploy", "--all") for folder in folders]
 
@@ -613,7 +605,7 @@ def test_prefect_deploy_to_a_pool_of_another_type(
     """`prefect deploy` fails on a process pool, and says what to do."""
     pool = f"process-of-{name}"
     prefect_client.create_work_pool(WorkPoolCreate(name=pool, type="process"))
-    project(prefect_api, tmp_path, name, pool, interval=3600)
+    project(tmp_path, name, pool, interval=3600)
 
     run = prefect(prefect_api, tmp_path, "deploy", "--all")
 
