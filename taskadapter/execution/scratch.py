@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import shutil
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 PREFIX = "taskadapter-agent-"
@@ -21,10 +23,14 @@ class Scratch:
 
     def __init__(self) -> None:
         _remove_left()
-        self.path = Path(tempfile.mkdtemp(prefix=PREFIX))
-        # As long as it is open nobody else takes the folder for one that was left.
-        self._lock = (self.path / _LOCK).open("w")
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        while True:
+            self.path = Path(tempfile.mkdtemp(prefix=PREFIX))
+            # As long as it is open nobody else takes the folder for one that was left.
+            self._lock = (self.path / _LOCK).open("w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            if os.fstat(self._lock.fileno()).st_nlink:
+                return
+            self._lock.close()  # somebody has, in the moment before it was locked
 
     def close(self) -> None:
         """Remove the folder."""
@@ -35,20 +41,18 @@ class Scratch:
 def _remove_left() -> None:
     for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
         try:
-            if _is_left(folder):
-                shutil.rmtree(folder, ignore_errors=True)
+            _remove_if_left(folder)
         except OSError:  # gone meanwhile, or another user's
             continue
 
 
-def _is_left(folder: Path) -> bool:
-    """Return whether a folder's agent is gone."""
+def _remove_if_left(folder: Path) -> None:
+    """Remove a folder whose agent is gone; until it is removed, nobody else can lock it."""
     lock = folder / _LOCK
     if not lock.exists():
-        return folder.is_dir() and time.time() - folder.stat().st_mtime > _YOUNG_SECONDS
-    with lock.open("r+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-    return True
+        if folder.is_dir() and time.time() - folder.stat().st_mtime > _YOUNG_SECONDS:
+            shutil.rmtree(folder, ignore_errors=True)
+        return
+    with lock.open("r+") as file, suppress(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,5 +1,6 @@
 """What a killed agent leaves in the temporary folder is gone when the next one has started."""
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -49,3 +50,20 @@ def test_a_folder_that_is_being_made(tmp_path, age, stays):
     os.utime(folder, (moment, moment))
     Scratch().close()
     assert folder.exists() is stays
+
+
+def test_a_folder_that_is_about_to_be_locked(monkeypatch):
+    """An agent whose folder another one removes in that moment makes itself a new one."""
+    flock = fcntl.flock
+
+    def too_late(file, how):
+        monkeypatch.setattr(fcntl, "flock", flock)
+        Scratch().close()
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", too_late)
+    folder = Scratch()
+    assert folder.path.exists()
+    Scratch().close()
+    assert folder.path.exists()
+    folder.close()
