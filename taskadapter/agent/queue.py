@@ -152,8 +152,8 @@ class Queue:
 
     def first(self, may_start: Which, clock: float) -> FlowRun | None:
         """Return the run that is to be claimed next, of those that may start."""
-        free = [run for run in self.firsts() if not self._waits(run, clock) and may_start(run)]
-        return min(free, key=self.claimed_at, default=None)
+        in_order = sorted(self.firsts(), key=self.claimed_at)
+        return next((run for run in in_order if not self._waits(run, clock) and may_start(run)), None)
 
     def firsts(self) -> list[FlowRun]:
         """Return what may be next: of the ticks of one job that is the first, of other runs each."""
