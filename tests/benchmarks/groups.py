@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import time
@@ -45,6 +46,8 @@ def renewals(database: Postgres, groups: int, standbys: int = 0, beats: int = 60
         me, tokens = _take(connection, names)
         for n in range(standbys):
             stack.enter_context(_standby(database.url(name), n, groups))
+        gc.collect()
+        gc.freeze()  # as an agent does: what this process has imported is more than that has
         used = _cpu(database)
         seconds = []
         for _ in range(beats):
