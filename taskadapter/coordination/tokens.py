@@ -427,7 +427,8 @@ def release(connection: Connection, tokens: Iterable[Token]) -> tuple[Token, ...
     """Give tokens back, wake the standbys, and return those that were still held.
 
     The rows keep their terms and lose their holder. So a renewal that is still under way comes to
-    nothing, and the next holder's term is higher. However many they are, it takes two round trips.
+    nothing, and the next holder's term is higher. However many they are, it takes two round trips, and
+    where standbys can be woken one more.
     """
     columns, beats = token_holder.c, health_check.c
     wanted = {token.group_id: token for token in tokens}

@@ -6,8 +6,6 @@ import itertools
 import re
 import shlex
 import subprocess
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,23 +13,14 @@ from sqlalchemy import make_url
 
 from deployments.local import prefect_command, running, wait_until
 from tests.acceptance.project import PATIENCE
+from tests.pages import blocks, commands
 
 if TYPE_CHECKING:
     from deployments.local import Postgres
     from tests.acceptance.project import Prefect, Project
 
-ROOT = Path(__file__).parents[2]
-PAGES = {path.stem: path.read_text() for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]}
-NODE, SCHEDULER = re.findall(r"```python\n(.*?)```", PAGES["programs"], re.DOTALL)
-COMMANDS = sorted(
-    {
-        line.partition("#")[0].strip()
-        for text in PAGES.values()
-        for block in re.findall(r"```console[^\n]*\n(.*?)```", text, re.DOTALL)
-        for line in block.splitlines()
-        if line.startswith("prefect ")
-    }
-)
+NODE, _ = blocks("programs", "python")  # the other one is tried in integration/test_scheduler.py
+COMMANDS = sorted({line for line in commands() if line.startswith("prefect ")})
 
 pytestmark = pytest.mark.slow
 
@@ -74,12 +63,3 @@ def test_the_program_that_is_its_own_node(
         wait_until(lambda: "Report" in standby.output(), PATIENCE, "the handover")
     numbers = re.findall(r"Report (\d+)", active.output() + standby.output())
     assert sorted(map(int, numbers)) == list(range(100, 100 + len(numbers)))
-
-
-def test_the_program_that_schedules_jobs(project: Project, prefect: Prefect) -> None:
-    """One of its jobs is left in the end: the one that is due tomorrow."""
-    project.write("schedule.py", SCHEDULER)
-    pool = {"PREFECT_INTEGRATIONS_TASKADAPTER_WORK_POOL": "pages-scheduled"}
-    printed = project.run(sys.executable, "schedule.py", env=pool)
-    (left,) = re.findall(r"[0-9a-f-]{36}", printed)
-    assert str(prefect.deployment("Greeting/reminder").id) == left

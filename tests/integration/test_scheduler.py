@@ -55,6 +55,7 @@ from taskadapter.execution.flow import job_flow
 from taskadapter.pools import ensure_work_pool
 from taskadapter.prefect_api.pool import Domain, PoolSize
 from taskadapter.rules.ticks import ONE_TIME, is_tick, slug, tick_key
+from tests.pages import blocks
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -684,8 +685,7 @@ def test_the_guides_example_runs(
     prefect_api: PrefectServer, prefect_client: SyncPrefectClient, pool: str, tmp_path: Path
 ) -> None:
     """The program under "Schedule from a program" runs as it stands, and uses every function."""
-    section = (PROJECT / "docs" / "programs.md").read_text().split("## Schedule from a program")[1]
-    (program,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    _, program = blocks("programs", "python")
     (tmp_path / "jobs.py").write_text(program)
     env = environment(
         prefect_api.env,
@@ -700,6 +700,6 @@ def test_the_guides_example_runs(
     assert PoolSize.of(prefect_client.read_work_pool(pool)) == PoolSize(worker_count=3, waiting_time=2.0)
     (left,) = jobs_in(prefect_client, pool)
     assert (left.name, left.entrypoint, left.paused) == ("reminder", "jobs.py:Greeting", False)
-    assert str(left.id) in run.stdout
+    assert re.findall(r"[0-9a-f-]{36}", run.stdout) == [str(left.id)]
     twins = {name[1:] for name in taskadapter.__all__ if name[1:] in taskadapter.__all__}
     assert [function for function in twins if f"{function}(" not in program] == []

@@ -6,7 +6,6 @@ import importlib
 import inspect
 import itertools
 import re
-from pathlib import Path
 from textwrap import indent
 
 import pytest
@@ -19,9 +18,9 @@ from taskadapter import Job, Listener, TaskError, cli
 from taskadapter.agent import events
 from taskadapter.declare.triggers import DEFAULT_QUEUE
 from taskadapter.settings import TaskadapterSettings
+from tests.pages import PAGES, ROOT, blocks, commands
 
-ROOT = Path(__file__).parents[2]
-TEXT = (ROOT / "docs" / "architecture.md").read_text()
+TEXT = PAGES["architecture"]
 ROOMS = "declare|rules|coordination|prefect_api|execution|agent|listener|scheduler|pools|deploy"
 
 
@@ -50,15 +49,14 @@ def test_a_test(name):
 
 # --- the pages for users --------------------------------------------------------------------------
 
-PAGES = {path.stem: path.read_text() for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]}
 BLOCKS = [
     (name, block)
-    for name, text in PAGES.items()
-    for block in re.findall(r"```python[^\n]*\n(.*?)```", text, re.DOTALL)
+    for name in PAGES
+    for block in blocks(name, "python")
     if name != "from-ballerina"  # which has a test of its own
 ]
 BEFORE = {
-    "coordination": "from sqlalchemy import create_engine, text\nfrom taskadapter import fenced\n",
+    "coordination": "from taskadapter import fenced\n",
     "declarations": "from taskadapter import Listener\n",
 }
 """What the page has said before a block."""
@@ -81,18 +79,9 @@ def test_a_block_of_python_is_a_module_of_flows(project, monkeypatch, name, bloc
         assert any(isinstance(value, kinds) for value in found.values())
 
 
-LINES = [
-    (name, line.partition("#")[0].strip())
-    for name, text in PAGES.items()
-    for block in re.findall(r"```(?:console|shell)[^\n]*\n(.*?)```", text, re.DOTALL)
-    for line in block.splitlines()
-]
-
-
 def typed(command):
     """Return each way of typing a command that lines of the pages show: [a | b], a | b | c."""
-    lines = [line for _, line in LINES if re.match(rf"(\S+ )?{command}\b", line)]
-    for line in lines:
+    for line in filter(re.compile(rf"(\S+ )?{command}\b").match, commands()):
         parts = re.split(r"[][]", line)  # what is not optional, what is, and so on
         for options in itertools.product(*(part.split(" | ") for part in parts[1::2])):
             first, *others = parts[0].strip().split(" | ")
@@ -128,7 +117,7 @@ def test_a_file_that_a_page_names(name, path):
 def test_the_deployment_of_an_existing_flow_is_of_the_flow_beside_it():
     """Its file, its function, and a queue that is a group."""
     text = PAGES["existing-flows"]
-    (source,) = re.findall(r"```yaml[^\n]*\n(.*?)```", text, re.DOTALL)
+    (source,) = blocks("existing-flows", "yaml")
     (deployment,) = yaml.safe_load(source)["deployments"]
     path, _, function = deployment["entrypoint"].partition(":")
     assert f'title="{path}"' in text
@@ -156,12 +145,12 @@ def test_every_event_is_in_the_reference():
 
 
 def test_every_command_is_in_the_reference():
-    commands = {name for name in cli.app if not name.startswith("-")} - {"db"}
-    commands |= {f"db {name}" for name in cli.database if not name.startswith("-")}
+    known = {name for name in cli.app if not name.startswith("-")} - {"db"}
+    known |= {f"db {name}" for name in cli.database if not name.startswith("-")}
     named = set(
         re.findall(r"^\| `taskadapter ([a-z ]+?)(?: [A-Z]+)?` \|", PAGES["reference"], re.MULTILINE)
     )
-    assert named == commands
+    assert named == known
 
 
 def test_every_setting_is_in_the_reference_as_the_code_has_it():

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import importlib
-import re
 from pathlib import Path
 
 import pytest
 
 from taskadapter import Listener
 from taskadapter.declare.registry import listeners
+from tests.pages import blocks
 
-TEXT = (Path(__file__).parents[2] / "docs" / "from-ballerina.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-TOML = re.findall(r"```toml\n(.*?)```", TEXT, re.DOTALL)
+BLOCKS, TOML = (blocks("from-ballerina", kind) for kind in ("python", "toml"))
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
