@@ -100,11 +100,6 @@ class Groups:
         return self._heartbeat is not None and name in self._heartbeat.registered
 
     @property
-    def fault(self) -> str:
-        """What the database answers instead, or why it does not; empty while it answers well."""
-        return "" if self._heartbeat is None else self._heartbeat.fault
-
-    @property
     def vitals(self) -> Vitals | None:
         """How the node is, as its heartbeat has it; None before the first."""
         return None if self._heartbeat is None else self._heartbeat.vitals

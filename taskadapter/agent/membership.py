@@ -236,7 +236,8 @@ class Membership:
                 if now - self._waits_since > LIVES_WITHIN_BEATS * groups.domain.heartbeat_frequency:
                     return
             elif now >= end:
-                fault = groups.fault or "the coordination database does not answer"
+                vitals = groups.vitals
+                fault = (vitals and vitals.fault) or "the coordination database does not answer"
                 raise CoordinationError(f"group {queue!r} cannot be joined: {fault}")
             await asyncio.sleep(JOIN_SECONDS)
         self._waits_since = float("inf")

@@ -25,8 +25,9 @@ from taskadapter.coordination.messages import (
     Release,
     Unregister,
 )
+from taskadapter.coordination.nodes import register, unregister
 from taskadapter.coordination.schema import create_missing, missing_tables
-from taskadapter.coordination.tokens import acquire, pulse, register, release, unregister
+from taskadapter.coordination.tokens import acquire, pulse, release
 from taskadapter.errors import AccessDeniedError, DuplicateNodeError, SchemaError, TaskError
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from taskadapter.coordination.engines import Database
     from taskadapter.coordination.lease import Timing
     from taskadapter.coordination.messages import Answer, Call, Event
-    from taskadapter.coordination.tokens import Node
+    from taskadapter.coordination.nodes import Node
 
 __all__ = ["Courier"]
 

@@ -35,7 +35,7 @@ __all__ = [
     "hear",
     "limit_idle",
     "listen",
-    "notify",
+    "notices",
     "seconds_since",
     "together",
     "upsert",
@@ -192,14 +192,15 @@ def limit_idle(connection: Connection, seconds: float) -> None:
 CHANNEL = "taskadapter"
 
 
-def notify(connection: Connection, payloads: Sequence[str]) -> None:
-    """Wake those who `listen`, once the transaction commits. Only PostgreSQL can."""
-    if connection.dialect.name == "postgresql":
-        together(connection, *(select(func.pg_notify(CHANNEL, payload)) for payload in payloads))
+def notices(dialect: Dialect, payloads: Sequence[str]) -> list[Select[Any]]:
+    """Return what wakes those who `listen`, once the transaction commits. Only PostgreSQL can."""
+    if dialect.name != "postgresql":
+        return []
+    return [select(func.pg_notify(CHANNEL, payload)) for payload in payloads]
 
 
 def listen(connection: Connection) -> int | None:
-    """Subscribe to what `notify` sends, and return the file that becomes readable when it comes.
+    """Subscribe to what `notices` send, and return the file that becomes readable when it comes.
 
     None if the database cannot do that.
     """

@@ -36,7 +36,7 @@ from taskadapter.coordination.messages import (
     Stopped,
     Tick,
 )
-from taskadapter.coordination.tokens import Node
+from taskadapter.coordination.nodes import Node
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -175,11 +175,6 @@ class Heartbeat:
         """The groups that the node is entered for; none as long as it is not."""
         lease = self._lease
         return lease.group_ids if lease.registered else frozenset()
-
-    @property
-    def fault(self) -> str:
-        """What the last call failed with; empty if it did not."""
-        return self._lease.fault
 
     @property
     def vitals(self) -> Vitals:

@@ -166,16 +166,16 @@ def see(database_url: str, readings: Iterable[Reading]) -> None:
 
 def claim_groups(database_url: str, work_pool: str, group_ids: Collection[str]) -> dict[str, str]:
     """Enter groups as a work pool's, and return those that are another pool's, with its name."""
-    from taskadapter.coordination import tokens
+    from taskadapter.coordination import nodes
 
-    return ask(database_url, lambda connection: tokens.claim_groups(connection, work_pool, group_ids))
+    return ask(database_url, lambda connection: nodes.claim_groups(connection, work_pool, group_ids))
 
 
 def give_up_group(database_url: str, work_pool: str, group_id: str) -> None:
     """Let a group be another pool's that was this one's."""
-    from taskadapter.coordination import tokens
+    from taskadapter.coordination import nodes
 
-    ask(database_url, lambda connection: tokens.give_up_group(connection, work_pool, group_id))
+    ask(database_url, lambda connection: nodes.give_up_group(connection, work_pool, group_id))
 
 
 def require_database(database_url: str, within: float) -> None:

@@ -16,9 +16,7 @@ token alive that its own dead predecessor holds under the same name.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import (
@@ -38,18 +36,17 @@ from sqlalchemy import (
 from taskadapter.coordination.board import clock
 from taskadapter.coordination.dialects import (
     database_now,
-    ensure_rows,
     ensured,
     has_writable_ctes,
     limit_idle,
-    notify,
+    notices,
     seconds_since,
     together,
     upsert,
 )
 from taskadapter.coordination.messages import Acquired, PulseAnswer, Sighting, Taken, Token
-from taskadapter.coordination.schema import group, health_check, node, tenure, token_holder
-from taskadapter.errors import CoordinationError, DuplicateNodeError, TokenLostError
+from taskadapter.coordination.schema import health_check, node, tenure, token_holder
+from taskadapter.errors import CoordinationError, TokenLostError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
@@ -57,43 +54,19 @@ if TYPE_CHECKING:
     from sqlalchemy import ColumnElement, Connection, Dialect, Row, Select, Table, Update
     from sqlalchemy.sql.dml import UpdateBase
 
+    from taskadapter.coordination.nodes import Node
+
 __all__ = [
-    "Node",
     "acquire",
-    "claim_groups",
     "fence",
-    "give_up_group",
-    "groups_of_others",
     "pulse",
-    "register",
     "release",
     "request_resign",
     "require_token",
     "tokens_with_heartbeats",
-    "unregister",
 ]
 
 NOBODY = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Node:
-    """A process that takes part. `incarnation` is a UUID of its own; `task_id` outlives it.
-
-    A process that takes part twice under one name, in the groups of two work pools, says in `of` for what
-    it does so the second time: its entry is then apart from the first.
-    """
-
-    task_id: str
-    incarnation: str
-    host: str
-    pid: int
-    of: str = ""
-
-    @property
-    def entry(self) -> str:
-        """The key of its entry among the nodes; no name has a slash."""
-        return f"{self.task_id}/{self.of}"[:255] if self.of else self.task_id
 
 
 def require_token(connection: Connection, token: Token) -> None:
@@ -127,76 +100,6 @@ def fence(connection: Connection, token: Token, seconds: float) -> None:
     """
     require_token(connection, token)
     limit_idle(connection, seconds)
-
-
-def claim_groups(connection: Connection, work_pool: str, group_ids: Collection[str]) -> dict[str, str]:
-    """Enter groups as a work pool's, and return those that are another pool's, with its name.
-
-    The nodes of two pools would stand in for each other's jobs, which they do not run.
-    """
-    if group_ids:
-        ensure_rows(connection, group, [{"group_id": g, "work_pool": work_pool} for g in sorted(group_ids)])
-    return groups_of_others(connection, work_pool, group_ids)
-
-
-def groups_of_others(connection: Connection, work_pool: str, group_ids: Collection[str]) -> dict[str, str]:
-    """Return those of some groups that are another pool's than this one's, with its name."""
-    columns = group.c
-    theirs = columns.group_id.in_(group_ids), columns.work_pool != work_pool
-    rows = connection.execute(select(columns.group_id, columns.work_pool).where(*theirs))
-    return {row.group_id: row.work_pool for row in rows}
-
-
-def give_up_group(connection: Connection, work_pool: str, group_id: str) -> None:
-    """Let a group be another pool's that was this one's; nothing happens if it was not."""
-    mine = group.c.group_id == group_id, group.c.work_pool == work_pool
-    connection.execute(delete(group).where(*mine))
-
-
-def register(connection: Connection, me: Node, group_ids: Collection[str], interval: float) -> None:
-    """Enter a node and its groups, or bring its entry up to date.
-
-    Raises:
-        DuplicateNodeError: another process with this `task_id` was seen within `interval` seconds.
-    """
-    entry = {
-        "incarnation": me.incarnation,
-        "host": me.host,
-        "pid": me.pid,
-        "group_ids": json.dumps(sorted(group_ids)),
-        "last_seen": database_now(),
-    }
-    columns = node.c
-    new = {"task_id": me.entry, "started": database_now(), **entry}
-    locked = select(columns.incarnation).where(columns.task_id == me.entry).with_for_update()
-    _, (found,) = together(connection, ensured(connection.dialect, node, new), locked)
-    if found.incarnation != me.incarnation:
-        _require_gone(connection, me, interval)
-        entry["started"] = database_now()
-    connection.execute(update(node).where(columns.task_id == me.entry).values(entry))
-
-
-def _require_gone(connection: Connection, me: Node, interval: float) -> None:
-    columns = node.c
-    age = seconds_since(columns.last_seen)
-    other = connection.execute(
-        select(columns.host, columns.pid, age.label("age"), (age <= interval).label("lives")).where(
-            columns.task_id == me.entry
-        )
-    ).one()
-    if other.lives:
-        raise DuplicateNodeError(
-            f"task_id {me.task_id!r} is in use by process {other.pid} on host {other.host!r}, seen "
-            f"{other.age:.1f} s ago; give each node a name of its own",
-            age=float(other.age),
-        )
-
-
-def unregister(connection: Connection, me: Node) -> None:
-    """Remove a node; nothing happens if another process has taken its name since."""
-    columns = node.c
-    mine = and_(columns.task_id == me.entry, columns.incarnation == me.incarnation)
-    connection.execute(delete(node).where(mine))
 
 
 def pulse(
@@ -427,8 +330,7 @@ def release(connection: Connection, tokens: Iterable[Token]) -> tuple[Token, ...
     """Give tokens back, wake the standbys, and return those that were still held.
 
     The rows keep their terms and lose their holder. So a renewal that is still under way comes to
-    nothing, and the next holder's term is higher. However many they are, it takes two round trips, and
-    where standbys can be woken one more.
+    nothing, and the next holder's term is higher. However many they are, it takes two round trips.
     """
     columns, beats = token_holder.c, health_check.c
     wanted = {token.group_id: token for token in tokens}
@@ -444,8 +346,8 @@ def release(connection: Connection, tokens: Iterable[Token]) -> tuple[Token, ...
         update(token_holder).where(columns.group_id.in_(names)).values(task_id=NOBODY),
         delete(health_check).where(or_(*theirs)),
         update(tenure).where(_of(released, tenure)).values(released=database_now()),
+        *notices(connection.dialect, names),
     )
-    notify(connection, names)
     return released
 
 
@@ -461,15 +363,15 @@ def request_resign(connection: Connection, group_id: str) -> Token:
     ).one_or_none()
     if row is None or row.task_id == NOBODY:
         raise CoordinationError(f"nobody holds the token of group {group_id!r}; see `taskadapter status`")
-    asked = connection.execute(
-        update(tenure)
-        .where(terms.group_id == group_id, terms.term == row.term, terms.task_id == row.task_id)
-        .values(resign_requested=database_now())
+    theirs = terms.group_id == group_id, terms.term == row.term, terms.task_id == row.task_id
+    asked, *_ = together(
+        connection,
+        update(tenure).where(*theirs).values(resign_requested=database_now()),
+        *notices(connection.dialect, [group_id]),
     )
-    if asked.rowcount != 1:
+    if asked != 1:
         raise CoordinationError(
             f"node {row.task_id!r}, which holds the token of group {group_id!r}, is no taskadapter "
             "node and cannot be asked to resign; stop it instead"
         )
-    notify(connection, [group_id])
     return Token(group_id, row.task_id, row.term)

@@ -11,8 +11,8 @@ from taskadapter.coordination import schema
 from taskadapter.coordination.engines import open_engine, transaction
 from taskadapter.coordination.faults import where
 from taskadapter.coordination.messages import FOREIGN_GROUP
+from taskadapter.coordination.nodes import groups_of_others
 from taskadapter.coordination.overview import Status, check_rights, read_status
-from taskadapter.coordination.tokens import groups_of_others
 from taskadapter.doctor.findings import Finding, error, ok, warning
 from taskadapter.doctor.pool import groups_of, liveness_of, start_command
 from taskadapter.errors import CoordinationError, SchemaError

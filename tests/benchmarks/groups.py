@@ -14,8 +14,9 @@ import psutil
 
 from taskadapter.coordination.engines import Timeouts, exclusive, open_engine
 from taskadapter.coordination.messages import Token
+from taskadapter.coordination.nodes import Node, register
 from taskadapter.coordination.schema import create_missing
-from taskadapter.coordination.tokens import Node, acquire, pulse, register
+from taskadapter.coordination.tokens import acquire, pulse
 from tests.benchmarks.measure import percentile
 
 if TYPE_CHECKING:

@@ -15,9 +15,10 @@ from sqlalchemy import Engine, text
 
 from taskadapter.coordination import schema
 from taskadapter.coordination.engines import Timeouts, open_engine, transaction, url_of
+from taskadapter.coordination.nodes import Node
 from taskadapter.coordination.overview import check_rights, read_status
 from taskadapter.coordination.progress import load_state
-from taskadapter.coordination.tokens import Node, acquire
+from taskadapter.coordination.tokens import acquire
 from taskadapter.errors import (
     AccessDeniedError,
     CoordinationError,

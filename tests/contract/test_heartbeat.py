@@ -32,6 +32,7 @@ class Node:
     def __init__(self, database: Any, task_id: str, groups: list[str], **timing: float) -> None:
         self.changes: list[Change] = []
         self.deadlines: dict[Token, float] = {}
+        self.beats = 0
         self._changed = threading.Condition()
         options: dict[str, Any] = {
             "liveness_check_interval": INTERVAL,
@@ -44,9 +45,18 @@ class Node:
             group_ids=groups,
             tell=self._hear,
             publish=self.deadlines.__setitem__,
+            beat=self._count,
             **options,
         )
         self.heartbeat.start()
+
+    def _count(self, _: float) -> None:
+        self.beats += 1
+
+    def wait_for_beats(self, count: int) -> None:
+        """Wait until so many more heartbeats were answered."""
+        before = self.beats
+        wait_until(lambda: self.beats >= before + count, 60, f"{count} heartbeats")
 
     def _hear(self, change: Change) -> None:
         with self._changed:
@@ -94,6 +104,12 @@ def proxy(engine: Engine) -> Iterator[Proxy]:
 
 def through(engine: Engine, proxy: Proxy) -> Any:
     return engine.url.set(host="127.0.0.1", port=proxy.port)
+
+
+def fail_again(proxy: Proxy) -> None:
+    """Wait until a node has failed some more: it makes a new connection after each fault."""
+    before = proxy.connections
+    wait_until(lambda: proxy.connections >= before + 3, 60, "more faults")
 
 
 def test_one_is_active_and_hands_over(start: Start) -> None:
@@ -223,11 +239,11 @@ def test_one_round_trip_each_heartbeat(start: Start, engine: Engine, proxy: Prox
     node = start("node-2", groups, database=through(engine, proxy), **timing)
     if holds:
         node.wait_for(Gained, count=len(groups), timeout=30)
-    wait_until(lambda: node.heartbeat.registered, 60, "the node to stand by")
-    time.sleep(0.6)
-    before = proxy.asked
-    time.sleep(4 * 0.5)
-    assert 3 <= proxy.asked - before <= 5
+    node.wait_for_beats(2)
+    beats, asked = node.beats, proxy.asked
+    node.wait_for_beats(4)
+    # One is counted when it is sent, the other when its answer is there.
+    assert abs(proxy.asked - asked - (node.beats - beats)) <= 1
 
 
 @pytest.mark.databases("postgresql", "mysql")
@@ -242,7 +258,7 @@ def test_a_database_far_away(start: Start, engine: Engine, proxy: Proxy) -> None
     node.wait_for(Gained, timeout=60)
     node.heartbeat.join([GROUP, "another"])
     node.wait_for(Gained, count=2, timeout=60)
-    time.sleep(6)
+    node.wait_for_beats(6)
     assert not any(isinstance(change, Lost) for change in node.changes)
 
 
@@ -262,7 +278,7 @@ class TestFaults:
         assert not standby.changes
         assert standby.wait_for(Gained) < INTERVAL
         proxy.thaw()
-        time.sleep(INTERVAL)
+        node.wait_for_beats(3)
         assert node.heartbeat.token(GROUP) is None
         assert standby.heartbeat.token(GROUP) is not None
 
@@ -275,7 +291,7 @@ class TestFaults:
         node.wait_for(Gained)
         proxy.freeze()
         node.wait_for(Lost)
-        time.sleep(INTERVAL)
+        fail_again(proxy)
         proxy.thaw()
         node.wait_for(Gained, count=2)
         assert node.last(Gained).token.term > node.changes[0].token.term
@@ -288,7 +304,7 @@ class TestFaults:
         """In normal work a node has one connection, and keeps it."""
         node = start("node-1", database=through(engine, proxy))
         node.wait_for(Gained)
-        time.sleep(6 * FREQUENCY)
+        node.wait_for_beats(6)
         # SQLAlchemy makes no other for itself.
         assert proxy.connections == 1
 
@@ -297,7 +313,7 @@ class TestFaults:
         url = through(engine, proxy)
         proxy.close()
         node = Node(url, "node-1", [GROUP])
-        time.sleep(2 * FREQUENCY)
+        wait_until(lambda: node.heartbeat.vitals.fault, 60, "a fault")
         assert node.heartbeat.stop(10)
         assert [type(change) for change in node.changes] == [Stopped]
 
@@ -305,7 +321,7 @@ class TestFaults:
         """As long as the database does not answer, the last fault is known, and nobody is registered."""
         proxy.close()
         node = start("node-1", database=through(engine, proxy))
-        wait_until(lambda: node.heartbeat.fault, 60, "a fault")
+        wait_until(lambda: node.heartbeat.vitals.fault, 60, "a fault")
         assert node.heartbeat.registered == frozenset()
         assert not node.heartbeat.waits_for_its_predecessor
 
@@ -335,11 +351,7 @@ class TestFaults:
             publish=fail,
         )
         heartbeat.start()
-        for _ in range(100):
-            if heartbeat.token(GROUP):
-                break
-            time.sleep(0.05)
-        assert heartbeat.token(GROUP) is not None
+        wait_until(lambda: heartbeat.token(GROUP), 60, "the token")
         assert heartbeat.stop(10)
         assert "a mistake" in caplog.text
 
@@ -391,7 +403,7 @@ def test_a_file_that_is_gone_is_not_trusted(start: Start, tmp_path: Path, is_rep
 
 @pytest.mark.databases("postgresql", "mysql")
 def test_grants_that_are_revoked_for_a_while(
-    start: Start, engine: Engine, caplog: pytest.LogCaptureFixture
+    start: Start, engine: Engine, proxy: Proxy, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The node steps down, says why once, and is active again when it may write again."""
     caplog.set_level(logging.INFO, "taskadapter.coordination")
@@ -411,11 +423,12 @@ def test_grants_that_are_revoked_for_a_while(
     grants = [f"GRANT {rights} ON {table} TO {role}" for table in tables]
     execute(f"{made} {secret} 'a-word'", *grants)
     try:
-        node = start("node-1", database=engine.url.set(username="ta_worker", password="a-word"))
+        worker = through(engine, proxy).set(username="ta_worker", password="a-word")
+        node = start("node-1", database=worker)
         node.wait_for(Gained)
         execute(*(f"REVOKE {rights} ON {table} FROM {role}" for table in tables))
         node.wait_for(Lost)
-        time.sleep(2 * INTERVAL)
+        fail_again(proxy)
         execute(*grants)
         node.wait_for(Gained, count=2)
         assert node.heartbeat.stop(10)

@@ -22,9 +22,9 @@ from taskadapter.coordination.executions import (
     Taken,
     asked_key,
 )
+from taskadapter.coordination.nodes import Node, register
 from taskadapter.coordination.progress import end as end_job
 from taskadapter.coordination.progress import pause
-from taskadapter.coordination.tokens import Node, register
 from taskadapter.errors import SchemaError, TokenLostError
 from tests.contract.entering import (
     ALONE,

@@ -9,7 +9,8 @@ from sqlalchemy import Engine, text
 
 from taskadapter.coordination import schema, store
 from taskadapter.coordination.engines import transaction
-from taskadapter.coordination.tokens import Node, acquire, pulse, register
+from taskadapter.coordination.nodes import Node, register
+from taskadapter.coordination.tokens import acquire, pulse
 from tests.contract.databases import BALLERINA_TABLES, BallerinaNode, race
 
 NODE = Node("node-1", "incarnation", "host-1", 1)

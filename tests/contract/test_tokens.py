@@ -14,17 +14,15 @@ from sqlalchemy import Connection, Engine, delete, func, select, text, update
 from taskadapter.coordination import schema
 from taskadapter.coordination.engines import open_engine, transaction
 from taskadapter.coordination.messages import Sighting, Taken, Token
+from taskadapter.coordination.nodes import Node, register, unregister
 from taskadapter.coordination.overview import read_status, read_tenures
 from taskadapter.coordination.tokens import (
-    Node,
     acquire,
     fence,
     pulse,
-    register,
     release,
     request_resign,
     require_token,
-    unregister,
 )
 from taskadapter.errors import (
     CoordinationError,

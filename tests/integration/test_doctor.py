@@ -29,7 +29,7 @@ from sqlalchemy import make_url, text
 
 from deployments.local import environment, free_port
 from taskadapter import deploy, doctor, schedule_job_recur_by_frequency
-from taskadapter.coordination import tokens
+from taskadapter.coordination import nodes, tokens
 from taskadapter.coordination.engines import open_engine, transaction
 from taskadapter.coordination.schema import create_missing
 from taskadapter.declare.registry import listeners
@@ -147,9 +147,9 @@ def test_a_group_and_its_nodes(
         create_missing(connection)
     said = [about(f"group {GROUP!r}", findings(pool, tmp_path))]
     for name in ("node-1", "node-2"):
-        node = tokens.Node(name, str(uuid.uuid4()), "a-host", 1)
+        node = nodes.Node(name, str(uuid.uuid4()), "a-host", 1)
         with transaction(engine) as connection:
-            tokens.register(connection, node, [GROUP], 30)
+            nodes.register(connection, node, [GROUP], 30)
             tokens.acquire(connection, node, [GROUP], 30)
         said.append(about(f"group {GROUP!r}", findings(pool, tmp_path)))
 
@@ -288,10 +288,10 @@ def make_tables(url: str, pool: str) -> None:
     with engine.connect() as connection:
         create_missing(connection)
     for name in ("node-1", "node-2"):
-        node = tokens.Node(name, str(uuid.uuid4()), "a-host", 1)
+        node = nodes.Node(name, str(uuid.uuid4()), "a-host", 1)
         with transaction(engine) as connection:
-            tokens.claim_groups(connection, pool, [GROUP])
-            tokens.register(connection, node, [GROUP], 30)
+            nodes.claim_groups(connection, pool, [GROUP])
+            nodes.register(connection, node, [GROUP], 30)
             tokens.acquire(connection, node, [GROUP], 30)
     engine.dispose()
 

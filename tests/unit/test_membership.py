@@ -17,6 +17,7 @@ from taskadapter.agent import membership
 from taskadapter.agent.membership import Membership
 from taskadapter.agent.node import Share
 from taskadapter.coordination import store
+from taskadapter.coordination.heartbeat import Vitals
 from taskadapter.coordination.messages import Gained, Refused, Token
 from taskadapter.declare.triggers import DEFAULT_QUEUE
 from taskadapter.errors import CoordinationError
@@ -40,7 +41,7 @@ class Groups:
         self.held: dict[str, Token] = {}
         self.registered = False
         self.waits_for_its_predecessor = False
-        self.fault = ""
+        self.vitals: Vitals | None = None
         self.is_stopped = False
         self.made.append(self)
 
@@ -257,7 +258,10 @@ def test_only_a_refusal_is_kept(server):
     ("state", "error"),
     [
         ({"registered": True}, None),
-        ({"fault": "it is read-only"}, "'group' cannot be joined: it is read-only"),
+        (
+            {"vitals": Vitals(False, "it is read-only", lacks_tables=False)},
+            "'group' cannot be joined: it is read-only",
+        ),
         ({}, "'group' cannot be joined: the coordination database does not answer"),
     ],
 )
