@@ -113,24 +113,26 @@ class Dispatcher:
     def forget(self, which: Which = any_run) -> None:
         """Start nothing more of what is known, or of some of it; what waits for its moment goes back."""
         self._queue.forget(which)
-        self._drop(self._hand.those(which))
+        self._tell(self._hand.those(which), runs.Dropped())
 
-    def _drop(self, dropped: Iterable[RunInHand]) -> None:
-        for run in dropped:
-            run.meet(runs.Dropped())
+    def _tell(self, those: Iterable[RunInHand], event: runs.Event) -> None:
+        for run in those:
+            run.meet(event)
 
     async def drain(self, seconds: float, which: Which = any_run) -> None:
-        """Let runs end, all or some, for so long; then end them.
+        """Let runs end, all or some, for so long; then end them, and kill what does not end.
 
         What has not begun goes back to be claimed by another node.
         """
         those = self._hand.those(which)
         if those:
             self._log.info("%d run(s) may still end, within %g s.", len(those), seconds)
-        self._drop(those)
+        self._tell(those, runs.Dropped())
         await self._until_gone(those, seconds)
-        self._end(those)
-        await self._until_gone(those, TERMINATE_GRACE_SECONDS)
+        for event in (runs.TimeUp(), runs.GraceOver()):
+            left = [run for run in those if run in self._hand]
+            self._tell(left, event)
+            await self._until_gone(left, TERMINATE_GRACE_SECONDS)
 
     async def _until_gone(self, those: list[RunInHand], seconds: float) -> None:
         wait = asyncio.timeout(seconds)
@@ -156,11 +158,7 @@ class Dispatcher:
 
     def end(self, which: Which = any_run) -> None:
         """End runs that go on, all or some: each shows as Crashed, unless its body has not begun."""
-        self._end(self._hand.those(which))
-
-    def _end(self, ended: Iterable[RunInHand]) -> None:
-        for run in ended:
-            run.meet(runs.TimeUp())
+        self._tell(self._hand.those(which), runs.TimeUp())
 
     def lose(self, token: Token) -> None:
         """Stop the runs of a token that is lost, now: another node may start some."""

@@ -127,6 +127,11 @@ class TimeUp:
 
 
 @dataclass(frozen=True, slots=True)
+class GraceOver:
+    """It was told that its time is up, and has not ended."""
+
+
+@dataclass(frozen=True, slots=True)
 class Cancelled:
     """Somebody has cancelled it, at some time on the monotonic clock."""
 
@@ -155,6 +160,7 @@ Event: TypeAlias = (
     | CalledOff
     | TokenLost
     | TimeUp
+    | GraceOver
     | Cancelled
     | Watched
     | protocol.End
@@ -252,6 +258,8 @@ def step(life: Life, event: Event) -> Step:
             return Step(replace(life, lost=True), () if life.finishes else _if_forked(life, Signal.KILL))
         case TimeUp():
             return Step(life, _if_forked(life, Signal.TERMINATE if life.has_begun else Signal.KILL))
+        case GraceOver():
+            return Step(life, _if_forked(life, Signal.KILL))
         case Cancelled(at):
             if life.cancelled is not None or not life.has_process:
                 return Step(life)

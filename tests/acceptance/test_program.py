@@ -23,7 +23,7 @@ from prefect.states import Scheduled
 
 from deployments.local import free_port, running, wait_until
 from taskadapter.rules.ticks import tick_key
-from tests.acceptance.project import PATIENCE, state_of
+from tests.acceptance.project import PATIENCE, is_alive, state_of
 from tests.acceptance.project import due as due_of
 from tests.processes import catches, nurseries
 
@@ -443,6 +443,52 @@ def test_two_listeners_share_a_group(project: Project, prefix: str, database: di
     for job in (one, other):
         due = [entry["due"] for entry in ran(project, job)]
         assert len(due) == len(set(due)), job
+
+
+STUBBORN = """
+    # argv: what all names begin with
+    import signal
+    from node import *
+
+    class Stubborn(Service):
+        job: str
+
+        def execute(self) -> None:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            note(self.job, "ran")
+            time.sleep(600)
+
+    if __name__ == "__main__":
+        (prefix,) = sys.argv[1:]
+        one, other = listener(None, None, 1), listener(None, None, 1)
+        one.attach(Stubborn(job=prefix + "one"), prefix + "one")
+        other.attach(Counter(job=prefix + "other"), prefix + "other")
+        with one, other:
+            wait_for(prefix)
+            one.graceful_stop()
+            note(prefix, "stopped")
+            other.wait()
+"""
+
+
+@pytest.mark.slow
+def test_a_job_that_ignores_its_end_is_killed(
+    project: Project, prefix: str, database: dict[str, str]
+) -> None:
+    """Also where the program goes on, and with it what else is of no group."""
+    project.write("stubborn.py", STUBBORN)
+    one, other = prefix + "one", prefix + "other"
+    env = {**database, "PREFECT_INTEGRATIONS_TASKADAPTER_DRAIN_SECONDS": "1"}
+    with running(project.program("stubborn.py", prefix, env=env)) as program:
+        pid = project.wait_for(one, "ran")[0].pid
+        (project.folder / prefix).touch()
+        project.wait_for(prefix, "stopped")
+        assert not is_alive(pid)
+        project.wait_for(other, "ran", len(ran(project, other)) + 3)
+        send(program, signal.SIGINT)
+        assert program.process is not None
+        assert program.process.wait(PATIENCE) == 0
+    assert len(ran(project, one)) == 1
 
 
 POOLS = """

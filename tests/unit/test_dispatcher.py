@@ -10,12 +10,13 @@ import httpx
 import pytest
 from prefect.exceptions import ObjectNotFound
 
+from taskadapter.agent import dispatcher as dispatcher_module
 from taskadapter.agent.dispatcher import Dispatcher
 from taskadapter.agent.hand import Hand
 from taskadapter.agent.hearing import Kind, News
 from taskadapter.agent.jobs import Deployments
 from taskadapter.agent.queue import any_run
-from taskadapter.agent.runs import Life, Phase, give_back
+from taskadapter.agent.runs import Life, Phase, Signal, give_back
 from taskadapter.errors import CoordinationError
 from tests.unit.given import LOG, node, tick
 
@@ -134,6 +135,33 @@ def test_a_run_that_is_gone_is_a_reason_to_look_at_its_job(caplog):
 
     assert news == [News(Kind.DEPLOYMENT, run.flow_run.deployment_id)]
     assert "was deleted" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("phase", "told"),
+    [
+        (Phase.FORKED, [Signal.DROP, Signal.KILL]),
+        (Phase.BEGUN, [Signal.DROP, Signal.TERMINATE, Signal.KILL]),
+    ],
+)
+def test_a_drain_ends_with_a_kill(phase, told, monkeypatch):
+    """A body that does not end when its time is up, nor when it is told to, is ended."""
+    monkeypatch.setattr(dispatcher_module, "TERMINATE_GRACE_SECONDS", 0.01)
+    dispatcher, heard = new_dispatcher(), []
+
+    async def drain():
+        run = dispatcher._hand.take(tick(uuid4(), 1), None)
+        run.life, run.host = Life(phase, finishes=True), SimpleNamespace(heed=heed)
+        await dispatcher.drain(0.01)
+
+    def heed(signal):
+        heard.append(signal)
+        if signal is Signal.KILL:
+            for run in dispatcher._hand:
+                dispatcher._hand.put_down(run)
+
+    asyncio.run(drain())
+    assert heard == told
 
 
 @pytest.mark.parametrize("waits", [True, False])

@@ -156,6 +156,7 @@ def test_a_run_goes_one_way():
         (runs.CalledOff("it is over"), Signal.DROP),
         (runs.TokenLost(), Signal.KILL),
         (runs.TimeUp(), Signal.KILL),
+        (runs.GraceOver(), Signal.KILL),
         (runs.Cancelled(at=1.0), Signal.CANCEL),
     ],
 )
