@@ -259,20 +259,20 @@ class Dispatcher:
             self._news.set()
 
     async def _decide(self, run: RunInHand) -> None:
-        """Apply what Prefect's schedule cannot express, then claim and run."""
+        """Give a run a place among its job's, judge it as Prefect's schedule cannot, claim and run it."""
         flow_run = run.flow_run
         if self._deployments.is_ending(flow_run):
             return
         job = await self._deployments.job_of(flow_run, self._node.pool())
-        # Decided already, or due before this one: they go first.
+        # They have a place already, or are due before this one: they go first.
         others = [other for other in self._hand.siblings(flow_run) if other is not run]
-        ahead = sum(other.life.phase >= Phase.DECIDED or other.due < run.due for other in others)
+        ahead = sum(other.life.phase >= Phase.PLACED or other.due < run.due for other in others)
         behind = 1 if self._queue.may_follow(flow_run) else 0
         if job.max_concurrent is not None and ahead >= job.max_concurrent + behind:
             # Only now is it known that its job allows no more: it waits its turn.
             self._queue.put(flow_run)
             return
-        run.meet(runs.Decided(job.finishes))
+        run.meet(runs.Placed(job.finishes))
         if job.trigger is not None and ticks.is_tick(flow_run):
             flow_run.name = ticks.run_name(job.deployment.name, run.tick)
         if await self._left_as_off(flow_run, job) or await self._left_as_judged(run, job):

@@ -22,10 +22,9 @@ from taskadapter.agent.hearing import Hearing, Kind, News
 from taskadapter.agent.looks import SHORTEST_PAUSE_SECONDS, Looks, Pace
 from taskadapter.agent.node import LONGEST_BACKOFF_SECONDS, Node, queue_of
 from taskadapter.agent.switches import CarryOver
-from taskadapter.agent.timetable import POLL_LIMIT
 from taskadapter.coordination import store
 from taskadapter.errors import ApiUnavailableError, CoordinationError, TaskError
-from taskadapter.prefect_api.client import API_FAULTS, backoff, in_words
+from taskadapter.prefect_api.client import API_FAULTS, PAGE, backoff, in_words
 from taskadapter.prefect_api.deployments import deployments_of, deployments_of_pool
 from taskadapter.prefect_api.pool import PoolSize
 from taskadapter.prefect_api.ticks import due
@@ -220,7 +219,7 @@ class Lookout:
         names = None if self._membership.queues <= set(wanted) else wanted
         found, until = await due(client, self._node.work_pool, names, before)
         runs = [run for run in found if queue_of(run) in wanted and self._node.share.has_job_of(run)]
-        if len(runs) < len(found) and (until < before or len(found) >= POLL_LIMIT):
+        if len(runs) < len(found) and (until < before or len(found) >= PAGE):
             # Those that are left out could fill the list for ever.
             ours, until = self._timetable.jobs_of(wanted), before
             runs = await client.get_scheduled_flow_runs_for_deployments(ours, before)

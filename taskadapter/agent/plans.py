@@ -1,21 +1,23 @@
-"""When a job is due, and up to where its ticks are settled: what a timetable has of each job. Pure."""
+"""When jobs are due, up to where their ticks are settled, and which are missing. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 from uuid import UUID
 
 from prefect.client.schemas.schedules import IntervalSchedule
 
 from taskadapter.declare.triggers import TriggerConfiguration, WaitingPolicy
+from taskadapter.prefect_api.client import PAGE
 from taskadapter.prefect_api.deployments import schedule_of, trigger_of
 from taskadapter.rules import ticks
 
 if TYPE_CHECKING:
+    from prefect.client.schemas.objects import FlowRun
     from prefect.client.schemas.responses import DeploymentResponse
 
     from taskadapter.coordination.executions import Entered
@@ -25,6 +27,17 @@ MADE_AHEAD = 20
 
 SHOWN = 100
 """How many ticks that a policy ignores are made, to be shown as skipped; those before are passed over."""
+
+
+MADE_AT_ONCE = 64
+"""How many late ticks of all jobs are made at one look, the oldest first, before it is acted on."""
+
+LOOK_AHEAD = timedelta(seconds=3)
+"""A tick that nobody has planned this long before its time is made: longer than from one look of an agent
+to the next and the time by which it claims ahead, so that the ticks of a job are claimed in order."""
+
+KNOWN_BEFORE = timedelta(seconds=10)
+"""The agent must know of a run this long before its time: longer than the time by which it claims ahead."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +121,98 @@ class Line:
 
     def _ticks(self, until: datetime) -> Iterator[datetime]:
         return ticks.between(self.plan.anchor, self.plan.interval, after=self.through, until=until)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a look at the runs that wait tells of the ticks that are made.
+
+    Attributes:
+        now: the moment of the look; an earlier one where more wait then than are listed.
+        until: up to when those that wait are listed.
+        is_full: whether more wait than are listed.
+        planned: the ticks of each job that wait, or are in hand.
+        listed: the jobs of which some wait.
+    """
+
+    now: datetime
+    until: datetime
+    is_full: bool
+    planned: Mapping[UUID | None, Collection[datetime]]
+    listed: Collection[UUID | None]
+
+    @classmethod
+    def of(
+        cls, found: Collection[FlowRun], in_hand: Iterable[FlowRun], now: datetime, until: datetime
+    ) -> Self:
+        """Return what those runs tell that were found, and are in hand; all as in `Timetable.complete`."""
+        if is_full := len(found) >= PAGE:
+            until = min(until, max(filter(None, map(ticks.tick_of, found)), default=until))
+            now = min(now, until - timedelta.resolution)  # perhaps others are due at that very moment
+        planned: dict[UUID | None, set[datetime]] = {}
+        for run in (*found, *in_hand):
+            if (tick := ticks.tick_of(run)) is not None:
+                planned.setdefault(run.deployment_id, set()).add(tick)
+        return cls(now, until, is_full, planned, {run.deployment_id for run in found})
+
+
+@dataclass
+class Missing:
+    """Ticks that are owed and that nobody has made, and what that means for the next look.
+
+    Attributes:
+        complete_until: when there are more to be made, at the earliest.
+        ticks: they, with their jobs, oldest first; no more than are made at one look.
+        held_up: of some jobs the first tick that is still to be made: later ones wait for it.
+        has_new: whether some are the first of a job, and others are to follow.
+        is_cut: whether the list of runs was too short for jobs that are in time, besides late ones.
+    """
+
+    complete_until: datetime
+    ticks: list[tuple[datetime, Line]] = field(default_factory=list)
+    held_up: dict[UUID | None, datetime] = field(default_factory=dict)
+    has_new: bool = False
+    is_cut: bool = False
+
+    def hold_up(self, line: Line, tick: datetime) -> None:
+        """Have a job's ticks from this one on wait: they begin in order."""
+        self.held_up[line.deployment_id] = min(tick, self.held_up.get(line.deployment_id, tick))
+
+    def holds_up(self, flow_run: FlowRun) -> bool:
+        """Return whether a run waits for a tick of its job that is still to be made."""
+        first, tick = self.held_up.get(flow_run.deployment_id), ticks.tick_of(flow_run)
+        return first is not None and tick is not None and tick >= first
+
+
+def find_missing(lines: Iterable[Line], seen: Seen) -> Missing:
+    """Return the ticks of some jobs that are due, or soon will be, and that nobody has made.
+
+    Args:
+        lines: the jobs; each is no new one after this.
+        seen: what is made.
+    """
+    missing = Missing(seen.until - KNOWN_BEFORE if seen.is_full else seen.until)
+    for line in lines:
+        # What a new job is due to do at once need not wait for what is to follow.
+        soon = seen.now if line.is_new else seen.now + LOOK_AHEAD
+        missing.has_new |= line.is_new
+        line.is_new = False
+        owed = line.owed(min(seen.until, soon))
+        if not owed and seen.until < seen.now and line.deployment_id not in seen.listed:
+            # However late others are: its ticks are there, or are made.
+            owed = line.owed(soon)
+            missing.is_cut |= bool(owed)
+        planned = seen.planned.get(line.deployment_id, ())
+        missing.ticks += [(tick, line) for tick in owed if tick not in planned]
+        if len(owed) == MADE_AHEAD:
+            missing.hold_up(line, owed[-1] + timedelta.resolution)
+        if (tick := line.unplanned(seen.now + LOOK_AHEAD, seen.until, planned)) is not None:
+            missing.complete_until = min(missing.complete_until, tick - LOOK_AHEAD)
+    missing.ticks.sort(key=lambda one: one[0])
+    for tick, line in missing.ticks[MADE_AT_ONCE:]:
+        missing.hold_up(line, tick)
+    del missing.ticks[MADE_AT_ONCE:]
+    return missing
 
 
 def plan_of(deployment: DeploymentResponse) -> Plan | None:

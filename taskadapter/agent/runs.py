@@ -3,7 +3,7 @@
 `step` takes a run's life and what happens to it, and returns the life after that and what is to be done. A
 run goes one way::
 
-    FOUND ──► DECIDED ──► CLAIMED ──► FORKED ──► BEGUN ──► over
+    FOUND ──► PLACED ──► CLAIMED ──► FORKED ──► BEGUN ──► over
 
 Before BEGUN it can be given back: it has no entry in the ledger, and so nothing of it has happened. From
 there on the ledger says what it came to. What that asks for `settle` says when its process has ended here,
@@ -32,13 +32,12 @@ CANCEL_GRACE_SECONDS = 30.0
 class Phase(IntEnum):
     """How far a run has come.
 
-    FOUND: it was taken from what is due. DECIDED: it is to run, and has one of the places of its job's
-    `max_concurrent`. CLAIMED: Prefect has it as this node's. FORKED: a process has it. BEGUN: its body has
-    begun.
+    FOUND: it was taken from what is due. PLACED: it has one of its job's `max_concurrent` places, and is
+    judged. CLAIMED: Prefect has it as this node's. FORKED: a process has it. BEGUN: its body has begun.
     """
 
     FOUND = 0
-    DECIDED = 1
+    PLACED = 1
     CLAIMED = 2
     FORKED = 3
     BEGUN = 4
@@ -83,8 +82,8 @@ class Life:
 
 
 @dataclass(frozen=True, slots=True)
-class Decided:
-    """It is to run; `finishes` as in `Life`."""
+class Placed:
+    """It has one of its job's places; `finishes` as in `Life`."""
 
     finishes: bool
 
@@ -151,7 +150,7 @@ class Killed:
 
 
 Event: TypeAlias = (
-    Decided
+    Placed
     | Claimed
     | Forked
     | protocol.Begun
@@ -238,8 +237,8 @@ class Step:
 def step(life: Life, event: Event) -> Step:
     """Return what becomes of a run when something happens to it."""
     match event:
-        case Decided(finishes):
-            return Step(replace(life, phase=Phase.DECIDED, finishes=finishes))
+        case Placed(finishes):
+            return Step(replace(life, phase=Phase.PLACED, finishes=finishes))
         case Claimed():
             return Step(replace(life, phase=Phase.CLAIMED))
         case Forked():

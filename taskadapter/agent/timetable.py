@@ -33,29 +33,16 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Pending
 
-from taskadapter.agent.plans import MADE_AHEAD, Line, Plan, begin, plan_of
+from taskadapter.agent.plans import Line, Missing, Plan, Seen, begin, find_missing, plan_of
 from taskadapter.agent.telling import Teller
 from taskadapter.coordination.executions import Entered
-from taskadapter.prefect_api.client import API_FAULTS, is_gone, side_by_side
+from taskadapter.prefect_api.client import API_FAULTS, PAGE, is_gone, side_by_side
 from taskadapter.prefect_api.deployments import is_on
 from taskadapter.prefect_api.ticks import create_tick
 from taskadapter.rules import ticks
 
-MADE_AT_ONCE = 64
-"""How many late ticks of all jobs are made at one look, the oldest first, before it is acted on."""
-
-LOOK_AHEAD = timedelta(seconds=3)
-"""A tick that nobody has planned this long before its time is made: longer than from one look of an agent
-to the next and the time by which it claims ahead, so that the ticks of a job are claimed in order."""
-
 NEW = timedelta(seconds=5)
 """The history of a schedule that was made so shortly before is not asked for."""
-
-KNOWN_BEFORE = timedelta(seconds=10)
-"""The agent must know of a run this long before its time: longer than the time by which it claims ahead."""
-
-POLL_LIMIT = 200
-"""How many runs the API returns at once; those that are due first."""
 
 
 class Timetable:
@@ -215,53 +202,19 @@ class Timetable:
             HTTPError: the API failed; the same call may be repeated.
         """
         await self._open_lines(queues)
-        if is_full := len(found) >= POLL_LIMIT:
-            until = min(until, max(filter(None, map(ticks.tick_of, found)), default=until))
-            now = min(now, until - timedelta.resolution)  # perhaps others are due at that very moment
-        known: dict[UUID | None, set[datetime]] = {}
-        for run in (*found, *in_hand):
-            if (tick := ticks.tick_of(run)) is not None:
-                known.setdefault(run.deployment_id, set()).add(tick)
-        listed = {run.deployment_id for run in found}
         self._told_of -= {run.deployment_id for run in found if run.auto_scheduled}
-        self.has_new = self.is_cut = False
-        self.complete_until = until - KNOWN_BEFORE if is_full else until
-        missing: list[tuple[datetime, Line]] = []
-        held_up: dict[UUID | None, datetime] = {}
-        for line in self._lines.values():
-            if line.plan.queue in queues and not line.held:
-                # What a new job is due to do at once need not wait for what is to follow.
-                soon = now if line.is_new else now + LOOK_AHEAD
-                owed = line.owed(min(until, soon))
-                if not owed and until < now and line.deployment_id not in listed:
-                    # However late others are: its ticks are there, or are made.
-                    owed = line.owed(soon)
-                    self.is_cut |= bool(owed)
-                self.has_new |= line.is_new
-                line.is_new = False
-                planned = known.get(line.deployment_id, set())
-                missing += [(tick, line) for tick in owed if tick not in planned]
-                if len(owed) == MADE_AHEAD:
-                    held_up[line.deployment_id] = owed[-1] + timedelta.resolution
-                if (tick := line.unplanned(now + LOOK_AHEAD, until, planned)) is not None:
-                    self.complete_until = min(self.complete_until, tick - LOOK_AHEAD)
-        missing.sort(key=lambda one: one[0])
-        for tick, line in missing[MADE_AT_ONCE:]:
-            held_up[line.deployment_id] = min(tick, held_up.get(line.deployment_id, tick))
-        made = await self._make_all(missing[:MADE_AT_ONCE], held_up)
-        if held_up:
-            self.complete_until = min(self.complete_until, now)
-        # Ticks of a job begin in order: later ones wait for those that are still to be made.
-        return [run for run in (*found, *made) if _is_before(run, held_up.get(run.deployment_id))]
+        seen = Seen.of(found, in_hand, now, until)
+        lines = [line for line in self._lines.values() if line.plan.queue in queues and not line.held]
+        missing = find_missing(lines, seen)
+        self.has_new, self.is_cut = missing.has_new, missing.is_cut
+        self.complete_until = missing.complete_until
+        made = await self._make_all(missing)
+        if missing.held_up:
+            self.complete_until = min(self.complete_until, seen.now)
+        return [run for run in (*found, *made) if not missing.holds_up(run)]
 
-    async def _make_all(
-        self, missing: list[tuple[datetime, Line]], held_up: dict[UUID | None, datetime]
-    ) -> list[FlowRun]:
+    async def _make_all(self, missing: Missing) -> list[FlowRun]:
         """Make ticks side by side; where the API fails for some, those of other jobs go on.
-
-        Args:
-            missing: the ticks, oldest first.
-            held_up: of each job the first tick that is not made; those that fail are added.
 
         Raises:
             HTTPError: the API fails for all.
@@ -273,13 +226,13 @@ class Timetable:
                 return await self._make(line, tick)
             except API_FAULTS as fault:
                 faults.append(fault)
-                held_up[line.deployment_id] = min(tick, held_up.get(line.deployment_id, tick))
+                missing.hold_up(line, tick)
                 return None
 
-        made = [run for run in await side_by_side(starmap(make, missing)) if run is not None]
-        if len(faults) == len(missing) and faults:
+        made = [run for run in await side_by_side(starmap(make, missing.ticks)) if run is not None]
+        if len(faults) == len(missing.ticks) and faults:
             raise faults[0]
-        names = {line.deployment_id: line.name for _, line in missing}
+        names = {line.deployment_id: line.name for _, line in missing.ticks}
         for job_id, count in Counter(run.deployment_id for run in made).items():
             self._log.log(
                 logging.DEBUG if job_id in self._told_of else logging.INFO,
@@ -378,13 +331,13 @@ class Timetable:
                     expected_start_time=FlowRunFilterExpectedStartTime(before_=datetime.now(UTC)),
                 ),
                 sort=FlowRunSort.EXPECTED_START_TIME_DESC,
-                limit=POLL_LIMIT,
+                limit=PAGE,
             )
             for run in runs:
                 job_id, tick = run.deployment_id, ticks.tick_of(run)
                 if job_id in left and tick is not None and _is_of(run, schedule_ids[job_id]):
                     last.setdefault(job_id, tick)
-            if len(runs) < POLL_LIMIT:
+            if len(runs) < PAGE:
                 break
             left -= {run.deployment_id for run in runs}
         return last
@@ -393,8 +346,3 @@ class Timetable:
 def _is_of(flow_run: FlowRun, schedule_id: UUID) -> bool:
     key = flow_run.idempotency_key or ""
     return key.startswith(f"scheduled {flow_run.deployment_id} {schedule_id} ")
-
-
-def _is_before(flow_run: FlowRun, first: datetime | None) -> bool:
-    """Return whether a run goes before a tick of its job that is still to be made."""
-    return first is None or (tick := ticks.tick_of(flow_run)) is None or tick < first

@@ -46,7 +46,7 @@ from taskadapter.agent.signals import at_a_signal
 from taskadapter.agent.takeover import Takeover
 from taskadapter.agent.tasks import Tasks
 from taskadapter.agent.terms import Terms
-from taskadapter.agent.timetable import POLL_LIMIT, Timetable
+from taskadapter.agent.timetable import Timetable
 from taskadapter.agent.upkeep import Upkeep
 from taskadapter.agent.watch import Watch
 from taskadapter.coordination import store
@@ -55,7 +55,7 @@ from taskadapter.coordination.messages import Gained, Lost, ResignAsked
 from taskadapter.declare.triggers import DEFAULT_QUEUE
 from taskadapter.errors import ApiUnavailableError, CoordinationError
 from taskadapter.prefect_api import private
-from taskadapter.prefect_api.client import API_FAULTS
+from taskadapter.prefect_api.client import API_FAULTS, PAGE
 from taskadapter.prefect_api.pool import Domain, preload_of
 from taskadapter.settings import TaskadapterSettings
 
@@ -247,7 +247,7 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
 
     async def _entered(self, job_ids: Collection[UUID]) -> dict[UUID, Entered]:
         """Return what the database has of the ticks of some jobs."""
-        return await asyncio.to_thread(store.entered, self._membership.database_url, job_ids, POLL_LIMIT)
+        return await asyncio.to_thread(store.entered, self._membership.database_url, job_ids, PAGE)
 
     async def teardown(self, *exc_info: Any) -> None:
         """Let runs finish for a while, give back what has not begun, hand over, end the hosts.

@@ -34,7 +34,7 @@ from taskadapter.coordination.messages import (
     Send,
     StopAsked,
     Stopped,
-    Tick,
+    TimePassed,
 )
 from taskadapter.coordination.nodes import Node
 
@@ -209,7 +209,7 @@ class Heartbeat:
         try:
             event = self._events.get(timeout=max(0.0, wait))
         except queue.Empty:
-            event = Tick()
+            event = TimePassed()
         now = clock()
         done = step(self._lease, event, now)
         self._lease = done.lease

@@ -153,7 +153,7 @@ class Lease:
         return held is not None and now < held.deadline
 
     def wake_at(self) -> float:
-        """Return when the next `Tick` is due, if nothing else happens before."""
+        """Return when the next `TimePassed` is due, if nothing else happens before."""
         times = [held.deadline for held in self.held.values()]
         if self.call is None:
             times.append(self.next_call_at())

@@ -34,7 +34,7 @@ __all__ = [
     "StopAsked",
     "Stopped",
     "Taken",
-    "Tick",
+    "TimePassed",
     "Token",
     "Unregister",
 ]
@@ -160,7 +160,7 @@ Answer: TypeAlias = Done | PulseAnswer | Acquired
 
 
 @dataclass(frozen=True, slots=True)
-class Tick:
+class TimePassed:
     """Time has passed."""
 
 
@@ -211,7 +211,7 @@ class StopAsked:
     """The node's runs have ended; release everything and stop."""
 
 
-Event: TypeAlias = Tick | Answered | Failed | Hint | Joined | ReleaseAsked | StopAsked
+Event: TypeAlias = TimePassed | Answered | Failed | Hint | Joined | ReleaseAsked | StopAsked
 
 
 # What it must do.

@@ -225,15 +225,15 @@ class Host:
         finally:
             over.set()
             current.execution.reset(token)
-        self._tell(_end_of(execution, state, fault))
+        self._tell(_conclude(execution, state, fault))
         if execution.has_begun and execution.untold is not None:
             run_hooks(flow, assignment, execution.untold)
 
 
-def _end_of(
+def _conclude(
     execution: current.Execution, state: State[Any] | None, fault: BaseException | None
 ) -> protocol.End:
-    """Return what came of a run, once it is entered in the ledger what came of its body."""
+    """Enter what came of a body, where nobody has yet, and return what came of its run."""
     match execution.entered:
         case None if _is_users(fault):
             return _crashed(fault)

@@ -33,7 +33,7 @@ from taskadapter.coordination.messages import (
     Sighting,
     Stopped,
     Taken,
-    Tick,
+    TimePassed,
     Token,
     Unregister,
 )
@@ -215,7 +215,7 @@ class World:
         )
         process = Process(first, f"{task_id}#{next(self._numbers)}", rate, offset)
         self.processes.append(process)
-        self.tell(process, Tick())
+        self.tell(process, TimePassed())
         return process
 
     def crash(self, process: Process) -> None:
@@ -225,7 +225,7 @@ class World:
     def resume(self, process: Process) -> None:
         process.paused = False
         inbox, process.inbox = process.inbox, []
-        for event in [*inbox, Tick()]:
+        for event in [*inbox, TimePassed()]:
             self.tell(process, event)
 
     def advance(self, seconds: float) -> None:
@@ -294,7 +294,7 @@ class World:
             if not process.paused:
                 moment = (process.lease.wake_at() - process.offset) / process.rate
                 # Rounding must not wake it a moment too early, again and again.
-                yield moment + 1e-6, partial(self.tell, process, Tick())
+                yield moment + 1e-6, partial(self.tell, process, TimePassed())
         yield float("inf"), lambda: None
 
     def _happen(self) -> None:

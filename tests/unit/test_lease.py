@@ -34,7 +34,7 @@ from taskadapter.coordination.messages import (
     StopAsked,
     Stopped,
     Taken,
-    Tick,
+    TimePassed,
     Token,
     Unregister,
 )
@@ -109,7 +109,7 @@ RENEWED = seen(sighting(holder="node-1", term=5, renewed=True))
 def standby() -> Node:
     """A node that registered and has seen another one hold the token, at START."""
     node = Node()
-    node.tell(Tick(), START)
+    node.tell(TimePassed(), START)
     node.answer(Done(), START)
     node.answer(seen(sighting()), START)
     return node
@@ -119,7 +119,7 @@ def standby() -> Node:
 def active(standby: Node) -> Node:
     """A node that asked for the token at START + 1, and got it."""
     node = standby
-    node.tell(Tick(), START + 1)
+    node.tell(TimePassed(), START + 1)
     node.answer(seen(sighting(free=True, age=6.5)), START + 1)
     node.answer(taken(5, "node 'node-2' was silent for 6.5 s", START + 1), START + 1)
     return node
@@ -128,7 +128,7 @@ def active(standby: Node) -> Node:
 class TestTrust:
     def test_lasts_from_before_sending(self, standby: Node) -> None:
         """The deadline is the clock before the first heartbeat plus the interval less the margin."""
-        standby.tell(Tick(), START + 1)
+        standby.tell(TimePassed(), START + 1)
         standby.answer(seen(sighting(free=True)), START + 1.2)
         (gained,) = standby.answer(taken(5, "it was released", START + 1.4), START + 1.9)[:1]
         assert gained == Gained(TOKEN, START + 1.4 + 6 - 0.6, "it was released")
@@ -136,31 +136,31 @@ class TestTrust:
     def test_ends_at_the_deadline(self, active: Node) -> None:
         """Just before the deadline the node trusts; at the deadline it has lost the token."""
         deadline = START + 1 + 5.4
-        active.tell(Tick(), deadline - 0.001)
+        active.tell(TimePassed(), deadline - 0.001)
         assert active.lease.trusts("g", deadline - 0.001)
         assert not active.lease.trusts("g", deadline)
-        lost = active.tell(Tick(), deadline)[0]
+        lost = active.tell(TimePassed(), deadline)[0]
         assert isinstance(lost, Lost)
         assert (lost.token, lost.asked) == (TOKEN, False)
         assert "g" not in active.lease.held
 
     def test_is_extended_by_a_renewal(self, active: Node) -> None:
         """A renewal moves the deadline, counted from before it was sent."""
-        (sent,) = active.tell(Tick(), START + 2.5)
+        (sent,) = active.tell(TimePassed(), START + 2.5)
         assert sent == Send(Pulse(START + 2.5, (TOKEN,)))
         assert active.answer(RENEWED, START + 3) == (Extended(TOKEN, START + 2.5 + 5.4),)
 
     def test_is_not_extended_by_a_late_answer(self, active: Node) -> None:
         """An answer at the deadline comes too late, even if it says that the token is renewed."""
-        active.tell(Tick(), START + 2)
-        active.tell(Tick(), START + 4)  # abandoned, and yet it answers
+        active.tell(TimePassed(), START + 2)
+        active.tell(TimePassed(), START + 4)  # abandoned, and yet it answers
         actions = active.answer(RENEWED, START + 6.4)
         assert isinstance(actions[0], Lost)
         assert not active.lease.trusts("g", START + 6.4)
 
     def test_is_not_given_at_its_own_deadline(self, standby: Node) -> None:
         """A token that is free again at that very moment is not gained."""
-        standby.tell(Tick(), START + 1)
+        standby.tell(TimePassed(), START + 1)
         standby.answer(seen(sighting(free=True)), START + 1)
         standby.answer(taken(5, "it was released", START + 1), START + 1 + 5.4)
         assert "g" not in standby.lease.held
@@ -168,7 +168,7 @@ class TestTrust:
 
     def test_is_not_given_by_a_late_answer(self, standby: Node) -> None:
         """A token whose trust would be over already is not gained."""
-        standby.tell(Tick(), START + 1)
+        standby.tell(TimePassed(), START + 1)
         standby.answer(seen(sighting(free=True)), START + 1)
         standby.answer(taken(5, "free"), START + 6.4)
         assert not standby.lease.held
@@ -176,14 +176,14 @@ class TestTrust:
 
     def test_ends_at_once_if_another_node_has_the_token(self, active: Node) -> None:
         """An answer that says "not mine" does not wait for the deadline."""
-        active.tell(Tick(), START + 2)
+        active.tell(TimePassed(), START + 2)
         lost = active.answer(seen(sighting(term=6)), START + 2.1)[0]
         assert lost == Lost(TOKEN, "node 'node-2' has it in term 6")
         assert active.said == ["standby for g after term 5: node 'node-2' has it in term 6"]
 
     def test_ends_at_once_if_another_process_has_the_name(self, active: Node) -> None:
         """A node whose name another process has taken gives up everything, and asks again."""
-        active.tell(Tick(), START + 2)
+        active.tell(TimePassed(), START + 2)
         actions = active.answer(PulseAnswer(registered=False), START + 2.1)
         assert actions == (
             Lost(TOKEN, "another process runs as node 'node-1'"),
@@ -192,22 +192,22 @@ class TestTrust:
 
     def test_survives_faults_until_the_deadline(self, active: Node) -> None:
         """No answer is no verdict: the node goes on, says why once, and then steps down."""
-        active.tell(Tick(), START + 2)
+        active.tell(TimePassed(), START + 2)
         active.fail(START + 2.1)
         assert active.said == ["no route"]
-        active.tell(Tick(), active.lease.wake_at())
+        active.tell(TimePassed(), active.lease.wake_at())
         active.fail(START + 3)
         assert active.said == []
         assert active.lease.trusts("g", START + 3)
-        active.tell(Tick(), START + 6.4)
+        active.tell(TimePassed(), START + 6.4)
         assert active.said == ["standby for g after term 5: not confirmed in time: no route"]
 
     def test_is_not_regained_in_the_same_term(self, active: Node) -> None:
         """After it stepped down, the node takes its own token over, at once and in a new term."""
-        active.tell(Tick(), START + 6.4)
+        active.tell(TimePassed(), START + 6.4)
         own = sighting(holder="node-1", term=5, age=2.0, free=True, renewed=True)
         active.fail(START + 6.5)
-        active.tell(Tick(), active.lease.wake_at())
+        active.tell(TimePassed(), active.lease.wake_at())
         (sent,) = active.answer(seen(own), START + 7)
         assert sent == Send(Acquire(START + 7, ("g",)))
 
@@ -215,18 +215,18 @@ class TestTrust:
 class TestCalls:
     def test_one_at_a_time(self, standby: Node) -> None:
         """While a call is under way no other is made, whatever happens."""
-        assert standby.tell(Tick(), START + 1) == (Send(Pulse(START + 1)),)
+        assert standby.tell(TimePassed(), START + 1) == (Send(Pulse(START + 1)),)
         assert standby.tell(Hint("g"), START + 1.5) == ()
         assert standby.tell(ReleaseAsked("g"), START + 1.6) == ()
 
     def test_a_slow_one_is_broken_off(self, standby: Node) -> None:
         """At a third of the trust a call is abandoned, once."""
-        (sent,) = standby.tell(Tick(), START + 1)
+        (sent,) = standby.tell(TimePassed(), START + 1)
         assert isinstance(sent, Send)
         assert standby.lease.wake_at() == START + 1 + 5.4 / 3
-        assert standby.tell(Tick(), START + 2.7) == ()
-        assert standby.tell(Tick(), START + 2.81) == (Abandon(sent.call),)
-        assert standby.tell(Tick(), START + 3) == ()
+        assert standby.tell(TimePassed(), START + 2.7) == ()
+        assert standby.tell(TimePassed(), START + 2.81) == (Abandon(sent.call),)
+        assert standby.tell(TimePassed(), START + 3) == ()
 
     def test_an_answer_to_another_call_is_ignored(self, standby: Node) -> None:
         """What nobody waits for any more changes nothing."""
@@ -238,12 +238,12 @@ class TestCalls:
         """Failing calls come ever more rarely; the first that works says how long it took."""
         now, waits = START + 1, []
         for _ in range(7):
-            standby.tell(Tick(), now)
+            standby.tell(TimePassed(), now)
             standby.fail(now)
             waits.append(standby.lease.wake_at() - now)
             now = standby.lease.wake_at()
         assert waits == pytest.approx([0.25, 0.5, 1, 2, 2, 2, 2])
-        standby.tell(Tick(), now)
+        standby.tell(TimePassed(), now)
         standby.answer(seen(sighting()), now)
         assert standby.said == ["the database answers again, after 9.8 s"]
 
@@ -279,7 +279,7 @@ class TestCalls:
         for _ in range(6):
             while not isinstance(node.lease.call, Acquire):
                 now = max(now, node.lease.wake_at())
-                node.tell(Tick(), now)
+                node.tell(TimePassed(), now)
                 if isinstance(node.lease.call, Pulse):
                     free = set("abc") - node.lease.held.keys()
                     confirmed = [
@@ -296,7 +296,7 @@ class TestCalls:
 
     def test_an_answer_to_nothing_that_was_asked_is_a_mistake(self, standby: Node) -> None:
         """It is ours, and not to be passed over."""
-        standby.tell(Tick(), START + 1)
+        standby.tell(TimePassed(), START + 1)
         with pytest.raises(TypeError, match="does not answer"):
             standby.answer(taken(5, "free", START), START + 1)
 
@@ -306,8 +306,8 @@ class TestCalls:
             [standby.fail, standby.fail, lambda now: standby.answer(seen(), now)]
         ):
             sent = START + 10 * (number + 1)
-            standby.tell(Tick(), sent)
-            assert isinstance(standby.tell(Tick(), sent + 1.8)[0], Abandon)
+            standby.tell(TimePassed(), sent)
+            assert isinstance(standby.tell(TimePassed(), sent + 1.8)[0], Abandon)
             assert standby.lease.wake_at() == float("inf")
             ends(sent + 2)
             assert not standby.lease.abandoned
@@ -330,7 +330,7 @@ class TestCalls:
 
     def test_a_lost_race_ends_the_attempt(self, standby: Node) -> None:
         """If another node was faster, this one goes on looking."""
-        standby.tell(Tick(), START + 1)
+        standby.tell(TimePassed(), START + 1)
         standby.answer(seen(sighting(free=True)), START + 1)
         assert standby.answer(Acquired(), START + 1.1) == ()
         assert standby.lease.wake_at() == START + 2
@@ -350,9 +350,9 @@ class TestHandover:
         active.answer(Done(), START + 1.5)
         free = seen(sighting(holder="", age=None, free=True))
         for now in (START + 2, START + 3, START + 4):
-            assert active.tell(Tick(), now) == (Send(Pulse(now)),)
+            assert active.tell(TimePassed(), now) == (Send(Pulse(now)),)
             assert active.answer(free, now) == ()
-        active.tell(Tick(), START + 5)
+        active.tell(TimePassed(), START + 5)
         assert active.answer(free, START + 5) == (Send(Acquire(START + 5, ("g",))),)
 
     def test_a_release_is_of_what_is_held(self, active: Node) -> None:
@@ -365,9 +365,9 @@ class TestHandover:
     def test_a_request_to_resign_is_passed_on_once(self, active: Node) -> None:
         """Whoever runs the node hears once that it is asked to hand over, and still holds it."""
         asked = seen(replace(RENEWED.sightings[0], resign_requested=True))
-        active.tell(Tick(), START + 2)
+        active.tell(TimePassed(), START + 2)
         assert ResignAsked(TOKEN) in active.answer(asked, START + 2)
-        active.tell(Tick(), START + 3)
+        active.tell(TimePassed(), START + 3)
         assert active.answer(asked, START + 3) == (Extended(TOKEN, START + 8.4),)
 
     def test_stopping_releases_and_leaves(self, active: Node) -> None:
@@ -386,7 +386,7 @@ class TestHandover:
 
     def test_stopping_releases_what_was_just_won(self, standby: Node) -> None:
         """A token that arrives after the request to stop goes straight back."""
-        standby.tell(Tick(), START + 1)
+        standby.tell(TimePassed(), START + 1)
         standby.answer(seen(sighting(free=True)), START + 1)
         standby.tell(StopAsked(), START + 1.1)
         assert standby.answer(taken(5, "free", START + 1), START + 1.2) == (
@@ -407,23 +407,23 @@ class TestName:
     def test_a_dead_predecessor_is_waited_for(self) -> None:
         """A name whose process shows no sign of life is taken when that one is stale."""
         node = Node()
-        node.tell(Tick(), START)
+        node.tell(TimePassed(), START)
         node.fail(START, "in use", age=4.0)
         assert node.said == ["in use"]
         assert node.lease.wake_at() == START + 1
-        node.tell(Tick(), START + 1)
+        node.tell(TimePassed(), START + 1)
         node.fail(START + 1, "in use", age=5.0)
         assert node.said == []
         assert node.lease.wake_at() == pytest.approx(START + 2, abs=0.02)
-        node.tell(Tick(), START + 2.01)
+        node.tell(TimePassed(), START + 2.01)
         assert node.answer(Done(), START + 2.02) == (Send(Pulse(START + 2.02)),)
 
     def test_a_live_namesake_is_given_way_to(self) -> None:
         """A name whose process has shown a sign of life meanwhile is refused for good."""
         node = Node()
-        node.tell(Tick(), START)
+        node.tell(TimePassed(), START)
         node.fail(START, "in use", age=0.9)
-        node.tell(Tick(), START + 1)
+        node.tell(TimePassed(), START + 1)
         assert node.fail(START + 1, "in use", age=0.9) == (Refused("in use"),)
         assert node.said == ["in use"]
         assert node.lease.wake_at() == float("inf")
@@ -432,20 +432,20 @@ class TestName:
     def test_what_two_clocks_differ_by_is_no_sign_of_life(self, moves: float, lives: bool) -> None:
         """Less than half a heartbeat, counted from the first look."""
         node = Node()
-        node.tell(Tick(), START)
+        node.tell(TimePassed(), START)
         node.fail(START, "in use", age=4.0)
-        node.tell(Tick(), START + 1)
+        node.tell(TimePassed(), START + 1)
         assert node.fail(START + 1, "in use", age=5.0 - moves / 2) == ()
-        node.tell(Tick(), START + 2)
+        node.tell(TimePassed(), START + 2)
         assert bool(node.fail(START + 2, "in use", age=6.0 - moves)) is lives
 
     def test_a_predecessor_that_has_become_stale_is_forgotten(self) -> None:
         """A later namesake is waited for anew."""
         node = Node()
-        node.tell(Tick(), START)
+        node.tell(TimePassed(), START)
         node.fail(START, "in use", age=4.0)
         assert node.lease.other_stale_at == START + 2
-        node.tell(Tick(), START + 2.01)
+        node.tell(TimePassed(), START + 2.01)
         node.answer(Done(), START + 2.02)
         assert node.lease.other_stale_at is None
 
@@ -459,10 +459,10 @@ class TestSentences:
 
     def test_that_it_is_asked_to_hand_over(self, active: Node) -> None:
         """Once; a renewal as such is nothing to tell."""
-        active.tell(Tick(), START + 2)
+        active.tell(TimePassed(), START + 2)
         active.answer(RENEWED, START + 2)
         assert active.said == []
-        active.tell(Tick(), START + 3)
+        active.tell(TimePassed(), START + 3)
         asked = sighting(holder="node-1", term=5, renewed=True, resign_requested=True)
         active.answer(seen(asked), START + 3)
         assert active.said == ["asked to hand over g"]
@@ -477,7 +477,7 @@ class TestSentences:
     )
     def test_who_has_its_token(self, active: Node, found: tuple[Sighting, ...], why: str) -> None:
         """As far as the database knows."""
-        active.tell(Tick(), START + 2)
+        active.tell(TimePassed(), START + 2)
         active.answer(seen(*found), START + 2)
         assert active.said == [f"standby for g after term 5: {why}"]
 

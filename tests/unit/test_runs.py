@@ -130,20 +130,20 @@ def test_a_run_that_is_gone():
 
 # --- step -----------------------------------------------------------------------------------------
 
-BEFORE_ITS_PROCESS = [Phase.FOUND, Phase.DECIDED, Phase.CLAIMED]
+BEFORE_ITS_PROCESS = [Phase.FOUND, Phase.PLACED, Phase.CLAIMED]
 WITH_PROCESS = [Phase.FORKED, Phase.BEGUN]
 
 
 def test_a_run_goes_one_way():
     """From what is due to its body; nothing is to be done on the way."""
     life, phases = Life(), []
-    for event in (runs.Decided(finishes=True), runs.Claimed(), runs.Forked(), protocol.Begun()):
+    for event in (runs.Placed(finishes=True), runs.Claimed(), runs.Forked(), protocol.Begun()):
         after = step(life, event)
         assert after == runs.Step(after.life)
         life = after.life
         phases.append(life.phase)
 
-    assert phases == [Phase.DECIDED, Phase.CLAIMED, Phase.FORKED, Phase.BEGUN]
+    assert phases == [Phase.PLACED, Phase.CLAIMED, Phase.FORKED, Phase.BEGUN]
     assert life.finishes
 
 

@@ -10,8 +10,8 @@ import httpx
 import pytest
 from prefect.client.schemas.objects import FlowRun
 
-from taskadapter.agent.plans import MADE_AHEAD, SHOWN, Line, Plan
-from taskadapter.agent.timetable import MADE_AT_ONCE, Timetable
+from taskadapter.agent.plans import MADE_AHEAD, MADE_AT_ONCE, SHOWN, Line, Plan
+from taskadapter.agent.timetable import Timetable
 from taskadapter.declare.triggers import TaskPolicy, TriggerConfiguration, WaitingPolicy
 from taskadapter.rules.ticks import between, tick_of
 
