@@ -39,6 +39,19 @@ def test_a_name_of_the_package(name):
     pytest.fail(f"there is no {name}")
 
 
+MODULES = [
+    ".".join(path.relative_to(ROOT / "taskadapter").with_suffix("").parts)
+    for path in (ROOT / "taskadapter").glob("*/*.py")
+    if path.stem != "__init__" and path.parent.name != "doctor"
+]
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_a_module(name):
+    """Each is in one of the tables that say what it is."""
+    assert re.search(rf"^\| [^|]*`{name}`", TEXT, re.MULTILINE)
+
+
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"`(tests/[^`]+)`", TEXT))))
 def test_a_test(name):
     """A file, and a test in it."""
