@@ -41,7 +41,7 @@ mutation: $(READY) ## Which changes to what decides no unit test notices; ten mi
 	@$(BIN)/mutmut run
 	@$(BIN)/mutmut results
 
-matrix: $(READY) ## The built package on every Python that is here, with the oldest and the newest Prefect.
+matrix: $(READY) ## The built package on every Python that is here, and with the oldest Prefect.
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		--constraint deployments/constraints.txt --group matrix
 	@rm -rf dist

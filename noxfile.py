@@ -1,13 +1,15 @@
-"""The built package on every Python that is here, with the oldest and the newest Prefect: `make matrix`.
+"""The built package on every Python that is here, on the oldest with the oldest Prefect too: `make matrix`.
 
 What is built is what is tried: the wheel that is made of the source distribution, in an environment of its
-own, beside a copy of the project that has no package in it. Then agents are tried on the other's server.
+own, beside a copy of the project that has no package in it. Agents are tried on the other Prefect's server.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import nox
@@ -28,10 +30,45 @@ nox.options.error_on_missing_interpreters = False
 OTHER = {"oldest": "newest", "newest": "oldest"}
 
 
-@nox.session(python=PYTHONS)
+def find_pythons() -> None:
+    """Put those of pyenv on the path that it has and has not switched on: its `python3.12` only says so."""
+    for version in PYTHONS:
+        name = f"python{version}"
+        found = shutil.which(name)
+        if found is None or subprocess.run([found, "-c", ""], capture_output=True).returncode == 0:  # noqa: S603
+            continue
+        root = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+        own = (str(path.parent) for path in sorted(root.glob(f"versions/{version}.*/bin/{name}")))
+        os.environ["PATH"] = os.pathsep.join([*own, os.environ["PATH"]])
+
+
+find_pythons()
+
+
+@nox.session(python=PYTHONS[:1])
 @nox.parametrize("prefect", list(OTHER))
 def package(session: nox.Session, prefect: str) -> None:
     """Install the wheel; run the command, the unit tests, the demo, and agents on the other server."""
+    wheel, project = _try_alone(session, prefect)
+    server = project / "server"
+    session.run("python", "-m", "venv", str(server))
+    other = "--constraint", _constraints(project, OTHER[prefect])
+    session.run(str(server / "bin" / "pip"), "install", "--quiet", *other, str(wheel), external=True)
+    session.run(
+        *("python", "-m", "pytest", "--quiet", "tests/acceptance/test_prefect.py"),
+        *("tests/acceptance/test_outcomes.py", "tests/integration/test_scheduler.py"),
+        env={"TASKADAPTER_TEST_PREFECT": str(server / "bin" / "prefect")},
+    )
+
+
+@nox.session(python=PYTHONS[1:])
+def newer(session: nox.Session) -> None:
+    """The same on a newer Python, with one server."""
+    _try_alone(session, "newest")
+
+
+def _try_alone(session: nox.Session, prefect: str) -> tuple[Path, Path]:
+    """Install the wheel; run the command, the unit tests and the demo; return wheel and project."""
     (wheel,) = (ROOT / "dist").glob("*.whl")
     project = ROOT / "build" / "matrix" / f"python-{session.python}-{prefect}"
     shutil.rmtree(project, ignore_errors=True)
@@ -50,15 +87,7 @@ def package(session: nox.Session, prefect: str) -> None:
     source = "tests/unit/test_deployments.py::test_the_image_has_what_it_copies"
     session.run("python", "-m", "pytest", "--quiet", "tests/unit", "--deselect", source)
     session.run("python", "-m", "deployments.demo")
-    server = project / "server"
-    session.run("python", "-m", "venv", str(server))
-    other = "--constraint", _constraints(project, OTHER[prefect])
-    session.run(str(server / "bin" / "pip"), "install", "--quiet", *other, str(wheel), external=True)
-    session.run(
-        *("python", "-m", "pytest", "--quiet", "tests/acceptance/test_prefect.py"),
-        *("tests/acceptance/test_outcomes.py", "tests/integration/test_scheduler.py"),
-        env={"TASKADAPTER_TEST_PREFECT": str(server / "bin" / "prefect")},
-    )
+    return wheel, project
 
 
 def _constraints(folder: Path, prefect: str) -> str:

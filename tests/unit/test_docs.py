@@ -85,8 +85,10 @@ def test_a_block_of_python_is_a_module_of_flows(project, monkeypatch, name, bloc
     (project / f"{module}.py").write_text(BEFORE.get(name, "") + inside)
     found = vars(importlib.import_module(module))
     if "engine.begin" in block:
+        engine = create_engine("sqlite://")
         with pytest.raises(TaskError, match="outside a run"):
-            found["body"](create_engine("sqlite://"))
+            found["body"](engine)
+        engine.dispose()
     else:
         kinds = (Flow, Listener, type(Job))
         assert any(isinstance(value, kinds) for value in found.values())
