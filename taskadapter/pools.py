@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any
 
 from prefect.blocks.system import Secret
@@ -9,10 +10,12 @@ from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 
 from taskadapter.agent.worker import WarmBackupWorker
+from taskadapter.coordination import store
 from taskadapter.errors import TaskError
 from taskadapter.prefect_api.client import api_client, run_sync
 from taskadapter.prefect_api.locks import lock
 from taskadapter.prefect_api.pool import Domain, PoolSize
+from taskadapter.settings import TaskadapterSettings
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import PrefectClient
@@ -57,7 +60,8 @@ async def aensure_work_pool(
 
     Raises:
         TaskError: there is a pool of that name and another type: its workers would run the jobs
-            without coordination.
+            without coordination. Or nodes coordinate through another database now: they would go on with
+            counts, states and terms from the start, or stand still where they cannot reach the new one.
     """
     pool = await _read_or_make(client, name, domain or Domain())
     if pool.type != WarmBackupWorker.type:
@@ -67,6 +71,8 @@ async def aensure_work_pool(
         )
     if _differs(pool, domain, size):
         async with lock(client, f"the template of work pool {name}"):
+            if domain is not None:
+                await _refuse_another_database(pool, domain)
             await _change(client, name, domain, size)
     if domain is not None and domain.password_block is not None and password is not None:
         await _keep_password(client, domain.password_block, password)
@@ -88,6 +94,30 @@ async def _read_or_make(client: PrefectClient, name: str, domain: Domain) -> Wor
 
 def _differs(pool: WorkPool, domain: Domain | None, size: PoolSize | None) -> bool:
     return domain not in (None, Domain.of(pool)) or size not in (None, PoolSize.of(pool))
+
+
+async def _refuse_another_database(pool: WorkPool, domain: Domain) -> None:
+    before, settings = Domain.of(pool), TaskadapterSettings()
+    # Where the environment names it, what the pool has is not what counts.
+    if settings.database_url is not None or domain.database == before.database:
+        return
+    try:
+        url = await before.database_url(settings)
+    except TaskError:
+        return  # its password is gone, and with it whoever could see the nodes
+    nodes = await asyncio.to_thread(store.live_nodes, url, pool.name, before.liveness_check_interval)
+    if nodes:
+        raise TaskError(
+            f"work pool {pool.name!r} has {', '.join(nodes)} active or standing by in "
+            f"{_where(before)}, and {_where(domain)} knows nothing of counts and states there; give this "
+            "listener a work_pool= of its own, name the same database, or stop those nodes first."
+        )
+
+
+def _where(domain: Domain) -> str:
+    return (
+        "the database of each node's settings" if domain.database is None else f"database {domain.database}"
+    )
 
 
 async def _change(client: PrefectClient, name: str, domain: Domain | None, size: PoolSize | None) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 from uuid import UUID
 
 from taskadapter.coordination.executions import Entered
-from taskadapter.errors import DatabaseUnavailableError, SchemaError
+from taskadapter.errors import CoordinationError, DatabaseUnavailableError, SchemaError
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine
@@ -176,6 +176,29 @@ def give_up_group(database_url: str, work_pool: str, group_id: str) -> None:
     from taskadapter.coordination import nodes
 
     ask(database_url, lambda connection: nodes.give_up_group(connection, work_pool, group_id))
+
+
+def live_nodes(database_url: str, work_pool: str, within: float) -> list[str]:
+    """Return the nodes that take part in groups of a work pool; none where that cannot be seen from here.
+
+    Args:
+        database_url: a database that is perhaps not used any more, and in which nothing is made.
+        work_pool: the pool.
+        within: in how many seconds they were seen.
+    """
+    from sqlalchemy import make_url
+
+    from taskadapter.coordination import nodes
+    from taskadapter.coordination.engines import file_of
+
+    url = make_url(database_url)
+    if url.get_backend_name() == "sqlite" and file_of(url) is None:
+        return []
+    try:
+        with _transaction(database_url) as connection:
+            return nodes.live_nodes(connection, work_pool, within)
+    except CoordinationError:
+        return []
 
 
 def require_database(database_url: str, within: float) -> None:

@@ -8,6 +8,7 @@ import sys
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import chdir, suppress
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,9 @@ from taskadapter import (
     aschedule_one_time_job,
 )
 from taskadapter.agent.switches import detach
+from taskadapter.coordination import nodes
+from taskadapter.coordination.engines import open_engine, transaction
+from taskadapter.coordination.schema import create_missing
 from taskadapter.deploy import deploy, prepare, render
 from taskadapter.pools import aensure_work_pool, ensure_work_pool
 from taskadapter.prefect_api import locks
@@ -288,6 +292,33 @@ def test_a_pool_that_is_there_is_left_alone(prefect_client: SyncPrefectClient, n
     ensure_work_pool(f"pool-of-{name}")
 
     assert prefect_client.read_work_pool(f"pool-of-{name}") == before
+
+
+def test_a_pool_with_live_nodes_keeps_its_database(
+    prefect_client: SyncPrefectClient, name: str, tmp_path: Path
+) -> None:
+    """Another one would have them count from the start; when they have left, it may be named."""
+    before, after = (Domain(database=f"sqlite:///{tmp_path}/{one}.db") for one in ("before", "after"))
+    ensure_work_pool(name, before)
+    engine = open_engine(before.database or "")
+    with engine.connect() as connection:
+        create_missing(connection)
+    node = nodes.Node("node-1", "first", "host", 1)
+    with transaction(engine) as connection:
+        nodes.claim_groups(connection, name, ["group"])
+        nodes.register(connection, node, ["group"], 30)
+
+    for other in (after, Domain()):
+        with pytest.raises(TaskError, match=r"node-1 active or .*before.db.*work_pool="):
+            ensure_work_pool(name, other)
+        assert Domain.of(prefect_client.read_work_pool(name)) == before
+    ensure_work_pool(name, replace(before, liveness_check_interval=12))
+
+    with transaction(engine) as connection:
+        nodes.unregister(connection, node)
+    engine.dispose()
+    ensure_work_pool(name, after)
+    assert Domain.of(prefect_client.read_work_pool(name)) == after
 
 
 # --- several at once ------------------------------------------------------------------------------
