@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from taskadapter.agent.node import Node
     from taskadapter.coordination.overview import GroupStatus, Tenure
 
-REFRESH_SECONDS = 30.0
+REFRESH_SECONDS = 10.0
 """How often a node looks whether what is shown is still so, where nothing has told it of a change."""
 
 MERGE_SECONDS = 3.0

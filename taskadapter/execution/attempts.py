@@ -218,6 +218,9 @@ class Attempts:
         self._enter_end(None, "Failed", reason)
         if policy in LOGGING:
             consequence = "the job ends on all nodes" if ends else "the job goes on"
+            retry = self.trigger.retry_config
+            if retry is not None and attempts <= retry.max_attempts:
+                consequence = f"no further one fits in before the next tick, {consequence}"
             self.log.error("Failed after %d attempt(s), %s: %s", attempts, consequence, _in_words(exc))
         if self.execution is not None and reason is not None:
             self.execution.ended = reason

@@ -213,8 +213,8 @@ def test_the_last_error_is_reported(
     assert states(prefect_client, flow_run)[-1] == "Failed"
 
 
-def test_no_retry_reaches_into_the_next_tick(name: str) -> None:
-    """A retry interval that is not shorter than the job's makes no retry in a direct call either."""
+def test_no_retry_reaches_into_the_next_tick(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A retry interval that is not shorter than the job's makes none in a direct call, and it is said."""
     trigger = TriggerConfiguration(
         interval=2, retry_config=RetryConfiguration(max_attempts=5, retry_interval=2)
     )
@@ -223,6 +223,7 @@ def test_no_retry_reaches_into_the_next_tick(name: str) -> None:
         call(name, fail, trigger=trigger)
 
     assert [run.attempt for run in seen] == [1]
+    assert "Failed after 1 attempt(s), no further one fits in before the next tick" in caplog.text
 
 
 @pytest.mark.parametrize("source", [Counter, AsyncCounter])
