@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 from prefect.blocks.system import Secret
 from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
+from prefect.logging import get_logger
 
 from taskadapter.agent.worker import WarmBackupWorker
 from taskadapter.coordination import store
+from taskadapter.declare.triggers import DEFAULT_QUEUE
 from taskadapter.errors import TaskError
-from taskadapter.prefect_api.client import api_client, run_sync
+from taskadapter.prefect_api.client import all_pages, api_client, run_sync
 from taskadapter.prefect_api.locks import lock
 from taskadapter.prefect_api.pool import Domain, PoolSize
 from taskadapter.settings import TaskadapterSettings
@@ -20,6 +22,8 @@ from taskadapter.settings import TaskadapterSettings
 if TYPE_CHECKING:
     from prefect.client.orchestration import PrefectClient
     from prefect.client.schemas.objects import WorkPool
+
+_log = get_logger("taskadapter")
 
 
 def ensure_work_pool(
@@ -71,8 +75,6 @@ async def aensure_work_pool(
         )
     if _differs(pool, domain, size):
         async with lock(client, f"the template of work pool {name}"):
-            if domain is not None:
-                await _refuse_another_database(pool, domain)
             await _change(client, name, domain, size)
     if domain is not None and domain.password_block is not None and password is not None:
         await _keep_password(client, domain.password_block, password)
@@ -122,12 +124,30 @@ def _where(domain: Domain) -> str:
 
 async def _change(client: PrefectClient, name: str, domain: Domain | None, size: PoolSize | None) -> None:
     """Change the pool's template, of which somebody else may have changed another part."""
-    template = (await client.read_work_pool(name)).base_job_template
+    pool = await client.read_work_pool(name)
+    template = pool.base_job_template
     if domain is not None:
+        await _refuse_another_database(pool, domain)
+        await _tell(client, name, Domain.of(pool), domain)
         template = domain.put_into(template)
     if size is not None:
         template = size.put_into(template)
     await client.update_work_pool(name, WorkPoolUpdate(base_job_template=template))
+
+
+async def _tell(client: PrefectClient, name: str, before: Domain, after: Domain) -> None:
+    """Tell what changes for the groups that a pool has already: another project may have declared them."""
+    queues = await all_pages(client.read_work_queues, work_pool_name=name)
+    groups = sorted(queue.name for queue in queues if queue.name != DEFAULT_QUEUE)
+    was = before.unlike(after)
+    changes = [f"{what} {was[what]} → {value}" for what, value in after.unlike(before).items()]
+    if groups and changes:
+        _log.warning(
+            "Work pool %s: %s, for all its groups: %s. A second project wants a pool of its own.",
+            name,
+            ", ".join(changes),
+            ", ".join(groups),
+        )
 
 
 async def _keep_password(client: PrefectClient, block: str, password: str) -> None:

@@ -55,6 +55,19 @@ class Domain:
         """Return a base job template whose variables have this domain as their defaults."""
         return _write(template, asdict(self))
 
+    def unlike(self, other: Domain) -> dict[str, str]:
+        """Return what differs from another domain, as this one has it, by the names that users declare."""
+        theirs = other._in_words()
+        return {name: said for name, said in self._in_words().items() if said != theirs[name]}
+
+    def _in_words(self) -> dict[str, str]:
+        return {
+            "database": self.database or "each node's own",
+            "password": "none" if self.password_block is None else "given",
+            "liveness_check_interval": f"{self.liveness_check_interval:.12g}",
+            "heartbeat_frequency": f"{self.heartbeat_frequency:.12g}",
+        }
+
     async def database_url(self, settings: TaskadapterSettings) -> str:
         """Return the database's URL with its secret, from the node's environment or the block.
 

@@ -102,3 +102,16 @@ def test_a_pool_without_a_size_has_the_defaults(template: dict[str, Any]) -> Non
     found = pool_of(template)
 
     assert PoolSize.of(found) == PoolSize(worker_count=None, waiting_time=5.0)
+
+
+def test_what_differs_from_another_domain_is_told_without_a_secret() -> None:
+    """By the names that users declare, as each has it."""
+    declared = Domain.declared(CONFIG, "pool")
+
+    assert declared.unlike(Domain()) == {
+        "database": URL,
+        "password": "given",
+        "liveness_check_interval": "6",
+    }
+    assert Domain().unlike(declared)["liveness_check_interval"] == "30"
+    assert declared.unlike(declared) == {}
