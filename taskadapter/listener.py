@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import socket
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from pydantic import model_validator
 from taskadapter.agent import switches
 from taskadapter.agent.program import Part, ProgramAgent, agents, done, stop_all
 from taskadapter.agent.signals import at_a_signal
-from taskadapter.declare.base import Declaration
+from taskadapter.declare.base import Declaration, shown
 from taskadapter.declare.jobs import Job, Service, dump_state
 from taskadapter.declare.registry import listeners
 from taskadapter.declare.toml import overridden, read_config
@@ -127,9 +128,10 @@ class Listener:
         self.services: dict[str, Declared] = {}
         self._agent: ProgramAgent | None = None
         self._part: Part | None = None
+        self._place = _calling_line()
         check_interval(self.trigger.interval)
         if private.is_being_deployed():
-            self.ensure_work_pool()
+            self._ensure_work_pool_or_exit()
         else:
             self._check_task_id()
         listeners.add(self)
@@ -167,6 +169,13 @@ class Listener:
         backup = self.configuration.warm_backup_config
         return None if backup is None else Domain.declared(backup, self.work_pool)
 
+    def _ensure_work_pool_or_exit(self) -> None:
+        """Have `prefect deploy` end with our sentence: around an error it would print two tracebacks."""
+        try:
+            self.ensure_work_pool()
+        except TaskError as error:
+            sys.exit(f"taskadapter: {error}")
+
     def ensure_work_pool(self) -> None:
         """Do what `aensure_work_pool` does, from code that is not async."""
 
@@ -188,6 +197,11 @@ class Listener:
         backup = self.configuration.warm_backup_config
         password = None if backup is None else password_of(backup)
         await aensure_work_pool(client, self.work_pool, self.domain, password, queue=self.group_id)
+
+    def _says(self, domain: Domain, other: Domain) -> str:
+        """Return what it says of its pool otherwise than another listener, and where it does."""
+        values = ", ".join(f"{name}={value}" for name, value in domain.unlike(other).items())
+        return f"group {self.group_id!r} ({self._place}) has {values}"
 
     @property
     def group_id(self) -> str | None:
@@ -240,15 +254,15 @@ class Listener:
                 _check_function(source, name)
                 flow = flows.function_flow(source, name, trigger, **options)
             else:
-                raise DeclarationError(
-                    f"{source!r} cannot be service {name!r}: decorate a subclass of Service, or a function."
-                )
+                raise DeclarationError(f"{_named(source)} cannot be service {name!r}: {_remedy(source)}.")
             self._add(Declared(name, flow, source, trigger))
             if self.is_started:
                 run_sync(self._bring_up(name))
             return flow
 
         return declare
+
+    service.__defaults__ = ("",)  # type checkers refuse `service()`; a person gets our sentence about it
 
     def attach(self, service: Service, name: str) -> Flow[..., Any]:
         """Declare an instance as a service; its field values are the initial state on every node.
@@ -284,7 +298,7 @@ class Listener:
         cls = type(service)
         if not issubclass(cls, Service):
             raise DeclarationError(
-                f"{service!r} cannot be attached as {name!r}: pass an instance of a Service."
+                f"{_named(service)} cannot be attached as {name!r}: pass an instance of a Service."
             )
         if "<locals>" in cls.__qualname__:
             raise DeclarationError(
@@ -328,7 +342,8 @@ class Listener:
         for name, declared in self.services.items():
             if declared.instance is service or name == service:
                 return name
-        raise TaskError(f"no service {service!r} is attached; there are {sorted(self.services)}.")
+        called = _named(service)
+        raise TaskError(f"no service {called} is attached; there are {sorted(self.services)}.")
 
     def _add(self, declared: Declared) -> None:
         if declared.name in self.services:
@@ -512,32 +527,44 @@ class Listener:
         await self.agraceful_stop()
 
 
+def _calling_line() -> str:
+    """Return file and line of the first caller outside this module."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code.co_filename == __file__:
+        frame = frame.f_back
+    if frame is None:
+        return "somewhere"
+    path, here = Path(frame.f_code.co_filename), Path.cwd()
+    path = path.relative_to(here) if path.is_relative_to(here) else path
+    return f"{path}, line {frame.f_lineno}"
+
+
 def refuse_disagreement(found: Iterable[Listener]) -> None:
     """Refuse listeners that give one work pool several databases or timings.
 
     Raises:
         DeclarationError: two do; the message names both.
     """
-    domains: dict[str, Domain] = {}
+    first: dict[str, tuple[Listener, Domain]] = {}
     for listener in found:
         domain = listener.domain
         if domain is None:
             continue
-        other = domains.setdefault(listener.work_pool, domain)
-        if other != domain:
+        other, known = first.setdefault(listener.work_pool, (listener, domain))
+        if known != domain:
             raise DeclarationError(
                 f"two listeners disagree about work pool {listener.work_pool!r}, whose nodes share one "
-                f"database and timing: {other} and {domain}; declare the same for both, or give one "
-                "another work_pool."
+                f"database and timing: {other._says(known, domain)}, and {listener._says(domain, known)}; "
+                "declare the same for both, or give one another work_pool."
             )
 
 
 def _check_name(name: object) -> None:
     """Refuse what cannot be the name of a flow and a deployment."""
-    if not isinstance(name, str):
+    if not isinstance(name, str) or not name:
         raise DeclarationError(
-            f'{name!r} is no name for a service; write service("a-name") above it, and '
-            'attach(instance, "a-name").'
+            f"a service needs a name in parentheses{f', not {_named(name)}' if name else ''}; write "
+            'service("a-name") above it, and attach(instance, "a-name").'
         )
     check_name(name, "service")
 
@@ -553,6 +580,21 @@ def check_name(name: str, what: str) -> None:
             f"{name!r} is no name for a {what}: it must not be blank, nor hold any of "
             f"{' '.join(BANNED_CHARACTERS)}; choose another."
         )
+
+
+def _named(given: object) -> str:
+    """Name what was given where something else was wanted: a repr has an address, or a user's values."""
+    if isinstance(given, Flow):
+        return f"flow {given.name!r}"
+    if inspect.isclass(given) or inspect.isroutine(given):
+        return f"{'class' if inspect.isclass(given) else 'function'} {given.__qualname__}"
+    return shown(given)
+
+
+def _remedy(source: object) -> str:
+    if isinstance(source, Flow):
+        return "it is a flow already; remove @flow, for service() makes one, and takes its options"
+    return "decorate a subclass of Service, or a function"
 
 
 def _is_service(source: object) -> TypeGuard[type[Service]]:
@@ -579,7 +621,7 @@ def _check_options(name: str, options: dict[str, Any]) -> None:
     for option in ("retries", "retry_delay_seconds"):
         if option in options:
             raise DeclarationError(
-                f"service {name!r}: {option}={options[option]!r} would have Prefect retry what the "
+                f"service {name!r}: {option}={shown(options[option])} would have Prefect retry what the "
                 "listener retries already; declare a RetryConfiguration instead."
             )
 

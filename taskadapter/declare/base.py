@@ -126,6 +126,8 @@ def _rule(detail: ErrorDetails, field: FieldInfo | None, path: str) -> str:
     given = f"{rule}, not {_kind(detail['input'])}" if "_type" in detail["type"] else rule
     if field is None or field.is_required() or field.default_factory is not None:
         return f"{given}; pass such a value"
+    if detail["input"] is field.default:
+        return f"{given}; give the field another default"
     return f"{given}; leave {path} out for its default, {field.default!s}"
 
 
@@ -133,18 +135,23 @@ def _kind(value: object) -> str:
     return "None" if value is None else type(value).__name__
 
 
+def shown(value: object) -> str:
+    """Return a plain value as it is written, of others the type: a repr has addresses, or users' values."""
+    if not isinstance(value, _SHOWN_TYPES):
+        return f"<{_kind(value)}>"
+    if isinstance(value, date | timedelta | Decimal):
+        return str(value)
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # Python refuses to print an int of thousands of digits
+        return f"<{_kind(value)}>"
+
+
 def _shown(path: str, value: object) -> str:
     """Quote a plain value; name only the type of others and of what may hold a credential."""
     if isinstance(value, Mapping):
         return ""
-    if _SECRET_NAME.search(path) or not isinstance(value, _SHOWN_TYPES):
-        return f"=<{_kind(value)}>"
-    if isinstance(value, date | timedelta | Decimal):
-        return f"={value}"
-    try:
-        return f"={_SHORT.repr(value)}"
-    except ValueError:  # Python refuses to print an int of thousands of digits
-        return f"=<{_kind(value)}>"
+    return f"=<{_kind(value)}>" if _SECRET_NAME.search(path) else f"={shown(value)}"
 
 
 def _nearest(owner: type[BaseModel], path: str) -> str:

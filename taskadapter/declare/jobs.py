@@ -15,7 +15,7 @@ from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import PydanticSerializationError
 
 from taskadapter.declare.attached import AsService
-from taskadapter.declare.base import Validated
+from taskadapter.declare.base import Validated, shown
 from taskadapter.errors import DeclarationError
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class JobId:
             uuid = id if isinstance(id, UUID) else UUID(id)
         except (ValueError, AttributeError, TypeError):
             raise DeclarationError(
-                f"JobId: id={id!r}: must be a UUID; pass the id that scheduling the job returned"
+                f"JobId: id={shown(id)}: must be a UUID; pass the id that scheduling the job returned"
             ) from None
         object.__setattr__(self, "id", uuid)
 

@@ -47,6 +47,8 @@ DEFAULT_QUEUE = "default"
 
 _MIN_HEARTBEATS = 3
 _LONGEST_ID = 255
+_LONGEST_INTERVAL = timedelta(days=36525)
+"""Prefect's scheduler plans three ticks ahead, and fails at one beyond the year 9999."""
 
 
 def _to_seconds(value: object) -> float:
@@ -68,6 +70,15 @@ def _to_seconds(value: object) -> float:
 def _positive(seconds: float) -> float:
     if seconds <= 0:
         raise ValueError("must be greater than 0 seconds; choose a longer time")
+    return seconds
+
+
+def _interval(seconds: float) -> float:
+    if seconds > _LONGEST_INTERVAL.total_seconds():
+        raise ValueError(
+            "must be at most 100 years (3155760000 seconds); choose a shorter time, and max_count=1 for a "
+            "job that runs once"
+        )
     return seconds
 
 
@@ -227,11 +238,11 @@ class TriggerConfiguration(Declaration):
     is scheduled.
 
     Raises:
-        DeclarationError: an interval that is not positive, a count of 0 or below -1, a time without
-            a zone, or an end that is not after the start.
+        DeclarationError: an interval that is not positive or longer than 100 years, a count of 0 or
+            below -1, a time without a zone, or an end that is not after the start.
     """
 
-    interval: PositiveSeconds
+    interval: Annotated[PositiveSeconds, AfterValidator(_interval)]
     max_count: Annotated[StrictInt, AfterValidator(_max_count)] = -1
     start_time: Instant | None = None
     end_time: Instant | None = None

@@ -20,8 +20,9 @@ from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCre
 from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
 from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.exceptions import ObjectNotFound
+from prefect.logging import get_logger
 
-from deployments.local import PrefectServer, environment, prefect_command
+from deployments.local import PrefectServer, environment, free_port, prefect_command
 from taskadapter import (
     Job,
     JobId,
@@ -433,6 +434,22 @@ def test_settings_of_a_pool_do_not_undo_each_other(prefect_client: SyncPrefectCl
     assert (Domain.of(pool), PoolSize.of(pool)) == (domain, size)
 
 
+def test_another_timing_is_told_to_whoever_deploys(
+    prefect_client: SyncPrefectClient, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is that of all groups of the pool, which another project may have declared."""
+    get_logger("taskadapter").addHandler(caplog.handler)
+    pool = f"pool-of-{name}"
+    for lease, queue in [(6, "mine"), (6, "slow"), (3, "mine")]:
+        ensure_work_pool(pool, Domain(liveness_check_interval=lease), queue=queue)
+    get_logger("taskadapter").removeHandler(caplog.handler)
+
+    (told,) = {text for record in caplog.records if pool in (text := record.getMessage())}
+    assert told.startswith(
+        f"Work pool {pool}: liveness_check_interval 6 → 3, for all its groups: mine, slow."
+    )
+
+
 def test_a_detached_job_is_switched_on_by_the_next_deploy(
     prefect_client: SyncPrefectClient, name: str
 ) -> None:
@@ -642,5 +659,25 @@ def test_prefect_deploy_to_a_pool_of_another_type(
 
     assert run.returncode != 0
     assert "'warm-backup' is needed" in run.stdout + run.stderr
+    assert "Traceback" not in run.stdout + run.stderr
     with pytest.raises(ObjectNotFound):
         deployed(prefect_client, name)
+
+
+def test_prefect_deploy_without_a_server(prefect_api: PrefectServer, name: str, tmp_path: Path) -> None:
+    """It fails with one sentence, and with no traceback around it."""
+    project(tmp_path, name, POOL, interval=3600)
+    away = f"http://127.0.0.1:{free_port()}/api"
+    env = environment(prefect_api.env, {"PREFECT_API_URL": away})
+
+    run = subprocess.run(
+        [prefect_command(), "--no-prompt", "deploy", "--all"],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+
+    assert run.returncode == 1
+    assert f"taskadapter: Prefect's API at {away} does not answer" in run.stderr
+    assert len((run.stdout + run.stderr).splitlines()) == 1

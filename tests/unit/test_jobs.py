@@ -232,3 +232,15 @@ def test_job_id_is_a_uuid(value):
     """Anything but a UUID is refused with the value and the remedy."""
     text = message(JobId, value)
     assert f"id={value!r}: must be a UUID; pass the id that scheduling the job returned" in text
+
+
+def test_a_default_that_is_invalid_is_no_remedy():
+    """Leaving the field out would bring the same value."""
+
+    class Counted(Service):
+        i: int = "x"  # type: ignore[assignment]
+
+        def execute(self): ...
+
+    assert "i='x': must be a valid integer" in message(Counted)
+    assert message(Counted).endswith("give the field another default")

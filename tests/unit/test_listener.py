@@ -3,6 +3,7 @@
 import functools
 import gc
 import inspect
+import re
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from prefect.settings import PREFECT_SERVER_SERVICES_SCHEDULER_MAX_RUNS, tempora
 from taskadapter import (
     ErrorPolicy,
     Job,
+    JobId,
     Listener,
     RetryConfiguration,
     RetryStrategy,
@@ -23,6 +25,7 @@ from taskadapter import (
 )
 from taskadapter.declare.registry import listeners
 from taskadapter.errors import DeclarationError
+from taskadapter.listener import refuse_disagreement
 
 RETRY = RetryConfiguration(max_attempts=1, retry_interval=1)
 POLICY = TaskPolicy(error_policy=ErrorPolicy.CONTINUE)
@@ -275,7 +278,26 @@ def test_a_flow_is_refused():
     on = listener()
     flow = on.service("job-1")(check_inbox)
 
-    assert "subclass of Service" in refused(on.service("job-2"), flow)
+    message = refused(on.service("job-2"), flow)
+
+    assert message.startswith("flow 'job-1' cannot be service 'job-2': it is a flow already; remove @flow")
+
+
+@pytest.mark.parametrize("given", [check_inbox, Counter(i=7), Counter, functools.partial(check_inbox)])
+def test_no_message_has_the_repr_of_what_was_given(given):
+    """It has an address, or a user's values."""
+    on = listener()
+    messages = [
+        refused(on.service, given),
+        refused(on.attach, "job-1", given),
+        refused(on.service("job-1", log_prints=False), functools.partial(check_inbox)),
+        refused(on.service, "job-1", retries=given),
+        refused(JobId, given),
+    ]
+    with pytest.raises(TaskError) as caught:
+        on.detach(given)
+
+    assert [text for text in [*messages, str(caught.value)] if " at 0x" in text or "i=7" in text] == []
 
 
 @pytest.mark.parametrize("shape", ["def", "async def"])
@@ -326,7 +348,31 @@ def test_the_decorator_without_parentheses_is_refused():
     """`@listener.service` alone would lose the job without a word."""
     message = refused(listener().service, check_inbox)
 
+    assert "needs a name in parentheses, not function check_inbox" in message
     assert 'service("a-name")' in message
+
+
+def test_the_decorator_without_a_name_is_refused():
+    """By the same sentence, and not by Python's about its arguments."""
+    assert 'needs a name in parentheses; write service("a-name")' in refused(listener().service)
+
+
+def test_the_message_about_two_timings_says_who_has_which():
+    """Group and place of each, and only what differs."""
+    one, two = (
+        listener(warm_backup_config=WarmBackupConfig(group_id=group, liveness_check_interval=lease))
+        for group, lease in [("mine", 5), ("slow", 10)]
+    )
+
+    message = refused(refuse_disagreement, [one, listener(), two])
+
+    places = (
+        r"group 'mine' \(\S*test_listener.py, line \d+\) has liveness_check_interval=5, and group 'slow'"
+    )
+    assert re.search(places, message)
+    assert "liveness_check_interval=10; declare the same for both" in message
+    assert "heartbeat" not in message
+    assert "Domain" not in message
 
 
 @pytest.mark.parametrize("again", ["service", "attach"])

@@ -146,6 +146,14 @@ def test_counts_are_integers(value):
     assert "leave max_count out for its default, -1" in text
 
 
+def test_an_interval_that_no_calendar_has():
+    """A hundred years is the longest: beyond the year 9999 Prefect's scheduler fails."""
+    century = timedelta(days=36525)
+    assert TriggerConfiguration(interval=century).interval == century.total_seconds()
+    text = message(TriggerConfiguration, interval=1e12)
+    assert "interval=1000000000000.0: must be at most 100 years" in text
+
+
 def test_end_is_after_start():
     """The end is later than the start, by a microsecond at least; the message names both."""
     start = "2021-01-01T00:00:00Z"

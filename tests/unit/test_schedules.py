@@ -61,7 +61,7 @@ def test_a_slug_reads_as_what_it_says(changes, readable):
     assert set(digest) <= set("0123456789abcdef")
 
 
-@pytest.mark.parametrize("interval", [0.7, 2, 86400 * 365, 1e6 + 0.5, 1e12, 1 / 3])
+@pytest.mark.parametrize("interval", [0.7, 2, 86400 * 365, 1e6 + 0.5, 3e9, 1 / 3])
 def test_prefect_accepts_the_slug(interval):
     """Every slug is one that Prefect's API accepts for a schedule."""
     every = IntervalSchedule(interval=timedelta(seconds=interval))
@@ -112,7 +112,7 @@ def test_start_and_end_are_told_apart():
     assert slug(trigger(start_time=NOON)) != slug(trigger(end_time=NOON))
 
 
-@pytest.mark.parametrize("interval", [0.7, 2, 86400 * 365, 1e6 + 0.5, 1e12, 1 / 3])
+@pytest.mark.parametrize("interval", [0.7, 2, 86400 * 365, 1e6 + 0.5, 3e9, 1 / 3])
 @pytest.mark.parametrize("max_count", [-1, 1, 10**6])
 def test_a_slug_is_recognized_as_ours(interval, max_count):
     """Whatever its numbers, a slug that we gave is told from those of others."""
