@@ -65,6 +65,7 @@ docs: $(READY) ## Build the documentation's site into build/docs; a warning is a
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		--constraint deployments/constraints.txt --group docs
 	@$(BIN)/zensical build --clean --strict
+	@echo "The site is in build/docs: open build/docs/index.html."
 
 render: $(READY) ## Write deployments/prefect.yaml from flows/.
 	@$(BIN)/taskadapter render

@@ -6,11 +6,15 @@ import importlib
 import inspect
 import itertools
 import re
+from enum import Enum
+from inspect import Parameter
+from operator import attrgetter
 from textwrap import indent
 
 import pytest
 import yaml
 from prefect import Flow
+from pydantic import BaseModel
 from sqlalchemy import create_engine
 
 import taskadapter
@@ -147,6 +151,49 @@ def test_all_that_is_public_is_in_the_reference():
     assert named - {"errors"} == {
         name for name in public if name.removeprefix("a") not in public or name[0] != "a"
     }
+
+
+def test_the_reference_begins_with_a_line_for_each_name():
+    """As it is called, and what it is: what a reader sees where nothing fills in the docstrings."""
+    names = re.findall(r"::: taskadapter\.([a-zA-Z_.]+)$", PAGES["reference"], re.MULTILINE)
+    things = [attrgetter(name)(taskadapter) for name in names]
+    rows = [
+        f"| `{called(thing)}` | {inspect.getdoc(thing).splitlines()[0]} |"
+        for thing in things
+        if not inspect.ismodule(thing)
+    ]
+    assert "\n".join(["| name | what it is, or does |", "| --- | --- |", *rows]) in PAGES["reference"]
+
+
+def called(thing):
+    """Return a name with what it takes."""
+    if inspect.isclass(thing) and issubclass(thing, Enum):
+        return f"{thing.__name__}: {', '.join(thing)}"
+    if inspect.isclass(thing) and issubclass(thing, BaseModel):
+        fields = thing.model_fields.items()
+        given = [Parameter(n, Parameter.KEYWORD_ONLY, default=default_of(field)) for n, field in fields]
+        return f"{thing.__name__}{signature_of(given).replace('(*, ', '(')}"
+    return f"{thing.__name__}{signature_of(inspect.signature(thing).parameters.values())}"
+
+
+def default_of(field):
+    return Parameter.empty if field.is_required() else ... if field.default_factory else field.default
+
+
+def plain(default):
+    return str(default) if isinstance(default, Enum) else ... if isinstance(default, BaseModel) else default
+
+
+def signature_of(parameters):
+    """Return parameters without their types, with a default as it is written."""
+    bare = [
+        one.replace(
+            annotation=Parameter.empty,
+            default=plain(one.default),
+        )
+        for one in parameters
+    ]
+    return str(inspect.Signature(bare)).replace("Ellipsis", "...")
 
 
 def test_every_event_is_in_the_reference():
