@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shlex
 import subprocess
 import sys
 import urllib.request
@@ -46,33 +44,35 @@ def test_the_tutorial(tmp_path: Path) -> None:
     """From a folder with one file to a job that has been taken over, with no tick lost or doubled."""
     port, home = free_port(), tmp_path / "home"
     home.mkdir()
-    (export,) = of("every terminal")
-    name, _, address = export.strip().removeprefix("export ").partition("=")
+    (start,) = of("every terminal")
+    # The page's virtual environment is that of this test.
+    activate = home / "taskadapter" / ".venv" / "bin" / "activate"
+    activate.parent.mkdir(parents=True)
+    activate.write_text(f'export PATH="{Path(sys.executable).parent}:$PATH"\n')
     env = environment(
         {
-            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-            "PREFECT_HOME": str(home),
+            "HOME": str(home),
+            "PREFECT_HOME": str(home / ".prefect"),
             "PREFECT_SERVER_API_PORT": str(port),
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             "PYTHONUNBUFFERED": "1",
-            name: address.replace(PORT, str(port)),
         }
     )
-    (tmp_path / "flows").mkdir()
-    (tmp_path / "flows" / "hello.py").write_text(*of("flows/hello.py"))
+
+    def shell(text: str) -> list[str]:
+        """Return the command that types a text into a terminal which the page has begun."""
+        return ["sh", "-ec", start.replace(PORT, str(port)) + text]
+
     deploy, status, kill, look = of("terminal 2")
 
     def program(title: str) -> Program:
         (command,) = of(title)
-        return Program(title, shlex.split(command), log=home / f"{title}.log", cwd=tmp_path, env=env)
+        return Program(title, shell(f"exec {command}"), log=tmp_path / f"{title}.log", cwd=home, env=env)
 
     def run(text: str) -> str:
-        return "".join(
-            subprocess.run(
-                shlex.split(line), cwd=tmp_path, env=env, check=True, capture_output=True, text=True
-            ).stdout
-            for line in text.splitlines()
-        )
+        return subprocess.run(
+            shell(text), cwd=home, env=env, check=True, capture_output=True, text=True
+        ).stdout
 
     def is_up() -> bool:
         try:
@@ -84,6 +84,8 @@ def test_the_tutorial(tmp_path: Path) -> None:
     with ExitStack() as stack:
         stack.enter_context(running(program("terminal 1")))
         wait_until(is_up, PATIENCE, "the server")
+        run("pwd")  # makes the project's folder
+        (home / "hello" / "flows" / "hello.py").write_text(*of("flows/hello.py"))
         run(deploy)
 
         first = stack.enter_context(running(program("terminal 3")))
