@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeGuard, cast
 
+import httpx
 from prefect import Flow
 from prefect.client.orchestration import PrefectClient
 from prefect.settings import get_current_settings
@@ -173,7 +174,7 @@ class Listener:
         """Have `prefect deploy` end with our sentence: around an error it would print two tracebacks."""
         try:
             self.ensure_work_pool()
-        except TaskError as error:
+        except (TaskError, httpx.HTTPStatusError) as error:
             sys.exit(f"taskadapter: {error}")
 
     def ensure_work_pool(self) -> None:

@@ -19,7 +19,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.utilities.slugify import slugify
 
 from taskadapter.agent import switches
-from taskadapter.declare.base import Declaration
+from taskadapter.declare.base import Declaration, shown
 from taskadapter.declare.civil import Civil, Instant
 from taskadapter.declare.jobs import Job, JobId, dump_state
 from taskadapter.declare.triggers import (
@@ -243,7 +243,7 @@ def _declare(job: Job, trigger: TriggerConfiguration, name: str | None) -> Decla
     if name is None:
         name = f"{slugify(cls.__name__)}-{uuid4().hex[:8]}"
     elif not isinstance(name, str):
-        raise TaskError(f"name={name!r} must be a string; choose one, or leave it out.")
+        raise TaskError(f"name={shown(name)} must be a string; choose one, or leave it out.")
     check_name(name, "job")
     flow = flows.job_flow(cls, cls.__name__, trigger)
     return Declared(name, flow, cls, trigger, parameters=dump_state(job))

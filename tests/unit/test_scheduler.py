@@ -90,6 +90,7 @@ def refusal(function: Any, *args: Any, **kwargs: Any) -> str:
         ({"name": " "}, ["' '", "name for a job", "choose another"]),
         ({"name": "a/b"}, ["'a/b'", "name for a job", "choose another"]),
         ({"name": 5}, ["name=5", "string"]),
+        ({"name": print}, ["name=<builtin_function_or_method>", "string"]),
     ],
 )
 def test_a_recurring_job_with_an_invalid_value(arguments: dict[str, Any], parts: list[str]) -> None:
