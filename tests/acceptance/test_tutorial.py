@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 import urllib.request
@@ -10,6 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import pytest
 
 from deployments.local import free_port, wait_until
@@ -95,7 +97,11 @@ def test_the_tutorial(tmp_path: Path) -> None:
         wait_until(lambda: "node-2" in run(status), PATIENCE, "the standby")
         assert re.search(r"greetings .*node-1", run(status))
 
-        assert kill.split()[0] == "pkill"  # by a name that others on this machine may have, too
+        # By a name that others on this machine may have, too: so it is only seen whom it would reach.
+        command, *_, pattern = shlex.split(kill)
+        assert command == "pkill"
+        lines = [" ".join(psutil.Process(node.pid).cmdline()) for node in (first, second)]
+        assert [re.search(pattern, line) is not None for line in lines] == [True, False]
         first.kill()
         wait_until(lambda: "active for greetings in term 2" in second.output(), PATIENCE, "the takeover")
         wait_until(lambda: second.output().count("from node-2") >= 3, PATIENCE, "it to go on")
