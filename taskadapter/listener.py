@@ -202,7 +202,8 @@ class Listener:
     def _says(self, domain: Domain, other: Domain) -> str:
         """Return what it says of its pool otherwise than another listener, and where it does."""
         values = ", ".join(f"{name}={value}" for name, value in domain.unlike(other).items())
-        return f"group {self.group_id!r} ({self._place}) has {values}"
+        place = self._place.removeprefix(f"{Path.cwd()}/")
+        return f"group {self.group_id!r} ({place}) has {values}"
 
     @property
     def group_id(self) -> str | None:
@@ -535,9 +536,7 @@ def _calling_line() -> str:
         frame = frame.f_back
     if frame is None:
         return "somewhere"
-    path, here = Path(frame.f_code.co_filename), Path.cwd()
-    path = path.relative_to(here) if path.is_relative_to(here) else path
-    return f"{path}, line {frame.f_lineno}"
+    return f"{frame.f_code.co_filename}, line {frame.f_lineno}"
 
 
 def refuse_disagreement(found: Iterable[Listener]) -> None:
