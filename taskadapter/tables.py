@@ -25,34 +25,35 @@ UUID_WIDTH = 36
 
 def status(now: Status, domain: Domain) -> Group:
     """Return the groups, who is active for them and who would take over, and the nodes."""
-    groups, others = _table("Groups", "group", "active", "standing by", "why"), now.standing_by()
+    lease = domain.liveness_check_interval
+    groups, others = _table("Groups", "group", "active", "standing by", "why"), now.standing_by(lease)
     for group in now.groups:
         standing_by = "\n".join(others[group.group_id])
         groups.add_row(group.group_id, _active(group, domain), standing_by, group.reason or "")
     nodes = _table("Nodes", "node", "its groups", "host and process", "seen")
     holders = {group.group_id: group.holder for group in now.groups}
     for node in now.nodes:
+        lives = node.lives(lease)
         roles = (
-            f"{name}: {'active' if holders.get(name) == node.task_id else 'standby'}"
+            f"{name}: {_role(lives=lives, holds=holders.get(name) == node.task_id)}"
             for name in node.group_ids
         )
-        nodes.add_row(
-            node.task_id,
-            "\n".join(roles),
-            f"{node.host}\n{node.pid}",
-            f"{_time(node.last_seen_age)} ago\nup for {_time(node.up_for)}",
-        )
+        age = _time(node.last_seen_age)
+        seen = f"{age} ago\nup for {_time(node.up_for)}" if lives else f"silent for {age}"
+        nodes.add_row(node.task_id, "\n".join(roles), f"{node.host}\n{node.pid}", seen)
     return Group(groups, nodes)
 
 
 def status_as_json(now: Status, domain: Domain) -> dict[str, object]:
     """Return the same for a program; ages are in seconds."""
-    others = now.standing_by()
+    lease = domain.liveness_check_interval
+    others = now.standing_by(lease)
     groups = [
         asdict(group) | {"expires_in": _expires_in(group, domain), "standing_by": others[group.group_id]}
         for group in now.groups
     ]
-    return {"groups": groups, "nodes": [asdict(node) for node in now.nodes]}
+    nodes = [asdict(node) | {"lives": node.lives(lease)} for node in now.nodes]
+    return {"groups": groups, "nodes": nodes}
 
 
 def ledger(lines: Iterable[Line]) -> Table:
@@ -80,6 +81,12 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
+def _role(*, lives: bool, holds: bool) -> str:
+    if not lives:
+        return "was active" if holds else "gone"
+    return "active" if holds else "standby"
+
+
 def _active(group: GroupStatus, domain: Domain) -> str:
     if group.holder is None:
         return f"nobody\nafter term {group.term}"
@@ -87,7 +94,7 @@ def _active(group: GroupStatus, domain: Domain) -> str:
     if group.held_for is not None:
         lines.append(f"for {_time(group.held_for)}")
     if (left := _expires_in(group, domain)) is not None:
-        lines.append(f"expires in {_time(left)}")
+        lines.append(f"expires in {_time(left)}" if left >= 0 else f"expired {_time(-left)} ago")
     if group.resign_requested:
         lines.append("asked to hand over")
     return "\n".join(lines)

@@ -53,6 +53,10 @@ class NodeStatus:
     last_seen_age: float
     up_for: float
 
+    def lives(self, within: float) -> bool:
+        """Return whether it has shown that it lives in so many seconds."""
+        return self.last_seen_age <= within
+
 
 @dataclass(frozen=True, slots=True)
 class Status:
@@ -61,7 +65,7 @@ class Status:
     groups: tuple[GroupStatus, ...]
     nodes: tuple[NodeStatus, ...]
 
-    def standing_by(self, within: float = float("inf")) -> dict[str, list[str]]:
+    def standing_by(self, within: float) -> dict[str, list[str]]:
         """Return of each group the nodes that would take it over: each may, whoever looks first.
 
         Args:
@@ -71,7 +75,7 @@ class Status:
         found: dict[str, list[str]] = {name: [] for name in holders}
         for other in self.nodes:
             for name in other.group_ids:
-                if name in found and other.task_id != holders[name] and other.last_seen_age < within:
+                if name in found and other.task_id != holders[name] and other.lives(within):
                     found[name].append(other.task_id)
         return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -29,13 +30,13 @@ def group(name: str = "group", holder: str | None = "node-1", **changes: object)
     return GroupStatus(**(values | changes))  # type: ignore[arg-type]
 
 
-def node(name: str, *groups: str) -> NodeStatus:
+def node(name: str, *groups: str, age: float = 0.4) -> NodeStatus:
     return NodeStatus(
         task_id=name,
         host=f"{name}.example.com",
         pid=4711,
         group_ids=groups,
-        last_seen_age=0.4,
+        last_seen_age=age,
         up_for=86400.0,
     )
 
@@ -75,6 +76,23 @@ def test_the_status_says_who_is_active_and_who_would_take_over():
     assert isinstance(found, list)
     assert [one["standing_by"] for one in found] == [["node-2"], ["node-2"]]
     assert [one["expires_in"] for one in found] == [28.5, None]
+
+
+def test_a_node_that_is_silent_stands_by_for_nothing():
+    """After a lease without a sign of life it is gone, whether it was active or a standby."""
+    now = Status(
+        (group(heartbeat_age=36.9),),
+        (node("node-1", "group", age=36.9), node("node-2", "group", age=48), node("node-3", "group")),
+    )
+    text = shown(tables.status(now, DOMAIN))
+
+    for part in ("expired 6.9 s ago", "group: was active", "silent for 48.0 s", "group: gone"):
+        assert part in text
+    assert text.count("up for") == 1
+    assert text.count("standby") == 1
+    found: Any = tables.status_as_json(now, DOMAIN)
+    assert found["groups"][0]["standing_by"] == ["node-3"]
+    assert [one["lives"] for one in found["nodes"]] == [False, False, True]
 
 
 def test_a_node_of_ballerinas_is_active_too():
