@@ -41,8 +41,16 @@ def translated(url: URL) -> Iterator[None]:
 
 def _explain(exc: DBAPIError, url: URL) -> CoordinationError:
     kind = _CLASSIFY[url.get_backend_name()](exc)
-    reason = " ".join(str(exc.orig).split())
+    reason = _words(exc)
+    if re.search(_NO_TABLE, reason):
+        return kind(f"{where(url)}: {_UNUSED}")
     return kind(f"{where(url)}: {reason}; {_remedy(exc, kind, reason, url)}")
+
+
+def _words(exc: DBAPIError) -> str:
+    """Return what the database says, without the statement that PostgreSQL's driver shows behind it."""
+    said = getattr(getattr(exc.orig, "diag", None), "message_primary", None) or str(exc.orig)
+    return " ".join(said.split())
 
 
 def _remedy(exc: DBAPIError, kind: type[CoordinationError], reason: str, url: URL) -> str:
@@ -72,6 +80,10 @@ _REMEDIES: dict[type[CoordinationError], str] = {
     SchemaError: "run `taskadapter db upgrade`, or give a DBA the output of `taskadapter db sql`",
     CoordinationError: "see the database's own log, and `taskadapter doctor`",
 }
+
+_NO_TABLE = r"no such table|relation \".*\" does not exist|Table '.*' doesn't exist"
+
+_UNUSED = "no node of this release has used it yet; start an agent, or run `taskadapter db init`"
 
 _IF_LATE = "the statement took too long: the database is overloaded, or another session holds a lock"
 
