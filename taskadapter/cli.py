@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-from uuid import UUID
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import httpx
 from cyclopts import App, Parameter
@@ -19,7 +19,7 @@ from rich.live import Live
 from rich.text import Text
 
 from taskadapter import tables
-from taskadapter.errors import TaskError
+from taskadapter.errors import TaskError, listed
 
 if TYPE_CHECKING:
     from prefect.client.schemas.responses import DeploymentResponse
@@ -37,6 +37,8 @@ Pool = Annotated[
 ]
 
 Flows = Annotated[Path, Parameter(help="The folder of flow modules.")]
+
+Job = Annotated[str, Parameter(help="The job: its name, flow/deployment, or its id.")]
 
 RENDERED = Path("deployments/prefect.yaml")
 
@@ -77,11 +79,12 @@ def status(
     from taskadapter.coordination.engines import transaction
     from taskadapter.coordination.overview import read_status
 
-    domain, engine = _domain(pool)
+    shared = _shared(pool)
+    domain = shared.domain
 
     def read() -> Status:
-        with transaction(engine) as connection:
-            return read_status(connection)
+        with transaction(shared.engine) as connection:
+            return read_status(connection, shared.name)
 
     if as_json:
         print(json.dumps(tables.status_as_json(read(), domain), indent=2))
@@ -95,20 +98,37 @@ def status(
 
 
 @app.command
-def resign(group: str, /, *, pool: Pool = None) -> None:
+def resign(
+    group: str,
+    /,
+    *,
+    pool: Pool = None,
+    force: Annotated[bool, Parameter(negative=(), help="Also where nobody stands by.")] = False,
+) -> None:
     """Ask the active node of a group to hand over to a standby, once its runs have ended."""
     from taskadapter.coordination.engines import transaction
+    from taskadapter.coordination.overview import read_status
     from taskadapter.coordination.tokens import request_resign
 
-    _, engine = _domain(pool)
-    with transaction(engine) as connection:
+    shared = _shared(pool)
+    with transaction(shared.engine) as connection:
+        status = read_status(connection, shared.name)
+        standing_by = status.standing_by(shared.domain.liveness_check_interval)
+        if group not in standing_by:
+            names = listed(list(standing_by)) or "none yet; start an agent"
+            raise TaskError(f"there is no group {group!r}; there are: {names}.")
+        if not standing_by[group] and not force:
+            raise TaskError(
+                f"nobody stands by for group {group!r}, and its jobs would only pause and come back to the "
+                "same node; start another agent, or add --force."
+            )
         asked = request_resign(connection, group)
     print(f"Asked node {asked.task_id!r}, which holds {group!r} in term {asked.term}, to hand over.")
 
 
 @app.command
 def ledger(
-    job: Annotated[str, Parameter(help="The job: flow/deployment, or its id.")],
+    job: Job,
     /,
     *,
     last: Annotated[int, Parameter(help="How many of its executions.")] = 50,
@@ -117,31 +137,22 @@ def ledger(
     """Show what a job has executed: when, where, how late, and which ticks between them are missing."""
     from taskadapter.audit import history
 
-    deployment = asyncio.run(_deployment(job))
-    _, engine = _domain(deployment.work_pool_name)
-    lines = history(engine, deployment, last)
+    if last < 1:
+        raise TaskError(f"--last={last}: must be at least 1.")
+    deployment = asyncio.run(_find(job))
+    lines = history(_shared(deployment.work_pool_name).engine, deployment, last)
     if as_json:
         print(json.dumps([asdict(line) for line in lines], indent=2))
         return
-    Console().print(tables.ledger(lines))
+    Console().print(tables.ledger(lines) if lines else "Nothing has run yet.")
 
 
-async def _deployment(job: str) -> DeploymentResponse:
-    """Return a job by its name or its id.
+async def _find(job: str) -> DeploymentResponse:
+    from taskadapter.prefect_api.client import server_client
+    from taskadapter.prefect_api.deployments import find_job
 
-    Raises:
-        TaskError: there is none.
-    """
-    from taskadapter.prefect_api.client import api_client
-
-    async with api_client() as client:
-        try:
-            try:
-                return await client.read_deployment(UUID(job))
-            except ValueError:
-                return await client.read_deployment_by_name(job)
-        except ObjectNotFound:
-            raise TaskError(f"there is no job {job!r}; name it as flow/deployment, or by its id.") from None
+    async with server_client() as client:
+        return await find_job(client, job)
 
 
 @app.command
@@ -175,7 +186,7 @@ def init(*, pool: Pool = None) -> None:
     from taskadapter.coordination.faults import translated
     from taskadapter.coordination.schema import create_missing
 
-    _, engine = _domain(pool)
+    engine = _shared(pool).engine
     with translated(engine.url), engine.connect() as connection:
         made = create_missing(connection)
     print(f"Made {', '.join(made)}." if made else "All tables are there.")
@@ -191,7 +202,7 @@ def upgrade(*, pool: Pool = None) -> None:
     from taskadapter.coordination.engines import transaction
     from taskadapter.coordination.faults import translated
 
-    _, engine = _domain(pool)
+    engine = _shared(pool).engine
     with translated(engine.url), engine.connect() as connection:
         steps = schema.upgrade(connection)
     for step in steps:
@@ -209,37 +220,55 @@ def sql(*, pool: Pool = None) -> None:
     """Print the script that makes the tables, for a DBA to run."""
     from taskadapter.coordination.schema import ddl
 
-    _, engine = _domain(pool)
+    engine = _shared(pool).engine
     print(ddl(engine.dialect))
 
 
-def _domain(pool: str | None) -> tuple[Domain, Engine]:
-    """Return a pool's domain, and an engine on its database."""
+class _Shared(NamedTuple):
+    """What the nodes of a work pool share: its name, its domain, and an engine on its database."""
+
+    name: str
+    domain: Domain
+    engine: Engine
+
+
+def _shared(pool: str | None) -> _Shared:
+    from taskadapter.agent.worker import WarmBackupWorker
     from taskadapter.coordination.engines import open_engine
-    from taskadapter.prefect_api.client import api_client
-    from taskadapter.prefect_api.pool import Domain
+    from taskadapter.prefect_api.client import server_client
+    from taskadapter.prefect_api.pool import NO_POOL, OTHER_TYPE, Domain
     from taskadapter.settings import TaskadapterSettings
 
     settings = TaskadapterSettings()
     name = pool or settings.work_pool
 
     async def read() -> tuple[Domain, str]:
-        async with api_client() as client:
+        async with server_client() as client:
             try:
-                domain = Domain.of(await client.read_work_pool(name))
+                found = await client.read_work_pool(name)
             except ObjectNotFound:
-                raise TaskError(f"there is no work pool {name!r}; name one with --pool.") from None
+                raise TaskError(f"{NO_POOL.format(name=name)}.") from None
+            if found.type != WarmBackupWorker.type:
+                raise TaskError(f"{OTHER_TYPE.format(name=name, type=found.type)}.")
+            domain = Domain.of(found)
             return domain, await domain.database_url(settings)
 
     domain, url = asyncio.run(read())
-    return domain, open_engine(url)
+    return _Shared(name, domain, open_engine(url))
 
 
 def main() -> None:
     """Run the command; an error is one line on standard error, and exit status 1."""
     sys.path.insert(0, str(Path.cwd()))
     try:
-        app(sys.argv[1:])
+        try:
+            app(sys.argv[1:])
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Who reads, such as `head`, has had enough; the interpreter would fail once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (TaskError, httpx.HTTPStatusError) as error:
         print(f"taskadapter: {error}", file=sys.stderr)
         sys.exit(1)

@@ -2,6 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+NAMED = 20
+"""How many names a message lists at most."""
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return names as a message lists them: not all, where there are many."""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return f"{', '.join(names[:NAMED])}{more}"
+
 
 class TaskError(Exception):
     """A task could not be declared, scheduled or run as asked.

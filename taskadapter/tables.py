@@ -59,7 +59,7 @@ def status_as_json(now: Status, domain: Domain) -> dict[str, object]:
 def ledger(lines: Iterable[Line]) -> Table:
     """Return what a job has executed."""
     table = _table("", "due and flow run", "outcome", "late, took", "node")
-    table.columns[0].min_width = UUID_WIDTH
+    table.columns[0].width = UUID_WIDTH
     for line in lines:
         number = f"no. {line.number}\n" if line.number else ""
         reason = f": {line.reason}" if line.reason else ""
@@ -106,7 +106,13 @@ def _expires_in(group: GroupStatus, domain: Domain) -> float | None:
 
 
 def _moment(due: str | None) -> str:
-    return "by hand" if due is None else f"{datetime.fromisoformat(due):%Y-%m-%d %H:%M:%S.%f %Z}"
+    """Return a tick's time, with milliseconds where it has some."""
+    if due is None:
+        return "by hand"
+    when = datetime.fromisoformat(due)
+    return (
+        f"{when.replace(tzinfo=None).isoformat(' ', 'milliseconds' if when.microsecond else 'seconds')} UTC"
+    )
 
 
 def _time(seconds: float | None) -> str:

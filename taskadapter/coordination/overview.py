@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy import and_, delete, false, insert, select, update
 
 from taskadapter.coordination.dialects import seconds_since
+from taskadapter.coordination.nodes import groups_of_others
 from taskadapter.coordination.schema import (
     group,
     health_check,
@@ -92,9 +93,23 @@ class Tenure:
     released: float | None
 
 
-def read_status(connection: Connection) -> Status:
-    """Return where all tokens are and which nodes there are."""
-    return Status(_group_statuses(connection), _node_statuses(connection))
+def read_status(connection: Connection, work_pool: str | None = None) -> Status:
+    """Return where all tokens are and which nodes there are.
+
+    Args:
+        connection: in a transaction.
+        work_pool: without the groups that are another pool's, and the nodes that serve such only; None
+            for all.
+    """
+    groups, nodes = _group_statuses(connection), _node_statuses(connection)
+    if work_pool is None:
+        return Status(groups, nodes)
+    names = {one.group_id for one in groups}.union(*(one.group_ids for one in nodes))
+    theirs = groups_of_others(connection, work_pool, names).keys()
+    return Status(
+        tuple(one for one in groups if one.group_id not in theirs),
+        tuple(one for one in nodes if not one.group_ids or set(one.group_ids) - theirs),
+    )
 
 
 def _group_statuses(connection: Connection) -> tuple[GroupStatus, ...]:

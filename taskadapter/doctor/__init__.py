@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from prefect.settings import get_current_settings
-
 from taskadapter.doctor import server
 from taskadapter.doctor.database import look_at_database
 from taskadapter.doctor.findings import Finding, Level, error
@@ -18,7 +16,7 @@ from taskadapter.doctor.jobs import look_at_jobs
 from taskadapter.doctor.pool import look_at_names, look_at_pool, source_of
 from taskadapter.doctor.project import declared_for, not_deployed, read_project, read_settings
 from taskadapter.errors import CoordinationError, TaskError
-from taskadapter.prefect_api.client import shown
+from taskadapter.prefect_api.faults import FAULTS, explain
 from taskadapter.prefect_api.pool import Domain
 from taskadapter.settings import DEFAULT_WORK_POOL, TaskadapterSettings
 
@@ -68,9 +66,6 @@ async def _database(settings: TaskadapterSettings, seen: server.Seen | None) -> 
         return [*named, error(f"{source}: {fault}")]
     except TaskError as fault:
         return [*named, error(fault)]
-    except server.FAULTS as fault:
-        return [
-            *named,
-            error(server.in_words(fault, shown(get_current_settings().api.url), is_prefect=True)),
-        ]
+    except FAULTS as fault:
+        return [*named, error(explain(fault, is_prefect=True))]
     return [*named, *look_at_database(url, source, seen)]

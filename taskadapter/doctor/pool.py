@@ -14,7 +14,7 @@ from taskadapter.coordination.faults import where
 from taskadapter.declare.triggers import DEFAULT_QUEUE, WarmBackupConfig
 from taskadapter.doctor.findings import Finding, error, ok, warning
 from taskadapter.errors import CoordinationError, DeclarationError
-from taskadapter.prefect_api.pool import Domain
+from taskadapter.prefect_api.pool import OTHER_TYPE, Domain
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import WorkPool, WorkQueue
@@ -40,10 +40,7 @@ def look_at_pool(seen: Seen) -> Iterator[Finding]:
     """Say what is wrong with a work pool and its queues."""
     pool = seen.pool
     if pool.type != WarmBackupWorker.type:
-        yield error(
-            f"work pool {pool.name!r} is of type {pool.type!r}, whose workers run jobs uncoordinated; name "
-            "another pool, or delete that one and deploy again"
-        )
+        yield error(OTHER_TYPE.format(name=pool.name, type=pool.type))
         return
     found = [*_template(pool), *_timing(pool), *_closed("work-pool", pool), *_queues(seen.queues, pool)]
     yield from found or [ok(f"work pool {pool.name!r} is of type {pool.type!r}")]

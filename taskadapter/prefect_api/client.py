@@ -5,20 +5,22 @@ from __future__ import annotations
 import asyncio
 import itertools
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
+from contextlib import asynccontextmanager
 from json import JSONDecodeError
 from typing import Any, TypeVar, cast
 from uuid import UUID
 
 import httpx
+from prefect.client.base import ServerType
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import get_current_settings
 from prefect.utilities.asyncutils import run_coro_as_sync
 from pydantic import ValidationError
 
-from taskadapter.errors import ApiUnavailableError
+from taskadapter.errors import ApiUnavailableError, TaskError
+from taskadapter.prefect_api.faults import FAULTS, UNSET, explain
 
 T = TypeVar("T")
 
@@ -87,26 +89,49 @@ async def api_client() -> AsyncIterator[PrefectClient]:
     Raises:
         ApiUnavailableError: the API did not answer a call that was made in it.
     """
-    with _told():
+    try:
         async with get_client() as client:
             yield client
+    except (httpx.TransportError, httpx.InvalidURL) as fault:
+        raise ApiUnavailableError(f"{explain(fault, is_prefect=False)}.") from None
 
 
-@contextmanager
-def _told() -> Iterator[None]:
+@asynccontextmanager
+async def server_client() -> AsyncIterator[PrefectClient]:
+    """Yield a client of the server that the settings name, once that has answered as Prefect's API does.
+
+    For commands: where none is named, Prefect would start one that knows of nothing.
+
+    Raises:
+        ApiUnavailableError: none is named; or it does not answer, refuses, or is something else.
+    """
+    if get_current_settings().api.url is None:
+        raise ApiUnavailableError(f"{UNSET}.")
+    is_prefect = False
     try:
-        yield
-    except httpx.TransportError as fault:
-        raise ApiUnavailableError(
-            f"Prefect's API at {shown(get_current_settings().api.url)} does not answer: "
-            f"{str(fault) or type(fault).__name__}; start it with `prefect server start`, or name another "
-            "one in PREFECT_API_URL."
-        ) from None
+        async with get_client() as client:
+            await server_version(client)
+            is_prefect = True
+            yield client
+    except TaskError:
+        raise
+    except FAULTS as fault:
+        raise ApiUnavailableError(f"{explain(fault, is_prefect=is_prefect)}.") from fault
 
 
-def shown(url: str | None) -> str:
-    """Return the URL of an API without the user and password that may be in it."""
-    return re.sub(r"^(\w+://)?.*@", r"\1", url or "")
+async def server_version(client: PrefectClient) -> str | None:
+    """Return the version of Prefect's server; None of Prefect Cloud, which serves every version.
+
+    Raises:
+        HTTPError: as any of `FAULTS`: the API failed, or is none of Prefect's.
+    """
+    if client.server_type is ServerType.CLOUD:
+        await client.hello()
+        return None
+    found: object = await client.api_version()
+    if not isinstance(found, str) or not re.match(r"\d+\.\d+", found):
+        raise ValueError("not a version")
+    return found
 
 
 async def all_pages(read: Callable[..., Awaitable[list[Any]]], **filters: Any) -> list[Any]:

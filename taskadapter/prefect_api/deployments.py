@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 from uuid import UUID
 
@@ -10,17 +11,21 @@ from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.filters import (
     DeploymentFilter,
     DeploymentFilterId,
+    DeploymentFilterName,
+    DeploymentFilterTags,
     FlowFilter,
     FlowFilterId,
+    FlowFilterName,
     WorkPoolFilter,
     WorkPoolFilterName,
 )
 from prefect.client.schemas.objects import DeploymentSchedule
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.sorting import DeploymentSort
+from prefect.exceptions import ObjectNotFound
 
 from taskadapter.declare.triggers import TriggerConfiguration
-from taskadapter.errors import DeclarationError
+from taskadapter.errors import DeclarationError, TaskError, listed
 from taskadapter.prefect_api.client import all_pages
 from taskadapter.rules import ticks
 
@@ -35,6 +40,34 @@ async def deployments_of_pool(client: PrefectClient, work_pool: str) -> list[Dep
     """Return the deployments of a work pool."""
     pool = WorkPoolFilter(name=WorkPoolFilterName(any_=[work_pool]))
     return await _deployments(client, work_pool_filter=pool)
+
+
+async def find_job(client: PrefectClient, name: str) -> DeploymentResponse:
+    """Return a job by its name, ``flow/deployment``, or its id.
+
+    Raises:
+        TaskError: there is none, or there are several; it names those that there are.
+    """
+    with suppress(ValueError, ObjectNotFound):
+        return await client.read_deployment(UUID(name))
+    flow, _, own = name.rpartition("/")
+    filters: dict[str, Any] = {"deployment_filter": DeploymentFilter(name=DeploymentFilterName(any_=[own]))}
+    if flow:
+        filters["flow_filter"] = FlowFilter(name=FlowFilterName(any_=[flow]))
+    found = await _deployments(client, **filters)
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise TaskError(f"several jobs are named {name!r}; name one of {await _listed(client, found)}.")
+    tagged = DeploymentFilter(tags=DeploymentFilterTags(all_=[TAG]))
+    others = await _listed(client, await _deployments(client, deployment_filter=tagged))
+    raise TaskError(f"there is no job {name!r}; " + (f"there are: {others}." if others else "deploy some."))
+
+
+async def _listed(client: PrefectClient, deployments: Collection[DeploymentResponse]) -> str:
+    flows = await flow_names(client, {found.flow_id for found in deployments})
+    names = sorted(f"{flows.get(found.flow_id, '?')}/{found.name}" for found in deployments)
+    return listed(names)
 
 
 async def deployments_of(client: PrefectClient, ids: Iterable[UUID]) -> list[DeploymentResponse]:

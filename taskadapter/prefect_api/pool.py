@@ -19,6 +19,16 @@ if TYPE_CHECKING:
     from sqlalchemy import URL
 
 
+NO_POOL = (
+    "there is no work pool {name!r}; deploy, or start an agent, which makes it, or name another with --pool"
+)
+
+OTHER_TYPE = (
+    "work pool {name!r} is of type {type!r}, whose workers run jobs uncoordinated; name another pool, or "
+    "delete that one and deploy again"
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Domain:
     """Database and timing of a pool's groups.

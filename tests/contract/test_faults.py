@@ -45,7 +45,7 @@ def test_missing_tables(engine: Engine) -> None:
     with engine.begin() as connection:
         schema.metadata.drop_all(connection)
     try:
-        with pytest.raises(SchemaError, match="no node .* `taskadapter db init`") as caught:
+        with pytest.raises(SchemaError, match=r"no node .* `taskadapter db init`") as caught:
             ask(engine)
         assert not re.search("token_holder|LINE|FROM", str(caught.value))
         with engine.connect() as connection:

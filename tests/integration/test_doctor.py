@@ -805,7 +805,7 @@ def test_the_address_of_the_user_interface(prefect_api: PrefectServer, pool: str
     with temporary_settings({PREFECT_API_URL: prefect_api.ui_url}):
         (only,) = findings(pool, tmp_path)
     assert only.startswith(f"error {prefect_api.ui_url} is not Prefect's API (")
-    assert "http://HOST:4200/api" in only
+    assert only.endswith(f"and lacks /api; set PREFECT_API_URL to {prefect_api.ui_url}/api.")
 
 
 @pytest.mark.parametrize("address", ["http://me:hush@127.0.0.1:port/api", "me:hush@127.0.0.1/api"])
@@ -817,6 +817,16 @@ def test_an_address_that_is_none(pool: str, tmp_path: Path, address: str) -> Non
     assert "PREFECT_API_URL" in only
     assert "127.0.0.1" in only
     assert SECRET not in only
+
+
+def test_an_address_without_http(pool: str, tmp_path: Path) -> None:
+    """That is what is to be written."""
+    with temporary_settings({PREFECT_API_URL: "localhost:4200/api"}):
+        (only,) = findings(pool, tmp_path)
+    assert only == (
+        "error PREFECT_API_URL=localhost:4200/api does not begin with http:// or https://; write "
+        "http://localhost:4200/api."
+    )
 
 
 def test_a_broken_database_hides_no_job(system: System) -> None:

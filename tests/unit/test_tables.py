@@ -122,16 +122,21 @@ AT = "2026-01-01T00:00:00+00:00"
             Line(AT, "Completed", 3, None, 0.25, 1.5, "node-1", "group", 7, "x" * 36),
             ["no. 3", "Completed", "0.2 s", "term 7"],
         ),
+        (
+            Line(AT, "AwaitingConcurrencySlot", 3, None, 95000.0, 1.5, f"node-{LONG}", LONG, 7, "x" * 36),
+            ["2026-01-01 00:00:00 UTC", "x" * 36, "AwaitingConcurrencySlot", f"node-{LONG}", "term 7"],
+        ),
+        (Line("2026-01-01T00:00:00.500+00:00", "missing"), ["2026-01-01 00:00:00.500 UTC"]),
         (Line(None, "Failed", took=1.5, node="node-1", flow_run="x" * 36), ["by hand", "Failed"]),
         (Line(AT, "missing"), ["missing"]),
         (Line(AT, "waiting", late=95), ["waiting", "1 minute 35 seconds"]),
         (Line(AT, "Skipped", reason="it is late"), ["Skipped: it is late"]),
     ],
-    ids=["a tick", "by hand", "missing", "waiting", "skipped"],
+    ids=["a tick", "long names", "half a second", "by hand", "missing", "waiting", "skipped"],
 )
 def test_the_ledger_says_what_became_of_each_tick(line, parts):
     """When, how late, how long, where, and why not."""
     text = shown(tables.ledger([line]))
     assert "…" not in text
     for part in parts:
-        assert part in text or any(part in cell for cell in cells(text))
+        assert any(part.replace(" ", "") in cell.replace(" ", "") for cell in cells(text)), text

@@ -1,0 +1,206 @@
+"""What the command says to somebody who is new here: one sentence, with the remedy."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import pytest
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from deployments.local import environment
+from taskadapter import cli
+from taskadapter.coordination import nodes, tokens
+from taskadapter.coordination.engines import open_engine, transaction
+from taskadapter.coordination.schema import create_missing
+from taskadapter.pools import ensure_work_pool
+from taskadapter.prefect_api.deployments import TAG
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
+
+    from deployments.local import PrefectServer
+
+LEASE = 30.0
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+
+class Command(Protocol):
+    """Runs the command with some words, and returns what it prints: an error is one line of its own."""
+
+    def __call__(self, *words: str) -> str: ...
+
+
+@pytest.fixture
+def pool() -> str:
+    """A work pool's name that no other test has."""
+    return f"pool-{uuid.uuid4().hex[:8]}"
+
+
+@pytest.fixture(autouse=True)
+def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URL of an empty database, which the settings name."""
+    url = f"sqlite:///{tmp_path / 'command.db'}"
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_TASKADAPTER_DATABASE_URL", url)
+    return url
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    def run(*words: str) -> str:
+        monkeypatch.setattr("sys.argv", ["taskadapter", *words])
+        try:
+            cli.main()
+        except SystemExit as ended:
+            if ended.code:
+                said = capsys.readouterr()
+                assert said.out == ""
+                (line,) = said.err.splitlines()
+                return line.removeprefix("taskadapter: ")
+        return capsys.readouterr().out
+
+    return run
+
+
+def take_part(url: str, work_pool: str, group: str, *names: str) -> None:
+    """Have nodes stand by for a pool's group; the first of them is active."""
+    engine = open_engine(url)
+    with engine.connect() as connection:
+        create_missing(connection)
+    for name in names:
+        node = nodes.Node(name, str(uuid.uuid4()), "a-host", 1)
+        with transaction(engine) as connection:
+            nodes.claim_groups(connection, work_pool, [group])
+            nodes.register(connection, node, [group], LEASE)
+            tokens.acquire(connection, node, [group], LEASE)
+    engine.dispose()
+
+
+COMMANDS = [["status"], ["resign", "group"], ["ledger", "job"], ["db", "init"]]
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_no_address_of_an_api(command: Command, words: list[str]) -> None:
+    """Prefect would start a server of its own, which has no pool: that is not done."""
+    assert command(*words).startswith("PREFECT_API_URL is not set, and Prefect would start a server")
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_an_address_that_lacks_api(prefect_api: PrefectServer, command: Command, words: list[str]) -> None:
+    """It is not taken for a server that has no such pool, or job."""
+    with temporary_settings({PREFECT_API_URL: prefect_api.ui_url}):
+        said = command(*words)
+    assert said.startswith(f"{prefect_api.ui_url} is not Prefect's API (")
+    assert said.endswith(f"and lacks /api; set PREFECT_API_URL to {prefect_api.ui_url}/api.")
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("localhost:4200/api", "does not begin with http:// or https://; write http://localhost:4200/api."),
+        ("http://127.0.0.1:port/api", "is no URL; set it to the API of the server, such as"),
+    ],
+)
+def test_an_address_that_is_none(command: Command, address: str, words: str) -> None:
+    """It is named, with what is wrong with it."""
+    with temporary_settings({PREFECT_API_URL: address}):
+        assert f"PREFECT_API_URL={address} {words}" in command("status")
+
+
+def test_a_pool_that_is_not_there(prefect_client: SyncPrefectClient, pool: str, command: Command) -> None:
+    """What makes it is named."""
+    said = command("status", "--pool", pool)
+    assert said.startswith(f"there is no work pool '{pool}'; deploy, or start an agent, which makes it, or")
+
+
+def test_a_pool_of_another_type(prefect_client: SyncPrefectClient, pool: str, command: Command) -> None:
+    """It has no groups."""
+    prefect_client.create_work_pool(WorkPoolCreate(name=pool, type="process"))
+    assert f"work pool '{pool}' is of type 'process'" in command("status", "--pool", pool)
+
+
+def test_a_database_that_no_node_has_used(
+    prefect_client: SyncPrefectClient, pool: str, command: Command
+) -> None:
+    """Nothing is wrong with it, and nothing is to be upgraded."""
+    ensure_work_pool(pool)
+    said = command("status", "--pool", pool)
+    assert "no node of this release has used it yet; start an agent, or run `taskadapter db init`" in said
+
+
+def test_the_groups_of_another_pool(
+    prefect_client: SyncPrefectClient, pool: str, database: str, command: Command
+) -> None:
+    """They are not this pool's, although both have one database; nor are the nodes."""
+    ensure_work_pool(pool)
+    take_part(database, pool, "ours", "node-1")
+    take_part(database, "another", "theirs", "node-2")
+
+    found = json.loads(command("status", "--pool", pool, "--json"))
+
+    assert [group["group_id"] for group in found["groups"]] == ["ours"]
+    assert [node["task_id"] for node in found["nodes"]] == ["node-1"]
+
+
+def test_a_handover_needs_somebody_who_stands_by(
+    prefect_client: SyncPrefectClient, pool: str, database: str, command: Command
+) -> None:
+    """Else the node would take the group again; with --force it is asked nevertheless."""
+    ensure_work_pool(pool)
+    take_part(database, pool, "group", "node-1")
+    resign = ("resign", "group", "--pool", pool)
+
+    assert command("resign", "nogroup", "--pool", pool) == "there is no group 'nogroup'; there are: group."
+    assert command(*resign).startswith("nobody stands by for group 'group'")
+    assert command(*resign, "--force").startswith("Asked node 'node-1'")
+    take_part(database, pool, "group", "node-2")
+    assert command(*resign).startswith("Asked node 'node-1'")
+
+
+def test_a_job_is_named_by_its_name(
+    prefect_client: SyncPrefectClient, pool: str, database: str, command: Command
+) -> None:
+    """With or without its flow's; where there are several, or none, those that there are are listed."""
+    ensure_work_pool(pool)
+    take_part(database, pool, "group", "node-1")
+    job, other = f"job-{pool}", f"other-{pool}"
+    for flow in (job, other):
+        flow_id = prefect_client.create_flow_from_name(flow)
+        prefect_client.create_deployment(flow_id, job, work_pool_name=pool, tags=[TAG])
+    job_id = prefect_client.create_deployment(flow_id, other, work_pool_name=pool, tags=[TAG])
+
+    both = f"{job}/{job}, {other}/{job}"
+    assert command("ledger", job) == f"several jobs are named '{job}'; name one of {both}."
+    for name in (other, f"{other}/{other}", str(job_id), f"{job}/{job}"):
+        assert command("ledger", name) == "Nothing has run yet.\n"
+    for name in (f"nothing/{job}", "nothing", f"{job}/", str(uuid.uuid4())):
+        said = command("ledger", name)
+        assert said.startswith(f"there is no job '{name}'; there are: ")
+        assert "\n" not in said
+
+
+def test_somebody_who_stops_reading(
+    prefect_api: PrefectServer, prefect_client: SyncPrefectClient, pool: str, tmp_path: Path
+) -> None:
+    """Such as `head`: that is no fault of the command's."""
+    ensure_work_pool(pool)
+    env = environment(prefect_api.env, {"PYTHONPATH": str(PROJECT), "PREFECT_HOME": str(tmp_path)})
+    script = "from taskadapter.cli import main; main()"
+    words = [sys.executable, "-c", script, "db", "sql", "--pool", pool]
+    with subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as started:
+        assert started.stdout is not None
+        assert started.stderr is not None
+        started.stdout.close()
+        assert started.stderr.read() == b""
+
+
+@pytest.mark.parametrize("last", ["0", "-1"])
+def test_how_many_executions_is_a_number(command: Command, last: str) -> None:
+    """None, or fewer, are not asked for."""
+    assert command("ledger", "job", "--last", last) == f"--last={last}: must be at least 1."
