@@ -8,6 +8,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from taskadapter.agent.plans import plan_of
+from taskadapter.agent.switches import reading_of, why_over
 from taskadapter.coordination import ledger, progress
 from taskadapter.coordination.engines import transaction
 from taskadapter.coordination.executions import moment
@@ -78,6 +79,20 @@ def history(engine: Engine, deployment: DeploymentResponse, last: int) -> list[L
         since = max(datetime.fromisoformat(max(min(dues), opened or "")), plan.created)
         lines += not_begun(plan, dues, since, datetime.now(UTC), last)
     return sorted(lines, key=lambda line: line.due or "", reverse=True)
+
+
+def standing(engine: Engine, deployment: DeploymentResponse) -> str | None:
+    """Say of a job that it is over, or paused; None if it goes on.
+
+    Raises:
+        CoordinationError: the database cannot be read.
+    """
+    job_id, slug = str(deployment.id), reading_of(deployment).trigger_slug
+    with transaction(engine) as connection:
+        row = progress.read(connection, {job_id: slug}).get(job_id)
+    if (why := why_over(deployment, row)) is not None:
+        return f"over: {why}"
+    return "paused" if deployment.paused or (row is not None and row.paused) else None
 
 
 def _line(past: Past) -> Line:

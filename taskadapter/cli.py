@@ -135,16 +135,37 @@ def ledger(
     as_json: Annotated[bool, Parameter(name="--json", help="Print it as JSON.")] = False,
 ) -> None:
     """Show what a job has executed: when, where, how late, and which ticks between them are missing."""
-    from taskadapter.audit import history
+    from taskadapter.audit import history, standing
 
     if last < 1:
         raise TaskError(f"--last={last}: must be at least 1.")
     deployment = asyncio.run(_find(job))
-    lines = history(_shared(deployment.work_pool_name).engine, deployment, last)
+    engine = _shared(deployment.work_pool_name).engine
+    lines = history(engine, deployment, last)
     if as_json:
         print(json.dumps([asdict(line) for line in lines], indent=2))
         return
     Console().print(tables.ledger(lines) if lines else "Nothing has run yet.")
+    if (how := standing(engine, deployment)) is not None:
+        Console().print(f"The job is {how}.", highlight=False)
+
+
+@app.command
+def restart(job: Job, /) -> None:
+    """Start a job again that has ended, by its error policy or otherwise; nothing since then is owed."""
+    from taskadapter.agent import switches
+    from taskadapter.prefect_api.client import server_client
+    from taskadapter.prefect_api.deployments import find_job
+
+    async def start() -> tuple[DeploymentResponse, str]:
+        async with server_client() as client:
+            deployment = await find_job(client, job)
+            return deployment, await switches.restart(client, deployment)
+
+    deployment, why = asyncio.run(start())
+    print(f"Job {deployment.name!r} goes on, which had ended: {why}.")
+    if deployment.paused:
+        print("It is paused, too; resume it in the UI.")
 
 
 async def _find(job: str) -> DeploymentResponse:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 from uuid import UUID
 
@@ -16,7 +17,8 @@ from prefect.exceptions import ObjectNotFound
 
 from taskadapter.agent.plans import plan_of
 from taskadapter.coordination import store
-from taskadapter.coordination.executions import Reading, Switches, moment
+from taskadapter.coordination.executions import SWITCHED_OFF, Reading, Switches, moment
+from taskadapter.errors import TaskError
 from taskadapter.prefect_api.client import api_client
 from taskadapter.prefect_api.deployments import DETACHED, is_on, trigger_of
 from taskadapter.prefect_api.pool import Domain
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
 
     from prefect.client.orchestration import PrefectClient
     from prefect.client.schemas.responses import DeploymentResponse
+
+    from taskadapter.coordination.progress import JobRow
+    from taskadapter.declare.triggers import TriggerConfiguration
 
 
 def reading_of(deployment: DeploymentResponse) -> Reading:
@@ -70,6 +75,68 @@ async def end(client: PrefectClient, deployment: DeploymentResponse, reason: str
     await asyncio.to_thread(store.end_job, url, deployment.id, reason)
     await switch_off(client, deployment, reason)
     await _take_note(client, url, deployment.id)
+
+
+async def restart(client: PrefectClient, deployment: DeploymentResponse) -> str:
+    """Let a job go on that is over, and return why it was.
+
+    Its count goes on, or begins anew where the maximum was reached; the state of a service stays. No tick
+    from while it was over is owed.
+
+    Raises:
+        TaskError: it is not over; or it would be over again at once.
+    """
+    url, trigger, job = await _database_of(client, deployment), trigger_of(deployment), deployment.name
+    if trigger is None:
+        raise TaskError(f"job {job!r} has no trigger of taskadapter's; resume its schedule in Prefect.")
+    slug = ticks.slug(trigger)
+    own = next((schedule for schedule in deployment.schedules if schedule.slug == slug), None)
+    row = (await asyncio.to_thread(store.jobs, url, {deployment.id: slug})).get(deployment.id)
+    why = why_over(deployment, row)
+    if why is None:
+        raise TaskError(f"job {job!r} has not ended; see `taskadapter ledger`, and whether an agent is up.")
+    if DETACHED in deployment.tags:
+        raise TaskError(f"the service of job {job!r} was detached; attach it again, or deploy it.")
+    if own is None:
+        raise TaskError(
+            f"job {job!r} has ended ({why}), and has no schedule; schedule, or deploy, it again."
+        )
+    if _has_passed(trigger):
+        raise TaskError(f"job {job!r} has ended ({why}); declare a later end_time, and deploy it.")
+    # That it is off is seen first: it is from when it is switched on that ticks are owed.
+    if own.active:
+        await client.update_deployment_schedule(deployment.id, own.id, active=False)
+    await _take_note(client, url, deployment.id)
+    await asyncio.to_thread(store.restart, url, deployment.id, slug, anew=_is_exhausted(trigger, row))
+    await client.update_deployment_schedule(deployment.id, own.id, active=True)
+    await _take_note(client, url, deployment.id)
+    return why
+
+
+def why_over(deployment: DeploymentResponse, row: JobRow | None) -> str | None:
+    """Say why a job is over; None if it is not.
+
+    Args:
+        deployment: as Prefect has it.
+        row: its row, for this trigger; None if it has none.
+    """
+    trigger = trigger_of(deployment)
+    if row is not None and row.ended not in {None, SWITCHED_OFF}:
+        return row.ended
+    if trigger is not None and _is_exhausted(trigger, row):
+        return ticks.exhausted(trigger.max_count)
+    if trigger is not None and trigger.end_time is not None and _has_passed(trigger):
+        return ticks.ended_at(trigger.end_time)
+    is_off = not is_on(deployment) or (row is not None and row.ended is not None)
+    return SWITCHED_OFF if is_off else None
+
+
+def _is_exhausted(trigger: TriggerConfiguration, row: JobRow | None) -> bool:
+    return row is not None and 0 < trigger.max_count <= row.count
+
+
+def _has_passed(trigger: TriggerConfiguration) -> bool:
+    return trigger.end_time is not None and trigger.end_time < datetime.now(UTC)
 
 
 async def detach(job_id: UUID, reason: str) -> None:

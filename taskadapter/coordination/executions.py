@@ -20,6 +20,10 @@ SKIPPED = "Skipped"
 """The outcome of a tick whose body is not to begin: it was too late for its policy, or its job over."""
 
 
+SWITCHED_OFF = "its schedule was switched off"
+"""Why a job is over whose schedule somebody has switched off in Prefect, or an agent at its end."""
+
+
 @dataclass(frozen=True, slots=True)
 class Execution:
     """What is to be executed once.

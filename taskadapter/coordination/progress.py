@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import and_, delete, select, update
 
 from taskadapter.coordination.dialects import database_now, ensure_rows, seconds_since, upsert
-from taskadapter.coordination.executions import Switches
+from taskadapter.coordination.executions import SWITCHED_OFF, Switches
 from taskadapter.coordination.schema import job_progress
 from taskadapter.coordination.tokens import require_token
 from taskadapter.errors import CoordinationError, DatabaseUnavailableError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Mapping
 
     from sqlalchemy import Connection, Row
 
@@ -35,7 +35,9 @@ __all__ = [
     "lock",
     "pause",
     "prune",
+    "read",
     "require_token",
+    "restart",
     "resumed",
     "save_state",
     "see",
@@ -69,10 +71,19 @@ def lock(connection: Connection, job_id: str, trigger_slug: str) -> JobRow:
 
     A trigger other than that of the row has neither been counted nor ended.
     """
-    row = _locked_job(connection, job_id, trigger_slug)
+    return _as_of(_locked_job(connection, job_id, trigger_slug), trigger_slug)
+
+
+def read(connection: Connection, slugs: Mapping[str, str]) -> dict[str, JobRow]:
+    """Return the rows of those of some jobs that have one; `slugs` names each job's trigger."""
+    rows = connection.execute(_rows().where(job_progress.c.job_id.in_(slugs)))
+    return {row.job_id: _as_of(row, slugs[row.job_id]) for row in rows}
+
+
+def _as_of(row: Row[Any], trigger_slug: str) -> JobRow:
     same = row.trigger_slug == trigger_slug
     return JobRow(
-        job_id=job_id,
+        job_id=row.job_id,
         trigger_slug=trigger_slug,
         count=row.run_count if same else 0,
         written=row.run_count,
@@ -123,6 +134,14 @@ def end(connection: Connection, job_id: str, reason: str | None, trigger_slug: s
     _write(connection, job_id, {"ended": reason, "ended_trigger": trigger_slug})
 
 
+def restart(connection: Connection, job_id: str, trigger_slug: str, *, anew: bool) -> None:
+    """Let a job go on that is over; `anew`: its executions are counted from one again. Its state stays."""
+    values: dict[str, Any] = {"ended": None, "ended_trigger": None}
+    if anew:
+        values |= {"trigger_slug": trigger_slug, "run_count": 0}
+    _write(connection, job_id, values)
+
+
 def _write(connection: Connection, job_id: str, values: dict[str, Any]) -> None:
     values = {**values, "updated": database_now()}
     new = {"job_id": job_id, "trigger_slug": "", "run_count": 0, **values}
@@ -170,7 +189,7 @@ def see(connection: Connection, job_id: str, trigger_slug: str, now: Switches, u
     if now.paused != before.paused:
         values["paused"] = int(now.paused)
     if now.on != before.on:
-        reason = None if now.on else "its schedule was switched off"
+        reason = None if now.on else SWITCHED_OFF
         values |= {"ended": row.ended or reason if reason else None, "ended_trigger": trigger_slug}
     if (now.on and not before.on) or _is_edited(before.plan, now.plan):
         values["opened"] = updated
@@ -194,22 +213,7 @@ def prune(connection: Connection, seconds: float) -> None:
 
 
 def _locked_job(connection: Connection, job_id: str, trigger_slug: str) -> Row[Any]:
-    columns = job_progress.c
-    query = (
-        select(
-            columns.trigger_slug,
-            columns.run_count,
-            columns.paused,
-            columns.ended,
-            columns.ended_trigger,
-            columns.seen_paused,
-            columns.seen_on,
-            columns.seen_plan,
-            columns.seen_updated,
-        )
-        .where(columns.job_id == job_id)
-        .with_for_update()
-    )
+    query = _rows().where(job_progress.c.job_id == job_id).with_for_update()
     row = connection.execute(query).one_or_none()
     if row is None:
         first = {
@@ -221,6 +225,22 @@ def _locked_job(connection: Connection, job_id: str, trigger_slug: str) -> Row[A
         ensure_rows(connection, job_progress, first)
         row = connection.execute(query).one()
     return row
+
+
+def _rows() -> Any:
+    columns = job_progress.c
+    return select(
+        columns.job_id,
+        columns.trigger_slug,
+        columns.run_count,
+        columns.paused,
+        columns.ended,
+        columns.ended_trigger,
+        columns.seen_paused,
+        columns.seen_on,
+        columns.seen_plan,
+        columns.seen_updated,
+    )
 
 
 def load_state(connection: Connection, job_id: str) -> dict[str, Any] | None:

@@ -6,7 +6,7 @@ Its engines are this process's own, one for each database.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from functools import lru_cache
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from taskadapter.coordination.executions import Entry, Execution, Owner, Reading, Switches
     from taskadapter.coordination.messages import Token
     from taskadapter.coordination.overview import Status, Tenure
+    from taskadapter.coordination.progress import JobRow
 
 RETRY_SECONDS = 0.5
 """How long to wait for a database that does not answer, before it is asked again."""
@@ -141,6 +142,22 @@ def end_job(database_url: str, job_id: UUID, reason: str | None, trigger_slug: s
     from taskadapter.coordination import progress
 
     ask(database_url, lambda connection: progress.end(connection, str(job_id), reason, trigger_slug))
+
+
+def jobs(database_url: str, slugs: Mapping[UUID, str]) -> dict[UUID, JobRow]:
+    """Return the rows of those of some jobs that have one; `slugs` names each job's trigger."""
+    from taskadapter.coordination import progress
+
+    by_text = {str(job_id): slug for job_id, slug in slugs.items()}
+    found = ask(database_url, lambda connection: progress.read(connection, by_text))
+    return {UUID(job_id): row for job_id, row in found.items()}
+
+
+def restart(database_url: str, job_id: UUID, trigger_slug: str, *, anew: bool) -> None:
+    """Let a job go on that is over; `anew`: its executions are counted from one again."""
+    from taskadapter.coordination import progress
+
+    ask(database_url, lambda connection: progress.restart(connection, str(job_id), trigger_slug, anew=anew))
 
 
 def seen(database_url: str, job_ids: Collection[UUID]) -> dict[UUID, Switches]:

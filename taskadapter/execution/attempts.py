@@ -24,7 +24,7 @@ from taskadapter.declare.jobs import JobId, Service
 from taskadapter.declare.triggers import ErrorPolicy, TriggerConfiguration
 from taskadapter.errors import CoordinationError, TaskError, TokenLostError
 from taskadapter.execution import current, record
-from taskadapter.rules import retries
+from taskadapter.rules import retries, ticks
 
 TERMINATING = (ErrorPolicy.LOG_AND_TERMINATE, ErrorPolicy.TERMINATE)
 LOGGING = (ErrorPolicy.LOG_AND_TERMINATE, ErrorPolicy.LOG_AND_CONTINUE)
@@ -214,7 +214,7 @@ class Attempts:
         terminates = policy in TERMINATING and not isinstance(exc, NOT_THE_JOBS_OWN)
         # A run by hand ends nothing.
         ends = terminates and (self.execution is None or self.is_tick)
-        reason = f"run {self.current.count} failed, and the error policy is {policy}" if ends else None
+        reason = ticks.failed(self.current.count, policy) if ends else None
         self._enter_end(None, "Failed", reason)
         if policy in LOGGING:
             consequence = "the job ends on all nodes" if ends else "the job goes on"

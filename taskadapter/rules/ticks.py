@@ -217,7 +217,7 @@ def judge(
     if trigger.start_time is not None and due < trigger.start_time:
         return Judgement(Verdict.EARLY, f"before the start, {trigger.start_time.isoformat()}")
     if trigger.end_time is not None and due > trigger.end_time:
-        return Judgement(Verdict.END, f"the schedule ended at {trigger.end_time.isoformat()}")
+        return Judgement(Verdict.END, ended_at(trigger.end_time))
     policy, late = trigger.policy.waiting_policy, (now - due).total_seconds() if now else 0.0
     if policy is WaitingPolicy.WAIT or begun:
         return Judgement(Verdict.RUN)
@@ -232,6 +232,21 @@ def judge(
 def skipped(reason: str) -> State[Any]:
     """Return the state of a tick that is not run: never a failure."""
     return Cancelled(name="Skipped", message=f"Skipped: {reason}.")
+
+
+def ended_at(end_time: datetime) -> str:
+    """Say that the job's time has passed."""
+    return f"the schedule ended at {end_time.isoformat()}"
+
+
+def failed(number: int, policy: str) -> str:
+    """Say that the job ends with a run that has failed, as its error policy says."""
+    return f"run {number} failed, and the error policy is {policy}"
+
+
+def is_failure(reason: str) -> bool:
+    """Return whether it is one of those that `failed` says."""
+    return re.fullmatch(r"run \d+ failed, and the error policy is \w+", reason) is not None
 
 
 def exhausted(max_count: int) -> str:

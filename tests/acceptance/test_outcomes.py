@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
+import sys
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,6 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from prefect.client.schemas.objects import FlowRun
+
+COMMAND = Path(sys.executable).with_name("taskadapter")
 
 RETRIED = """
     from datetime import datetime, timedelta
@@ -66,7 +71,7 @@ RETRIED = """
 
 FAILING = """
     from ledger import note
-    from taskadapter import ErrorPolicy, Listener, TaskPolicy, TriggerConfiguration
+    from taskadapter import ErrorPolicy, Listener, TaskPolicy, TriggerConfiguration, current_run
 
     def fail(name):
         note(name, "ran")
@@ -87,6 +92,16 @@ FAILING = """
     @listener(3, error_policy=ErrorPolicy.LOG_AND_CONTINUE).service("goes-on")
     def goes_on() -> None:
         fail("goes-on")
+
+    @listener(3, max_concurrent=1).service("mended")
+    def mended() -> None:
+        note("mended", "ran", number=current_run().count)
+        if current_run().count == 1:
+            raise ValueError("not mended yet")
+
+    @listener(2, max_concurrent=1).service("twice")
+    def twice() -> None:
+        note("twice", "ran", number=current_run().count)
 """
 
 STOPPED = """
@@ -306,6 +321,35 @@ def test_an_error_does_not_end_a_job_that_is_to_continue(project: Project, prefe
     assert len(project.entries("goes-on", "ran")) == 3
     assert len(prefect.wait_for_runs("goes-on", "Failed", count=3)) == 3
     assert len(prefect.executed("goes-on")) == 3
+
+
+@pytest.mark.parametrize(
+    ("job", "first", "why", "then"),
+    [
+        ("mended", [1], "run 1 failed, and the error policy is ", [2, 3]),
+        ("twice", [1, 2], "the maximum of 2 runs is reached", [1, 2]),
+    ],
+)
+def test_a_job_that_has_ended_is_started_again(
+    project: Project, prefect: Prefect, job: str, first: list[int], why: str, then: list[int]
+) -> None:
+    """Its count goes on, or begins anew at its maximum; what was due while it was over does not run."""
+    project.wait_for(job, "ran", len(first))
+    prefect.wait_for_put_away(job)
+    assert f"The job is over: {why}" in project.run(COMMAND, "ledger", job)
+    restarted = datetime.now(UTC)
+
+    said = project.run(COMMAND, "restart", job)
+    ran = project.wait_for(job, "ran", len(first) + len(then))
+    prefect.wait_for_put_away(job)
+
+    assert said.startswith(f"Job '{job}' goes on, which had ended: {why}")
+    assert [entry["number"] for entry in ran] == first + then
+    runs = sorted(prefect.executed(job), key=due)
+    assert len(runs) == len(ran)
+    assert all(due(run) > restarted - timedelta(seconds=1) for run in runs[len(first) :])
+    lines = json.loads(project.run(COMMAND, "ledger", job, "--json"))
+    assert {line["outcome"] for line in lines} <= {"Completed", "Failed", "Skipped"}
 
 
 @pytest.mark.parametrize("job", ["cancelled", "async-cancelled"])

@@ -18,7 +18,9 @@ from taskadapter.coordination.progress import (
     opened,
     pause,
     prune,
+    read,
     require_token,
+    restart,
     resumed,
     save_state,
     see,
@@ -178,6 +180,19 @@ class TestSwitches:
         with transaction(engine) as connection:
             end(connection, JOB, None)
         assert count_one(engine) == 2
+
+    def test_a_job_that_is_over_is_started_again(self, engine: Engine) -> None:
+        """Its count goes on, or begins anew; its state, and whether it is paused, stay."""
+        assert [count_one(engine), count_one(engine)] == [1, 2]
+        for anew, number in [(False, 3), (True, 1)]:
+            with transaction(engine) as connection:
+                save_state(connection, JOB, {"i": number})
+                end(connection, JOB, "it failed", "every-2s")
+                assert read(connection, {JOB: "every-2s", "other": ""})[JOB].ended == "it failed"
+                restart(connection, JOB, "every-2s", anew=anew)
+                assert read(connection, {JOB: "every-2s"})[JOB].ended is None
+                assert load_state(connection, JOB) == {"i": number}
+            assert count_one(engine) == number
 
     def test_what_is_over_is_forgotten_after_a_while(self, engine: Engine) -> None:
         """The rows of jobs that are over go; of those that are not, or with one trigger only, none."""

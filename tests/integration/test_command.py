@@ -14,12 +14,14 @@ from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from deployments.local import environment
-from taskadapter import cli
-from taskadapter.coordination import nodes, tokens
+from taskadapter import cli, schedule_job_recur_by_frequency
+from taskadapter.coordination import nodes, store, tokens
 from taskadapter.coordination.engines import open_engine, transaction
 from taskadapter.coordination.schema import create_missing
 from taskadapter.pools import ensure_work_pool
-from taskadapter.prefect_api.deployments import TAG
+from taskadapter.prefect_api.deployments import TAG, trigger_of
+from taskadapter.rules import ticks
+from tests.integration.test_scheduler import HELLO
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -183,6 +185,33 @@ def test_a_job_is_named_by_its_name(
         said = command("ledger", name)
         assert said.startswith(f"there is no job '{name}'; there are: ")
         assert "\n" not in said
+
+
+def test_only_a_job_that_has_ended_is_started_again(
+    prefect_client: SyncPrefectClient, database: str, command: Command
+) -> None:
+    """Nor one that would be over again at once."""
+    job = schedule_job_recur_by_frequency(HELLO, 3600, work_pool="command")
+    own = prefect_client.read_deployment(job.id)
+    assert command("restart", own.name).startswith(f"job '{own.name}' has not ended")
+
+    trigger = trigger_of(own)
+    assert trigger is not None
+    store.end_job(database, job.id, ticks.failed(3, "TERMINATE"), ticks.slug(trigger))
+    assert "The job is over: run 3 failed" in command("ledger", own.name)
+    assert command("restart", own.name).startswith(
+        f"Job '{own.name}' goes on, which had ended: run 3 failed"
+    )
+    assert "The job" not in command("ledger", own.name)
+
+    prefect_client.update_deployment_schedule(job.id, own.schedules[0].id, active=False)
+    assert "its schedule was switched off" in command("restart", str(job.id))
+    assert prefect_client.read_deployment(job.id).schedules[0].active
+    prefect_client.pause_deployment(job.id)
+    assert "The job is paused." in command("ledger", own.name)
+    prefect_client.delete_deployment_schedule(job.id, own.schedules[0].id)
+    store.end_job(database, job.id, "it failed", ticks.slug(trigger))
+    assert "has no schedule; schedule, or deploy, it again" in command("restart", own.name)
 
 
 def test_somebody_who_stops_reading(
