@@ -40,14 +40,15 @@ Flows = Annotated[Path, Parameter(help="The folder of flow modules.")]
 
 Job = Annotated[str, Parameter(help="The job: its name, flow/deployment, or its id.")]
 
-RENDERED = Path("deployments/prefect.yaml")
-
 
 @app.command
 def render(
     *,
     flows: Flows = Path("flows"),
-    output: Annotated[Path, Parameter(name=["--output", "-o"], help="The file to write.")] = RENDERED,
+    output: Annotated[
+        Path | None,
+        Parameter(name=["--output", "-o"], help="The file to write; by default deployments/prefect.yaml."),
+    ] = None,
     check: Annotated[
         bool, Parameter(help="Write nothing; exit with 1 if the file is not up to date.")
     ] = False,
@@ -55,6 +56,7 @@ def render(
     """Write the deployments that the flow modules declare into a prefect.yaml."""
     from taskadapter import deploy
 
+    output = output or deploy.RENDERED
     text = deploy.render(flows, output)
     if not check:
         try:
@@ -181,7 +183,10 @@ def doctor(
     *,
     pool: Pool = None,
     flows: Flows = Path("flows"),
-    file: Annotated[Path, Parameter(name=["--file", "-f"], help="The rendered file.")] = RENDERED,
+    file: Annotated[
+        Path | None,
+        Parameter(name=["--file", "-f"], help="The rendered file; by default whichever there is."),
+    ] = None,
 ) -> None:
     """Look at what jobs need, say what is wrong and how to put it right; exit with 1 at an error."""
     from taskadapter.doctor import Level, examine

@@ -41,6 +41,14 @@ HEADER = """\
 """
 
 
+RENDERED = Path("deployments/prefect.yaml")
+"""Where `taskadapter render` writes to, unless it is told otherwise."""
+
+
+class NoJobError(DeclarationError):
+    """The modules of a folder can be imported, and declare nothing."""
+
+
 def render(flows: Path, file: Path) -> str:
     """Return the ``prefect.yaml`` of every listener in a folder of flow modules.
 
@@ -62,7 +70,7 @@ def render(flows: Path, file: Path) -> str:
         _import(module)
         found += [(on, declared) for on in listeners for declared in on.services.values()]
     if not found:
-        raise DeclarationError(f"{flows}/ declares no job; decorate one with a listener's service().")
+        raise NoJobError(f"{flows}/ declares no job; decorate one with a listener's service().")
     found = _once_each(found)
     _refuse_duplicates(declared for _, declared in found)
     refuse_disagreement(listener for listener, _ in found)

@@ -6,31 +6,43 @@ builds on something that fails is left out; all others are made.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from taskadapter.doctor import server
 from taskadapter.doctor.database import look_at_database
 from taskadapter.doctor.findings import Finding, Level, error
 from taskadapter.doctor.jobs import look_at_jobs
 from taskadapter.doctor.pool import look_at_names, look_at_pool, source_of
-from taskadapter.doctor.project import declared_for, not_deployed, read_project, read_settings
+from taskadapter.doctor.project import (
+    declared_for,
+    not_declared,
+    not_deployed,
+    read_project,
+    read_settings,
+    rendered_file,
+)
 from taskadapter.errors import CoordinationError, TaskError
 from taskadapter.prefect_api.faults import FAULTS, explain
 from taskadapter.prefect_api.pool import Domain
 from taskadapter.settings import DEFAULT_WORK_POOL, TaskadapterSettings
 
+if TYPE_CHECKING:
+    from taskadapter.coordination.progress import JobRow
+
 __all__ = ["Finding", "Level", "examine"]
 
 
-async def examine(pool_name: str | None, flows: Path, file: Path) -> AsyncIterator[Finding]:
+async def examine(pool_name: str | None, flows: Path, given: Path | None) -> AsyncIterator[Finding]:
     """Look at everything that a pool's jobs need.
 
     Args:
         pool_name: the work pool; None for the settings' one.
-        flows: the folder of flow modules; nothing is said of it where there is none.
-        file: the rendered prefect.yaml.
+        flows: the folder of flow modules; the project is left out where there is none.
+        given: the rendered prefect.yaml; None for one that we made and that is here.
     """
+    file = rendered_file(given)
     settings, found = read_settings()
     declared, said = read_project(flows, file)
     for finding in found + said:
@@ -39,33 +51,38 @@ async def examine(pool_name: str | None, flows: Path, file: Path) -> AsyncIterat
     seen, found = await server.read(name)
     for finding in found:
         yield finding
+    found, rows = ([], {}) if settings is None else await _database(settings, seen)
     if seen is not None:
-        jobs = {job.name: job for job in seen.jobs}
-        for finding in (
-            *look_at_pool(seen),
-            *look_at_jobs(seen.jobs, seen.others),
-            *not_deployed(declared_for(declared, name), jobs, name, file),
-        ):
+        for finding in (*look_at_pool(seen), *look_at_jobs(seen.jobs, seen.others, rows)):
             yield finding
-    if settings is not None:
-        for finding in await _database(settings, seen):
-            yield finding
+        if declared is not None:
+            jobs = {job.name: job for job in seen.jobs}
+            for finding in (
+                *not_deployed(declared_for(declared, name), jobs, name, file),
+                *not_declared(declared, seen, flows),
+            ):
+                yield finding
+    for finding in found:
+        yield finding
 
 
-async def _database(settings: TaskadapterSettings, seen: server.Seen | None) -> list[Finding]:
-    """Look at the database, if this machine or the pool names one."""
+async def _database(
+    settings: TaskadapterSettings, seen: server.Seen | None
+) -> tuple[list[Finding], Mapping[str, JobRow]]:
+    """Look at the database, if this machine or the pool names one; return the jobs' rows, too."""
     pool = seen.pool if seen else None
     source = source_of(pool, settings)
     if pool is None:
         own = settings.database_url
-        return [] if own is None else list(look_at_database(own.get_secret_value(), source, None))
+        return ([], {}) if own is None else look_at_database(own.get_secret_value(), source, None)
     named = list(look_at_names(pool, settings))
     try:
         url = await Domain.of(pool).database_url(settings)
     except CoordinationError as fault:
-        return [*named, error(f"{source}: {fault}")]
+        return [*named, error(f"{source}: {fault}")], {}
     except TaskError as fault:
-        return [*named, error(fault)]
+        return [*named, error(fault)], {}
     except FAULTS as fault:
-        return [*named, error(explain(fault, is_prefect=True))]
-    return [*named, *look_at_database(url, source, seen)]
+        return [*named, error(explain(fault, is_prefect=True))], {}
+    found, rows = look_at_database(url, source, seen)
+    return [*named, *found], rows

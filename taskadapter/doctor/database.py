@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from taskadapter.agent.switches import reading_of
 from taskadapter.agent.worker import WarmBackupWorker
-from taskadapter.coordination import schema
+from taskadapter.coordination import progress, schema
 from taskadapter.coordination.engines import open_engine, transaction
 from taskadapter.coordination.faults import where
 from taskadapter.coordination.messages import FOREIGN_GROUP
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from prefect.client.schemas.objects import Worker
     from sqlalchemy import Engine
 
+    from taskadapter.coordination.progress import JobRow
     from taskadapter.doctor.server import Seen
 
 
@@ -33,16 +36,20 @@ class Facts:
         is_narrow: whether columns have less room than ours.
         status: groups and nodes.
         foreign: groups of another pool, by name, with that pool's.
+        jobs: the rows of the pool's jobs, by their ids.
     """
 
     missing: tuple[str, ...] = ()
     is_narrow: bool = False
     status: Status = field(default_factory=lambda: Status((), ()))
     foreign: dict[str, str] | None = None
+    jobs: Mapping[str, JobRow] = field(default_factory=dict)
 
 
-def look_at_database(url: str, source: str, seen: Seen | None) -> Iterator[Finding]:
-    """Say what is wrong with a database, and with the groups and nodes in it.
+def look_at_database(
+    url: str, source: str, seen: Seen | None
+) -> tuple[list[Finding], Mapping[str, JobRow]]:
+    """Say what is wrong with a database, and with the groups and nodes in it; return the jobs' rows, too.
 
     Args:
         url: with its password.
@@ -52,13 +59,15 @@ def look_at_database(url: str, source: str, seen: Seen | None) -> Iterator[Findi
     try:
         engine = open_engine(url)
     except CoordinationError as fault:
-        yield error(f"{source}: {fault}")
-        return
+        return [error(f"{source}: {fault}")], {}
     try:
         facts = _read(engine, seen)
     except CoordinationError as fault:
-        yield error(fault)
-        return
+        return [error(fault)], {}
+    return list(_findings(engine, facts, seen)), facts.jobs
+
+
+def _findings(engine: Engine, facts: Facts, seen: Seen | None) -> Iterator[Finding]:
     groups = groups_of(seen.queues) if seen else []
     yield _tables(engine, facts, groups)
     if seen is not None and not facts.missing:
@@ -85,7 +94,10 @@ def _read(engine: Engine, seen: Seen | None) -> Facts:
             is_narrow = bool(schema.upgrades(connection))
             groups, pool = (groups_of(seen.queues), seen.pool.name) if seen else ([], "")
             foreign = groups_of_others(connection, pool, groups)
-            return Facts((), is_narrow, read_status(connection), foreign)
+            readings = map(reading_of, seen.jobs if seen else ())
+            slugs = {str(reading.job_id): reading.trigger_slug for reading in readings}
+            jobs = progress.read(connection, slugs)
+            return Facts((), is_narrow, read_status(connection), foreign, jobs)
     finally:
         engine.dispose()
 
@@ -109,6 +121,12 @@ def _group(name: str, facts: Facts, seen: Seen) -> Finding:
         return error(FOREIGN_GROUP.format(name=name, other=facts.foreign[name]))
     within, start = liveness_of(seen.pool), start_command(seen.pool.name)
     found = next((group for group in facts.status.groups if group.group_id == name), None)
+    has_node = found is not None and found.holder is not None and (found.heartbeat_age or 0) <= within
+    if name not in seen.used and not has_node:
+        return warning(
+            f"group {name!r} has no deployment, and no active node; `prefect work-queue delete "
+            f"{shlex.quote(name)} --pool {shlex.quote(seen.pool.name)}`"
+        )
     if found is None or found.holder is None:
         return error(f"group {name!r} has no active node; start an agent: {start}")
     if found.heartbeat_age is None or found.heartbeat_age > within:

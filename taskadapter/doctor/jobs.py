@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from prefect.client.schemas.schedules import IntervalSchedule
 
+from taskadapter.agent.switches import why_over
 from taskadapter.doctor.findings import Finding, error, ok, warning
 from taskadapter.errors import DeclarationError
-from taskadapter.prefect_api.deployments import DETACHED, is_on, stored_trigger
+from taskadapter.prefect_api.deployments import DETACHED, stored_trigger
 from taskadapter.rules import ticks
 from taskadapter.settings import check_interval
 
@@ -17,33 +19,51 @@ if TYPE_CHECKING:
     from prefect.client.schemas.objects import DeploymentSchedule
     from prefect.client.schemas.responses import DeploymentResponse
 
+    from taskadapter.coordination.progress import JobRow
     from taskadapter.declare.triggers import TriggerConfiguration
 
 
-def look_at_jobs(jobs: list[DeploymentResponse], others: int) -> Iterator[Finding]:
-    """Say what is wrong with each of a pool's jobs, and how many there are.
+def look_at_jobs(
+    jobs: list[DeploymentResponse], others: int, rows: Mapping[str, JobRow]
+) -> Iterator[Finding]:
+    """Say what is wrong with each of a pool's jobs, and which go on.
 
     Args:
         jobs: the pool's deployments that are ours.
         others: how many it has besides, whose schedules are what their owners make of them.
+        rows: what the database has of the jobs, by their ids; of none where it cannot be read.
     """
     if not jobs and not others:
         yield warning("the pool has no jobs; deploy some")
         return
+    over = {}
     for job in jobs:
         yield from _trigger(job)
         yield from _rest(job)
-    paused = _those("paused", [job for job in jobs if job.paused])
-    besides = f", {others} deployment(s) besides" if others else ""
-    yield ok(f"{len(jobs)} job(s){paused}{_off(jobs)}{besides}")
+        if (why := why_over(job, rows.get(str(job.id)))) is not None:
+            over[job.name] = why
+            yield from _failed(job, why)
+    paused = [job.name for job in jobs if job.paused and job.name not in over]
+    yield ok(_in_numbers(len(jobs) - len(over) - len(paused), over, paused, others))
 
 
-def _off(jobs: list[DeploymentResponse]) -> str:
-    return _those("over, or switched off", [job for job in jobs if not job.paused and not is_on(job)])
+def _failed(job: DeploymentResponse, why: str) -> Iterator[Finding]:
+    if ticks.is_failure(why):
+        yield warning(
+            f"job {job.name!r} is over: {why}; see that run's log, mend the job, and start it again with "
+            f"`taskadapter restart {shlex.quote(job.name)}`"
+        )
 
 
-def _those(how: str, jobs: list[DeploymentResponse]) -> str:
-    return f", {how}: {', '.join(sorted(job.name for job in jobs))}" if jobs else ""
+def _in_numbers(running: int, over: Mapping[str, str], paused: list[str], others: int) -> str:
+    parts = [f"{running} jobs run" if running != 1 else "1 job runs"]
+    if over:
+        parts.append(f"over: {', '.join(f'{name} ({over[name]})' for name in sorted(over))}")
+    if paused:
+        parts.append(f"paused: {', '.join(sorted(paused))}")
+    if others:
+        parts.append(f"{others} deployment{'s' * (others > 1)} that taskadapter did not declare")
+    return "; ".join(parts)
 
 
 def _trigger(job: DeploymentResponse) -> Iterator[Finding]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from prefect.exceptions import ScriptError
@@ -14,6 +15,9 @@ from taskadapter import deploy
 from taskadapter.doctor.findings import Finding, error, ok, warning
 from taskadapter.errors import DeclarationError, TaskError
 from taskadapter.settings import TaskadapterSettings
+
+if TYPE_CHECKING:
+    from taskadapter.doctor.server import Seen
 
 PREFIX = "PREFECT_INTEGRATIONS_TASKADAPTER_"
 
@@ -36,20 +40,35 @@ def _wrong_setting(wrong: Any) -> Finding:
     )
 
 
-def read_project(flows: Path, file: Path) -> tuple[list[dict[str, Any]], list[Finding]]:
-    """Return the deployments that flow modules declare, and what there is to say of them.
+def rendered_file(given: Path | None) -> Path | None:
+    """Return the rendered prefect.yaml: the one that is named, or one of ours; None if none is there."""
+    made = (file for file in (deploy.RENDERED, Path("prefect.yaml")) if _is_ours(file))
+    return given or next(made, None)
+
+
+def _is_ours(file: Path) -> bool:
+    try:
+        return file.read_bytes().startswith(deploy.HEADER.partition("`")[0].encode())
+    except OSError:
+        return False
+
+
+def read_project(flows: Path, file: Path | None) -> tuple[list[dict[str, Any]] | None, list[Finding]]:
+    """Return the deployments that flow modules declare, if they can be read, and what is said of them.
 
     Args:
-        flows: the folder of flow modules; nothing is said of it where there is none.
-        file: the rendered prefect.yaml.
+        flows: the folder of flow modules.
+        file: the rendered prefect.yaml; nothing is said of it where there is none.
     """
     if not flows.is_dir():
-        return [], []
+        return None, [ok(f"there is no folder {flows}/ here, and the project is left out")]
     try:
-        text = deploy.render(flows, file)
+        text = deploy.render(flows, file or deploy.RENDERED)
+    except deploy.NoJobError:
+        return [], [ok(f"{flows}/ declares no job of taskadapter's")]
     except DeclarationError as fault:
-        return [], [_refused(fault, flows)]
-    return yaml.safe_load(text)["deployments"], [_rendered(flows, file, text)]
+        return None, [_refused(fault, flows)]
+    return yaml.safe_load(text)["deployments"], [] if file is None else [_rendered(flows, file, text)]
 
 
 def _refused(fault: DeclarationError, flows: Path) -> Finding:
@@ -79,7 +98,7 @@ def declared_for(deployments: list[dict[str, Any]], pool: str) -> dict[str, dict
 
 
 def not_deployed(
-    declared: dict[str, dict[str, Any]], deployed: dict[str, Any], pool: str, file: Path
+    declared: dict[str, dict[str, Any]], deployed: dict[str, Any], pool: str, file: Path | None
 ) -> Iterator[Finding]:
     """Say which jobs are declared and not deployed, or deployed otherwise.
 
@@ -87,9 +106,11 @@ def not_deployed(
         declared: as `declared_for` returns them.
         deployed: the pool's jobs, by name.
         pool: its name.
-        file: the rendered prefect.yaml.
+        file: the rendered prefect.yaml; None if there is none yet.
     """
-    remedy = f"`prefect --no-prompt deploy --prefect-file {file} --all`"
+    remedy = f"`prefect --no-prompt deploy --prefect-file {file or deploy.RENDERED} --all`"
+    if file is None:
+        remedy = f"`taskadapter render`, then {remedy}"
     missing = sorted(declared.keys() - deployed.keys())
     if missing:
         yield warning(
@@ -98,6 +119,31 @@ def not_deployed(
     for name in sorted(declared.keys() & deployed.keys()):
         if differing := _differing(declared[name], deployed[name]):
             yield warning(f"job {name!r} is deployed with another {differing} than is declared; {remedy}")
+
+
+def not_declared(declared: list[dict[str, Any]], seen: Seen, flows: Path) -> Iterator[Finding]:
+    """Say which jobs are deployed that the flow modules do not declare any more.
+
+    Args:
+        declared: the deployments that they do, of all pools.
+        seen: the work pool.
+        flows: the folder of flow modules.
+    """
+    names = {one["name"] for one in declared}
+    for job in sorted(seen.jobs, key=lambda job: job.name):
+        # What a program schedules has its class's name for its flow's.
+        was_declared = seen.flows.get(job.flow_id) == job.name and _is_in(flows, job.entrypoint)
+        if was_declared and job.name not in names:
+            name = shlex.quote(f"{job.name}/{job.name}")
+            yield warning(
+                f"job {job.name!r} is deployed, and {flows}/ does not declare it any more; declare it "
+                f"again, or `prefect deployment delete {name}`"
+            )
+
+
+def _is_in(folder: Path, entrypoint: str | None) -> bool:
+    file = (entrypoint or "").partition(":")[0]
+    return Path(file).suffix == ".py" and Path(file).resolve().is_relative_to(folder.resolve())
 
 
 def _differing(declared: dict[str, Any], deployed: Any) -> str:

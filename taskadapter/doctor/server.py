@@ -14,11 +14,14 @@ from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, get_current_settings, t
 
 from taskadapter.doctor.findings import Finding, error, ok, warning
 from taskadapter.prefect_api.client import all_pages, server_version
-from taskadapter.prefect_api.deployments import TAG, deployments_of_pool
+from taskadapter.prefect_api.deployments import TAG, deployments_of_pool, flow_names
 from taskadapter.prefect_api.faults import FAULTS, UNSET, explain, shown
 from taskadapter.prefect_api.pool import NO_POOL
 
 if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+    from uuid import UUID
+
     from prefect.client.schemas.objects import Worker, WorkPool, WorkQueue
     from prefect.client.schemas.responses import DeploymentResponse
 
@@ -34,6 +37,8 @@ class Seen:
         pool: the pool.
         jobs: those of its deployments that are ours.
         others: how many are not.
+        flows: the names of their flows.
+        used: the queues that a deployment names, ours or not.
         queues: its queues.
         workers: those that have ever polled it.
     """
@@ -41,6 +46,8 @@ class Seen:
     pool: WorkPool
     jobs: list[DeploymentResponse]
     others: int
+    flows: Mapping[UUID, str]
+    used: Collection[str | None]
     queues: list[WorkQueue]
     workers: list[Worker]
 
@@ -73,6 +80,8 @@ async def _read(client: PrefectClient, name: str) -> Seen:
         pool,
         jobs,
         len(deployments) - len(jobs),
+        await flow_names(client, {job.flow_id for job in jobs}),
+        {found.work_queue_name for found in deployments},
         await all_pages(client.read_work_queues, work_pool_name=name),
         await all_pages(client.read_workers_for_work_pool, work_pool_name=name),
     )

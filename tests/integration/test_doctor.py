@@ -29,13 +29,15 @@ from sqlalchemy import make_url, text
 
 from deployments.local import environment, free_port
 from taskadapter import deploy, doctor, schedule_job_recur_by_frequency
-from taskadapter.coordination import nodes, tokens
+from taskadapter.coordination import nodes, store, tokens
 from taskadapter.coordination.engines import open_engine, transaction
 from taskadapter.coordination.schema import create_missing
 from taskadapter.declare.registry import listeners
 from taskadapter.doctor import server
 from taskadapter.pools import ensure_work_pool
+from taskadapter.prefect_api.deployments import trigger_of
 from taskadapter.prefect_api.pool import Domain
+from taskadapter.rules import ticks
 from tests.api_proxy import ApiProxy, Request, refusal
 from tests.integration.test_scheduler import HELLO
 
@@ -71,7 +73,7 @@ def findings(pool: str, folder: Path) -> list[str]:
         found = doctor.examine(pool, folder / "flows", folder / "prefect.yaml")
         return [f"{finding.level} {finding.text}" async for finding in found]
 
-    return asyncio.run(look())
+    return [text for text in asyncio.run(look()) if "the project is left out" not in text]
 
 
 def about(word: str, found: list[str]) -> str:
@@ -131,8 +133,8 @@ def test_a_job_whose_trigger_was_edited(
     name = prefect_client.read_deployment(wrong.id).name
     assert about(name, found).startswith(f"error job {name!r}: TriggerConfiguration: interval=-1")
     assert (
-        about("2 job(s)", found)
-        == f"ok 2 job(s), paused: {prefect_client.read_deployment(paused.id).name}."
+        about("1 job runs", found)
+        == f"ok 1 job runs; paused: {prefect_client.read_deployment(paused.id).name}."
     )
 
 
@@ -146,6 +148,9 @@ def test_a_group_and_its_nodes(
     with engine.connect() as connection:
         create_missing(connection)
     said = [about(f"group {GROUP!r}", findings(pool, tmp_path))]
+    flow_id = prefect_client.create_flow_from_name(pool)
+    prefect_client.create_deployment(flow_id, "nightly", work_pool_name=pool, work_queue_name=GROUP)
+    said.append(about(f"group {GROUP!r}", findings(pool, tmp_path)))
     for name in ("node-1", "node-2"):
         node = nodes.Node(name, str(uuid.uuid4()), "a-host", 1)
         with transaction(engine) as connection:
@@ -155,6 +160,8 @@ def test_a_group_and_its_nodes(
 
     start = f"`prefect worker start --pool {pool} --type warm-backup`"
     assert said == [
+        f"warning group {GROUP!r} has no deployment, and no active node; `prefect work-queue delete "
+        f"{GROUP} --pool {pool}`.",
         f"error group {GROUP!r} has no active node; start an agent: {start}.",
         f"warning group {GROUP!r}: 'node-1' is active, and nobody stands by; start another agent, on "
         f"another machine: {start}.",
@@ -326,7 +333,7 @@ def test_a_system_that_is_well(system: System) -> None:
     assert [text for text in found if not text.startswith("ok")] == [
         about("coordinates the agents of this machine only; name a server for more", found)
     ]
-    assert about("1 job(s)", found) == "ok 1 job(s)."
+    assert about("1 job runs", found) == "ok 1 job runs."
 
 
 class Broken(NamedTuple):
@@ -387,6 +394,16 @@ def a_declaration_that_is_not_deployed(system: System) -> None:
 )
 def a_trigger_that_is_rendered_and_not_deployed(system: System) -> None:
     system.module.write_text(system.module.read_text().replace("3600", "60"))
+    system.render()
+
+
+@breaks(
+    "warning",
+    "job '{service}' is deployed, and",
+    "`prefect deployment delete {service}/{service}`",
+)
+def a_job_that_is_not_declared_any_more(system: System) -> None:
+    system.module.write_text(system.module.read_text().replace(system.service, "another"))
     system.render()
 
 
@@ -465,6 +482,17 @@ def a_pool_without_an_agent(system: System) -> None:
 @breaks("error", "job '{service}' has lost its trigger", "deploy it again")
 def a_job_without_its_trigger(system: System) -> None:
     system.change_job(job_variables={})
+
+
+@breaks(
+    "warning",
+    "job '{service}' is over: run 3 failed, and the error policy is TERMINATE",
+    "`taskadapter restart {service}`",
+)
+def a_job_that_its_error_policy_has_ended(system: System) -> None:
+    trigger = trigger_of(system.job)
+    assert trigger is not None
+    store.end_job(system.database, system.job.id, ticks.failed(3, "TERMINATE"), ticks.slug(trigger))
 
 
 @breaks("error", "job '{service}' has no entrypoint", "deploy it again")
@@ -777,7 +805,7 @@ def test_a_secret_block_that_the_api_does_not_give(system: System, proxy: ApiPro
     with temporary_settings({PREFECT_API_URL: proxy.api_url}):
         found = findings(system.pool, system.folder)
 
-    assert about("1 job(s)", found).startswith("ok")
+    assert about("1 job runs", found).startswith("ok")
     assert about("(500 Internal Server Error)", found).startswith("error Prefect's API at")
 
 
@@ -787,7 +815,8 @@ def test_deployments_of_others(prefect_client: SyncPrefectClient, pool: str, tmp
     flow_id = prefect_client.create_flow_from_name(pool)
     prefect_client.create_deployment(flow_id, "nightly", work_pool_name=pool)
 
-    assert about("1 deployment(s) besides", findings(pool, tmp_path)).startswith("ok 0 job(s)")
+    said = about("that taskadapter did not declare", findings(pool, tmp_path))
+    assert said == "ok 0 jobs run; 1 deployment that taskadapter did not declare."
 
 
 def test_no_address_of_an_api(pool: str, tmp_path: Path, database: str) -> None:
@@ -829,6 +858,17 @@ def test_an_address_without_http(pool: str, tmp_path: Path) -> None:
     )
 
 
+def test_a_folder_without_flows(pool: str, tmp_path: Path) -> None:
+    """That nothing is said of a project there is said."""
+
+    async def first() -> str:
+        return await anext(finding.text async for finding in doctor.examine(pool, tmp_path / "flows", None))
+
+    assert (
+        asyncio.run(first()) == f"there is no folder {tmp_path}/flows/ here, and the project is left out."
+    )
+
+
 def test_a_broken_database_hides_no_job(system: System) -> None:
     """What is wrong with the jobs is said as well, and with the project."""
     system.use("oracle://db/tasks")
@@ -853,15 +893,24 @@ def test_the_command(
         "def job(): ...\n"
     )
 
-    stale, rendered = (run(prefect_api, tmp_path, pool), run(prefect_api, tmp_path, pool, render=True))
+    absent, rendered = (run(prefect_api, tmp_path, pool), run(prefect_api, tmp_path, pool, render=True))
     ensure_work_pool(pool)
-    well = run(prefect_api, tmp_path, pool)
+    module.write_text(module.read_text().replace("60", "30"))
+    stale = run(prefect_api, tmp_path, pool)
+    (tmp_path / "deployments" / "prefect.yaml").rename(tmp_path / "prefect.yaml")
+    beside = run(prefect_api, tmp_path, pool)
+    module.write_text("")
+    nothing = run(prefect_api, tmp_path, pool)
 
-    assert stale.stdout.startswith("warning deployments/prefect.yaml is not what flows/ declares;")
+    assert "prefect.yaml" not in absent.stdout.splitlines()[0]
+    assert f"error   there is no work pool '{pool}'" in absent.stdout
     assert rendered.stdout.startswith("ok      deployments/prefect.yaml is what flows/ declares.")
-    assert f"error   there is no work pool '{pool}'" in rendered.stdout
-    assert [stale.returncode, rendered.returncode, well.returncode] == [1, 1, 0]
-    assert stale.stderr == ""
+    assert stale.stdout.startswith("warning deployments/prefect.yaml is not what flows/ declares;")
+    assert beside.stdout.startswith("warning prefect.yaml is not what flows/ declares;")
+    assert nothing.stdout.startswith("ok      flows/ declares no job of taskadapter's.")
+    codes = [done.returncode for done in (absent, rendered, stale, beside, nothing)]
+    assert codes == [1, 1, 0, 0, 0]
+    assert absent.stderr == ""
 
 
 def run(
