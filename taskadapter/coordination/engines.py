@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import sqlite3
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ def url_of(database: Database) -> URL:
     """Return the SQLAlchemy URL of a database, with the driver that this package uses.
 
     Raises:
-        CoordinationError: it is of another kind, or no URL.
+        CoordinationError: it is of another kind, no URL, or one that can be read in two ways.
     """
     if isinstance(database, str | URL):
         try:
@@ -82,10 +83,33 @@ def url_of(database: Database) -> URL:
                 "postgresql://USER@HOST:PORT/DATABASE, mysql://USER@HOST:PORT/DATABASE or sqlite:////FILE, "
                 "and special characters in a password as %XX"
             ) from None
-        return url.set(drivername=_driver(url.get_backend_name()))
+        url = url.set(drivername=_driver(url.get_backend_name()))
+        if _is_ambiguous(url, database):
+            raise CoordinationError(
+                "the URL of the coordination database can be read in more than one way; write special "
+                "characters in a user, a password or an option as %XX: @ as %40, / as %2F, # as %23, ? as "
+                "%3F, % as %25"
+            )
+        return url
     if database.kind == "sqlite":
         return URL.create(_DRIVERS["sqlite"], database=str(database.path))  # type: ignore[attr-defined]
     return _server_url(database)
+
+
+def _is_ambiguous(url: URL, written: URL | str) -> bool:
+    """Return whether parts of a password may have been taken for the host, or for what is behind it.
+
+    The first `@` ends the password: what is meant to be part of it would be shown with the host.
+    """
+    if url.get_backend_name() == "sqlite":
+        return False  # an @ in the name of a file is nothing else
+    if isinstance(written, str):
+        user, at, rest = written.partition("://")[2].partition("@")
+        has_options = at and not user.startswith("/") and re.search(r"\?\w+=", user)
+        if "@" in rest or has_options:
+            return True
+    host, database = url.host or "", url.database or ""
+    return "@" in host + database or "#" in host
 
 
 def _driver(kind: str) -> str:

@@ -71,7 +71,7 @@ def where(url: URL) -> str:
         return f"database {url.database}"
     user = f"{url.username}@" if url.username else ""
     port = f":{url.port}" if url.port else ""
-    return f"database {user}{url.host}{port}/{url.database or ''}"
+    return f"database {user}{url.host or ''}{port}/{url.database or ''}"
 
 
 _REMEDIES: dict[type[CoordinationError], str] = {

@@ -288,11 +288,9 @@ def _transaction(database_url: str) -> Iterator[Connection]:
 
 def _engine(url: str) -> Engine:
     """Return this process's engine: for SQLite one for each file that ever had the name."""
-    from sqlalchemy import make_url
+    from taskadapter.coordination.engines import file_of, url_of
 
-    from taskadapter.coordination.engines import file_of
-
-    return _engine_on(url, file_of(make_url(url)))
+    return _engine_on(url, file_of(url_of(url)))
 
 
 @lru_cache(maxsize=8)
