@@ -7,16 +7,22 @@ in ``pyproject.toml``, in that order.
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+import difflib
+import os
+from typing import Annotated, Any, ClassVar
 
 from prefect.settings import get_current_settings
 from prefect.settings.base import PrefectBaseSettings, build_settings_config
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
 
+from taskadapter.errors import DeclarationError
 from taskadapter.rules import ticks
 
 DEFAULT_WORK_POOL = "taskadapter"
+
+PREFIX = "PREFECT_INTEGRATIONS_TASKADAPTER_"
+"""What the name of each setting begins with in the environment."""
 
 
 def check_interval(interval: float) -> None:
@@ -33,9 +39,24 @@ def check_interval(interval: float) -> None:
 
 
 class TaskadapterSettings(PrefectBaseSettings):
-    """What a node or a deploying machine may set; every field has a default that works."""
+    """What a node or a deploying machine may set; every field has a default that works.
 
-    model_config: ClassVar[SettingsConfigDict] = build_settings_config(("integrations", "taskadapter"))
+    A variable of the environment that is empty is as one that is not set.
+
+    Raises:
+        DeclarationError: values that are refused, with a line for each.
+    """
+
+    # Compose's ${NAME:-} is empty where NAME is not set.
+    model_config: ClassVar[SettingsConfigDict] = build_settings_config(
+        ("integrations", "taskadapter")
+    ) | SettingsConfigDict(env_ignore_empty=True)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise DeclarationError("\n".join(map(_refusal, error.errors()))) from None
 
     work_pool: str = Field(
         default=DEFAULT_WORK_POOL,
@@ -99,3 +120,24 @@ class TaskadapterSettings(PrefectBaseSettings):
     def default_database_url(self) -> str:
         """Return the URL of the database where nothing is configured."""
         return f"sqlite:///{get_current_settings().home / 'taskadapter.db'}"
+
+
+def _refusal(wrong: Any) -> str:
+    name = str(wrong["loc"][0])
+    field = TaskadapterSettings.model_fields[name]
+    value = "" if field.annotation == SecretStr | None else f"={wrong['input']}"
+    rule = wrong["msg"].removeprefix("Value error, ")
+    return f"setting {PREFIX}{name.upper()}{value} is refused: {rule}; correct it, or unset it"
+
+
+def misspelt() -> list[str]:
+    """Return a sentence for each variable of the environment that looks like a setting, and is none."""
+    known = [name.upper() for name in TaskadapterSettings.model_fields]
+    found = [name for name in sorted(os.environ) if name.upper().startswith(PREFIX)]
+    return [_suggestion(name, known) for name in found if name[len(PREFIX) :].upper() not in known]
+
+
+def _suggestion(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name[len(PREFIX) :].upper(), known, n=1)
+    remedy = f"did you mean {PREFIX}{close[0]}?" if close else f"settings are {', '.join(known)}"
+    return f"{name} is no setting and has no effect; {remedy}"

@@ -4,40 +4,43 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 from prefect.exceptions import ScriptError
-from pydantic import SecretStr, ValidationError
 
 from taskadapter import deploy
 from taskadapter.doctor.findings import Finding, error, ok, warning
 from taskadapter.errors import DeclarationError, TaskError
-from taskadapter.settings import TaskadapterSettings
+from taskadapter.settings import PREFIX, TaskadapterSettings, misspelt
 
 if TYPE_CHECKING:
     from taskadapter.doctor.server import Seen
 
-PREFIX = "PREFECT_INTEGRATIONS_TASKADAPTER_"
-
 
 def read_settings() -> tuple[TaskadapterSettings | None, list[Finding]]:
-    """Return the settings of this machine, or what is wrong with them."""
+    """Return the settings of this machine, or what is wrong with them; and what only looks like one."""
+    found = [warning(sentence) for sentence in misspelt()]
     try:
-        return TaskadapterSettings(), []
-    except ValidationError as fault:
-        return None, [_wrong_setting(wrong) for wrong in fault.errors()]
+        settings = TaskadapterSettings()
+    except DeclarationError as fault:
+        return None, found + [error(sentence) for sentence in str(fault).splitlines()]
+    return settings, found + list(_preloaded(settings.preload))
 
 
-def _wrong_setting(wrong: Any) -> Finding:
-    name = ".".join(map(str, wrong["loc"]))
-    field = TaskadapterSettings.model_fields.get(name)
-    is_secret = field is None or field.annotation == SecretStr | None
-    value = "" if is_secret else f"={wrong['input']}"
-    return error(
-        f"setting {PREFIX}{name.upper()}{value} is refused: {wrong['msg']}; correct it, or unset it"
-    )
+def _preloaded(modules: tuple[str, ...]) -> Iterator[Finding]:
+    """Say which modules are not here that an agent is to import, without importing them."""
+    for name in modules:
+        try:
+            is_here = find_spec(name) is not None
+        except (ImportError, ValueError):  # of a package that is not here, or that cannot be imported
+            is_here = False
+        if not is_here:
+            yield error(
+                f"setting {PREFIX}PRELOAD names {name!r}, which cannot be found; install it, or take it out"
+            )
 
 
 def rendered_file(given: Path | None) -> Path | None:

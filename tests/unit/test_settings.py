@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 from prefect.settings import get_current_settings
-from pydantic import ValidationError
 
 from taskadapter.coordination.engines import url_of
-from taskadapter.settings import TaskadapterSettings
+from taskadapter.doctor.project import read_settings
+from taskadapter.errors import DeclarationError
+from taskadapter.settings import PREFIX, TaskadapterSettings, misspelt
 
-PREFIX = "PREFECT_INTEGRATIONS_TASKADAPTER_"
 URL = "postgresql://node:hunter2@db/tasks"
 
 
@@ -75,7 +75,7 @@ def test_both_sides_of_each_limit(monkeypatch, name, least, below):
     assert getattr(TaskadapterSettings(), name) == float(least)
 
     monkeypatch.setenv(PREFIX + name.upper(), below)
-    with pytest.raises(ValidationError, match=name):
+    with pytest.raises(DeclarationError, match=PREFIX + name.upper() + "=" + below):
         TaskadapterSettings()
 
 
@@ -94,3 +94,72 @@ def test_the_databases_url_is_never_shown(monkeypatch):
 
     shown = (repr(settings), str(settings), repr(settings.model_dump()), settings.model_dump_json())
     assert [text for text in shown if "hunter2" in text] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        ("WORKER_COUNT", "abc", "Input should be a valid integer, unable to parse string as an integer"),
+        ("WORKER_COUNT", "0", "Input should be greater than or equal to 1"),
+        ("POLL_SECONDS", "-1", "Input should be greater than 0"),
+        ("LEDGER_DAYS", "x", "Input should be a valid number, unable to parse string as a number"),
+        ("DRAIN_SECONDS", "-3", "Input should be greater than or equal to 0"),
+    ],
+)
+def test_what_is_refused_is_named_as_it_is_set(monkeypatch, name, value, rule):
+    """One sentence with the variable's whole name, its value, the rule and the remedy."""
+    monkeypatch.setenv(PREFIX + name, value)
+
+    with pytest.raises(DeclarationError) as caught:
+        TaskadapterSettings()
+
+    assert str(caught.value) == (
+        f"setting {PREFIX}{name}={value} is refused: {rule}; correct it, or unset it"
+    )
+    assert [finding.text.removesuffix(".") for finding in read_settings()[1]] == [str(caught.value)]
+
+
+def test_each_value_that_is_refused_has_a_line(monkeypatch):
+    """Whoever corrects one need not start again to hear of the next."""
+    monkeypatch.setenv(PREFIX + "WORKER_COUNT", "0")
+    monkeypatch.setenv(PREFIX + "LEDGER_DAYS", "0")
+
+    with pytest.raises(DeclarationError, match=r"WORKER_COUNT=0.*\n.*LEDGER_DAYS=0"):
+        TaskadapterSettings()
+    assert len(read_settings()[1]) == 2
+
+
+@pytest.mark.parametrize("name", [name.upper() for name in TaskadapterSettings.model_fields])
+def test_an_empty_variable_is_an_unset_one(monkeypatch, name):
+    """Compose sets one so for ${NAME:-}."""
+    monkeypatch.setenv(PREFIX + name, "")
+
+    assert TaskadapterSettings() == TaskadapterSettings.model_construct()
+
+
+def test_a_variable_that_is_no_setting_is_named(monkeypatch):
+    """With the one that it is close to; otherwise with all of them."""
+    monkeypatch.setenv(PREFIX + "DATABSE_URL", "postgresql://node:hunter2@db/tasks")
+    monkeypatch.setenv(PREFIX + "XYZZY", "1")
+    monkeypatch.setenv(PREFIX + "WORKER_COUNT", "3")
+    monkeypatch.setenv((PREFIX + "work_pool").lower(), "nightly")
+
+    first, second = misspelt()
+
+    assert first == (
+        f"{PREFIX}DATABSE_URL is no setting and has no effect; did you mean {PREFIX}DATABASE_URL?"
+    )
+    assert second.startswith(f"{PREFIX}XYZZY is no setting and has no effect; settings are WORK_POOL, ")
+    assert [finding.text.removesuffix(".") for finding in read_settings()[1]] == [first, second]
+
+
+def test_doctor_looks_for_what_is_to_be_preloaded(monkeypatch):
+    """A module, or the package that it is in, may be missing; nothing is imported for that but packages."""
+    monkeypatch.setenv(PREFIX + "PRELOAD", "json, nosuchmod, nosuch.mod, xml.dom")
+
+    said = [finding.text.removesuffix(".") for finding in read_settings()[1]]
+
+    assert said == [
+        f"setting {PREFIX}PRELOAD names {name!r}, which cannot be found; install it, or take it out"
+        for name in ("nosuchmod", "nosuch.mod")
+    ]
