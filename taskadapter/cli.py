@@ -212,7 +212,7 @@ def init(*, pool: Pool = None) -> None:
     from taskadapter.coordination.faults import translated
     from taskadapter.coordination.schema import create_missing
 
-    engine = _shared(pool).engine
+    engine = _shared(pool, makes_it=True).engine
     with translated(engine.url), engine.connect() as connection:
         made = create_missing(connection)
     print(f"Made {', '.join(made)}." if made else "All tables are there.")
@@ -228,7 +228,7 @@ def upgrade(*, pool: Pool = None) -> None:
     from taskadapter.coordination.engines import transaction
     from taskadapter.coordination.faults import translated
 
-    engine = _shared(pool).engine
+    engine = _shared(pool, makes_it=True).engine
     with translated(engine.url), engine.connect() as connection:
         steps = schema.upgrade(connection)
     for step in steps:
@@ -246,7 +246,7 @@ def sql(*, pool: Pool = None) -> None:
     """Print the script that makes the tables, for a DBA to run."""
     from taskadapter.coordination.schema import ddl
 
-    engine = _shared(pool).engine
+    engine = _shared(pool, makes_it=True).engine
     print(ddl(engine.dialect))
 
 
@@ -258,9 +258,19 @@ class _Shared(NamedTuple):
     engine: Engine
 
 
-def _shared(pool: str | None) -> _Shared:
+def _shared(pool: str | None, *, makes_it: bool = False) -> _Shared:
+    """Return what a pool's nodes share.
+
+    Args:
+        pool: the pool's name; None for the settings' one.
+        makes_it: whether a SQLite file that is not there is to be made.
+
+    Raises:
+        TaskError: there is no such pool, or no such database.
+    """
     from taskadapter.agent.worker import WarmBackupWorker
-    from taskadapter.coordination.engines import open_engine
+    from taskadapter.coordination.engines import open_engine, would_make_file
+    from taskadapter.coordination.faults import where
     from taskadapter.prefect_api.client import server_client
     from taskadapter.prefect_api.pool import NO_POOL, OTHER_TYPE, Domain
     from taskadapter.settings import TaskadapterSettings
@@ -280,7 +290,13 @@ def _shared(pool: str | None) -> _Shared:
             return domain, await domain.database_url(settings)
 
     domain, url = asyncio.run(read())
-    return _Shared(name, domain, open_engine(url))
+    engine = open_engine(url)
+    if not makes_it and would_make_file(engine.url):
+        raise TaskError(
+            f"{where(engine.url)}: there is no such file on this machine; start an agent here, which makes "
+            "it, or name the database that the nodes have."
+        )
+    return _Shared(name, domain, engine)
 
 
 def main() -> None:

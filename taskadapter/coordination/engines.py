@@ -8,6 +8,7 @@ import re
 import sqlite3
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from sqlalchemy import create_engine, event, make_url
@@ -31,6 +32,7 @@ __all__ = [
     "open_engine",
     "transaction",
     "url_of",
+    "would_make_file",
 ]
 
 
@@ -47,6 +49,7 @@ Database = DatabaseConfig | URL | str
 
 _DRIVERS = {
     "postgresql": "postgresql+psycopg",
+    "postgres": "postgresql+psycopg",  # as many who host one write it
     "mysql": "mysql+pymysql",
     "mariadb": "mysql+pymysql",
     "sqlite": "sqlite+pysqlite",
@@ -72,7 +75,8 @@ def url_of(database: Database) -> URL:
     """Return the SQLAlchemy URL of a database, with the driver that this package uses.
 
     Raises:
-        CoordinationError: it is of another kind, no URL, or one that can be read in two ways.
+        CoordinationError: it is of another kind, no URL, one that can be read in two ways, or names a
+            file that would be another one in each folder.
     """
     if isinstance(database, str | URL):
         try:
@@ -90,9 +94,16 @@ def url_of(database: Database) -> URL:
                 "characters in a user, a password or an option as %XX: @ as %40, / as %2F, # as %23, ? as "
                 "%3F, % as %25"
             )
+        if url.get_backend_name() == "sqlite" and not _path(url).is_absolute():
+            raise CoordinationError(
+                f"the SQLite URL of the coordination database names {str(_path(url))!r}, which is another "
+                "file in each folder, or none; write its absolute path after three slashes, as in "
+                "sqlite:////home/me/tasks.db"
+            )
         return url
     if database.kind == "sqlite":
-        return URL.create(_DRIVERS["sqlite"], database=str(database.path))  # type: ignore[attr-defined]
+        path = database.path.absolute()  # type: ignore[attr-defined]
+        return URL.create(_DRIVERS["sqlite"], database=str(path))
     return _server_url(database)
 
 
@@ -118,6 +129,11 @@ def _driver(kind: str) -> str:
             f"{kind}: not a database that nodes can coordinate through; use postgresql, mysql or sqlite"
         )
     return _DRIVERS[kind]
+
+
+def _path(url: URL) -> Path:
+    """Return the file of a SQLite database, which may be named by a URI."""
+    return Path((url.database or ":memory:").removeprefix("file:"))
 
 
 def _server_url(config: Any) -> URL:
@@ -278,6 +294,12 @@ def exclusive(connection: Connection) -> Iterator[None]:
             connection.exec_driver_sql("ROLLBACK")
         raise
     connection.exec_driver_sql("COMMIT")
+
+
+def would_make_file(url: URL) -> bool:
+    """Return whether whoever opens a database, even to read it, would make it: a SQLite file."""
+    path = _path(url)
+    return url.get_backend_name() == "sqlite" and not path.exists() and path.parent.is_dir()
 
 
 def file_of(url: URL) -> tuple[int, int] | None:

@@ -324,6 +324,8 @@ def _file(path: Path) -> Path:
 class SqliteConfig(Declaration):
     """A SQLite file, through which agents on one machine coordinate.
 
+    A relative `path` begins at the folder of the program that declares it.
+
     Raises:
         DeclarationError: the path is empty or ":memory:".
     """

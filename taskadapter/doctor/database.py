@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from taskadapter.agent.switches import reading_of
 from taskadapter.agent.worker import WarmBackupWorker
 from taskadapter.coordination import progress, schema
-from taskadapter.coordination.engines import open_engine, transaction
+from taskadapter.coordination.engines import open_engine, transaction, would_make_file
 from taskadapter.coordination.faults import where
 from taskadapter.coordination.messages import FOREIGN_GROUP
 from taskadapter.coordination.nodes import groups_of_others
@@ -82,6 +82,8 @@ def _read(engine: Engine, seen: Seen | None) -> Facts:
     Raises:
         CoordinationError: the database fails, refuses, or has tables of another release.
     """
+    if would_make_file(engine.url):
+        return Facts(tuple(sorted(schema.metadata.tables)))
     try:
         with transaction(engine) as connection:
             try:

@@ -239,8 +239,9 @@ class Hidden:
         (Config("postgresql"), "postgresql+psycopg://someone@db:1234/tasks"),
         (Config("mysql", password=Hidden()), "mysql+pymysql://someone:p%40ss%2Fword@db:1234/tasks"),
         (Config("mysql", user=None, database=None), "mysql+pymysql://db:1234"),
-        (Config("sqlite"), "sqlite+pysqlite:///tasks.db"),
+        (Config("sqlite"), f"sqlite+pysqlite:///{Path.cwd()}/tasks.db"),
         ("mariadb://db/tasks", "mysql+pymysql://db/tasks"),
+        ("postgres://someone@db/tasks", "postgresql+psycopg://someone@db/tasks"),
     ],
 )
 def test_urls(config: Any, expected: str) -> None:

@@ -626,6 +626,11 @@ def a_file_that_is_no_database(system: System) -> None:
     system.use(f"sqlite:///{system.folder / 'other.db'}")
 
 
+@breaks("warning", "lacks taskadapter_group, ", "`taskadapter db init` makes them")
+def a_file_that_is_not_there(system: System) -> None:
+    system.use(f"sqlite:///{system.folder / 'new.db'}")
+
+
 @breaks("error", "are of version 1, and this release needs version 2", "run `taskadapter db upgrade`")
 def tables_of_an_older_release(system: System) -> None:
     system.execute("DROP TABLE taskadapter_schema", "DROP TABLE taskadapter_ledger")

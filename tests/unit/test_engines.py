@@ -3,7 +3,7 @@
 import pytest
 from sqlalchemy import make_url
 
-from taskadapter.coordination.engines import url_of
+from taskadapter.coordination.engines import url_of, would_make_file
 from taskadapter.coordination.faults import where
 from taskadapter.errors import CoordinationError
 
@@ -67,3 +67,30 @@ def test_what_can_be_read_in_one_way_is_taken(url, password, shown):
 
     assert (read.password, where(read)) == (password, f"database {shown}")
     assert url_of(read.render_as_string(hide_password=False)) == read == url_of(make_url(url))
+
+
+@pytest.mark.parametrize(
+    ("url", "named"),
+    [
+        ("sqlite:///tasks.db", "tasks.db"),
+        ("sqlite:///./data/tasks.db", "data/tasks.db"),
+        ("sqlite+pysqlite:///file:tasks.db?uri=true", "tasks.db"),
+        ("sqlite://", ":memory:"),
+        ("sqlite:///:memory:", ":memory:"),
+    ],
+)
+def test_a_file_that_is_another_one_in_each_folder_is_refused(url, named):
+    """Two agents that are started in two folders would both be active."""
+    with pytest.raises(CoordinationError, match=rf"names '{named}'.* as in sqlite:////home/me/tasks.db"):
+        url_of(url)
+
+
+def test_a_file_that_would_be_made_is_known_before(tmp_path):
+    """Only a SQLite file that is not there, in a folder that is."""
+    file = tmp_path / "tasks.db"
+    urls = [url_of(f"sqlite:///{file}"), url_of(f"sqlite:///file:{file}?mode=ro&uri=true")]
+    others = [url_of("postgresql://db/tasks"), url_of(f"sqlite:///{tmp_path}/nowhere/tasks.db")]
+
+    assert [would_make_file(url) for url in [*urls, *others]] == [True, True, False, False]
+    file.touch()
+    assert [would_make_file(url) for url in urls] == [False, False]
