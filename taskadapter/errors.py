@@ -63,3 +63,10 @@ class DuplicateNodeError(CoordinationError):
 
 class TokenLostError(TaskError):
     """This run's node no longer holds the token of its group, in the term the run started in."""
+
+
+def innermost(exc: BaseException) -> BaseException:
+    """Return the error that has come alone in groups of errors, as task groups make them."""
+    while isinstance(exc, BaseExceptionGroup) and len(exc.exceptions) == 1:
+        exc = exc.exceptions[0]
+    return exc

@@ -20,7 +20,7 @@ from prefect.logging import get_logger
 
 from taskadapter.agent.worker import WarmBackupWorker
 from taskadapter.declare.triggers import DEFAULT_QUEUE
-from taskadapter.errors import TaskError
+from taskadapter.errors import TaskError, innermost
 from taskadapter.prefect_api.pool import Domain
 from taskadapter.settings import TaskadapterSettings
 
@@ -67,7 +67,9 @@ class ProgramAgent:
         self.name = name
         self.ended: Future[None] = Future()
         self.is_stopping = False
-        self._worker = WarmBackupWorker(work_pool, work_queues=[queue], name=name, is_only=is_only)
+        self._worker = WarmBackupWorker(
+            work_pool, work_queues=[queue], name=name, is_only=is_only, is_command=False
+        )
         self._parts: set[Part] = set()
         self._turn = asyncio.Lock()
         self._log = get_logger("taskadapter")
@@ -282,8 +284,7 @@ _guard = threading.Lock()
 
 def _in_one_line(exc: BaseException) -> TaskError:
     """Return an error of ours for what has ended an agent, out of the groups of errors it came in."""
-    while isinstance(exc, BaseExceptionGroup) and len(exc.exceptions) == 1:
-        exc = exc.exceptions[0]
+    exc = innermost(exc)
     if isinstance(exc, TaskError):
         return exc
     failure = TaskError(f"{type(exc).__name__}: {exc}")

@@ -15,8 +15,8 @@ import asyncio
 import gc
 import threading
 import time
-from collections.abc import Callable, Collection
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID, uuid4
@@ -53,17 +53,34 @@ from taskadapter.coordination import store
 from taskadapter.coordination.executions import Entered
 from taskadapter.coordination.messages import Gained, Lost, ResignAsked
 from taskadapter.declare.triggers import DEFAULT_QUEUE
-from taskadapter.errors import ApiUnavailableError, CoordinationError
+from taskadapter.errors import ApiUnavailableError, CoordinationError, TaskError, innermost
 from taskadapter.prefect_api import private
 from taskadapter.prefect_api.client import API_FAULTS, PAGE
 from taskadapter.prefect_api.pool import Domain, preload_of
-from taskadapter.settings import TaskadapterSettings
+from taskadapter.settings import PREFIX, TaskadapterSettings
 
 LOOP_SECONDS = 0.2
 """How often the agent sees whether it is time for a look."""
 
 CLIENT_RETRIES = 1
 """How often Prefect's client repeats a call by itself, after two seconds, before the agent hears of it."""
+
+
+def _settings() -> TaskadapterSettings:
+    """Return the settings of this process.
+
+    Raises:
+        TaskError: one of them cannot be used.
+    """
+    settings = TaskadapterSettings()
+    if settings.database_url is not None:
+        from taskadapter.coordination.engines import url_of
+
+        try:
+            url_of(settings.database_url.get_secret_value())
+        except CoordinationError as fault:
+            raise CoordinationError(f"{PREFIX}DATABASE_URL: {fault}") from None
+    return settings
 
 
 class WarmBackupResult(BaseWorkerResult):
@@ -79,17 +96,24 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
     _display_name = "Warm backup"
     _description = "Run periodic jobs at their moment, on exactly one of several machines."
 
-    def __init__(self, *args: Any, is_only: bool = True, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, is_only: bool = True, is_command: bool = True, **kwargs: Any) -> None:
         """Make an agent; the arguments are those of `BaseWorker`.
 
         Args:
             args: see there.
             is_only: whether this process has no agent of that name for another pool.
+            is_command: whether Prefect's command runs it: an error of ours that ends it is one line then,
+                and exit status 1.
             kwargs: see there.
+
+        Raises:
+            TaskError: a setting of this process cannot be used, which only a restart can mend.
         """
         super().__init__(*args, **kwargs)
         self._is_only = is_only
-        self._settings = TaskadapterSettings()
+        self._is_command = is_command
+        with self._as_one_line():
+            self._settings = _settings()
         self._pace = Pace.of(self._settings)  # before `start` has Prefect poll more often
         self._hosts = HostPool(self._limit or self._settings.worker_count)
         self._share = Share(self._work_queues)  # the very set that Prefect's own code reads
@@ -124,8 +148,19 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         settings = {PREFECT_WORKER_QUERY_SECONDS: LOOP_SECONDS, PREFECT_CLIENT_MAX_RETRIES: CLIENT_RETRIES}
         if not metrics.can_serve(self._logger):
             settings[PREFECT_CLIENT_METRICS_ENABLED] = False  # else it would end the agent
-        with temporary_settings(settings), at_a_signal(stop):
+        with temporary_settings(settings), at_a_signal(stop), self._as_one_line():
             await super().start(run_once, with_healthcheck, printer)
+
+    @contextmanager
+    def _as_one_line(self) -> Iterator[None]:
+        """End Prefect's command with the sentence of an error of ours: it would print a traceback."""
+        try:
+            yield
+        except Exception as exc:
+            failure = innermost(exc)
+            if not self._is_command or not isinstance(failure, TaskError):
+                raise
+            raise SystemExit(f"Agent {self.name!r} has ended: {failure}") from None
 
     async def setup(self) -> None:
         """Connect to the API, and make the nursery ready from which runs are forked.

@@ -57,6 +57,10 @@ __all__ = ["Lease", "Step", "Timing", "step"]
 _GRACE = 0.01
 """Seconds that a poll comes after the moment it is meant for, so that it is never early."""
 
+_WAITS_FOR_NAMESAKE = (
+    "another process has this name: waiting until it shows life, or has been silent for long"
+)
+
 _MOST_AT_ONCE = 200
 """How many tokens are taken with one call, so that a heartbeat does not have to wait for long."""
 
@@ -334,10 +338,10 @@ def _duplicate(done: Step, reason: str, age: float, now: float) -> Step:
     # What the clocks of two looks differ by is less than what a heartbeat adds.
     if first is not None and stale_at - first > timing.heartbeat_frequency / 2:
         done = _lose_all(done.then(replace(waiting, stopped=True)), reason)
-        return done.then(done.lease, Refused(reason), sentence=reason)
+        return done.then(done.lease, Refused(reason))  # whoever hears it says it, and ends
     next_beat = min(now + timing.heartbeat_frequency, max(now, stale_at) + _GRACE)
     waiting = replace(waiting, next_beat=next_beat)
-    return done.then(waiting, sentence=reason if first is None else "")
+    return done.then(waiting, sentence=_WAITS_FOR_NAMESAKE if first is None else "")
 
 
 def _looked(done: Step, call: Pulse, answer: PulseAnswer, now: float) -> Step:

@@ -109,7 +109,8 @@ def _require_gone(connection: Connection, me: Node, interval: float) -> None:
     if other.lives:
         raise DuplicateNodeError(
             f"task_id {me.task_id!r} is in use by process {other.pid} on host {other.host!r}, seen "
-            f"{other.age:.1f} s ago; give each node a name of its own",
+            f"{other.age:.1f} s ago; give each node a name of its own, with "
+            "--name or WarmBackupConfig(task_id=…)",
             age=float(other.age),
         )
 
