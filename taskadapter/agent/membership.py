@@ -182,14 +182,37 @@ class Membership:
         database_url = await domain.database_url(node.settings)
         if self._groups is not None:
             node.log.info(
-                "The work pool's database or timing has changed; joining its groups anew: %s", domain
+                "The work pool's database or timing has changed: joining its groups anew, with a heartbeat "
+                "each %g s, and taken for dead after %g s without one.",
+                domain.heartbeat_frequency,
+                domain.liveness_check_interval,
             )
             await self._let_go()
             await self._groups.stop()
         self._claimed = frozenset()
         self.database_url = database_url
         self._groups = Groups(node.name, node.incarnation, pool, node.log, self._is_only, self._on_change)
+        self._say_where(is_default=domain.database is None and node.settings.database_url is None)
         return self._groups
+
+    def _say_where(self, *, is_default: bool) -> None:
+        """Say what this node takes part in: two that are to stand in for each other must say the same."""
+        from taskadapter.coordination.engines import url_of
+        from taskadapter.coordination.faults import where
+
+        node, database = self._node, where(url_of(self.database_url))
+        node.log.info(
+            "Node %s of work pool %s, in folder %s, takes part through %s.",
+            node.name,
+            node.work_pool,
+            Path.cwd(),
+            database,
+        )
+        if is_default:
+            node.log.warning(
+                "Nobody has named a database, and the default is a file of this machine. Nodes on other "
+                "machines do not see it, and would run the same jobs."
+            )
 
     async def _claim(self, names: AbstractSet[str]) -> AbstractSet[str]:
         """Return those of some groups that are this pool's, for good, and say which are another's."""

@@ -57,7 +57,7 @@ from taskadapter.errors import ApiUnavailableError, CoordinationError, TaskError
 from taskadapter.prefect_api import private
 from taskadapter.prefect_api.client import API_FAULTS, PAGE
 from taskadapter.prefect_api.pool import Domain, preload_of
-from taskadapter.settings import PREFIX, TaskadapterSettings
+from taskadapter.settings import PREFIX, TaskadapterSettings, misspelt
 
 LOOP_SECONDS = 0.2
 """How often the agent sees whether it is time for a look."""
@@ -169,6 +169,8 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
             TaskError: a module that is to be preloaded cannot be.
         """
         private.remember_time_zones()
+        for sentence in misspelt():
+            self._logger.warning("A variable of the environment is misspelt: %s", sentence)
         try:
             await super().setup()
             # While the API is away there is no pool; its modules are then imported run by run.

@@ -626,7 +626,7 @@ def a_file_that_is_no_database(system: System) -> None:
     system.use(f"sqlite:///{system.folder / 'other.db'}")
 
 
-@breaks("warning", "lacks taskadapter_group, ", "`taskadapter db init` makes them")
+@breaks("warning", "lacks health_check, ", "`taskadapter db init` makes them")
 def a_file_that_is_not_there(system: System) -> None:
     system.use(f"sqlite:///{system.folder / 'new.db'}")
 

@@ -22,6 +22,7 @@ from taskadapter.coordination.messages import Gained, Refused, Token
 from taskadapter.declare.triggers import DEFAULT_QUEUE
 from taskadapter.errors import CoordinationError
 from taskadapter.prefect_api.pool import Domain
+from taskadapter.settings import PREFIX
 from tests.unit.given import node, tick
 
 TOKEN = Token("group", "node-1", 1)
@@ -302,3 +303,36 @@ def test_whoever_joins_does_not_wait_for_a_dead_process_of_its_name(server, monk
         await mine.until_registered("group", time.monotonic())
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("database", "own", "shown", "warns"),
+    [
+        ("postgresql://me:hunter2@db/tasks", None, "database me@db/tasks", False),
+        ("postgresql://db/tasks", "postgresql://me:hunter2@other/tasks", "database me@other/tasks", False),
+        (None, "sqlite:////var/tasks.db", "database /var/tasks.db", False),
+        (None, None, "taskadapter.db", True),
+    ],
+)
+def test_a_node_says_once_what_it_takes_part_in(server, caplog, monkeypatch, database, own, shown, warns):
+    """Pool, database and folder, without a password; with a warning where each machine has its own."""
+    if own is not None:
+        monkeypatch.setenv(PREFIX + "DATABASE_URL", own)
+    server.domain = Domain(database=database)
+    mine = new_membership(server)
+
+    with caplog.at_level("INFO"):
+        asyncio.run(twice(mine.refresh))
+
+    said = [record.getMessage() for record in caplog.records if "takes part" in record.getMessage()]
+    assert len(said) == 1
+    assert said[0].startswith("Node node-1 of work pool pool, in folder ")
+    assert str(Path.cwd()) in said[0]
+    assert said[0].endswith(f"{shown}.")
+    assert "hunter2" not in caplog.text
+    assert ("Nobody has named a database" in caplog.text) is warns
+
+
+async def twice(function: Any) -> None:
+    await function()
+    await function()
