@@ -182,8 +182,9 @@ class Host:
         try:
             flow = workspace.load(assignment)
         except Exception as exc:  # noqa: BLE001 - the user's modules may raise anything
-            flow_run_logger(assignment.flow_run).exception("The flow could not be loaded.")
-            self._tell(protocol.Crashed(fault=f"The flow could not be loaded: {_in_words(exc)}"))
+            line, text = workspace.shown(exc)
+            flow_run_logger(assignment.flow_run).error("The flow could not be loaded: %s", text)
+            self._tell(protocol.Crashed(fault=f"The flow could not be loaded: {line}"))
             return
         if isinstance(order, protocol.RunHooks):
             run_hooks(flow, assignment, order.state)

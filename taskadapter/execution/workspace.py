@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import inspect
 import os
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +16,7 @@ import prefect.engine
 from prefect import Flow
 from prefect.context import refresh_global_settings_context
 from prefect.deployments.steps.core import run_steps
-from prefect.exceptions import MissingFlowError
+from prefect.exceptions import MissingFlowError, ScriptError
 from prefect.filesystems import LocalFileSystem
 from prefect.flows import load_flow_from_entrypoint, load_function_and_convert_to_flow
 from prefect.logging.configuration import setup_logging
@@ -23,9 +25,11 @@ from prefect.results import get_default_result_storage
 from prefect.settings import get_current_settings
 from prefect.utilities.importtools import import_object
 
+import taskadapter
 from taskadapter.declare import attached
 from taskadapter.declare.jobs import Job, Service, load_state
 from taskadapter.declare.registry import listeners
+from taskadapter.errors import TaskError
 from taskadapter.execution import flow as flows
 
 if TYPE_CHECKING:
@@ -126,10 +130,12 @@ def _import(assignment: Assignment) -> Flow[..., Any]:
     """Import what the entrypoint names: a flow, or the function or class that a job is made of."""
     listeners.clear()  # what modules of several programs declare here need not agree
     place = attached.place_of(assignment.entrypoint)
+    _require_file(place)
     try:
         return load_flow_from_entrypoint(place, use_placeholder_flow=False)
     except MissingFlowError:
-        named = import_object(place)
+        pass
+    named = _named(place)
     trigger, name = assignment.trigger, assignment.flow_name
     if trigger is not None and isinstance(named, type) and issubclass(named, Service):
         return flows.service_flow(load_state(named, assignment.initial_state or {}), name, trigger)
@@ -138,3 +144,63 @@ def _import(assignment: Assignment) -> Flow[..., Any]:
     if trigger is not None and inspect.isfunction(named):
         return flows.function_flow(named, name, trigger)
     return load_function_and_convert_to_flow(place)
+
+
+def _require_file(place: str) -> None:
+    """Refuse an entrypoint whose file is not there.
+
+    Raises:
+        TaskError: it is not.
+    """
+    path, is_script, _ = place.rpartition(".py:")
+    file = f"{path}.py"
+    if is_script and not Path(file).is_file():
+        raise TaskError(
+            f"folder {Path.cwd()} lacks {file}, which the deployment's entrypoint names; start the agent "
+            "in the project's folder, or deploy with a pull step that fetches the code"
+        )
+
+
+def _named(place: str) -> Any:
+    """Return what an entrypoint names.
+
+    Raises:
+        TaskError: its module has nothing of that name.
+    """
+    module, _, name = place.rpartition(":" if ":" in place else ".")
+    try:
+        return import_object(place)
+    except AttributeError as fault:
+        if fault.name not in name.split("."):
+            raise  # the module itself looks for something that is not there
+        raise TaskError(
+            f"{module} has no {name!r}, which the deployment's entrypoint names; put it back, or deploy it "
+            "by the name that it has now"
+        ) from None
+
+
+def shown(fault: Exception) -> tuple[str, str]:
+    """Return what keeps a flow from being loaded: in a line, and with where in the user's code it was."""
+    if isinstance(fault, TaskError):
+        return str(fault), str(fault)
+    if isinstance(fault, ScriptError):
+        fault = fault.user_exc
+    found = traceback.TracebackException.from_exception(fault)
+    inner: traceback.TracebackException | None = found
+    while inner is not None:
+        inner.stack = _of_user(inner.stack)
+        inner = inner.__cause__ or inner.__context__
+    return f"{type(fault).__name__}: {fault}", "".join(found.format()).rstrip()
+
+
+def _of_user(frames: traceback.StackSummary) -> traceback.StackSummary:
+    """Return those frames of a traceback that are neither Prefect's, ours, nor of the import system."""
+    others = (*_MACHINERY, "<frozen importlib")
+    return traceback.StackSummary.from_list(
+        [frame for frame in frames if not frame.filename.startswith(others)]
+    )
+
+
+_MACHINERY = tuple(
+    f"{Path(str(module.__file__)).parent}{os.sep}" for module in (prefect, taskadapter, importlib)
+)

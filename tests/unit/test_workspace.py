@@ -1,6 +1,7 @@
 """What the process of a run makes of its workspace: environment, search path, folder, flow."""
 
 import os
+import re
 import sys
 from datetime import UTC, datetime
 from uuid import uuid4
@@ -217,3 +218,84 @@ def test_what_needs_an_interpreter_of_its_own(monkeypatch, env, needs):
 
     assert workspace.needs_interpreter(Workspace(env=env)) is needs
     assert workspace.environment(Workspace(env=env)).get("PYTHONUTF8") == env.get("PYTHONUTF8", "1")
+
+
+# --- what keeps a flow from being loaded ----------------------------------------------------------
+
+
+def why(entrypoint):
+    """What is said of a flow that cannot be loaded: in a line, and in the run's log."""
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - a module may raise anything
+        workspace.load(assignment(entrypoint))
+    trace = caught.value.__traceback__
+    return workspace.shown(caught.value.with_traceback(trace and trace.tb_next))
+
+
+@pytest.mark.parametrize(
+    ("entrypoint", "module", "name"),
+    [
+        ("jobs.py:append", "jobs.py", "append"),
+        ("jobs.py:Attached.nothing", "jobs.py", "Attached.nothing"),
+        ("jobs:append", "jobs", "append"),
+    ],
+)
+def test_what_a_module_lacks_is_named(jobs, entrypoint, module, name):
+    """In one sentence, without a traceback of what looked for it."""
+    line, text = why(entrypoint)
+
+    assert line == text
+    assert line.startswith(f"{module} has no {name!r}, which the deployment's entrypoint names; ")
+
+
+def test_a_folder_without_the_file_is_named(project):
+    """An agent was started somewhere else than in the project."""
+    line, text = why("flows/appender.py:append")
+
+    assert line == text
+    assert line.startswith(f"folder {project} lacks flows/appender.py, ")
+    assert "start the agent in the project's folder" in line
+
+
+@pytest.mark.parametrize("entrypoint", ["broken.py:job", "broken:job", "broken.job"])
+@pytest.mark.parametrize("name", ["nosuchmod", "'NoneType' object has no attribute 'get'"])
+def test_a_module_that_raises_is_shown_where_it_does(project, entrypoint, name):
+    """Only the lines of the user's own modules, those of a cause too."""
+    statement = "import nosuchmod" if name == "nosuchmod" else "None.get(1)"
+    (project / "inner.py").write_text(f"def find():\n    {statement}\n")
+    (project / "broken.py").write_text(
+        "import inner\n\ntry:\n    inner.find()\nexcept Exception as fault:\n"
+        "    raise ValueError('no luck') from fault\n"
+    )
+    sys.path.insert(0, str(project))
+    line, text = why(entrypoint)
+
+    assert line == "ValueError: no luck"
+    assert text.endswith("ValueError: no luck")
+    assert name in text
+    assert {found.rpartition("/")[2] for found in re.findall(r'File "(.*?)"', text)} == {
+        "broken.py",
+        "inner.py",
+    }
+
+
+@pytest.mark.parametrize("entrypoint", ["wrong.py:job", "wrong:job"])
+def test_an_attribute_that_the_users_module_misses_is_its_own(project, entrypoint):
+    """It is not that the module lacks what the entrypoint names."""
+    (project / "wrong.py").write_text("import os\n\nos.nothing\n")
+    sys.path.insert(0, str(project))
+
+    line, text = why(entrypoint)
+
+    assert line == "AttributeError: module 'os' has no attribute 'nothing'"
+    assert text.count("File ") == 1
+
+
+def test_a_mistake_in_writing_is_shown(project):
+    """A syntax error has no frame, and its line."""
+    (project / "typo.py").write_text("def job(:\n")
+
+    line, text = why("typo.py:job")
+
+    assert line.startswith("SyntaxError: ")
+    assert "typo.py" in text
+    assert "importlib" not in text
