@@ -11,6 +11,7 @@ import time
 from collections.abc import Collection
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import UUID
 
@@ -23,10 +24,12 @@ from taskadapter.agent.looks import SHORTEST_PAUSE_SECONDS, Looks, Pace
 from taskadapter.agent.node import LONGEST_BACKOFF_SECONDS, Node, queue_of
 from taskadapter.agent.switches import CarryOver
 from taskadapter.coordination import store
+from taskadapter.declare.attached import file_of
+from taskadapter.declare.triggers import DEFAULT_QUEUE
 from taskadapter.errors import ApiUnavailableError, CoordinationError, TaskError
 from taskadapter.prefect_api.client import API_FAULTS, PAGE, backoff, in_words
 from taskadapter.prefect_api.deployments import deployments_of, deployments_of_pool
-from taskadapter.prefect_api.pool import PoolSize
+from taskadapter.prefect_api.pool import PoolSize, working_dir_of
 from taskadapter.prefect_api.ticks import due
 
 if TYPE_CHECKING:
@@ -95,6 +98,8 @@ class Lookout:
         # The pool's deployments, as they were last looked at, and jobs of runs that are none of them.
         self._deployed: dict[UUID, DeploymentResponse] = {}
         self._gone: set[UUID] = set()
+        # The files of code that are not here, by the folder in which they should be.
+        self._lacking: dict[Path, set[str]] = {}
         # Whether there was more to do than there was room for at the last look, and still is.
         self._had_plenty = False
         self._faults = 0
@@ -265,8 +270,31 @@ class Lookout:
             self._hosts.use(SecretStr(url))
         left_out = self._node.share.left_out
         found = [deployment for id_, deployment in self._deployed.items() if id_ not in left_out]
+        self._look_for_code(found)
         if gone := self._timetable.learn(found):
             self._node.tasks.spawn(self._end_gone(gone))
+
+    def _look_for_code(self, found: Collection[DeploymentResponse]) -> None:
+        """Say which folders lack the code of jobs of this node, whose runs would crash here; once."""
+        default = working_dir_of(self._node.pool())
+        lacking: dict[Path, set[str]] = {}
+        for deployment in found:
+            if not self._node.share.serves(deployment.work_queue_name or DEFAULT_QUEUE):
+                continue
+            folder = (deployment.job_variables or {}).get("working_dir") or default or deployment.path
+            file = file_of(deployment.entrypoint or "")
+            place = Path(folder or "").absolute()
+            if file is not None and not deployment.pull_steps and not (place / file).is_file():
+                lacking.setdefault(place, set()).add(str(file))
+        for place, files in lacking.items():
+            if files - self._lacking.get(place, set()):
+                self._node.log.warning(
+                    "Folder %s lacks %s, and runs of it would crash here; start the agent in the project's "
+                    "folder, or deploy with a pull step that fetches the code.",
+                    place,
+                    ", ".join(sorted(files)),
+                )
+        self._lacking = lacking
 
     async def _end_gone(self, job_ids: set[UUID]) -> None:
         """Have nothing of jobs begin that were deleted."""

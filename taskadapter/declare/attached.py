@@ -7,6 +7,7 @@ module: `Service.as_service` makes a flow of that, by any name that it is asked 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
@@ -29,6 +30,12 @@ def entrypoint(place: str, name: str) -> str:
 def place_of(entrypoint: str) -> str:
     """Return where the class of an attached service is; any other entrypoint as it is."""
     return entrypoint.rpartition(_MARK)[0] or entrypoint
+
+
+def file_of(entrypoint: str) -> Path | None:
+    """Return the file that an entrypoint names; None where it names a module."""
+    path, is_script, _ = place_of(entrypoint).rpartition(".py:")
+    return Path(f"{path}.py") if is_script else None
 
 
 class AsService:

@@ -152,9 +152,8 @@ def _require_file(place: str) -> None:
     Raises:
         TaskError: it is not.
     """
-    path, is_script, _ = place.rpartition(".py:")
-    file = f"{path}.py"
-    if is_script and not Path(file).is_file():
+    file = attached.file_of(place)
+    if file is not None and not file.is_file():
         raise TaskError(
             f"folder {Path.cwd()} lacks {file}, which the deployment's entrypoint names; start the agent "
             "in the project's folder, or deploy with a pull step that fetches the code"

@@ -131,6 +131,11 @@ def preload_of(pool: WorkPool) -> tuple[str, ...]:
     return tuple(_read(pool, ["preload"]).get("preload", ()))
 
 
+def working_dir_of(pool: WorkPool) -> str | None:
+    """Return the folder in which a pool has its runs run, if it names one."""
+    return _read(pool, ["working_dir"]).get("working_dir")
+
+
 def _read(pool: WorkPool, names: Iterable[str]) -> dict[str, Any]:
     """Return the defaults that a pool's variables have, without those that have none."""
     properties = pool.base_job_template.get("variables", {}).get("properties", {})

@@ -18,6 +18,7 @@ from taskadapter.agent.hearing import Hearing, Kind, News
 from taskadapter.agent.lookout import Lookout
 from taskadapter.agent.looks import Pace
 from taskadapter.agent.node import Share
+from taskadapter.agent.switches import CarryOver
 from taskadapter.declare.triggers import DEFAULT_QUEUE
 from taskadapter.errors import ApiUnavailableError
 from tests.unit.given import PATIENCE_SECONDS, node, tick
@@ -271,3 +272,72 @@ def test_one_more_queue_costs_no_visit():
 
     asyncio.run(agent.lookout.look_at_once("group", [OURS], time.monotonic()))
     assert agent.asked == [("join", "group")]
+
+
+# --- code that is not here ------------------------------------------------------------------------
+
+
+def deployed(entrypoint: str | None, **changes: Any) -> Any:
+    """A deployment as `prefect deploy` makes it in a project."""
+    given: dict[str, Any] = {
+        "id": uuid4(),
+        "entrypoint": entrypoint,
+        "path": ".",
+        "pull_steps": None,
+        "job_variables": {},
+        "work_queue_name": DEFAULT_QUEUE,
+        "work_pool_name": "pool",
+        "created": None,
+    }
+    return SimpleNamespace(**(given | changes))
+
+
+def warnings_about(monkeypatch: Any, caplog: Any, *found: Any, visits: int = 1) -> list[str]:
+    """Return what an agent says of deployments that it finds at its visits."""
+
+    async def deployments(*_: object) -> list[Any]:
+        return list(found)
+
+    async def look(*_: object) -> None: ...
+
+    monkeypatch.setattr(lookout, "deployments_of_pool", deployments)
+    monkeypatch.setattr(CarryOver, "look", look)
+    agent = Agent()
+
+    async def go() -> None:
+        for _ in range(visits):
+            agent.lookout.want_visit()
+            await agent.lookout.poll()
+
+    with caplog.at_level("WARNING"):
+        asyncio.run(go())
+    return [record.getMessage() for record in caplog.records if "lacks" in record.getMessage()]
+
+
+def test_a_folder_that_lacks_code_is_named_once(monkeypatch, caplog, tmp_path):
+    """All files of a folder in one line; what is there, or is fetched, is not named."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here.py").touch()
+    other = tmp_path / "other"
+    found = [
+        deployed("here.py:job"),
+        deployed("flows/appender.py:append"),
+        deployed("flows/counters.py:Counter.as_service.ten"),
+        deployed("flows/fetched.py:job", pull_steps=[{"prefect.deployments.steps.git_clone": {}}]),
+        deployed("package.module.job"),
+        deployed(None),
+        deployed("elsewhere.py:job", job_variables={"working_dir": str(other)}),
+    ]
+
+    first, second = warnings_about(monkeypatch, caplog, *found, visits=3)
+
+    assert first.startswith(f"Folder {tmp_path} lacks flows/appender.py, flows/counters.py, ")
+    assert second.startswith(f"Folder {other} lacks elsewhere.py, ")
+
+
+def test_code_of_a_queue_that_others_serve_is_not_missed(monkeypatch, caplog, tmp_path):
+    """A program has the code of its own jobs, perhaps of no others."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Share, "serves", lambda _, queue: queue == DEFAULT_QUEUE)
+
+    assert warnings_about(monkeypatch, caplog, deployed("x.py:job", work_queue_name="group")) == []
