@@ -23,7 +23,7 @@ from taskadapter.agent import runs
 from taskadapter.agent.hand import Hand, RunInHand
 from taskadapter.agent.hearing import Kind, News
 from taskadapter.agent.hosts import HostPool
-from taskadapter.agent.jobs import DeployedJob, Deployments
+from taskadapter.agent.jobs import OVER_ALREADY, DeployedJob, Deployments
 from taskadapter.agent.membership import Membership
 from taskadapter.agent.node import Node, queue_of
 from taskadapter.agent.queue import Queue, Which, any_run
@@ -307,7 +307,7 @@ class Dispatcher:
             self._timetable.hold(deployment)
         elif not is_on(deployment):
             # Perhaps one of many that were being planned when the job ended.
-            self._deployments.end(job, "it ended before")
+            self._deployments.end(job, OVER_ALREADY)
         return deployment.paused or not is_on(deployment)
 
     async def _left_as_judged(self, run: RunInHand, job: DeployedJob) -> bool:

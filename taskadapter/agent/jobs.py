@@ -101,6 +101,10 @@ class WarmBackupVariables(BaseVariables):
     )
 
 
+OVER_ALREADY = "it is over already"
+"""Why a tick is skipped whose job had been ended before, by another node or by somebody in the UI."""
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """A deployment as it was read.
@@ -220,6 +224,8 @@ class Deployments:
         self._jobs: dict[UUID, DeployedJob] = {}
         self._reading = asyncio.Lock()
         self._ending: dict[UUID, asyncio.Task[None]] = {}
+        # Jobs of which it has been said that they are over.
+        self._over: set[UUID] = set()
         self._server_has_storage = True
         self._storage_asked_at = float("-inf")
 
@@ -324,9 +330,16 @@ class Deployments:
     def end(self, job: DeployedJob, reason: str) -> None:
         """End a job for all nodes: its schedule stops, what is late is skipped. Ends in background."""
         if job.deployment.id not in self._ending:
-            self._log.info("Job %s has ended: %s.", job.name, reason)
+            self._say_ended(job, reason)
             self._tell(job, reason)
             self._ending[job.deployment.id] = asyncio.create_task(self._end(job, reason))
+
+    def _say_ended(self, job: DeployedJob, reason: str) -> None:
+        if reason != OVER_ALREADY:
+            self._log.info("Job %s has ended: %s.", job.name, reason)
+        elif job.deployment.id not in self._over:
+            self._log.info("Job %s is over already; what is planned of it is skipped.", job.name)
+        self._over.add(job.deployment.id)
 
     async def _end(self, job: DeployedJob, reason: str) -> None:
         try:

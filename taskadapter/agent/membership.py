@@ -182,8 +182,8 @@ class Membership:
         database_url = await domain.database_url(node.settings)
         if self._groups is not None:
             node.log.info(
-                "The work pool's database or timing has changed: joining its groups anew, with a heartbeat "
-                "each %g s, and taken for dead after %g s without one.",
+                "The work pool's database or timing has changed. Its groups are joined anew, with a "
+                "heartbeat each %g s, and taken for dead after %g s without one.",
                 domain.heartbeat_frequency,
                 domain.liveness_check_interval,
             )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from uuid import UUID
 
 from taskadapter.agent.node import LONGEST_BACKOFF_SECONDS, Node, queue_of
-from taskadapter.coordination.messages import Gained, Lost, ResignAsked, Token
+from taskadapter.coordination.messages import Gained, Lost, ResignAsked, Token, in_short
 from taskadapter.prefect_api.client import backoff, in_words
 
 if TYPE_CHECKING:
@@ -24,9 +24,6 @@ if TYPE_CHECKING:
     from taskadapter.agent.membership import Membership
     from taskadapter.agent.takeover import Takeover
     from taskadapter.agent.timetable import Timetable
-
-NAMED = 3
-"""How many groups a line of the log names; it counts the others."""
 
 
 class Terms:
@@ -175,7 +172,4 @@ class Terms:
 
 def _names(tokens: Sequence[Token]) -> str:
     """Return which groups those tokens are of, as far as a line has room."""
-    names = ", ".join(token.group_id for token in tokens[:NAMED])
-    if len(tokens) > NAMED:
-        names += f" and {len(tokens) - NAMED} more"
-    return f"group {names}" if len(tokens) == 1 else f"groups {names}"
+    return ("group " if len(tokens) == 1 else "groups ") + in_short([token.group_id for token in tokens])

@@ -47,6 +47,7 @@ from taskadapter.coordination.messages import (
     Stopped,
     Token,
     Unregister,
+    in_short,
 )
 
 if TYPE_CHECKING:
@@ -139,6 +140,7 @@ class Lease:
     free: frozenset[str] = frozenset()
     stuck: tuple[str, ...] = ()
     stale_at: Mapping[str, float] = field(default_factory=dict)
+    holders: Mapping[str, str] = field(default_factory=dict)
     not_before: Mapping[str, float] = field(default_factory=dict)
     registered: bool = False
     other_stale_at: float | None = None
@@ -224,7 +226,7 @@ def step(lease: Lease, event: Event, now: float) -> Step:
         case Joined(group_ids):
             done = _joined(done, group_ids, now)
         case ReleaseAsked(group_id):
-            done = _release(done, [group_id], now, "handed over")
+            done = _release(done, [group_id], now, "handed over", leaves=False)
         case StopAsked():
             done = _release(done, sorted(lease.group_ids), now, "stopping")
             done = done.then(replace(done.lease, stopping=True, next_beat=now, faults=0))
@@ -242,10 +244,12 @@ def _expire(done: Step, now: float) -> Step:
     return done
 
 
-def _lose(done: Step, token: Token, reason: str, *, asked: bool = False) -> Step:
+def _lose(done: Step, token: Token, reason: str, *, asked: bool = False, leaves: bool = False) -> Step:
     held = {g: h for g, h in done.lease.held.items() if g != token.group_id}
     lease = replace(done.lease, held=held)
     sentence = f"standby for {token.group_id} after term {token.term}: {reason}"
+    if leaves:
+        sentence = f"left {token.group_id} after term {token.term}: {reason}"
     return done.then(lease, Lost(token, reason, asked), sentence=sentence)
 
 
@@ -261,13 +265,13 @@ def _joined(done: Step, group_ids: frozenset[str], now: float) -> Step:
     return done.then(replace(done.lease, group_ids=group_ids, registered=False, next_beat=now))
 
 
-def _release(done: Step, group_ids: list[str], now: float, reason: str) -> Step:
+def _release(done: Step, group_ids: list[str], now: float, reason: str, *, leaves: bool = True) -> Step:
     """Give tokens back. Trust ends first, then the database hears of it."""
     for group_id in group_ids:
         held = done.lease.held.get(group_id)
         if held is None:
             continue
-        done = _lose(done, held.token, reason, asked=True)
+        done = _lose(done, held.token, reason, asked=True, leaves=leaves)
         lease = done.lease
         not_before = {**lease.not_before, group_id: now + lease.timing.hold_off}
         releasing = (*lease.releasing, held.token)
@@ -359,7 +363,7 @@ def _superseded(done: Step, now: float) -> Step:
 
 def _confirmed(done: Step, call: Pulse, seen: Mapping[str, Sighting]) -> Step:
     """Trust for longer what the pulse has renewed, and no more what it was to renew and has not."""
-    lease, held = done.lease, dict(done.lease.held)
+    lease, held, holders = done.lease, dict(done.lease.held), dict(done.lease.holders)
     actions: list[Action] = []
     sentences, lost = [], []
     for token in call.tokens:
@@ -368,6 +372,8 @@ def _confirmed(done: Step, call: Pulse, seen: Mapping[str, Sighting]) -> Step:
             continue
         if sighting is None or not sighting.renewed:
             lost.append((token, _taker(sighting)))
+            if sighting is not None:
+                holders[token.group_id] = sighting.holder  # which is said with the loss
             continue
         asked = sighting.resign_requested and not old.resigning
         deadline = max(old.deadline, call.sent_at + lease.timing.trust)
@@ -376,7 +382,7 @@ def _confirmed(done: Step, call: Pulse, seen: Mapping[str, Sighting]) -> Step:
         if asked:
             actions.append(ResignAsked(token))
             sentences.append(f"asked to hand over {token.group_id}")
-    done = done.also(replace(lease, held=held), actions, sentences)
+    done = done.also(replace(lease, held=held, holders=holders), actions, sentences)
     for token, reason in lost:
         done = _lose(done, token, reason)
     return done
@@ -391,16 +397,32 @@ def _taker(sighting: Sighting | None) -> str:
 
 
 def _watched(done: Step, seen: Mapping[str, Sighting], now: float) -> Step:
-    """Remember which tokens are free, and when the others would be."""
+    """Remember which tokens are free, when the others would be, and who has those."""
     lease = done.lease
-    free, stale_at = set(), {}
+    free, stale_at, holders = set(), dict[str, float](), dict[str, str]()
     for group_id in lease.standby():
         sighting = seen.get(group_id)
         if sighting is None or sighting.free:
             free.add(group_id)
-        elif sighting.age is not None:
+            continue
+        holders[group_id] = sighting.holder
+        if sighting.age is not None:
             stale_at[group_id] = now + lease.timing.liveness_check_interval - sighting.age
-    return done.then(replace(lease, free=frozenset(free), stale_at=stale_at))
+    sentences = [
+        f"standing by for {in_short(group_ids)} (node {holder!r} is active)"
+        for holder, group_ids in _new_holders(lease.holders, holders).items()
+    ]
+    lease = replace(lease, free=frozenset(free), stale_at=stale_at, holders=holders)
+    return done.also(lease, (), sentences)
+
+
+def _new_holders(known: Mapping[str, str], seen: Mapping[str, str]) -> dict[str, list[str]]:
+    """Return the groups whose holder is another one than was known, by that holder."""
+    found: dict[str, list[str]] = {}
+    for group_id, holder in sorted(seen.items()):
+        if known.get(group_id) != holder:
+            found.setdefault(holder, []).append(group_id)
+    return found
 
 
 def _acquired(done: Step, call: Acquire, answer: Acquired, now: float) -> Step:

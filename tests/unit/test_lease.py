@@ -181,6 +181,34 @@ class TestTrust:
         assert lost == Lost(TOKEN, "node 'node-2' has it in term 6")
         assert active.said == ["standby for g after term 5: node 'node-2' has it in term 6"]
 
+    def test_a_standby_says_who_is_active(self, standby: Node) -> None:
+        """Once for each holder, whatever its term; of a group that is free nothing."""
+        said = standby.said
+        for second, (holder, free) in enumerate(
+            [("node-2", False), ("", True), ("node-3", False), ("node-3", False), ("node-2", False)], 1
+        ):
+            standby.tell(TimePassed(), START + second)
+            assert standby.lease.call is not None
+            if not isinstance(standby.lease.call, Pulse):
+                standby.answer(Acquired(), START + second)
+                standby.tell(TimePassed(), START + second + 0.5)
+            standby.answer(seen(sighting(holder=holder, free=free, age=0.1)), START + second)
+            said += standby.said
+
+        assert said == [
+            f"standing by for g (node '{holder}' is active)" for holder in ("node-2", "node-3", "node-2")
+        ]
+
+    def test_many_groups_of_one_holder_are_one_line(self) -> None:
+        """Their number is enough."""
+        groups = [f"g{number}" for number in range(5)]
+        node = Node(registered=True)
+        node.lease = replace(node.lease, group_ids=frozenset(groups))
+        node.tell(TimePassed(), START)
+        node.answer(seen(*(sighting(group_id=group) for group in groups)), START)
+
+        assert node.said == ["standing by for g0, g1, g2 and 2 more (node 'node-2' is active)"]
+
     def test_ends_at_once_if_another_process_has_the_name(self, active: Node) -> None:
         """A node whose name another process has taken gives up everything, and asks again."""
         active.tell(TimePassed(), START + 2)
@@ -373,6 +401,7 @@ class TestHandover:
     def test_stopping_releases_and_leaves(self, active: Node) -> None:
         """A node that stops gives up its tokens and its name, and then makes no further call."""
         actions = active.tell(StopAsked(), START + 1.5)
+        assert active.said == ["left g after term 5: stopping"]
         assert actions[1:] == (Send(Release(START + 1.5, (TOKEN,))),)
         assert active.answer(Done(), START + 1.6) == (Send(Unregister(START + 1.6)),)
         assert active.answer(Done(), START + 1.7) == (Stopped(),)
@@ -400,6 +429,7 @@ class TestHandover:
             Lost(TOKEN, "not asked for any more", asked=True),
             Send(Register(START + 1.5)),
         )
+        assert active.said == ["left g after term 5: not asked for any more"]
         assert active.answer(Done(), START + 1.6) == (Send(Release(START + 1.6, (TOKEN,))),)
 
 
