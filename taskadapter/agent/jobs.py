@@ -331,15 +331,18 @@ class Deployments:
         """End a job for all nodes: its schedule stops, what is late is skipped. Ends in background."""
         if job.deployment.id not in self._ending:
             self._say_ended(job, reason)
-            self._tell(job, reason)
             self._ending[job.deployment.id] = asyncio.create_task(self._end(job, reason))
 
     def _say_ended(self, job: DeployedJob, reason: str) -> None:
+        """Say that a job is over; of one that was over already once, however much of it is planned."""
         if reason != OVER_ALREADY:
             self._log.info("Job %s has ended: %s.", job.name, reason)
-        elif job.deployment.id not in self._over:
+        elif job.deployment.id in self._over:
+            return
+        else:
             self._log.info("Job %s is over already; what is planned of it is skipped.", job.name)
         self._over.add(job.deployment.id)
+        self._tell(job, reason)
 
     async def _end(self, job: DeployedJob, reason: str) -> None:
         try:
