@@ -28,7 +28,7 @@ from prefect.settings import (
 from sqlalchemy import make_url, text
 
 from deployments.local import environment, free_port
-from taskadapter import deploy, doctor, schedule_job_recur_by_frequency
+from taskadapter import cli, deploy, doctor, schedule_job_recur_by_frequency
 from taskadapter.coordination import nodes, store, tokens
 from taskadapter.coordination.engines import open_engine, transaction
 from taskadapter.coordination.schema import create_missing
@@ -930,3 +930,28 @@ def run(
             [sys.executable, "-c", script, *command], cwd=folder, env=env, capture_output=True, text=True
         )
     return done
+
+
+@pytest.mark.usefixtures("prefect_client")
+@pytest.mark.parametrize("command", [["status"], ["resign", "group"]])
+def test_a_command_that_reads_makes_no_file(
+    pool: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: list[str],
+) -> None:
+    """It says that there is none, in a line: an agent makes it, or the URL has a mistake."""
+    ensure_work_pool(pool)
+    file = tmp_path / "new.db"
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_TASKADAPTER_DATABASE_URL", f"sqlite:///{file}")
+    monkeypatch.setattr("sys.argv", ["taskadapter", *command, "--pool", pool])
+
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+
+    assert ended.value.code == 1
+    assert capsys.readouterr().err.startswith(
+        f"taskadapter: database {file}: there is no such file on this "
+    )
+    assert not file.exists()
