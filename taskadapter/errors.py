@@ -8,14 +8,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-NAMED = 20
-"""How many names a message lists at most."""
-
-
-def listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str], at_most: int = 20) -> str:
     """Return names as a message lists them: not all, where there are many."""
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return f"{', '.join(names[:NAMED])}{more}"
+    more = f" and {len(names) - at_most} more" if len(names) > at_most else ""
+    return f"{', '.join(names[:at_most])}{more}"
 
 
 class TaskError(Exception):

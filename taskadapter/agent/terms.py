@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from uuid import UUID
 
 from taskadapter.agent.node import LONGEST_BACKOFF_SECONDS, Node, queue_of
-from taskadapter.coordination.messages import Gained, Lost, ResignAsked, Token, in_short
+from taskadapter.coordination.messages import NAMED, Gained, Lost, ResignAsked, Token
+from taskadapter.errors import listed
 from taskadapter.prefect_api.client import backoff, in_words
 
 if TYPE_CHECKING:
@@ -172,4 +173,5 @@ class Terms:
 
 def _names(tokens: Sequence[Token]) -> str:
     """Return which groups those tokens are of, as far as a line has room."""
-    return ("group " if len(tokens) == 1 else "groups ") + in_short([token.group_id for token in tokens])
+    names = listed([token.group_id for token in tokens], NAMED)
+    return f"group {names}" if len(tokens) == 1 else f"groups {names}"

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from taskadapter.coordination.messages import (
+    NAMED,
     Abandon,
     Acquire,
     Acquired,
@@ -47,8 +48,8 @@ from taskadapter.coordination.messages import (
     Stopped,
     Token,
     Unregister,
-    in_short,
 )
+from taskadapter.errors import listed
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -409,7 +410,7 @@ def _watched(done: Step, seen: Mapping[str, Sighting], now: float) -> Step:
         if sighting.age is not None:
             stale_at[group_id] = now + lease.timing.liveness_check_interval - sighting.age
     sentences = [
-        f"standing by for {in_short(group_ids)} (node {holder!r} is active)"
+        f"standing by for {listed(group_ids, NAMED)} (node {holder!r} is active)"
         for holder, group_ids in _new_holders(lease.holders, holders).items()
     ]
     lease = replace(lease, free=frozenset(free), stale_at=stale_at, holders=holders)

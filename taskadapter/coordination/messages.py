@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+from typing import TypeAlias
 
 __all__ = [
     "FOREIGN_GROUP",
+    "NAMED",
     "Abandon",
     "Acquire",
     "Acquired",
@@ -40,7 +38,6 @@ __all__ = [
     "TimePassed",
     "Token",
     "Unregister",
-    "in_short",
 ]
 
 
@@ -50,14 +47,8 @@ FOREIGN_GROUP = (
 )
 """What is said of a group that two work pools of one database name."""
 
-_NAMED = 3
+NAMED = 3
 """How many groups a line of the log names; it counts the others."""
-
-
-def in_short(group_ids: Sequence[str]) -> str:
-    """Return the names of groups, as far as a line has room."""
-    names = ", ".join(group_ids[:_NAMED])
-    return names if len(group_ids) <= _NAMED else f"{names} and {len(group_ids) - _NAMED} more"
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from prefect.client.orchestration import PrefectClient, get_client
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, get_current_settings, temporary_settings
 
-from taskadapter.doctor.findings import Finding, error, ok, warning
+from taskadapter.doctor.findings import Finding, Level, error, ok, warning
 from taskadapter.prefect_api.client import all_pages, server_version
 from taskadapter.prefect_api.deployments import TAG, deployments_of_pool, flow_names
 from taskadapter.prefect_api.faults import FAULTS, UNSET, explain, shown
@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     from prefect.client.schemas.responses import DeploymentResponse
 
 CLOCK_SECONDS = 2.0
-"""How far this machine's clock may be from the server's; the server tells its own in whole seconds."""
+"""How far this machine's clock may be from the server's."""
+
+CLOCK_TRIES = 3
+"""How often they are compared until they agree."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ async def read(pool_name: str) -> tuple[Seen | None, list[Finding]]:
         try:
             async with get_client() as client:
                 found.append(await _version(client, shown(url)))
-                found.append(clock((await client.hello()).headers.get("date"), datetime.now(UTC)))
+                found.append(await _clock(client))
                 return await _read(client, pool_name), found
         except ObjectNotFound:
             found.append(error(NO_POOL.format(name=pool_name)))
@@ -99,22 +102,35 @@ async def _version(client: PrefectClient, url: str) -> Finding:
     return ok(f"Prefect's API at {url} answers, in version {theirs}")
 
 
-def clock(date: str | None, now: datetime) -> Finding:
-    """Compare this machine's clock with the server's.
+async def _clock(client: PrefectClient) -> Finding:
+    """Compare the clocks; a server that is busy tells a time that has passed, so that it is asked again."""
+    for _ in range(CLOCK_TRIES):
+        asked = datetime.now(UTC)
+        answer = await client.hello()
+        finding = clock(answer.headers.get("date"), asked, datetime.now(UTC))
+        if finding.level is Level.OK:
+            break
+    return finding
+
+
+def clock(date: str | None, asked: datetime, now: datetime) -> Finding:
+    """Compare this machine's clock with the server's, by what they differ by at least.
 
     Args:
-        date: the header of an answer.
-        now: when it had arrived, by this machine's clock.
+        date: the header of an answer, cut to a second.
+        asked: when it was asked for, by this machine's clock.
+        now: when it had arrived.
     """
     try:
-        seconds = (now - parsedate_to_datetime(date or "")).total_seconds()
+        theirs = parsedate_to_datetime(date or "")
+        ahead = (asked - theirs).total_seconds() - 1
+        behind = (now - theirs).total_seconds()
     except (ValueError, TypeError):
         return warning(
             "the server's clock cannot be compared with this machine's: its answers lack the header Date; "
             "let the proxy before it pass that on"
         )
-    # It is cut to a second, and the answer took its time.
-    if not -CLOCK_SECONDS < seconds < 1 + CLOCK_SECONDS:
+    if (seconds := max(ahead, 0.0) or min(behind, 0.0)) and abs(seconds) >= CLOCK_SECONDS:
         return warning(
             f"this machine's clock is {seconds:+.0f} s from the server's, and runs start by it; keep both "
             "right, with NTP"
