@@ -128,10 +128,15 @@ def test_a_pool_of_another_type(prefect_client: SyncPrefectClient, pool: str, co
 
 
 def test_a_database_that_no_node_has_used(
-    prefect_client: SyncPrefectClient, pool: str, command: Command
+    prefect_client: SyncPrefectClient, pool: str, database: str, command: Command
 ) -> None:
-    """Nothing is wrong with it, and nothing is to be upgraded."""
+    """Nothing is wrong with it, and nothing is to be upgraded; a file that is not there is not made."""
     ensure_work_pool(pool)
+    file = Path(database.removeprefix("sqlite:///"))
+    assert "there is no such file on this machine" in command("status", "--pool", pool)
+    assert not file.exists()
+
+    file.touch()
     said = command("status", "--pool", pool)
     assert "no node of this release has used it yet; start an agent, or run `taskadapter db init`" in said
 

@@ -61,8 +61,10 @@ def undecorated(): ...
 
 @pytest.fixture(autouse=True)
 def restored(project, monkeypatch):
-    """What a process changes of itself is as it was after a test."""
+    """What a process changes of itself is as it was after a test, and of other tests it knows no module."""
     monkeypatch.chdir(project)
+    for name in ("aside", "broken", "helper", "inner", "jobs", "typo", "wrong"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(sys, "argv", [*sys.argv])
     monkeypatch.setattr(os, "environ", os.environ.copy())
