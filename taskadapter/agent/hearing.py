@@ -45,7 +45,7 @@ _CHANGED = [f"{_DEPLOYMENT}{what}" for what in ("created", "updated", "deleted")
 
 _REST = [
     *(f"prefect.work-queue.{what}" for what in ("created", "updated", "deleted", "paused", "ready")),
-    "prefect.work-pool.updated",
+    *(f"prefect.work-pool.{what}" for what in ("updated", "paused", "ready", "not-ready")),
 ]
 
 

@@ -209,7 +209,9 @@ class Lookout:
         if self._timetable.strangers(runs) - self._gone:
             await self._visit()
             self._gone = self._timetable.strangers(runs)
-        runs = await self._timetable.complete(runs, wanted, self._hand.flow_runs, now, until)
+        runs = await self._timetable.complete(
+            runs, wanted, self._hand.flow_runs, now, until, self._membership.withheld
+        )
         await self._deployments.prepare(runs)
         return runs
 

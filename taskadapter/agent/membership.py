@@ -19,11 +19,18 @@ from prefect.exceptions import ObjectNotFound
 from taskadapter.agent.groups import Groups
 from taskadapter.agent.node import Node, queue_of
 from taskadapter.coordination import store
-from taskadapter.coordination.messages import FOREIGN_GROUP, Gained, Lost, Refused, ResignAsked, Token
+from taskadapter.coordination.messages import (
+    FOREIGN_GROUP,
+    NAMED,
+    Gained,
+    Lost,
+    Refused,
+    ResignAsked,
+    Token,
+)
 from taskadapter.declare.triggers import DEFAULT_QUEUE
-from taskadapter.errors import CoordinationError
-from taskadapter.prefect_api.deployments import queue_names
-from taskadapter.prefect_api.pool import Domain
+from taskadapter.errors import CoordinationError, listed
+from taskadapter.prefect_api.pool import Domain, Queues
 
 if TYPE_CHECKING:
     from taskadapter.coordination.heartbeat import Vitals
@@ -65,6 +72,9 @@ class Membership:
         self._let_go = let_go
         self._groups: Groups | None = None
         self.queues: set[str] = {DEFAULT_QUEUE}
+        # Those of which Prefect lists no run, or only some, by a pause or a limit.
+        self.withheld: AbstractSet[str] = frozenset()
+        self._paused: AbstractSet[str] = frozenset()
         self.database_url = node.settings.default_database_url()
         self._active: dict[str, Token] = {}
         self.refused: str | None = None
@@ -149,7 +159,9 @@ class Membership:
 
     async def refresh(self) -> None:
         """Look at the pool's queues, and stand by for the groups among them."""
-        self.queues = await queue_names(self._node.client, self._node.work_pool)
+        found = await Queues.read(self._node.client, self._node.work_pool)
+        self.queues, self.withheld = {*found.names}, found.withheld
+        self._say_paused(found.paused)
         names = {name for name in self.queues if self._node.share.serves(name)} - {DEFAULT_QUEUE}
         groups = self._groups
         # Whoever declares a new group may have declared another database or timing with it.
@@ -160,6 +172,16 @@ class Membership:
         ):
             groups = await self._groups_as_declared()
         await self._stand_by(groups, names)
+
+    def _say_paused(self, paused: AbstractSet[str]) -> None:
+        """Say once of which queues nothing begins, and when that is over."""
+        for names, sentence in [
+            (paused - self._paused, "Paused in Prefect, and nothing begins until it is resumed: %s."),
+            (self._paused - paused, "Resumed in Prefect: %s."),
+        ]:
+            if names:
+                self._node.log.info(sentence, listed(sorted(names), NAMED))
+        self._paused = paused
 
     async def add(self, queue: str) -> None:
         """Stand by for one more group, if the queue is one, without a look at the others."""

@@ -74,6 +74,7 @@ class Line:
         plan: its schedule and queue.
         through: every tick until then, itself included, is settled: claimed, skipped or ended.
         settled: later ones that are.
+        left: those that are made, and wait until Prefect lists them.
         held: whether the job is paused.
         resumed: when it was resumed last, as far as the agent has seen a pause.
         is_new: whether the agent has not looked after it before.
@@ -85,6 +86,7 @@ class Line:
     plan: Plan
     through: datetime
     settled: set[datetime] = field(default_factory=set)
+    left: set[datetime] = field(default_factory=set)
     held: bool = False
     resumed: datetime | None = None
     is_new: bool = True
@@ -110,6 +112,7 @@ class Line:
 
     def settle(self, tick: datetime) -> None:
         """Take note that a tick has been claimed, skipped or ended."""
+        self.left.discard(tick)
         if tick <= self.through:
             return
         self.settled.add(tick)
@@ -202,7 +205,7 @@ def find_missing(lines: Iterable[Line], seen: Seen) -> Missing:
             # However late others are: its ticks are there, or are made.
             owed = line.owed(soon)
             missing.is_cut |= bool(owed)
-        planned = seen.planned.get(line.deployment_id, ())
+        planned = {*seen.planned.get(line.deployment_id, ()), *line.left}
         missing.ticks += [(tick, line) for tick in owed if tick not in planned]
         if len(owed) == MADE_AHEAD:
             missing.hold_up(line, owed[-1] + timedelta.resolution)

@@ -185,6 +185,7 @@ class Timetable:
         in_hand: Iterable[FlowRun],
         now: datetime,
         until: datetime,
+        withheld: Collection[str] = (),
     ) -> list[FlowRun]:
         """Add the ticks that are due, or soon will be, and that nobody has planned.
 
@@ -194,6 +195,7 @@ class Timetable:
             in_hand: the runs that it has taken and not finished.
             now: the moment of the look.
             until: up to when it has looked for runs; before the moment of the look where there are more.
+            withheld: those of the queues of which Prefect lists not all, by a pause or a limit.
 
         Returns:
             The runs to be started; without those of a job that has earlier ones still to be made.
@@ -205,16 +207,21 @@ class Timetable:
         self._told_of -= {run.deployment_id for run in found if run.auto_scheduled}
         seen = Seen.of(found, in_hand, now, until)
         lines = [line for line in self._lines.values() if line.plan.queue in queues and not line.held]
+        for line in lines:
+            if line.plan.queue not in withheld:
+                line.left.clear()
         missing = find_missing(lines, seen)
         self.has_new, self.is_cut = missing.has_new, missing.is_cut
         self.complete_until = missing.complete_until
-        made = await self._make_all(missing)
+        made = await self._make_all(missing, withheld)
         if missing.held_up:
             self.complete_until = min(self.complete_until, seen.now)
         return [run for run in (*found, *made) if not missing.holds_up(run)]
 
-    async def _make_all(self, missing: Missing) -> list[FlowRun]:
+    async def _make_all(self, missing: Missing, withheld: Collection[str]) -> list[FlowRun]:
         """Make ticks side by side; where the API fails for some, those of other jobs go on.
+
+        What is made of a queue that is withheld waits there, until Prefect lists it.
 
         Raises:
             HTTPError: the API fails for all.
@@ -223,11 +230,15 @@ class Timetable:
 
         async def make(tick: datetime, line: Line) -> FlowRun | None:
             try:
-                return await self._make(line, tick)
+                run = await self._make(line, tick)
             except API_FAULTS as fault:
                 faults.append(fault)
                 missing.hold_up(line, tick)
                 return None
+            if run is not None and line.plan.queue in withheld:
+                line.left.add(tick)
+                return None
+            return run
 
         made = [run for run in await side_by_side(starmap(make, missing.ticks)) if run is not None]
         if len(faults) == len(missing.ticks) and faults:

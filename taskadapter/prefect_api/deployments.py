@@ -91,11 +91,6 @@ async def flow_names(client: PrefectClient, ids: Collection[UUID]) -> dict[UUID,
     return {flow.id: flow.name for flow in await all_pages(client.read_flows, flow_filter=some)}
 
 
-async def queue_names(client: PrefectClient, work_pool: str) -> set[str]:
-    """Return the names of the queues of a work pool."""
-    return {queue.name for queue in await all_pages(client.read_work_queues, work_pool_name=work_pool)}
-
-
 def stored_trigger(variables: Mapping[str, Any] | None) -> TriggerConfiguration | None:
     """Return the trigger among the job variables of a deployment of ours, None of another.
 

@@ -11,10 +11,12 @@ from prefect.utilities.slugify import slugify
 
 from taskadapter.declare.triggers import WarmBackupConfig
 from taskadapter.errors import TaskError
+from taskadapter.prefect_api.client import all_pages
 from taskadapter.rules import ticks
 from taskadapter.settings import TaskadapterSettings
 
 if TYPE_CHECKING:
+    from prefect.client.orchestration import PrefectClient
     from prefect.client.schemas.objects import WorkPool
     from sqlalchemy import URL
 
@@ -124,6 +126,43 @@ class PoolSize:
     def put_into(self, template: dict[str, Any]) -> dict[str, Any]:
         """Return a base job template whose variables have this size as their defaults."""
         return _write(template, asdict(self))
+
+
+@dataclass(frozen=True)
+class Queues:
+    """A work pool's queues, and of which of them Prefect lists no run, or only some.
+
+    Attributes:
+        names: all of them.
+        paused: those that are paused, or all where the pool is; a limit of 0 is a pause.
+        limited: those that have a limit of their own, or all where the pool has one.
+    """
+
+    names: frozenset[str]
+    paused: frozenset[str] = frozenset()
+    limited: frozenset[str] = frozenset()
+
+    @classmethod
+    async def read(cls, client: PrefectClient, work_pool: str) -> Self:
+        """Return those of a pool.
+
+        Raises:
+            ObjectNotFound: there is no such pool.
+        """
+        pool = await client.read_work_pool(work_pool)
+        queues = await all_pages(client.read_work_queues, work_pool_name=work_pool)
+        limits = {one.name: {pool.concurrency_limit, one.concurrency_limit} - {None} for one in queues}
+        closed = (one for one in queues if pool.is_paused or one.is_paused or 0 in limits[one.name])
+        return cls(
+            names=frozenset(limits),
+            paused=frozenset(one.name for one in closed),
+            limited=frozenset(name for name, limit in limits.items() if limit),
+        )
+
+    @property
+    def withheld(self) -> frozenset[str]:
+        """Those of which a run that is not listed may be there all the same."""
+        return self.paused | self.limited
 
 
 def preload_of(pool: WorkPool) -> tuple[str, ...]:

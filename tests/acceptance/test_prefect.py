@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
+import time
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate
+from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate, WorkPoolUpdate
 from prefect.client.schemas.schedules import CronSchedule
 
-from tests.acceptance.project import Prefect, Project, is_alive, state_of
+from deployments.local import wait_until
+from tests.acceptance.project import PATIENCE, Prefect, Project, is_alive, state_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 HOOKED = """
     from ledger import note
@@ -119,7 +123,27 @@ PLAIN = """
              first=os.environ.get("FIRST"), second=os.environ.get("SECOND"))
 """
 
+BEAT = """
+    import time
+    from pathlib import Path
+    from ledger import note
+    from taskadapter import Listener, TriggerConfiguration, current_run
+
+    @Listener(trigger=TriggerConfiguration(interval=1)).service("beat")
+    def beat() -> None:
+        note("beat", "ran", due=current_run().scheduled_time.timestamp())
+
+    @Listener(trigger=TriggerConfiguration(interval=3600, start_time="2100-01-01T00:00Z")).service("holds")
+    def holds(until: str = "") -> None:
+        note("holds", "ran")
+        while not Path(until).exists():
+            time.sleep(0.05)
+"""
+
 NODE = "node-1"
+
+HEARD = 3.0
+"""Seconds until a change of the pool holds: until it is heard, and what is claimed has begun."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -133,6 +157,16 @@ def node(project: Project, prefect: Prefect) -> Iterator[int]:
     with project.agent(NODE) as agent:
         project.deploy()
         yield agent.pid
+
+
+@pytest.fixture
+def beat(project: Project, prefect: Prefect) -> Iterator[str]:
+    """A job that runs every second, for one test."""
+    project.write("flows/beat.py", BEAT)
+    project.deploy()
+    project.wait_for("beat", "ran", len(project.entries("beat")) + 2)
+    yield "beat"
+    prefect.client.delete_deployment(prefect.deployment("beat").id)
 
 
 def deploy_plain(project: Project, prefect: Prefect, name: str, **options: Any) -> str:
@@ -304,3 +338,37 @@ def test_a_direct_call_is_not_gated(project: Project) -> None:
     project.run(sys.executable, "-c", call)
 
     assert project.entries("tick", "ran")[-1]["node"] is None
+
+
+@pytest.mark.parametrize("by", ["a pause", "a limit"])
+def test_a_pool_that_lets_nothing_through_holds_its_jobs(
+    project: Project, prefect: Prefect, beat: str, tmp_path: Path, by: str
+) -> None:
+    """Nothing begins, although the agent makes ticks itself; afterwards all that was due runs, in order."""
+    gate = tmp_path / "enough"
+    if by == "a limit":
+        prefect.start("holds", parameters={"until": str(gate)})
+        project.wait_for("holds", "ran")
+    shut, wide = (
+        (WorkPoolUpdate(is_paused=True), WorkPoolUpdate(is_paused=False))
+        if by == "a pause"
+        else (WorkPoolUpdate(concurrency_limit=1), WorkPoolUpdate(concurrency_limit=None))
+    )
+    prefect.client.update_work_pool(project.pool, shut)
+    closed = time.time()
+    try:
+        wait_until(lambda: time.time() > closed + HEARD + 5, PATIENCE, "some ticks to be due")
+        late = [entry for entry in project.entries(beat) if entry.at > closed + HEARD]
+    finally:
+        gate.touch()
+        prefect.client.update_work_pool(project.pool, wide)
+    assert late == []
+
+    def caught_up() -> bool:
+        return any(entry["due"] > closed + HEARD + 5 for entry in project.entries(beat))
+
+    wait_until(caught_up, PATIENCE, "the job to catch up")
+    due = [round(entry["due"], 3) for entry in project.entries(beat)]
+    since = [moment for moment in due if moment > closed - 2]
+    assert sorted(since) == since
+    assert {round(later - earlier, 3) for earlier, later in itertools.pairwise(since)} == {1.0}

@@ -59,6 +59,7 @@ class Agent:
         self.share = Share(left_out={OTHERS})
         # As a membership.
         self.served = [DEFAULT_QUEUE]
+        self.withheld: frozenset[str] = frozenset()
         self.queues = {DEFAULT_QUEUE}
         self.database_url = "sqlite://"
         self.domain: Any = object()

@@ -21,7 +21,7 @@ from taskadapter.coordination.heartbeat import Vitals
 from taskadapter.coordination.messages import Gained, Refused, Token
 from taskadapter.declare.triggers import DEFAULT_QUEUE
 from taskadapter.errors import CoordinationError
-from taskadapter.prefect_api.pool import Domain
+from taskadapter.prefect_api.pool import Domain, Queues
 from taskadapter.settings import PREFIX
 from tests.unit.given import node, tick
 
@@ -65,6 +65,7 @@ class Server:
     def __init__(self) -> None:
         self.queues = {DEFAULT_QUEUE, "group", "other"}
         self.domain = Domain(database="sqlite:////first.db")
+        self.paused: set[str] = set()
         self.foreign: dict[str, str] = {}
         self.other_pools: set[tuple[str, str]] = set()
 
@@ -80,8 +81,8 @@ class Server:
         if (name, pool) not in self.other_pools:
             raise ObjectNotFound(ValueError(name))
 
-    async def queue_names(self, *_: object) -> set[str]:
-        return set(self.queues)
+    async def read(self, *_: object) -> Queues:
+        return Queues(frozenset(self.queues), frozenset(self.paused))
 
     def claim(self, _: str, __: str, names: Any) -> dict[str, str]:
         return {name: other for name, other in self.foreign.items() if name in names}
@@ -95,7 +96,7 @@ def server(monkeypatch):
     """What the node finds."""
     found = Server()
     monkeypatch.setattr(membership, "Groups", Groups)
-    monkeypatch.setattr(membership, "queue_names", found.queue_names)
+    monkeypatch.setattr(Queues, "read", found.read)
     monkeypatch.setattr(store, "claim_groups", found.claim)
     monkeypatch.setattr(store, "give_up_group", found.give_up)
     monkeypatch.setattr(Groups, "made", [])
@@ -126,6 +127,22 @@ def test_a_node_stands_by_for_every_group_of_its_pool(server):
 def test_a_node_stands_by_for_its_share_only(server):
     """A program's node runs its own listeners' queues."""
     assert stood_by_for(server, "group", DEFAULT_QUEUE) == {"group"}
+
+
+def test_a_pause_in_prefect_is_said_once(server, caplog):
+    """When it begins, and when it is over."""
+    caplog.set_level("INFO")
+    ours = new_membership(server)
+    said = []
+    for paused in (set(), {"group"}, {"group"}, set(), set()):
+        server.paused = paused
+        caplog.clear()
+        asyncio.run(ours.refresh())
+        said.append([line for line in caplog.messages if "in Prefect" in line])
+        assert ours.withheld == paused
+
+    begins = "Paused in Prefect, and nothing begins until it is resumed: group."
+    assert said == [[], [begins], [], ["Resumed in Prefect: group."], []]
 
 
 def test_a_group_of_another_pool_is_left_to_it(server, caplog):

@@ -178,6 +178,22 @@ def test_that_ticks_are_made_is_told_once(caplog):
     assert (look(5), look(10), look(15, planned), look(20)) == (1, 1, 2, 2)
 
 
+def test_what_prefect_withholds_is_made_once_and_waits():
+    """A pause, or a limit, of the pool or a queue holds for ticks that are made, too."""
+    api: Any = Api()
+    timetable: Any = Timetable(None, logging.getLogger("test"), None)
+    timetable._lines, timetable._make = {ID: line()}, api.make
+
+    def look(seconds, *withheld):
+        now = NOON + seconds * SECOND
+        found = asyncio.run(timetable.complete([], ["default"], [], now, now, withheld))
+        return [tick_of(run) for run in found]
+
+    assert look(5, "default") == look(6, "default") == []
+    assert api.made == at(0, 5)
+    assert look(10) == at(0, 5, 10)
+
+
 def test_an_api_that_fails_for_all_is_a_fault():
     """The look has not succeeded."""
     with pytest.raises(httpx.ConnectError):
