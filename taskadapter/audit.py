@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from taskadapter.agent.plans import Plan
     from taskadapter.coordination.executions import Past
 
+RUNNING = "running"
+"""The outcome of an execution that has none yet."""
+
 MISSING = "missing"
 """The outcome of a tick that is not in the ledger, although later ones are: a job's begin in order."""
 
@@ -100,7 +103,7 @@ def _line(past: Past) -> Line:
     return Line(
         due=entry.due,
         number=entry.number,
-        outcome=entry.outcome or "running",
+        outcome=entry.outcome or RUNNING,
         reason=past.reason,
         late=past.late,
         took=past.took,

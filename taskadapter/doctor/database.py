@@ -5,17 +5,19 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 from taskadapter.agent.switches import reading_of
 from taskadapter.agent.worker import WarmBackupWorker
-from taskadapter.coordination import progress, schema
+from taskadapter.coordination import ledger, progress, schema
 from taskadapter.coordination.engines import open_engine, transaction, would_make_file
 from taskadapter.coordination.faults import where
 from taskadapter.coordination.messages import FOREIGN_GROUP
 from taskadapter.coordination.nodes import groups_of_others
 from taskadapter.coordination.overview import Status, check_rights, read_status
 from taskadapter.doctor.findings import Finding, error, ok, warning
+from taskadapter.doctor.late import look_at_late
 from taskadapter.doctor.pool import groups_of, liveness_of, start_command
 from taskadapter.errors import CoordinationError, SchemaError
 
@@ -37,6 +39,7 @@ class Facts:
         status: groups and nodes.
         foreign: groups of another pool, by name, with that pool's.
         jobs: the rows of the pool's jobs, by their ids.
+        lasts: the last tick of each job that is entered.
     """
 
     missing: tuple[str, ...] = ()
@@ -44,6 +47,7 @@ class Facts:
     status: Status = field(default_factory=lambda: Status((), ()))
     foreign: dict[str, str] | None = None
     jobs: Mapping[str, JobRow] = field(default_factory=dict)
+    lasts: Mapping[str, datetime] = field(default_factory=dict)
 
 
 def look_at_database(
@@ -62,9 +66,14 @@ def look_at_database(
         return [error(f"{source}: {fault}")], {}
     try:
         facts = _read(engine, seen)
+        found = list(_findings(engine, facts, seen))
+        if seen is not None and facts.lasts:
+            found += look_at_late(engine, seen, facts.jobs, facts.lasts)
     except CoordinationError as fault:
         return [error(fault)], {}
-    return list(_findings(engine, facts, seen)), facts.jobs
+    finally:
+        engine.dispose()
+    return found, facts.jobs
 
 
 def _findings(engine: Engine, facts: Facts, seen: Seen | None) -> Iterator[Finding]:
@@ -84,24 +93,23 @@ def _read(engine: Engine, seen: Seen | None) -> Facts:
     """
     if would_make_file(engine.url):
         return Facts(tuple(sorted(schema.metadata.tables)))
-    try:
-        with transaction(engine) as connection:
-            try:
-                schema.require_version(connection, new=True)
-            except SchemaError as fault:
-                raise SchemaError(f"{where(engine.url)}: {fault}") from None
-            if missing := schema.missing_tables(connection):
-                return Facts(missing)
-            check_rights(connection)
-            is_narrow = bool(schema.upgrades(connection))
-            groups, pool = (groups_of(seen.queues), seen.pool.name) if seen else ([], "")
-            foreign = groups_of_others(connection, pool, groups)
-            readings = map(reading_of, seen.jobs if seen else ())
-            slugs = {str(reading.job_id): reading.trigger_slug for reading in readings}
-            jobs = progress.read(connection, slugs)
-            return Facts((), is_narrow, read_status(connection), foreign, jobs)
-    finally:
-        engine.dispose()
+    with transaction(engine) as connection:
+        try:
+            schema.require_version(connection, new=True)
+        except SchemaError as fault:
+            raise SchemaError(f"{where(engine.url)}: {fault}") from None
+        if missing := schema.missing_tables(connection):
+            return Facts(missing)
+        check_rights(connection)
+        is_narrow = bool(schema.upgrades(connection))
+        groups, pool = (groups_of(seen.queues), seen.pool.name) if seen else ([], "")
+        foreign = groups_of_others(connection, pool, groups)
+        readings = map(reading_of, seen.jobs if seen else ())
+        slugs = {str(reading.job_id): reading.trigger_slug for reading in readings}
+        jobs = progress.read(connection, slugs)
+        dues = ledger.dues(connection, slugs, 1).items() if slugs else ()
+        lasts = {job_id: datetime.fromisoformat(last) for job_id, (last, *_) in dues}
+        return Facts((), is_narrow, read_status(connection), foreign, jobs, lasts)
 
 
 def _tables(engine: Engine, facts: Facts, groups: list[str]) -> Finding:

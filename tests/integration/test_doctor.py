@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import prefect
@@ -27,13 +27,14 @@ from prefect.settings import (
 )
 from sqlalchemy import make_url, text
 
-from deployments.local import environment, free_port
-from taskadapter import cli, deploy, doctor, schedule_job_recur_by_frequency
+from deployments.local import environment, free_port, wait_until
+from taskadapter import audit, cli, deploy, doctor, schedule_job_recur_by_frequency
 from taskadapter.coordination import nodes, store, tokens
 from taskadapter.coordination.engines import open_engine, transaction
+from taskadapter.coordination.executions import Execution, Owner
 from taskadapter.coordination.schema import create_missing
 from taskadapter.declare.registry import listeners
-from taskadapter.doctor import server
+from taskadapter.doctor import late, server
 from taskadapter.pools import ensure_work_pool
 from taskadapter.prefect_api.deployments import trigger_of
 from taskadapter.prefect_api.pool import Domain
@@ -136,6 +137,43 @@ def test_a_job_whose_trigger_was_edited(
         about("1 job runs", found)
         == f"ok 1 job runs; paused: {prefect_client.read_deployment(paused.id).name}."
     )
+
+
+def test_a_job_that_is_behind(
+    prefect_client: SyncPrefectClient,
+    pool: str,
+    tmp_path: Path,
+    database: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its ticks wait, and nothing else is wrong."""
+    monkeypatch.setattr(late, "LATE_SECONDS", 0.5)
+    job_id = schedule_job_recur_by_frequency(HELLO, 1, work_pool=pool).id
+    schedule = prefect_client.read_deployment(job_id).schedules[0].schedule
+    assert isinstance(schedule, IntervalSchedule)
+    first = Execution("a tick", "a run", str(job_id), schedule.anchor_date)
+    store.skip(database, first, Owner("node-1", "first"), "a test's")
+
+    def behind() -> list[str]:
+        return [text for text in findings(pool, tmp_path) if "no tick has begun for" in text]
+
+    (found,) = wait_until(behind, 60, "a tick to wait")
+    assert found.startswith(f"warning job {prefect_client.read_deployment(job_id).name!r}: ")
+    prefect_client.pause_deployment(job_id)
+    assert behind() == []
+
+
+def test_a_run_that_later_ticks_wait_for() -> None:
+    """It may hang: the command that ends it is there."""
+    job: Any = SimpleNamespace(name="slow")
+    lines = [audit.Line(f"2030-01-01T00:00:{10 - k:02}", audit.WAITING, late=50.0 + k) for k in range(9)]
+    lines.append(audit.Line("2030-01-01T00:00:01", audit.RUNNING, node="node-1", flow_run="an-id"))
+
+    (found,) = late.of_lines(job, lines)
+
+    assert "no tick has begun for 58 s, and 9 wait" in found.text
+    assert "on node-1: if it hangs, `prefect flow-run cancel an-id`" in found.text
+    assert [*late.of_lines(job, lines[-1:])] == []
 
 
 def test_a_group_and_its_nodes(
