@@ -59,6 +59,9 @@ __all__ = ["Lease", "Step", "Timing", "step"]
 _GRACE = 0.01
 """Seconds that a poll comes after the moment it is meant for, so that it is never early."""
 
+_STALL = 1.0
+"""Seconds after a deadline at which it is noticed if this process runs at all."""
+
 _WAITS_FOR_NAMESAKE = (
     "another process has this name: waiting until it shows life, or has been silent for long"
 )
@@ -239,10 +242,15 @@ def step(lease: Lease, event: Event, now: float) -> Step:
 def _expire(done: Step, now: float) -> Step:
     late = [held for held in done.lease.held.values() if held.deadline <= now]
     for held in late:
-        cause = done.lease.fault or "the database has not answered"
-        reason = f"not confirmed in time: {cause}"
+        reason = f"not confirmed in time: {_why_unconfirmed(done.lease, now - held.deadline)}"
         done = _lose(done, held.token, reason)
     return done
+
+
+def _why_unconfirmed(lease: Lease, late: float) -> str:
+    if late > _STALL:
+        return f"this process stood still for at least {late:.1f} s, stopped, suspended or without CPU"
+    return lease.fault or "the database has not answered"
 
 
 def _lose(done: Step, token: Token, reason: str, *, asked: bool = False, leaves: bool = False) -> Step:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import prefect
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.exceptions import ObjectNotFound
-from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, get_current_settings, temporary_settings
+from prefect.settings import get_current_settings
 
 from taskadapter.doctor.findings import Finding, Level, error, ok, warning
-from taskadapter.prefect_api.client import all_pages, server_version
+from taskadapter.prefect_api.client import all_pages, briefly, server_version
 from taskadapter.prefect_api.deployments import TAG, deployments_of_pool, flow_names
 from taskadapter.prefect_api.faults import FAULTS, UNSET, explain, shown
 from taskadapter.prefect_api.pool import NO_POOL
@@ -61,8 +61,7 @@ async def read(pool_name: str) -> tuple[Seen | None, list[Finding]]:
     if url is None:
         return None, [error(UNSET)]
     found: list[Finding] = []
-    # A server that is busy or away is told of at once, and not after a minute.
-    with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
+    with briefly():
         try:
             async with get_client() as client:
                 found.append(await _version(client, shown(url)))

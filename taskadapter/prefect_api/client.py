@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from json import JSONDecodeError
 from typing import Any, TypeVar, cast
 from uuid import UUID
@@ -15,7 +15,12 @@ import httpx
 from prefect.client.base import ServerType
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.exceptions import ObjectNotFound
-from prefect.settings import get_current_settings
+from prefect.settings import (
+    PREFECT_API_REQUEST_TIMEOUT,
+    PREFECT_CLIENT_MAX_RETRIES,
+    get_current_settings,
+    temporary_settings,
+)
 from prefect.utilities.asyncutils import run_coro_as_sync
 from pydantic import ValidationError
 
@@ -26,6 +31,9 @@ T = TypeVar("T")
 
 AT_ONCE = 8
 """How many calls are made side by side: a server on SQLite gains nothing from more, and others little."""
+
+COMMAND_SECONDS = 15.0
+"""How long a command waits for an answer of the API, which takes milliseconds."""
 
 PAGE = 200
 """As many as Prefect's API returns at a time."""
@@ -96,6 +104,13 @@ async def api_client() -> AsyncIterator[PrefectClient]:
         raise ApiUnavailableError(f"{explain(fault, is_prefect=False)}.") from None
 
 
+@contextmanager
+def briefly() -> Iterator[None]:
+    """Have Prefect's client say soon, and not after minutes, that a server does not answer."""
+    with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0, PREFECT_API_REQUEST_TIMEOUT: COMMAND_SECONDS}):
+        yield
+
+
 @asynccontextmanager
 async def server_client() -> AsyncIterator[PrefectClient]:
     """Yield a client of the server that the settings name, once that has answered as Prefect's API does.
@@ -108,15 +123,16 @@ async def server_client() -> AsyncIterator[PrefectClient]:
     if get_current_settings().api.url is None:
         raise ApiUnavailableError(f"{UNSET}.")
     is_prefect = False
-    try:
-        async with get_client() as client:
-            await server_version(client)
-            is_prefect = True
-            yield client
-    except TaskError:
-        raise
-    except FAULTS as fault:
-        raise ApiUnavailableError(f"{explain(fault, is_prefect=is_prefect)}.") from fault
+    with briefly():
+        try:
+            async with get_client() as client:
+                await server_version(client)
+                is_prefect = True
+                yield client
+        except TaskError:
+            raise
+        except FAULTS as fault:
+            raise ApiUnavailableError(f"{explain(fault, is_prefect=is_prefect)}.") from fault
 
 
 async def server_version(client: PrefectClient) -> str | None:

@@ -42,6 +42,9 @@ def explain(fault: Exception, *, is_prefect: bool) -> str:
     if isinstance(fault, httpx.UnsupportedProtocol):
         rest = url.rpartition("://")[-1]
         return f"PREFECT_API_URL={url} does not begin with http:// or https://; write http://{rest}"
+    if isinstance(fault, httpx.TimeoutException):
+        seconds = get_current_settings().api.request_timeout
+        return f"{who} has not answered for {seconds:g} s; see its process, its database and its load"
     if isinstance(fault, httpx.TransportError):
         return (
             f"{who} does not answer: {str(fault).removesuffix('.') or type(fault).__name__}; start it with "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import uuid
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
@@ -71,3 +72,18 @@ def test_a_command_says_so_in_one_line(
     assert ended.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"taskadapter: Prefect's API at {nowhere} does not answer")
+
+
+def test_a_server_that_never_answers_is_told_of_soon(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It accepts connections, as a frozen one does; Prefect's client would try it for minutes."""
+    monkeypatch.setattr("taskadapter.prefect_api.client.COMMAND_SECONDS", 0.2)
+    monkeypatch.setattr("sys.argv", ["taskadapter", "status"])
+    with socket.create_server(("127.0.0.1", 0)) as frozen:
+        url = f"http://127.0.0.1:{frozen.getsockname()[1]}/api"
+        with temporary_settings({PREFECT_API_URL: url}), pytest.raises(SystemExit):
+            cli.main()
+
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"taskadapter: Prefect's API at {url} has not answered for 0.2 s; ")

@@ -144,6 +144,13 @@ class TestTrust:
         assert (lost.token, lost.asked) == (TOKEN, False)
         assert "g" not in active.lease.held
 
+    def test_a_process_that_stood_still_says_so(self, active: Node) -> None:
+        """It is not the database that did not answer, when nobody was there to hear it."""
+        active.tell(TimePassed(), START + 1 + 5.4 + 26)
+        (said,) = active.said
+        assert said.startswith("standby for g after term 5: not confirmed in time: this process stood")
+        assert "26.0 s" in said
+
     def test_is_extended_by_a_renewal(self, active: Node) -> None:
         """A renewal moves the deadline, counted from before it was sent."""
         (sent,) = active.tell(TimePassed(), START + 2.5)
