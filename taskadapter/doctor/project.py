@@ -12,6 +12,7 @@ import yaml
 from prefect.exceptions import ScriptError
 
 from taskadapter import deploy
+from taskadapter.declare.attached import file_of
 from taskadapter.doctor.findings import Finding, error, ok, warning
 from taskadapter.errors import DeclarationError, TaskError
 from taskadapter.settings import PREFIX, TaskadapterSettings, misspelt
@@ -92,7 +93,10 @@ def _rendered(flows: Path, file: Path, text: str) -> Finding:
         return error(f"{file} cannot be read: {fault.strerror}; mend that, and run `taskadapter render`")
     if is_same:
         return ok(f"{file} is what {flows}/ declares")
-    return warning(f"{file} is not what {flows}/ declares; run `taskadapter render`, and deploy")
+    return warning(
+        f"{file} is not what {flows}/ declares; if no module is missing here, run `taskadapter render`, "
+        "and deploy"
+    )
 
 
 def declared_for(deployments: list[dict[str, Any]], pool: str) -> dict[str, dict[str, Any]]:
@@ -138,10 +142,17 @@ def not_declared(declared: list[dict[str, Any]], seen: Seen, flows: Path) -> Ite
         was_declared = seen.flows.get(job.flow_id) == job.name and _is_in(flows, job.entrypoint)
         if was_declared and job.name not in names:
             name = shlex.quote(f"{job.name}/{job.name}")
-            yield warning(
-                f"job {job.name!r} is deployed, and {flows}/ does not declare it any more; declare it "
-                f"again, or `prefect deployment delete {name}`"
-            )
+            if (file := file_of(job.entrypoint or "")) is not None and not file.exists():
+                yield error(
+                    f"{file} is not here, and runs of job {job.name!r} crash on a node of this folder; "
+                    "bring it back, and meanwhile hand its group over with `taskadapter resign`; or, if "
+                    f"the job was removed, `prefect deployment delete {name}`"
+                )
+            else:
+                yield warning(
+                    f"job {job.name!r} is deployed, and {flows}/ does not declare it any more; declare it "
+                    f"again, or `prefect deployment delete {name}`"
+                )
 
 
 def _is_in(folder: Path, entrypoint: str | None) -> bool:

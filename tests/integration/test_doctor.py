@@ -417,7 +417,7 @@ def a_declaration_that_is_refused(system: System) -> None:
     system.module.write_text(system.module.read_text().replace("3600", "-1"))
 
 
-@breaks("warning", "prefect.yaml is not what", "run `taskadapter render`, and deploy")
+@breaks("warning", "prefect.yaml is not what", "if no module is missing here, run `taskadapter render`")
 def a_declaration_that_is_not_rendered(system: System) -> None:
     system.module.write_text(system.module.read_text().replace("3600", "60"))
 
@@ -451,6 +451,11 @@ def a_trigger_that_is_rendered_and_not_deployed(system: System) -> None:
 def a_job_that_is_not_declared_any_more(system: System) -> None:
     system.module.write_text(system.module.read_text().replace(system.service, "another"))
     system.render()
+
+
+@breaks("error", "count.py is not here, and runs of job '{service}' crash", "bring it back")
+def a_module_that_is_missing(system: System) -> None:
+    system.module.unlink()
 
 
 @breaks("error", f"setting {SETTING}WORKER_COUNT=0 is refused", "correct it, or unset it")
