@@ -169,6 +169,7 @@ class Missing:
         held_up: of some jobs the first tick that is still to be made: later ones wait for it.
         has_new: whether some are the first of a job, and others are to follow.
         is_cut: whether the list of runs was too short for jobs that are in time, besides late ones.
+        has_left: whether some are made now, and wait until Prefect lists them.
     """
 
     complete_until: datetime
@@ -176,6 +177,7 @@ class Missing:
     held_up: dict[UUID | None, datetime] = field(default_factory=dict)
     has_new: bool = False
     is_cut: bool = False
+    has_left: bool = False
 
     def hold_up(self, line: Line, tick: datetime) -> None:
         """Have a job's ticks from this one on wait: they begin in order."""

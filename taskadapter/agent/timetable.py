@@ -214,7 +214,7 @@ class Timetable:
         self.has_new, self.is_cut = missing.has_new, missing.is_cut
         self.complete_until = missing.complete_until
         made = await self._make_all(missing, withheld)
-        if missing.held_up:
+        if missing.held_up or missing.has_left:
             self.complete_until = min(self.complete_until, seen.now)
         return [run for run in (*found, *made) if not missing.holds_up(run)]
 
@@ -237,6 +237,7 @@ class Timetable:
                 return None
             if run is not None and line.plan.queue in withheld:
                 line.left.add(tick)
+                missing.has_left = True
                 return None
             return run
 
