@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import math
+import signal
 import statistics
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -105,6 +107,8 @@ Results = dict[str, list[Figures]]
 def main() -> None:
     """Run what the command line asks for and print its tables."""
     options = _options()
+    # So that an end by signal cleans up as well.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with (
         tempfile.TemporaryDirectory() as directory,
         postgres() as database,
