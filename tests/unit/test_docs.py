@@ -9,6 +9,7 @@ import re
 from enum import Enum
 from inspect import Parameter
 from operator import attrgetter
+from pathlib import Path
 from textwrap import indent
 
 import pytest
@@ -43,9 +44,10 @@ def test_a_name_of_the_package(name):
     pytest.fail(f"there is no {name}")
 
 
+PACKAGE = Path(taskadapter.__file__).parent
 MODULES = [
-    ".".join(path.relative_to(ROOT / "taskadapter").with_suffix("").parts)
-    for path in (ROOT / "taskadapter").glob("*/*.py")
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    for path in PACKAGE.glob("*/*.py")
     if path.stem != "__init__" and path.parent.name != "doctor"
 ]
 
