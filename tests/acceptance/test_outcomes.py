@@ -327,8 +327,11 @@ def test_an_error_does_not_end_a_job_that_is_to_continue(project: Project, prefe
     ("job", "first", "why", "then"),
     [
         ("mended", [1], "run 1 failed, and the error policy is ", [2, 3]),
-        ("twice", [1, 2], "the maximum of 2 runs is reached", [1, 2]),
+        pytest.param(
+            *("twice", [1, 2], "the maximum of 2 runs is reached", [1, 2]), marks=pytest.mark.slow
+        ),
     ],
+    ids=["failed", "counted"],
 )
 def test_a_job_that_has_ended_is_started_again(
     project: Project, prefect: Prefect, job: str, first: list[int], why: str, then: list[int]

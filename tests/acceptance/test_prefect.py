@@ -340,7 +340,7 @@ def test_a_direct_call_is_not_gated(project: Project) -> None:
     assert project.entries("tick", "ran")[-1]["node"] is None
 
 
-@pytest.mark.parametrize("by", ["a pause", "a limit"])
+@pytest.mark.parametrize("by", ["a pause", pytest.param("a limit", marks=pytest.mark.slow)])
 def test_a_pool_that_lets_nothing_through_holds_its_jobs(
     project: Project, prefect: Prefect, beat: str, tmp_path: Path, by: str
 ) -> None:
