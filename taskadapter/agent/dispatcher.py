@@ -237,6 +237,7 @@ class Dispatcher:
             await self._decide(run)
         except ObjectNotFound:
             self._log.info("Run %s or its deployment was deleted.", run.flow_run.name)
+            await self._delete_orphan(run.flow_run)
             self._look_for(News(Kind.DEPLOYMENT, run.flow_run.deployment_id))
         except (*API_FAULTS, CoordinationError) as fault:
             # One line is enough until a claim succeeds again.
@@ -257,6 +258,19 @@ class Dispatcher:
             self._hand.put_down(run)
             self._queue.through(run.flow_run.id, time.monotonic())
             self._news.set()
+
+    async def _delete_orphan(self, flow_run: FlowRun) -> None:
+        """Delete a planned run whose deployment is gone, as Prefect does with those that were there before.
+
+        Its scheduler was planning some at the moment in which the deployment was deleted.
+        """
+        if flow_run.deployment_id is None or not flow_run.auto_scheduled or flow_run.run_count:
+            return
+        with contextlib.suppress(ObjectNotFound, *API_FAULTS):  # else the next look finds it again
+            try:
+                await self._client.read_deployment(flow_run.deployment_id)
+            except ObjectNotFound:
+                await self._client.delete_flow_run(flow_run.id)
 
     async def _decide(self, run: RunInHand) -> None:
         """Give a run a place among its job's, judge it as Prefect's schedule cannot, claim and run it."""

@@ -120,12 +120,32 @@ def test_what_can_begin_goes_first():
     assert [run.life.deferred for run in runs] == [False, True]
 
 
-def test_a_run_that_is_gone_is_a_reason_to_look_at_its_job(caplog):
-    """Somebody may have deleted that."""
+class Client:
+    """Has no such deployment, or has it, and deletes runs."""
+
+    def __init__(self, has_deployment):
+        self.has_deployment, self.deleted = has_deployment, []
+
+    async def read_deployment(self, _):
+        if not self.has_deployment:
+            raise ObjectNotFound(ValueError("gone"))
+
+    async def delete_flow_run(self, run_id):
+        self.deleted.append(run_id)
+
+
+@pytest.mark.parametrize(
+    ("has_deployment", "planned", "is_deleted"),
+    [(False, True, True), (False, False, False), (True, True, False)],
+    ids=["planned too late", "by hand", "of a job that is there"],
+)
+def test_a_run_that_is_gone_is_a_reason_to_look_at_its_job(has_deployment, planned, is_deleted, caplog):
+    """Somebody may have deleted that: what Prefect's scheduler was planning of it then goes, too."""
     caplog.set_level("INFO")
     news: list[News] = []
     dispatcher = new_dispatcher(news.append)
-    run = dispatcher._hand.take(tick(uuid4(), 1), None)
+    dispatcher._client = client = Client(has_deployment)
+    run = dispatcher._hand.take(tick(uuid4(), 1, planned=planned), None)
 
     async def decide(_):
         raise ObjectNotFound(ValueError("gone"))
@@ -135,6 +155,7 @@ def test_a_run_that_is_gone_is_a_reason_to_look_at_its_job(caplog):
 
     assert news == [News(Kind.DEPLOYMENT, run.flow_run.deployment_id)]
     assert "was deleted" in caplog.text
+    assert client.deleted == ([run.flow_run.id] if is_deleted else [])
 
 
 @pytest.mark.parametrize(
