@@ -109,17 +109,12 @@ async def _refuse_another_database(pool: WorkPool, domain: Domain) -> None:
         return  # its password is gone, and with it whoever could see the nodes
     nodes = await asyncio.to_thread(store.live_nodes, url, pool.name, before.liveness_check_interval)
     if nodes:
+        was, new = before.unlike(domain)["database"], domain.unlike(before)["database"]
         raise TaskError(
-            f"work pool {pool.name!r} has {', '.join(nodes)} active or standing by in "
-            f"{_where(before)}, and {_where(domain)} knows nothing of counts and states there; give this "
-            "listener a work_pool= of its own, name the same database, or stop those nodes first."
+            f"work pool {pool.name!r} has {', '.join(nodes)} active or standing by in database {was}, and "
+            f"database {new} knows nothing of counts and states there; give this listener a work_pool= of "
+            "its own, name the same database, or stop those nodes first."
         )
-
-
-def _where(domain: Domain) -> str:
-    return (
-        "the database of each node's settings" if domain.database is None else f"database {domain.database}"
-    )
 
 
 async def _change(client: PrefectClient, name: str, domain: Domain | None, size: PoolSize | None) -> None:

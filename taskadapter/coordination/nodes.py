@@ -25,7 +25,6 @@ __all__ = [
     "claim_groups",
     "give_up_group",
     "groups_of_others",
-    "live_nodes",
     "register",
     "unregister",
 ]
@@ -113,14 +112,6 @@ def _require_gone(connection: Connection, me: Node, interval: float) -> None:
             "--name or WarmBackupConfig(task_id=…)",
             age=float(other.age),
         )
-
-
-def live_nodes(connection: Connection, work_pool: str, within: float) -> list[str]:
-    """Return the nodes that take part in groups of a work pool, and were seen within so many seconds."""
-    ours = set(connection.execute(select(group.c.group_id).where(group.c.work_pool == work_pool)).scalars())
-    live = select(node.c.task_id, node.c.group_ids).where(seconds_since(node.c.last_seen) <= within)
-    rows = connection.execute(live)
-    return sorted(row.task_id.partition("/")[0] for row in rows if ours & set(json.loads(row.group_ids)))
 
 
 def unregister(connection: Connection, me: Node) -> None:

@@ -203,19 +203,17 @@ def live_nodes(database_url: str, work_pool: str, within: float) -> list[str]:
         work_pool: the pool.
         within: in how many seconds they were seen.
     """
-    from sqlalchemy import make_url
+    from taskadapter.coordination.engines import url_of, would_make_file
+    from taskadapter.coordination.overview import read_status
 
-    from taskadapter.coordination import nodes
-    from taskadapter.coordination.engines import file_of
-
-    url = make_url(database_url)
-    if url.get_backend_name() == "sqlite" and file_of(url) is None:
-        return []
     try:
+        if would_make_file(url_of(database_url)):
+            return []
         with _transaction(database_url) as connection:
-            return nodes.live_nodes(connection, work_pool, within)
+            nodes = read_status(connection, work_pool).nodes
     except CoordinationError:
         return []
+    return [node.task_id for node in nodes if node.group_ids and node.lives(within)]
 
 
 def require_database(database_url: str, within: float) -> None:

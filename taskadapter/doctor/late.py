@@ -9,6 +9,7 @@ from taskadapter.agent.plans import plan_of
 from taskadapter.agent.switches import why_over
 from taskadapter.audit import RUNNING, WAITING, history
 from taskadapter.doctor.findings import Finding, warning
+from taskadapter.prefect_api.pool import Queues
 from taskadapter.rules import ticks
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def look_at_late(
     Raises:
         CoordinationError: the database cannot be read.
     """
-    closed = {queue.name for queue in seen.queues if seen.pool.is_paused or queue.is_paused}
+    closed = Queues.of(seen.pool, seen.queues).paused
     for job in seen.jobs:
         is_off = job.paused or job.work_queue_name in closed
         if not is_off and why_over(job, rows.get(str(job.id))) is None and _may_be_late(job, lasts):

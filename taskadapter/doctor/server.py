@@ -129,7 +129,7 @@ def clock(date: str | None, asked: datetime, now: datetime) -> Finding:
             "the server's clock cannot be compared with this machine's: its answers lack the header Date; "
             "let the proxy before it pass that on"
         )
-    if (seconds := max(ahead, 0.0) or min(behind, 0.0)) and abs(seconds) >= CLOCK_SECONDS:
+    if abs(seconds := max(ahead, 0.0) or min(behind, 0.0)) >= CLOCK_SECONDS:
         return warning(
             f"this machine's clock is {seconds:+.0f} s from the server's, and runs start by it; keep both "
             "right, with NTP"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Self
 
@@ -17,7 +17,7 @@ from taskadapter.settings import TaskadapterSettings
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import PrefectClient
-    from prefect.client.schemas.objects import WorkPool
+    from prefect.client.schemas.objects import WorkPool, WorkQueue
     from sqlalchemy import URL
 
 
@@ -150,7 +150,11 @@ class Queues:
             ObjectNotFound: there is no such pool.
         """
         pool = await client.read_work_pool(work_pool)
-        queues = await all_pages(client.read_work_queues, work_pool_name=work_pool)
+        return cls.of(pool, await all_pages(client.read_work_queues, work_pool_name=work_pool))
+
+    @classmethod
+    def of(cls, pool: WorkPool, queues: Collection[WorkQueue]) -> Self:
+        """Return those of a pool that was read."""
         limits = {one.name: {pool.concurrency_limit, one.concurrency_limit} - {None} for one in queues}
         closed = (one for one in queues if pool.is_paused or one.is_paused or 0 in limits[one.name])
         return cls(
