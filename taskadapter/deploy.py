@@ -20,6 +20,7 @@ from prefect.client.schemas.actions import DeploymentScheduleCreate, DeploymentU
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.exceptions import ObjectNotFound, ScriptError
+from prefect.logging import get_logger
 from prefect.utilities.callables import parameter_schema
 from prefect.utilities.importtools import load_script_as_module
 
@@ -34,6 +35,8 @@ from taskadapter.prefect_api.deployments import DETACHED, TAG
 from taskadapter.prefect_api.locks import lock
 from taskadapter.prefect_api.ticks import create_tick
 from taskadapter.rules import ticks
+
+_log = get_logger("taskadapter")
 
 HEADER = """\
 # Made by `taskadapter render` from the declarations in {flows}/: change those, not this file.
@@ -429,6 +432,15 @@ async def _change(
 ) -> Put:
     await _end_earlier_triggers(client, deployed, slug)
     differs = any(getattr(deployed, field) != value for field, value in wanted.items())
+    if deployed.work_pool_name not in (None, wanted["work_pool_name"]):
+        _log.warning(
+            "Job %s moves from work pool %s to %s, and the nodes of %s run it no longer. If another "
+            "project has a job of that name, give this one another name.",
+            deployed.name,
+            deployed.work_pool_name,
+            wanted["work_pool_name"],
+            deployed.work_pool_name,
+        )
     if differs:
         await client.update_deployment(deployed.id, DeploymentUpdate(**wanted))
     # After that: agents know a job's schedule by its trigger, which is among these fields.

@@ -29,6 +29,7 @@ from taskadapter.agent.node import Node, queue_of
 from taskadapter.agent.queue import Queue, Which, any_run
 from taskadapter.agent.runner import Runner
 from taskadapter.agent.runs import Phase
+from taskadapter.agent.succession import Succession
 from taskadapter.agent.timetable import Timetable
 from taskadapter.coordination.messages import Token
 from taskadapter.errors import CoordinationError
@@ -58,6 +59,7 @@ class Dispatcher:
         deployments: what they are runs of.
         timetable: which ticks are owed; it learns here which are settled.
         hand: the runs that it has taken from the queue, until they are over.
+        succession: which nodes may be able to run what this one cannot.
         look_for: has a look made for what some news is about.
     """
 
@@ -69,6 +71,7 @@ class Dispatcher:
         deployments: Deployments,
         timetable: Timetable,
         hand: Hand,
+        succession: Succession,
         look_for: Callable[[News], None],
     ) -> None:
         self._node = node
@@ -82,7 +85,9 @@ class Dispatcher:
         self._timetable = timetable
         self._queue = Queue()
         self._hand = hand
-        self._runner = Runner(node, membership, hosts, deployments, timetable, self._queue, hand)
+        self._runner = Runner(
+            node, membership, hosts, deployments, timetable, self._queue, hand, succession
+        )
         self._handling: set[asyncio.Task[None]] = set()
         self._waits: set[asyncio.Timeout] = set()
         self._is_held_up = False

@@ -49,7 +49,7 @@ class Outcome:
     @property
     def message(self) -> str:
         """What to tell of a run that has crashed."""
-        return self.end.fault if isinstance(self.end, protocol.Crashed) else self.how
+        return self.end.fault if isinstance(self.end, protocol.Crashed | protocol.Unloadable) else self.how
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from taskadapter.agent.membership import Membership
     from taskadapter.agent.node import Node
     from taskadapter.agent.queue import Queue
+    from taskadapter.agent.succession import Succession
     from taskadapter.agent.timetable import Timetable
 
 PAUSE_SECONDS = 5.0
@@ -48,6 +49,7 @@ class Runner:
         timetable: which ticks are owed; it learns here which are settled.
         queue: where those go that are put back; it learns how long their code takes to load.
         hand: where they are meanwhile.
+        succession: which nodes may be able to run what this one cannot.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Runner:
         timetable: Timetable,
         queue: Queue,
         hand: Hand,
+        succession: Succession,
     ) -> None:
         self._node = node
         self._log = node.log
@@ -69,6 +72,7 @@ class Runner:
         self._timetable = timetable
         self._queue = queue
         self._hand = hand
+        self._succession = succession
 
     async def run(self, run: RunInHand, job: DeployedJob) -> None:
         """Run a claimed run, and do what follows from how it went."""
@@ -79,6 +83,8 @@ class Runner:
             match action:
                 case runs.AskLedger(at_fault):
                     await self._settle(run, assignment, outcome.message, at_fault=at_fault)
+                case runs.PassOn():
+                    await self._pass_on(run, assignment, outcome.message)
                 case runs.PutBack() | runs.ShowSkipped():
                     await self.give_back(run, action)
                 case runs.Skip(reason):
@@ -102,6 +108,14 @@ class Runner:
                     self._hand.hold_back(run)
             case runs.ShowSkipped(reason):
                 await self._teller.skip(run.flow_run, reason)
+
+    async def _pass_on(self, run: RunInHand, assignment: Assignment, message: str) -> None:
+        """Have another node run what cannot be loaded here; if there is none it has crashed."""
+        if await self._succession.pass_on(run, message):
+            run.meet(runs.Dropped())
+            await self.give_back(run, runs.give_back(run.life))
+        else:
+            await self._settle(run, assignment, message, at_fault=True)
 
     async def _settle(
         self, run: RunInHand, assignment: Assignment, message: str, *, at_fault: bool

@@ -222,7 +222,12 @@ class AskLedger:
     at_fault: bool
 
 
-Action: TypeAlias = EndJob | HoldJob | PutBack | Skip | ShowSkipped | AskLedger
+@dataclass(frozen=True, slots=True)
+class PassOn:
+    """Have a node run it that can load its code; if there is none, it has crashed."""
+
+
+Action: TypeAlias = EndJob | HoldJob | PutBack | Skip | ShowSkipped | AskLedger | PassOn
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,6 +289,8 @@ def _end(life: Life, end: protocol.End | Killed) -> Step:
             return _job_ends(life, reason, AskLedger(at_fault=False))
         case protocol.Crashed():
             return Step(life, actions=(AskLedger(at_fault=True),))
+        case protocol.Unloadable():
+            return Step(life, actions=(PassOn(),))
         case Killed():
             return Step(life, actions=(AskLedger(at_fault=False),))
 

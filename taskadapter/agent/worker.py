@@ -43,6 +43,7 @@ from taskadapter.agent.membership import Membership
 from taskadapter.agent.node import Node, Share
 from taskadapter.agent.showing import Showing
 from taskadapter.agent.signals import at_a_signal
+from taskadapter.agent.succession import Succession
 from taskadapter.agent.takeover import Takeover
 from taskadapter.agent.tasks import Tasks
 from taskadapter.agent.terms import Terms
@@ -223,6 +224,9 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
             self._deployments,
             self._timetable,
             self._hand,
+            Succession(
+                node, self._membership, self._hand, lambda token: self._terms.hear(ResignAsked(token))
+            ),
             look_for=lambda news: self._lookout.look_for(news),
         )
         self._watch = Watch(node, self._hand, hears=lambda: self._lookout.hears)

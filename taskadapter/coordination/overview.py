@@ -26,6 +26,12 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection
 
+    from taskadapter.coordination.messages import Token
+
+
+LATELY_SECONDS = 3600.0
+"""For how long a process that has given a group back is not asked to take it for a job's sake."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupStatus:
@@ -183,6 +189,32 @@ def read_tenures(connection: Connection, group_ids: Collection[str], last: int) 
         .order_by(columns.group_id, columns.term.desc())
     )
     return [Tenure(**row._mapping) for row in rows]
+
+
+def read_successors(connection: Connection, token: Token, incarnation: str, within: float) -> list[str]:
+    """Return the nodes that stand by for a group, and may be able to run what its holder cannot.
+
+    A process that has given the group back lately, without being asked to, could not either.
+
+    Args:
+        connection: in a transaction.
+        token: the holder's.
+        incarnation: of the holder.
+        within: only nodes that have shown that they live in so many seconds.
+    """
+    terms = tenure.c
+    gave_up = select(terms.incarnation).where(
+        terms.group_id == token.group_id,
+        seconds_since(terms.released) <= LATELY_SECONDS,
+        terms.resign_requested.is_(None),
+    )
+    others = node.c.incarnation != incarnation, node.c.incarnation.not_in(gave_up)
+    rows = connection.execute(
+        select(node.c.task_id, node.c.group_ids)
+        .where(seconds_since(node.c.last_seen) <= within, *others)
+        .order_by(node.c.task_id)
+    )
+    return [row.task_id.partition("/")[0] for row in rows if token.group_id in json.loads(row.group_ids)]
 
 
 def check_rights(connection: Connection) -> None:

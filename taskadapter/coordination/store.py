@@ -64,6 +64,13 @@ def tenures(database_url: str, group_ids: Collection[str], last: int) -> list[Te
     return ask(database_url, lambda connection: read_tenures(connection, group_ids, last))
 
 
+def successors(database_url: str, token: Token, incarnation: str, within: float) -> list[str]:
+    """Return the nodes that may run what a token's holder cannot; see `overview.read_successors`."""
+    from taskadapter.coordination.overview import read_successors
+
+    return ask(database_url, lambda connection: read_successors(connection, token, incarnation, within))
+
+
 def orphaned(database_url: str, interval: float) -> list[Entry]:
     """Return what nodes that are gone were executing without a group."""
     from taskadapter.coordination import ledger

@@ -184,7 +184,7 @@ class Host:
         except Exception as exc:  # noqa: BLE001 - the user's modules may raise anything
             line, text = workspace.shown(exc)
             flow_run_logger(assignment.flow_run).error("The flow could not be loaded: %s", text)
-            self._tell(protocol.Crashed(fault=f"The flow could not be loaded: {line}"))
+            self._tell(protocol.Unloadable(fault=f"The flow could not be loaded: {line}"))
             return
         if isinstance(order, protocol.RunHooks):
             run_hooks(flow, assignment, order.state)

@@ -141,7 +141,14 @@ class Crashed(Message, frozen=True):
     fault: str
 
 
-End = Told | Untold | Dropped | Paused | Skipped | Crashed
+class Unloadable(Message, frozen=True):
+    """Its code could not be loaded here, for a reason; another node may have a copy that can be."""
+
+    kind: Literal["unloadable"] = "unloadable"
+    fault: str
+
+
+End = Told | Untold | Dropped | Paused | Skipped | Crashed | Unloadable
 """The last that a process says; one that is killed says none."""
 
 Report = Ready | Step | End

@@ -15,7 +15,7 @@ from taskadapter.coordination import schema
 from taskadapter.coordination.engines import open_engine, transaction
 from taskadapter.coordination.messages import Sighting, Taken, Token
 from taskadapter.coordination.nodes import Node, register, unregister
-from taskadapter.coordination.overview import read_status, read_tenures
+from taskadapter.coordination.overview import LATELY_SECONDS, read_status, read_successors, read_tenures
 from taskadapter.coordination.tokens import (
     acquire,
     fence,
@@ -503,6 +503,57 @@ class TestStatus:
         ]
         assert [one.released is None for one in found] == [True, False, False]
         assert all(0 <= one.began < 60 and one.reason for one in found)
+
+
+class TestSuccessors:
+    """Who may run what a holder cannot."""
+
+    @staticmethod
+    def of(engine: Engine, token: Token, me: Node = NODE, within: float = INTERVAL) -> list[str]:
+        with transaction(engine) as connection:
+            return read_successors(connection, token, me.incarnation, within)
+
+    def test_are_the_others_that_live_and_stand_by(self, engine: Engine) -> None:
+        """Not the holder itself, none that is silent, and none of another group."""
+        enter(engine, NODE, OTHER, node(3))
+        token = must_take(engine)
+        assert self.of(engine, token) == ["node-2", "node-3"]
+        assert self.of(engine, replace(token, group_id="another")) == []
+        rewind(engine, "taskadapter_node", "last_seen", INTERVAL + 1)
+        assert self.of(engine, token) == []
+        assert self.of(engine, token, within=2 * INTERVAL) == ["node-2", "node-3"]
+
+    def test_are_none_that_have_just_given_up(self, engine: Engine) -> None:
+        """A process that has given the group back is left out for an hour; a new one of its name is not."""
+        enter(engine, NODE, OTHER)
+        token = must_take(engine, OTHER)
+        with transaction(engine) as connection:
+            release(connection, [token])
+        token = must_take(engine)
+        assert self.of(engine, token) == []
+        rewind(engine, "taskadapter_tenure", "released", LATELY_SECONDS - 5)
+        assert self.of(engine, token) == []
+        rewind(engine, "taskadapter_tenure", "released", 10)
+        assert self.of(engine, token) == ["node-2"]
+
+    def test_may_be_a_new_process_of_a_name(self, engine: Engine) -> None:
+        """It was started anew, perhaps because somebody has mended what it lacked."""
+        enter(engine, NODE, OTHER)
+        token = must_take(engine, OTHER)
+        with transaction(engine) as connection:
+            release(connection, [token])
+            unregister(connection, OTHER)
+            register(connection, node(2, incarnation=1), [GROUP], INTERVAL)
+        assert self.of(engine, must_take(engine)) == ["node-2"]
+
+    def test_may_be_one_that_was_asked_to_resign(self, engine: Engine) -> None:
+        """An operator has taken the group from it, and not its own trouble."""
+        enter(engine, NODE, OTHER)
+        token = must_take(engine, OTHER)
+        with transaction(engine) as connection:
+            request_resign(connection, GROUP)
+            release(connection, [token])
+        assert self.of(engine, must_take(engine)) == ["node-2"]
 
 
 class TestResign:

@@ -258,6 +258,23 @@ def test_a_job_leaves_others_alone(prefect_client: SyncPrefectClient, name: str)
     assert deployed(prefect_client, name) == before
 
 
+def test_a_job_that_another_pool_had_is_named(
+    prefect_client: SyncPrefectClient, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It may be another project's, whose nodes run it no longer; a pool's own job is no news."""
+    deploy_function(name)
+    deploy_function(name, retry_config=RetryConfiguration(max_attempts=1, retry_interval=1))
+    assert caplog.messages == []
+
+    on = Listener(trigger=TRIGGER, work_pool=f"{POOL}-two")
+    on.service(name)(check_inbox)
+    asyncio.run(deploy(on))
+
+    (told,) = caplog.messages
+    assert told.startswith(f"Job {name} moves from work pool {POOL} to {POOL}-two, ")
+    assert deployed(prefect_client, name).work_pool_name == f"{POOL}-two"
+
+
 def test_the_work_pool_is_made(prefect_client: SyncPrefectClient, name: str) -> None:
     """The first deploy makes the work pool, of our type, and its runs are scheduled on it."""
     on = Listener(trigger=TRIGGER, work_pool=f"pool-of-{name}")

@@ -26,7 +26,7 @@ def new_dispatcher(look_for: Any = lambda _: None) -> Any:
     nothing: Any = None
     deployments = Deployments(nothing, LOG)
     hand = Hand(deployments.known)
-    return Dispatcher(node(), nothing, nothing, deployments, nothing, hand, look_for)
+    return Dispatcher(node(), nothing, nothing, deployments, nothing, hand, nothing, look_for)
 
 
 @pytest.mark.parametrize("fault", [httpx.ConnectError("away"), CoordinationError("away")])

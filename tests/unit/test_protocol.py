@@ -30,6 +30,7 @@ REPORTS = [
     protocol.Paused(),
     protocol.Skipped(reason="too late"),
     protocol.Crashed(fault="no such module\nat all"),
+    protocol.Unloadable(fault="no such module"),
 ]
 REQUESTS = [protocol.Fork(), protocol.Connect(database_url=SecretStr("sqlite://"))]
 NOTICES = [

@@ -212,6 +212,7 @@ def test_a_cancelled_run_has_time_to_clean_up():
         (protocol.Dropped(), (runs.PutBack(keep=True),)),
         (protocol.Paused(), (runs.HoldJob(), runs.PutBack(keep=True))),
         (protocol.Crashed(fault="no"), (runs.AskLedger(at_fault=True),)),
+        (protocol.Unloadable(fault="no"), (runs.PassOn(),)),
         (runs.Killed(), (runs.AskLedger(at_fault=False),)),
     ],
 )

@@ -1,0 +1,105 @@
+"""A node that cannot load a job's code leaves its group to one that can."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from prefect.client.schemas.objects import StateType
+
+from deployments.local import prefect_command, wait_until
+from taskadapter.pools import ensure_work_pool
+from taskadapter.prefect_api.pool import Domain
+from tests.acceptance.project import PATIENCE, Prefect, Project, state_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from deployments.local import Program
+
+BROKEN, WHOLE = "node-1", "node-2"
+
+FLOWS = """
+    import os
+    from ledger import note
+    from taskadapter import Listener, TriggerConfiguration, WarmBackupConfig, current_run
+
+    {before}
+    listener = Listener(
+        trigger=TriggerConfiguration(interval=1),
+        warm_backup_config=WarmBackupConfig(
+            group_id="inherited", liveness_check_interval=3, heartbeat_frequency=0.5
+        ),
+    )
+
+    @listener.service("{name}")
+    def job() -> None:
+        run = current_run()
+        note("{name}", "ran", due=run.scheduled_time.timestamp(), node=run.task_id, term=run.fencing_token)
+"""
+
+ONE_NODE = f'if os.environ.get("NODE") == "{BROKEN}":\n        import no_such_module'
+EVERY_NODE = 'if "NODE" in os.environ:\n        import no_such_module'
+
+
+@pytest.fixture(scope="module")
+def broken(project: Project) -> Iterator[Program]:
+    """The node whose installation lacks a module; it is active, for it was the first."""
+    ensure_work_pool(project.pool, Domain(liveness_check_interval=3, heartbeat_frequency=0.5))
+    with project.agent(BROKEN, env={"NODE": BROKEN}) as node:
+        project.write("flows/inherited.py", FLOWS.format(before=ONE_NODE, name="inherited"))
+        project.deploy()
+        yield node
+
+
+@pytest.fixture(scope="module")
+def whole(broken: Program, project: Project) -> Iterator[Program]:
+    """Another one, which has it."""
+    with project.agent(WHOLE, env={"NODE": WHOLE}) as node:
+        yield node
+
+
+def holder(project: Project) -> tuple[str | None, int]:
+    """Return who has the group, and in which term."""
+    command = Path(prefect_command()).with_name("taskadapter")
+    (group,) = json.loads(project.run(command, "status", "--pool", project.pool, "--json"))["groups"]
+    return group["holder"], group["term"]
+
+
+def test_alone_it_says_why_its_runs_crash(project: Project, prefect: Prefect, broken: Program) -> None:
+    """There is nobody who could run them."""
+    first = prefect.wait_for_runs("inherited", "Crashed", count=2)[0]
+    assert "No module named 'no_such_module'" in (state_of(first).message or "")
+    assert holder(project) == (BROKEN, 1)
+
+
+def test_a_standby_gets_the_group_and_every_tick(
+    project: Project, prefect: Prefect, broken: Program, whole: Program
+) -> None:
+    """From the first tick that it runs, none is lost, none crashes, and none runs twice."""
+    entries = project.wait_for("inherited", "ran", 5)
+    assert {entry["node"] for entry in entries} == {WHOLE}
+    dues = [entry["due"] for entry in entries]
+    assert dues == [dues[0] + number for number in range(len(dues))]
+    crashed = [due.expected_start_time.timestamp() for due in prefect.runs("inherited", "Crashed")]
+    assert max(crashed) == pytest.approx(dues[0] - 1)
+    assert "is put back, and group inherited goes to a standby (node-2): " in broken.output()
+
+
+def test_a_job_that_no_node_can_load_crashes_and_keeps_nobody_busy(
+    project: Project, prefect: Prefect, whole: Program
+) -> None:
+    """Each node has tried once, the group stays where it is then, and its other job goes on."""
+    project.write("flows/hopeless.py", FLOWS.format(before=EVERY_NODE, name="hopeless"))
+    project.deploy()
+    prefect.wait_for_runs("hopeless", "Crashed", count=4)
+    _, term = wait_until(lambda: holder(project), PATIENCE, "the group to be held")
+    prefect.wait_for_runs("hopeless", "Crashed", count=len(prefect.runs("hopeless", "Crashed")) + 3)
+    assert holder(project)[1] == term
+    assert prefect.runs("hopeless", "Completed") == []
+    since = len(project.entries("inherited"))
+    project.wait_for("inherited", "ran", since + 2)
+    waiting = [run for run in prefect.runs("hopeless") if run.state_type is StateType.PENDING]
+    assert len(waiting) <= 1
