@@ -36,9 +36,9 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
 
     from taskadapter.coordination.engines import Database
-    from taskadapter.coordination.lease import Timing
     from taskadapter.coordination.messages import Answer, Call, Event
     from taskadapter.coordination.nodes import Node
+    from taskadapter.coordination.timing import Timing
 
 __all__ = ["Courier"]
 

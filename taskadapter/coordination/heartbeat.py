@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, assert_never
 
 from taskadapter.coordination.board import NEVER, clock
 from taskadapter.coordination.courier import Courier
-from taskadapter.coordination.lease import Lease, Timing, step
+from taskadapter.coordination.lease import Lease, step
 from taskadapter.coordination.messages import (
     Abandon,
     Answered,
@@ -37,6 +37,7 @@ from taskadapter.coordination.messages import (
     TimePassed,
 )
 from taskadapter.coordination.nodes import Node
+from taskadapter.coordination.timing import Timing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection

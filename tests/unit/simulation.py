@@ -13,7 +13,7 @@ from enum import StrEnum
 from functools import partial
 from typing import TYPE_CHECKING
 
-from taskadapter.coordination.lease import Lease, Step, Timing, _Held, step
+from taskadapter.coordination.lease import Lease, Step, _Held, step
 from taskadapter.coordination.messages import (
     Abandon,
     Acquire,
@@ -37,6 +37,7 @@ from taskadapter.coordination.messages import (
     Token,
     Unregister,
 )
+from taskadapter.coordination.timing import Timing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from taskadapter.coordination.lease import Lease, Step, Timing, step
+from taskadapter.coordination.lease import Lease, Step, step
 from taskadapter.coordination.messages import (
     Abandon,
     Acquire,
@@ -38,6 +38,7 @@ from taskadapter.coordination.messages import (
     Token,
     Unregister,
 )
+from taskadapter.coordination.timing import Timing
 from tests.unit.simulation import GROUPS, Network, Process, World
 
 if TYPE_CHECKING:

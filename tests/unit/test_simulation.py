@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
-from taskadapter.coordination.lease import Timing
 from taskadapter.coordination.messages import ReleaseAsked, StopAsked
+from taskadapter.coordination.timing import Timing
 from tests.unit.simulation import GROUPS, Mutation, Network, World
 
 if TYPE_CHECKING:
