@@ -24,7 +24,7 @@ from taskadapter.agent.looks import SHORTEST_PAUSE_SECONDS, Looks, Pace
 from taskadapter.agent.node import LONGEST_BACKOFF_SECONDS, Node, queue_of
 from taskadapter.agent.switches import CarryOver
 from taskadapter.coordination import store
-from taskadapter.declare.attached import file_of
+from taskadapter.declare.attached import FETCH_CODE, file_of
 from taskadapter.declare.triggers import DEFAULT_QUEUE
 from taskadapter.errors import ApiUnavailableError, CoordinationError, TaskError
 from taskadapter.prefect_api.client import API_FAULTS, PAGE, backoff, in_words
@@ -291,10 +291,10 @@ class Lookout:
         for place, files in lacking.items():
             if files - self._lacking.get(place, set()):
                 self._node.log.warning(
-                    "Folder %s lacks %s, and runs of it would crash here; start the agent in the project's "
-                    "folder, or deploy with a pull step that fetches the code.",
+                    "Folder %s lacks %s, and runs of it would crash here; %s.",
                     place,
                     ", ".join(sorted(files)),
+                    FETCH_CODE,
                 )
         self._lacking = lacking
 

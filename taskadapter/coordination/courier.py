@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, assert_never
 
 from taskadapter.coordination.board import clock
 from taskadapter.coordination.dialects import Interrupter, hear, listen
-from taskadapter.coordination.engines import Timeouts, exclusive, file_of, open_engine
+from taskadapter.coordination.engines import Timeouts, exclusive, identity_of, open_engine
 from taskadapter.coordination.faults import translated, where
 from taskadapter.coordination.messages import (
     Acquire,
@@ -191,14 +191,14 @@ class Courier:
         self._has_tables = True
 
     def _connected(self) -> Connection:
-        if file_of(self._engine.url) != self._file:
+        if identity_of(self._engine.url) != self._file:
             self._hang_up()  # what was written to a file that is gone nobody else sees
         if self._connection is None:
             self._connection = self._engine.connect()
             with self._guard:
                 self._interrupter = Interrupter(self._connection)
             self._ears = listen(self._connection)
-            self._file = file_of(self._engine.url)
+            self._file = identity_of(self._engine.url)
         return self._connection
 
     def _hang_up(self) -> None:

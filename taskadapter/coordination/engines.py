@@ -28,7 +28,7 @@ __all__ = [
     "Database",
     "Timeouts",
     "exclusive",
-    "file_of",
+    "identity_of",
     "open_engine",
     "transaction",
     "url_of",
@@ -302,7 +302,7 @@ def would_make_file(url: URL) -> bool:
     return url.get_backend_name() == "sqlite" and not path.exists() and path.parent.is_dir()
 
 
-def file_of(url: URL) -> tuple[int, int] | None:
+def identity_of(url: URL) -> tuple[int, int] | None:
     """Return what tells a SQLite database's file from another one of its name; None where there is none."""
     if url.get_backend_name() != "sqlite" or not url.database:
         return None

@@ -293,9 +293,9 @@ def _transaction(database_url: str) -> Iterator[Connection]:
 
 def _engine(url: str) -> Engine:
     """Return this process's engine: for SQLite one for each file that ever had the name."""
-    from taskadapter.coordination.engines import file_of, url_of
+    from taskadapter.coordination.engines import identity_of, url_of
 
-    return _engine_on(url, file_of(url_of(url)))
+    return _engine_on(url, identity_of(url_of(url)))
 
 
 @lru_cache(maxsize=8)

@@ -32,6 +32,10 @@ def place_of(entrypoint: str) -> str:
     return entrypoint.rpartition(_MARK)[0] or entrypoint
 
 
+FETCH_CODE = "start the agent in the project's folder, or deploy with a pull step that fetches the code"
+"""What to do where a node lacks the file of an entrypoint."""
+
+
 def file_of(entrypoint: str) -> Path | None:
     """Return the file that an entrypoint names; None where it names a module."""
     path, is_script, _ = place_of(entrypoint).rpartition(".py:")

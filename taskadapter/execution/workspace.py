@@ -155,8 +155,8 @@ def _require_file(place: str) -> None:
     file = attached.file_of(place)
     if file is not None and not file.is_file():
         raise TaskError(
-            f"folder {Path.cwd()} lacks {file}, which the deployment's entrypoint names; start the agent "
-            "in the project's folder, or deploy with a pull step that fetches the code"
+            f"folder {Path.cwd()} lacks {file}, which the deployment's entrypoint names; "
+            f"{attached.FETCH_CODE}"
         )
 
 
