@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,8 +17,10 @@ from taskadapter.coordination.engines import transaction
 from taskadapter.coordination.executions import (
     ABANDONED,
     Begun,
+    Ended,
     Execution,
     Limits,
+    Owner,
     Paused,
     Taken,
     asked_key,
@@ -26,6 +29,7 @@ from taskadapter.coordination.nodes import Node, register
 from taskadapter.coordination.progress import end as end_job
 from taskadapter.coordination.progress import pause
 from taskadapter.errors import SchemaError, TokenLostError
+from tests.contract.databases import rewind
 from tests.contract.entering import (
     ALONE,
     JOB,
@@ -42,7 +46,7 @@ from tests.contract.entering import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from taskadapter.coordination.executions import Answer, Owner
+    from taskadapter.coordination.executions import Answer
 
 LIMITS = Limits("every-2s")
 ASKED = Execution(asked_key(RUN, 0), RUN, JOB)
@@ -167,7 +171,9 @@ class TestOnce:
                 pause(connection, JOB, paused=paused)
             expected = Paused() if paused else Begun(1)
             assert begin(engine, tick(1), owner(NEXT), Limits("every-2s", 1)) == expected
-        assert isinstance(begin(engine, tick(1), owner(NEXT)), Taken)
+        again = begin(engine, tick(1), owner(NEXT))
+        assert isinstance(again, Taken)
+        assert (again.entry.number, again.entry.term) == (1, NEXT.term)
 
     def test_needs_the_token(self, engine: Engine) -> None:
         """Without the token nothing begins, and nothing is entered."""
@@ -191,6 +197,12 @@ class TestAskedFor:
             pause(connection, JOB, paused=True)
             end_job(connection, JOB, "over")
         assert begin(engine, ASKED) == Begun(None)
+
+    def test_a_tick_of_a_job_that_is_over_is_told_why(self, engine: Engine) -> None:
+        """The reason is the one that its row has."""
+        with transaction(engine) as connection:
+            end_job(connection, JOB, "over")
+        assert begin(engine, tick(1)) == Ended("over")
 
 
 class TestEnd:
@@ -242,6 +254,45 @@ class TestLeftBehind:
             # It may not be registered yet.
             assert ledger.orphaned(connection, 30) == []
 
+    def test_of_a_group_is_its_next_holders_alone(self, engine: Engine) -> None:
+        """A holder sees nothing of other groups; nor is it taken for what a node without a group left."""
+        hold(engine, TOKEN)
+        begin(engine, tick(1), owner(TOKEN))
+        rewind(engine, "taskadapter_ledger", "begun", 61)
+        with transaction(engine) as connection:
+            assert ledger.interrupted(connection, [replace(NEXT, group_id="another")]) == []
+            assert ledger.orphaned(connection, 30) == []
+
+    def test_is_found_among_the_living(self, engine: Engine) -> None:
+        """Of two nodes one lives; the other's is found once it is so old that it must have registered."""
+        dead = Owner("node-2", "incarnation-2")
+        with transaction(engine) as connection:
+            register(connection, Node("node-1", ALONE.incarnation, "host", 1), [], 30)
+        begin(engine, tick(1))
+        begin(engine, tick(2), dead)
+        begin(engine, tick(3), dead)
+        end(engine, tick(3), "Completed")
+        for seconds, keys in [(55, []), (6, [tick(2).key])]:
+            rewind(engine, "taskadapter_ledger", "begun", seconds)
+            with transaction(engine) as connection:
+                assert [entry.key for entry in ledger.orphaned(connection, 30)] == keys
+        rewind(engine, "taskadapter_node", "last_seen", 31)
+        with transaction(engine) as connection:
+            found = ledger.orphaned(connection, 30)
+        assert sorted((entry.key, entry.incarnation, entry.job_id) for entry in found) == sorted(
+            (tick(number).key, f"incarnation-{number}", JOB) for number in (1, 2)
+        )
+
+    def test_is_told_in_the_order_of_beginning(self, engine: Engine) -> None:
+        """The oldest first, whatever its key."""
+        hold(engine, TOKEN)
+        for number in (2, 1):
+            begin(engine, tick(number), owner(TOKEN))
+            rewind(engine, "taskadapter_ledger", "begun", 5)
+        with transaction(engine) as connection:
+            found = ledger.interrupted(connection, [NEXT])
+        assert [entry.key for entry in found] == [tick(number).key for number in (2, 1)]
+
     def test_is_forgotten_after_a_while(self, engine: Engine) -> None:
         """What ended long ago is removed, what goes on is not."""
         begin(engine, tick(1))
@@ -251,11 +302,13 @@ class TestLeftBehind:
             with transaction(engine) as connection:
                 ledger.prune(connection, seconds)
             assert len(outcomes(engine, tick(1), tick(2))) == left
-        # How far a job is stays known, however long it has been paused.
+        # How far each job is stays known, however long it has been paused.
         end(engine, tick(2), "Completed")
+        begin(engine, tick(9, "another"))
+        end(engine, tick(9, "another"), "Failed")
         with transaction(engine) as connection:
             ledger.prune(connection, -1)
-        assert outcomes(engine, tick(2)) == ["Completed"]
+        assert outcomes(engine, tick(2), tick(9, "another")) == ["Completed", "Failed"]
 
 
 class TestDues:
@@ -283,18 +336,34 @@ class TestDues:
             assert ledger.dues(connection, [], 9) == {}
             assert progress.opened(connection, names) == {}
 
+    def test_the_newest_are_told_first(self, engine: Engine) -> None:
+        """By when they were due, whatever began first; runs by hand come last; as many as are wanted."""
+        begin(engine, ASKED)
+        for number in (3, 1, 2):
+            begin(engine, tick(number))
+        with transaction(engine) as connection:
+            found = [past.entry.key for past in ledger.history(connection, JOB, 9)]
+            assert ledger.history(connection, JOB, 2)[1].entry.key == found[1]
+            assert len(ledger.history(connection, JOB, 2)) == 2
+        assert found == [*(tick(number).key for number in (3, 2, 1)), ASKED.key]
+
     def test_what_has_run_is_told(self, engine: Engine) -> None:
         """Whoever looks back sees when and where, how late, how long, and why not."""
         begin(engine, tick(1))
         end(engine, tick(1), "Completed")
+        rewind(engine, "taskadapter_ledger", "begun", 10)
+        rewind(engine, "taskadapter_ledger", "ended", 7)
         with transaction(engine) as connection:
             ledger.skip(connection, tick(2), ALONE, "too late")
             skipped, completed = ledger.history(connection, JOB, 9)
         assert (skipped.entry.outcome, skipped.reason, skipped.age) == ("Skipped", "too late", None)
         assert (completed.entry.task_id, completed.entry.number) == ("node-1", 1)
+        assert (completed.entry.job_id, completed.entry.due) == (JOB, "2030-01-01 00:00:01.000000+00:00")
         assert completed.late is not None
+        assert completed.age is not None
+        assert 10 <= completed.age < 60
         assert completed.took is not None
-        assert 0 <= completed.took < 5
+        assert 2 <= completed.took < 5
 
 
 class TestUpgrade:
