@@ -9,11 +9,15 @@ from prefect.events import emit_event
 from prefect.settings import get_current_settings
 
 if TYPE_CHECKING:
-    from prefect.client.schemas.objects import FlowRun
+    from prefect.client.schemas.objects import FlowRun, WorkPool
+    from prefect.client.schemas.responses import DeploymentResponse
 
     from taskadapter.agent.jobs import DeployedJob
     from taskadapter.agent.node import Node
     from taskadapter.coordination.messages import Token
+
+JOB_RESTARTED = "taskadapter.job.restarted"
+"""The event of ours that agents hear."""
 
 
 def token_changed(node: Node, what: str, token: Token, reason: str) -> None:
@@ -51,6 +55,16 @@ def job_ended(node: Node, job: DeployedJob, reason: str) -> None:
         "taskadapter.job.ended",
         resource=_resource("deployment", job.deployment.id, job.deployment.name),
         related=[_related("flow", job.deployment.flow_id, job.flow_name), _pool(node)],
+        payload={"reason": reason},
+    )
+
+
+def job_restarted(deployment: DeploymentResponse, pool: WorkPool, reason: str) -> None:
+    """Tell that a job goes on that was over, and why it had been: Prefect tells of no schedule's switch."""
+    emit_event(
+        JOB_RESTARTED,
+        resource=_resource("deployment", deployment.id, deployment.name),
+        related=[_related("flow", deployment.flow_id), _related("work-pool", pool.id, pool.name)],
         payload={"reason": reason},
     )
 

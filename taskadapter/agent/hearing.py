@@ -19,6 +19,7 @@ from prefect.events import Event
 from prefect.events.clients import get_events_subscriber
 from prefect.events.filters import EventAnyResourceFilter, EventFilter, EventNameFilter
 
+from taskadapter.agent.events import JOB_RESTARTED
 from taskadapter.prefect_api.client import backoff, in_words
 
 LONGEST_BACKOFF_SECONDS = 30.0
@@ -81,7 +82,7 @@ class News:
             return cls(Kind.CANCELLING, about)
         if event.event.startswith(_RUN):
             return cls(Kind.WAITS, about)
-        if event.event.startswith(_DEPLOYMENT):
+        if event.event.startswith((_DEPLOYMENT, JOB_RESTARTED)):
             return cls(Kind.DEPLOYMENT, about)
         return cls(Kind.POOL)
 
@@ -198,6 +199,6 @@ def _is_for_people(event: Event) -> bool:
 
 def _about(pool_id: UUID) -> EventFilter:
     return EventFilter(
-        event=EventNameFilter(name=[_CANCELLING, *_WAITING, *_CHANGED, *_REST]),
+        event=EventNameFilter(name=[_CANCELLING, *_WAITING, *_CHANGED, *_REST, JOB_RESTARTED]),
         any_resource=EventAnyResourceFilter(id=[f"prefect.work-pool.{pool_id}"]),
     )

@@ -237,7 +237,12 @@ class Runner:
         state: State[Any] = Crashed(message=f"On {self._node.name}: {message}.")
         if run.life.cancelled is not None:
             state = Cancelled(message=f"Cancelled; on {self._node.name} {message}.")
-        await self._enter(run, assignment, state.type.value.capitalize())
+        outcome, url = state.type.value.capitalize(), self._membership.database_url
+        try:
+            execution, owner = assignment.execution, assignment.owner
+            await asyncio.to_thread(store.give_up, url, execution, owner, outcome, message)
+        except CoordinationError as fault:
+            self._log.debug("The end of run %s is not entered yet: %s", run.flow_run.name, fault)
         if await self._teller.report(run.flow_run, state, force=True):
             self._log.warning("Run %s: %s", run.flow_run.name, state.message)
             await self._run_hooks(run, assignment, state)

@@ -2,7 +2,7 @@
 
 The copy of the project that a node has may be old, or its installation may lack a module. Runs of such a
 node would crash one after the other, while a standby could run them. So the group is handed to one that has
-not given it back lately; if there is none the code is at fault, and its runs crash.
+not given it up lately; if there is none the code is at fault, and its runs crash.
 """
 
 from __future__ import annotations
@@ -47,17 +47,15 @@ class Succession:
         token, domain = run.token, self._membership.domain
         if token is None or domain is None:
             return False
+        url, within = self._membership.database_url, domain.liveness_check_interval
         try:
-            able = await asyncio.to_thread(
-                store.successors,
-                self._membership.database_url,
-                token,
-                self._node.incarnation,
-                domain.liveness_check_interval,
-            )
+            able = await asyncio.to_thread(store.successors, url, token, self._node.incarnation, within)
+            if not able or not self._may_go(token):
+                return False
+            await asyncio.to_thread(store.give_up_token, url, token, fault)
         except CoordinationError:
             return False
-        if not able or not self._membership.holds(token) or self._is_needed(token):
+        if not self._may_go(token):
             return False
         self._node.log.warning(
             "Run %s is put back, and group %s goes to a standby (%s): %s",
@@ -69,5 +67,6 @@ class Succession:
         self._hand_over(token)
         return True
 
-    def _is_needed(self, token: Token) -> bool:
-        return any(other.token == token and other.life.has_begun for other in self._hand)
+    def _may_go(self, token: Token) -> bool:
+        is_needed = any(other.token == token and other.life.has_begun for other in self._hand)
+        return self._membership.holds(token) and not is_needed

@@ -15,6 +15,7 @@ from uuid import UUID
 from prefect.client.schemas.actions import DeploymentUpdate
 from prefect.exceptions import ObjectNotFound
 
+from taskadapter.agent import events
 from taskadapter.agent.plans import plan_of
 from taskadapter.coordination import store
 from taskadapter.coordination.executions import SWITCHED_OFF, Reading, Switches, moment
@@ -110,6 +111,8 @@ async def restart(client: PrefectClient, deployment: DeploymentResponse) -> str:
     await asyncio.to_thread(store.restart, url, deployment.id, slug, anew=_is_exhausted(trigger, row))
     await client.update_deployment_schedule(deployment.id, own.id, active=True)
     await _take_note(client, url, deployment.id)
+    if deployment.work_pool_name is not None:
+        events.job_restarted(deployment, await client.read_work_pool(deployment.work_pool_name), why)
     return why
 
 

@@ -37,7 +37,7 @@ from taskadapter.agent.plans import Line, Missing, Plan, Seen, begin, find_missi
 from taskadapter.agent.telling import Teller
 from taskadapter.coordination.executions import Entered
 from taskadapter.prefect_api.client import API_FAULTS, PAGE, is_gone, side_by_side
-from taskadapter.prefect_api.deployments import is_on
+from taskadapter.prefect_api.deployments import is_on, switched_on_at
 from taskadapter.prefect_api.ticks import create_tick
 from taskadapter.rules import ticks
 
@@ -73,7 +73,8 @@ class Timetable:
         # Read from them once for each visit: most jobs of a pool may be over, and each look goes over all.
         self._plans: dict[UUID, Plan] = {}
         self._lines: dict[UUID, Line] = {}
-        self._ended: set[UUID] = set()
+        # Jobs that are over, and when their schedule had been switched on; None without one.
+        self._ended: dict[UUID, datetime | None] = {}
         # The jobs of which the agent has said that it makes ticks, until Prefect plans some again.
         self._told_of: set[UUID | None] = set()
         self.has_new = self.is_cut = False
@@ -82,12 +83,13 @@ class Timetable:
     def learn(self, deployments: Iterable[DeploymentResponse]) -> set[UUID]:
         """Take note of all deployments of the pool as they are now; returns those that are gone."""
         known = {deployment.id: deployment for deployment in deployments}
-        gone = (self._deployments.keys() | self._ended) - known.keys()
-        # A job that has ended shows as active until the API has been told, and in what was read before.
-        self._ended = {id_ for id_ in self._ended if id_ in known and is_on(known[id_])}
+        gone = (self._deployments.keys() | self._ended.keys()) - known.keys()
+        self._ended = {
+            id_: since for id_, since in self._ended.items() if id_ in known and self._is_over(known[id_])
+        }
         before, self._deployments = (
             self._deployments,
-            {id_: known[id_] for id_ in known.keys() - self._ended},
+            {id_: known[id_] for id_ in known.keys() - self._ended.keys()},
         )
         plans = {
             id_: self._plans.get(id_) if before.get(id_) is deployment else plan_of(deployment)
@@ -111,7 +113,7 @@ class Timetable:
     def add(self, deployments: Iterable[DeploymentResponse]) -> None:
         """Take note of some deployments as they are now, which may be new."""
         for deployment in deployments:
-            if deployment.id not in self._ended:
+            if not self._is_over(deployment):
                 self._deployments[deployment.id] = deployment
                 if (plan := plan_of(deployment)) is not None:
                     self._plans[deployment.id] = plan
@@ -149,13 +151,24 @@ class Timetable:
 
     def strangers(self, found: Iterable[FlowRun]) -> set[UUID]:
         """Return the jobs of some runs that were not there at the last look."""
-        known = self._deployments.keys() | self._ended
+        known = self._deployments.keys() | self._ended.keys()
         return {run.deployment_id for run in found if run.deployment_id is not None} - known
 
     def end(self, deployment_id: UUID) -> None:
         """Take note that a job is over: none of its ticks is owed any more."""
+        deployment = self._deployments.get(deployment_id)
+        self._ended.setdefault(deployment_id, None if deployment is None else switched_on_at(deployment))
         self.leave_out([deployment_id])
-        self._ended.add(deployment_id)
+
+    def _is_over(self, deployment: DeploymentResponse) -> bool:
+        """Return whether a job has ended here, and nobody has switched it on again since.
+
+        It shows as active until the API has been told, and in what was read before.
+        """
+        if deployment.id not in self._ended or not is_on(deployment):
+            return False
+        ended, now = self._ended[deployment.id], switched_on_at(deployment)
+        return ended is None or now is None or now <= ended
 
     def leave_out(self, job_ids: Iterable[UUID]) -> None:
         """Take note that this agent does not run some jobs any more, whatever their queue."""

@@ -165,8 +165,28 @@ def _entry(row: Row[Any]) -> Entry:
 def skip(connection: Connection, execution: Execution, owner: Owner, reason: str) -> None:
     """Enter that a tick is not run, and why; nothing happens if its body has begun."""
     if _locked(connection, execution.key) is None:
-        values = {"begun": None, "ended": database_now(), "outcome": SKIPPED, "reason": reason}
-        ensure_rows(connection, ledger, {**_values(execution, owner, None), **values})
+        _enter_unbegun(connection, execution, owner, SKIPPED, reason)
+
+
+def give_up(connection: Connection, execution: Execution, owner: Owner, outcome: str, reason: str) -> None:
+    """Enter what came of an execution whose process is gone, and why; what has an end keeps it.
+
+    One that has not begun is over, too: nobody begins it later.
+    """
+    row = _locked(connection, execution.key)
+    if row is None:
+        _enter_unbegun(connection, execution, owner, outcome, reason)
+    elif row.outcome in {None, ABANDONED}:
+        ours = ledger.c.execution == execution.key
+        values = {"ended": database_now(), "outcome": outcome, "reason": reason}
+        connection.execute(update(ledger).where(ours).values(values))
+
+
+def _enter_unbegun(
+    connection: Connection, execution: Execution, owner: Owner, outcome: str, reason: str
+) -> None:
+    values = {"begun": None, "ended": database_now(), "outcome": outcome, "reason": reason}
+    ensure_rows(connection, ledger, {**_values(execution, owner, None), **values})
 
 
 def history(connection: Connection, job_id: str, limit: int) -> list[Past]:

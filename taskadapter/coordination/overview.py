@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from taskadapter.coordination.messages import Token
 
 
-LATELY_SECONDS = 3600.0
-"""For how long a process that has given a group back is not asked to take it for a job's sake."""
+LATELY_SECONDS = 300.0
+"""For how long a process that has given a group up is not taken for one that could run its jobs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,7 +194,7 @@ def read_tenures(connection: Connection, group_ids: Collection[str], last: int) 
 def read_successors(connection: Connection, token: Token, incarnation: str, within: float) -> list[str]:
     """Return the nodes that stand by for a group, and may be able to run what its holder cannot.
 
-    A process that has given the group back lately, without being asked to, could not either.
+    A process that has given the group up lately could not either.
 
     Args:
         connection: in a transaction.
@@ -205,8 +205,8 @@ def read_successors(connection: Connection, token: Token, incarnation: str, with
     terms = tenure.c
     gave_up = select(terms.incarnation).where(
         terms.group_id == token.group_id,
+        terms.given_up.is_not(None),
         seconds_since(terms.released) <= LATELY_SECONDS,
-        terms.resign_requested.is_(None),
     )
     others = node.c.incarnation != incarnation, node.c.incarnation.not_in(gave_up)
     rows = connection.execute(

@@ -116,6 +116,8 @@ tenure = Table(
     Column("acquired", _Moment),
     Column("resign_requested", _Moment),
     Column("released", _Moment),
+    # Why the holder could not run the group's jobs, and left it to another node.
+    Column("given_up", String(255)),
     **_MYSQL,
 )
 
@@ -186,10 +188,10 @@ schema_step = Table(
     **_MYSQL,
 )
 
-VERSION = 2
+VERSION = 3
 """The last step that has made the tables what they are here; `taskadapter db upgrade` does what is missing.
 
-1 is the tables of the releases before there was a ledger.
+1 is the tables of the releases before there was a ledger, 2 those that do not say why a group was given up.
 """
 
 _OF_STEP_1 = {"taskadapter_node", "taskadapter_job"}
@@ -289,11 +291,7 @@ def upgrade(connection: Connection) -> tuple[int, ...]:
 
 def _add_the_ledger(connection: Connection) -> None:
     """Bring the runs in flight of the first releases into the ledger, by their flow runs."""
-    names = {column["name"] for column in inspect(connection).get_columns(job_progress.name)}
-    for column in job_progress.columns:
-        if column.name not in names:
-            added = CreateColumn(column).compile(dialect=connection.dialect)
-            connection.exec_driver_sql(f"ALTER TABLE {job_progress.name} ADD COLUMN {added}")
+    _add_columns(connection, job_progress)
     _create(connection, ledger)
     _create(connection, group)
     if inspect(connection).has_table("taskadapter_run"):
@@ -305,7 +303,23 @@ def _add_the_ledger(connection: Connection) -> None:
         connection.exec_driver_sql("DROP TABLE taskadapter_run")
 
 
-_STEPS = {2: _add_the_ledger}
+def _add_why_given_up(connection: Connection) -> None:
+    if inspect(connection).has_table(tenure.name):
+        _add_columns(connection, tenure)
+    else:
+        _create(connection, tenure)
+
+
+def _add_columns(connection: Connection, table: Table) -> None:
+    """Add the columns that a table lacks."""
+    names = {column["name"] for column in inspect(connection).get_columns(table.name)}
+    for column in table.columns:
+        if column.name not in names:
+            added = CreateColumn(column).compile(dialect=connection.dialect)
+            connection.exec_driver_sql(f"ALTER TABLE {table.name} ADD COLUMN {added}")
+
+
+_STEPS = {2: _add_the_ledger, 3: _add_why_given_up}
 
 
 def ddl(dialect: Dialect) -> str:

@@ -71,6 +71,13 @@ def successors(database_url: str, token: Token, incarnation: str, within: float)
     return ask(database_url, lambda connection: read_successors(connection, token, incarnation, within))
 
 
+def give_up_token(database_url: str, token: Token, reason: str) -> None:
+    """Enter why this node cannot run a group's jobs, and leaves it to another one."""
+    from taskadapter.coordination import tokens
+
+    ask(database_url, lambda connection: tokens.give_up(connection, token, reason))
+
+
 def orphaned(database_url: str, interval: float) -> list[Entry]:
     """Return what nodes that are gone were executing without a group."""
     from taskadapter.coordination import ledger
@@ -83,6 +90,13 @@ def skip(database_url: str, execution: Execution, owner: Owner, reason: str) -> 
     from taskadapter.coordination import ledger
 
     ask(database_url, lambda connection: ledger.skip(connection, execution, owner, reason))
+
+
+def give_up(database_url: str, execution: Execution, owner: Owner, outcome: str, reason: str) -> None:
+    """Enter what came of an execution whose process is gone, begun or not, and why."""
+    from taskadapter.coordination import ledger
+
+    ask(database_url, lambda connection: ledger.give_up(connection, execution, owner, outcome, reason))
 
 
 def end(database_url: str, key: str, outcome: str) -> None:

@@ -59,6 +59,7 @@ if TYPE_CHECKING:
 __all__ = [
     "acquire",
     "fence",
+    "give_up",
     "pulse",
     "release",
     "request_resign",
@@ -283,7 +284,14 @@ def _whether_free(me: Node, names: Sequence[str], interval: float) -> Select[Any
     columns = token_holder.c
     age = seconds_since(health_check.c.last_heartbeat).label("age")
     return (
-        select(columns.group_id, columns.task_id, age, _free(me, interval).label("free"))
+        select(
+            columns.group_id,
+            columns.task_id,
+            age,
+            _free(me, interval).label("free"),
+            tenure.c.task_id.label("last_holder"),
+            tenure.c.given_up,
+        )
         .select_from(tokens_with_heartbeats())
         .where(columns.group_id.in_(names))
         .order_by(columns.group_id)
@@ -291,6 +299,8 @@ def _whether_free(me: Node, names: Sequence[str], interval: float) -> Select[Any
 
 
 def _why_free(seen: Row[Any], last_term: int) -> str:
+    if seen.task_id == NOBODY and seen.given_up:
+        return f"node {seen.last_holder!r} gave it up: {seen.given_up}"
     if seen.task_id == NOBODY:
         return "it was released" if last_term else "the first to take it"
     if seen.age is None:
@@ -349,6 +359,12 @@ def release(connection: Connection, tokens: Iterable[Token]) -> tuple[Token, ...
         *notices(connection.dialect, names),
     )
     return released
+
+
+def give_up(connection: Connection, token: Token, reason: str) -> None:
+    """Enter why a holder leaves a group to another node, which it cannot run: who has it next says so."""
+    mine = update(tenure).where(_of([token], tenure))
+    connection.execute(mine.values(given_up=reason[:255]))
 
 
 def request_resign(connection: Connection, group_id: str) -> Token:

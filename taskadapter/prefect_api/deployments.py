@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
+from datetime import datetime
 from typing import Any
 from uuid import UUID
 
@@ -115,6 +116,12 @@ def is_on(deployment: DeploymentResponse) -> bool:
     if trigger is None:  # none of ours: its schedules are what its owner makes of them
         return not deployment.schedules or any(schedule.active for schedule in deployment.schedules)
     return not deployment.schedules or schedule_of(deployment, trigger) is not None
+
+
+def switched_on_at(deployment: DeploymentResponse) -> datetime | None:
+    """Return when a job's schedule was last changed; None where it has none, or it is switched off."""
+    schedule = schedule_of(deployment, trigger_of(deployment))
+    return None if schedule is None else schedule.updated
 
 
 def schedule_of(

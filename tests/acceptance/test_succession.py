@@ -68,6 +68,13 @@ def holder(project: Project) -> tuple[str | None, int]:
     return group["holder"], group["term"]
 
 
+def outcomes(project: Project, job: str) -> list[str]:
+    """Return what the ledger has of a job's ticks, the oldest first."""
+    command = Path(prefect_command()).with_name("taskadapter")
+    lines = json.loads(project.run(command, "ledger", job, "--last", "100", "--json"))
+    return [line["outcome"] for line in reversed(lines)]
+
+
 def test_alone_it_says_why_its_runs_crash(project: Project, prefect: Prefect, broken: Program) -> None:
     """There is nobody who could run them."""
     first = prefect.wait_for_runs("inherited", "Crashed", count=2)[0]
@@ -85,6 +92,8 @@ def test_a_standby_gets_the_group_and_every_tick(
     assert dues == [dues[0] + number for number in range(len(dues))]
     crashed = [due.expected_start_time.timestamp() for due in prefect.runs("inherited", "Crashed")]
     assert max(crashed) == pytest.approx(dues[0] - 1)
+    assert {"missing", "waiting"}.isdisjoint(outcomes(project, "inherited")[:-3])
+    assert outcomes(project, "inherited").count("Crashed") == len(crashed)
     assert "is put back, and group inherited goes to a standby (node-2): " in broken.output()
 
 

@@ -230,6 +230,44 @@ class TestEnd:
         assert [entry.key for entry in found] == [asked_key(RUN, times) for times in range(2)]
 
 
+class TestGivenUp:
+    """What came of an execution whose process is gone."""
+
+    @staticmethod
+    def give_up(engine: Engine, execution: Execution, outcome: str = "Crashed") -> None:
+        with transaction(engine) as connection:
+            ledger.give_up(connection, execution, ALONE, outcome, "no module of that name")
+
+    @pytest.mark.parametrize("execution", [tick(1), ASKED], ids=["tick", "asked"])
+    def test_it_never_begins_later(self, engine: Engine, execution: Execution) -> None:
+        """Its code could not be loaded: once that is mended the next one runs. It is not counted."""
+        self.give_up(engine, execution)
+        answer = begin(engine, execution)
+        assert isinstance(answer, Taken)
+        assert answer.entry.outcome == "Crashed"
+        with transaction(engine) as connection:
+            (past,) = ledger.history(connection, JOB, 9)
+        assert (past.reason, past.age, past.entry.number) == ("no module of that name", None, None)
+        assert begin(engine, tick(2)) == Begun(1)
+
+    def test_what_was_abandoned_is_over(self, engine: Engine) -> None:
+        """It was to begin again, and could not."""
+        begin(engine, tick(1))
+        end(engine, tick(1), ABANDONED)
+        self.give_up(engine, tick(1))
+        assert outcomes(engine, tick(1)) == ["Crashed"]
+        assert isinstance(begin(engine, tick(1)), Taken)
+
+    @pytest.mark.parametrize(("before", "after"), [(None, "Cancelled"), ("Completed", "Completed")])
+    def test_what_has_an_end_keeps_it(self, engine: Engine, before: str | None, after: str) -> None:
+        """One that had begun has not."""
+        begin(engine, tick(1))
+        if before is not None:
+            end(engine, tick(1), before)
+        self.give_up(engine, tick(1), "Cancelled")
+        assert outcomes(engine, tick(1)) == [after]
+
+
 class TestLeftBehind:
     def test_is_found_by_the_next_term(self, engine: Engine) -> None:
         """A successor sees what a former node was executing, and not what is its own or has ended."""
@@ -374,7 +412,7 @@ class TestUpgrade:
             assert schema.version(connection) == 1
             with pytest.raises(SchemaError, match="taskadapter db upgrade"):
                 schema.create_missing(connection)
-            assert schema.upgrade(connection) == (2,)
+            assert schema.upgrade(connection) == (2, 3)
             assert schema.upgrade(connection) == ()
             assert schema.create_missing(connection) == ()
         with transaction(engine) as connection:
@@ -386,7 +424,7 @@ class TestUpgrade:
         """Tables that a newer release has made are not touched, and both versions are named."""
         with engine.begin() as connection:
             connection.execute(schema.schema_step.insert().values(step=99))
-        with engine.connect() as connection, pytest.raises(SchemaError, match=r"version 99.*version 2"):
+        with engine.connect() as connection, pytest.raises(SchemaError, match=r"version 99.*version 3"):
             schema.create_missing(connection)
         with engine.connect() as connection, pytest.raises(SchemaError, match="99"):
             schema.upgrade(connection)

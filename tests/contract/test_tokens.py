@@ -19,6 +19,7 @@ from taskadapter.coordination.overview import LATELY_SECONDS, read_status, read_
 from taskadapter.coordination.tokens import (
     acquire,
     fence,
+    give_up,
     pulse,
     release,
     request_resign,
@@ -524,12 +525,16 @@ class TestSuccessors:
         assert self.of(engine, token, within=2 * INTERVAL) == ["node-2", "node-3"]
 
     def test_are_none_that_have_just_given_up(self, engine: Engine) -> None:
-        """A process that has given the group back is left out for an hour; a new one of its name is not."""
+        """A process that has given the group up is left out for a while; who has it next says why."""
         enter(engine, NODE, OTHER)
         token = must_take(engine, OTHER)
         with transaction(engine) as connection:
+            give_up(connection, token, "no module of that name")
             release(connection, [token])
-        token = must_take(engine)
+        taken = take(engine)
+        assert taken is not None
+        assert taken.reason == "node 'node-2' gave it up: no module of that name"
+        token = Token(GROUP, NODE.task_id, taken.term)
         assert self.of(engine, token) == []
         rewind(engine, "taskadapter_tenure", "released", LATELY_SECONDS - 5)
         assert self.of(engine, token) == []
@@ -541,19 +546,34 @@ class TestSuccessors:
         enter(engine, NODE, OTHER)
         token = must_take(engine, OTHER)
         with transaction(engine) as connection:
+            give_up(connection, token, "no module of that name")
             release(connection, [token])
             unregister(connection, OTHER)
             register(connection, node(2, incarnation=1), [GROUP], INTERVAL)
         assert self.of(engine, must_take(engine)) == ["node-2"]
 
-    def test_may_be_one_that_was_asked_to_resign(self, engine: Engine) -> None:
-        """An operator has taken the group from it, and not its own trouble."""
+    def test_may_be_one_that_has_had_it(self, engine: Engine) -> None:
+        """Somebody has asked it to hand over, or has deleted the queue for a while."""
         enter(engine, NODE, OTHER)
         token = must_take(engine, OTHER)
         with transaction(engine) as connection:
-            request_resign(connection, GROUP)
             release(connection, [token])
-        assert self.of(engine, must_take(engine)) == ["node-2"]
+        taken = take(engine)
+        assert taken is not None
+        assert taken.reason == "it was released"
+        assert self.of(engine, Token(GROUP, NODE.task_id, taken.term)) == ["node-2"]
+
+    def test_a_reason_of_any_length_is_entered(self, engine: Engine) -> None:
+        """As far as there is room, for its node's and its successor's."""
+        enter(engine, NODE, OTHER)
+        token = must_take(engine, OTHER)
+        with transaction(engine) as connection:
+            give_up(connection, token, "x" * 999)
+            release(connection, [token])
+        assert take(engine) is not None
+        with transaction(engine) as connection:
+            newest, _ = read_tenures(connection, [GROUP], last=2)
+        assert len(newest.reason) == 255
 
 
 class TestResign:

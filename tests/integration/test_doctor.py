@@ -682,14 +682,14 @@ def a_file_that_is_not_there(system: System) -> None:
     system.use(f"sqlite:///{system.folder / 'new.db'}")
 
 
-@breaks("error", "are of version 1, and this release needs version 2", "run `taskadapter db upgrade`")
+@breaks("error", "are of version 1, and this release needs version 3", "run `taskadapter db upgrade`")
 def tables_of_an_older_release(system: System) -> None:
     system.execute("DROP TABLE taskadapter_schema", "DROP TABLE taskadapter_ledger")
 
 
-@breaks("error", "are of version 3, and this release knows version 2", "the release that the others have")
+@breaks("error", "are of version 4, and this release knows version 3", "the release that the others have")
 def tables_of_a_newer_release(system: System) -> None:
-    system.execute("INSERT INTO taskadapter_schema (step) VALUES (3)")
+    system.execute("INSERT INTO taskadapter_schema (step) VALUES (4)")
 
 
 @breaks("warning", "lacks taskadapter_group, taskadapter_tenure", "`taskadapter db init` makes them")

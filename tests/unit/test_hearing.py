@@ -27,6 +27,7 @@ def event(name, resource, **payload):
         ("prefect.flow-run.AwaitingRetry", f"prefect.flow-run.{RUN}", News(Kind.WAITS, RUN)),
         ("prefect.flow-run.Cancelling", f"prefect.flow-run.{RUN}", News(Kind.CANCELLING, RUN)),
         ("prefect.deployment.updated", f"prefect.deployment.{RUN}", News(Kind.DEPLOYMENT, RUN)),
+        ("taskadapter.job.restarted", f"prefect.deployment.{RUN}", News(Kind.DEPLOYMENT, RUN)),
         ("prefect.work-queue.created", f"prefect.work-queue.{RUN}", News(Kind.POOL)),
         ("prefect.flow-run.Scheduled", "of another kind", News(Kind.POOL)),
     ],

@@ -28,6 +28,7 @@ class Given:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *able: str, token: Token | None = TOKEN) -> None:
         self.able: list[str] | Exception = [*able]
         self.handed: list[Token] = []
+        self.entered: list[tuple[Any, ...]] = []
         self.held = {TOKEN}
         self.hand = Hand(lambda _: None)
         self.run = self.hand.take(tick(uuid4(), 0), token)
@@ -35,6 +36,7 @@ class Given:
             domain=Domain(), database_url="sqlite://", holds=lambda token: token in self.held
         )
         monkeypatch.setattr(store, "successors", self._successors)
+        monkeypatch.setattr(store, "give_up_token", lambda *given: self.entered.append(given[1:]))
         self.succession = Succession(node(), membership, self.hand, self.handed.append)
 
     def _successors(self, *_: object) -> list[str]:
@@ -51,6 +53,7 @@ def test_a_group_goes_to_one_that_may_be_able(monkeypatch, caplog):
     given = Given(monkeypatch, "node-2", "node-3")
     assert given.passes_on()
     assert given.handed == [TOKEN]
+    assert given.entered == [(TOKEN, "No module named 'x'.")]
     assert "is put back, and group group goes to a standby (node-2, node-3): " in caplog.text
     assert "No module named 'x'." in caplog.text
 
@@ -59,7 +62,7 @@ def test_it_stays_where_nobody_else_may_be_able(monkeypatch):
     """Its runs crash here as they would there."""
     given = Given(monkeypatch)
     assert not given.passes_on()
-    assert given.handed == []
+    assert (given.handed, given.entered) == ([], [])
 
 
 def test_a_run_of_no_group_is_nobody_elses(monkeypatch):

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -13,7 +14,7 @@ from prefect.client.schemas.objects import FlowRun
 from taskadapter.agent.plans import MADE_AT_ONCE, Line, Plan
 from taskadapter.agent.timetable import Timetable
 from taskadapter.declare.triggers import TriggerConfiguration
-from taskadapter.rules.ticks import tick_of
+from taskadapter.rules.ticks import slug, tick_of
 
 NOON = datetime(2030, 1, 1, 12, 0, tzinfo=UTC)
 SECOND = timedelta(seconds=1)
@@ -144,3 +145,32 @@ def test_where_more_is_due_than_is_listed_each_job_has_its_turn():
     assert found == [(ID, tick) for tick in at(0, 5)] + [(UUID(int=2), tick) for tick in at(55, 60)]
     assert api.made == at(55, 60)
     assert timetable.is_cut
+
+
+def test_a_job_that_has_ended_is_over_until_somebody_switches_it_on():
+    """What was read before Prefect was told of its end shows it as active; a later switch counts."""
+    timetable: Any = Timetable(None, logging.getLogger("test"), None)
+    trigger = TriggerConfiguration(interval=5)
+
+    def jobs(switched, active=True):
+        """Return the agent's jobs after it has read the deployment, switched at that second."""
+        schedule = SimpleNamespace(
+            id=ID, slug=slug(trigger), active=active, schedule=None, updated=NOON + switched * SECOND
+        )
+        variables = {"trigger": trigger.model_dump(mode="json", exclude_defaults=True)}
+        read = SimpleNamespace(
+            id=ID, name="job", work_queue_name="group", schedules=[schedule], job_variables=variables
+        )
+        timetable.learn([read])
+        return timetable.jobs_of(["group"])
+
+    assert jobs(0) == [ID]
+    timetable.end(ID)
+    timetable.end(ID)  # by a run, and by a judgement
+    assert jobs(0) == []
+    assert jobs(0) == []
+    assert jobs(9) == [ID]
+    timetable.end(ID)
+    assert jobs(9) == []
+    assert jobs(10, active=False) == [ID], "it is seen to be off, and has no plan"
+    assert jobs(11) == [ID]
