@@ -26,6 +26,7 @@ from taskadapter.agent.hosts import HostPool
 from taskadapter.agent.jobs import OVER_ALREADY, DeployedJob, Deployments
 from taskadapter.agent.membership import Membership
 from taskadapter.agent.node import Node, queue_of
+from taskadapter.agent.plans import is_off, plan_of
 from taskadapter.agent.queue import Queue, Which, any_run
 from taskadapter.agent.runner import Runner
 from taskadapter.agent.runs import Phase
@@ -296,6 +297,8 @@ class Dispatcher:
             flow_run.name = ticks.run_name(job.deployment.name, run.tick)
         if await self._left_as_off(flow_run, job) or await self._left_as_judged(run, job):
             return
+        if await self._left_as_off_plan(flow_run):
+            return
         if not self._membership.may_run(flow_run):
             return
         if run.life.deferred:
@@ -328,6 +331,20 @@ class Dispatcher:
             # Perhaps one of many that were being planned when the job ended.
             self._deployments.end(job, OVER_ALREADY)
         return deployment.paused or not is_on(deployment)
+
+    async def _left_as_off_plan(self, flow_run: FlowRun) -> bool:
+        """Delete what was planned before its schedule was edited, and return whether it is such a run."""
+        if flow_run.run_count or not self._timetable.is_off_plan(flow_run):
+            return False
+        assert flow_run.deployment_id is not None  # noqa: S101 - it has a plan
+        deployment = await self._client.read_deployment(flow_run.deployment_id)
+        plan = plan_of(deployment)
+        if plan is None or not is_off(plan, flow_run):
+            # It has been edited since the last look, of which Prefect tells nobody.
+            self._look_for(News(Kind.DEPLOYMENT, flow_run.deployment_id))
+            return False
+        await self._client.delete_flow_run(flow_run.id)
+        return True
 
     async def _left_as_judged(self, run: RunInHand, job: DeployedJob) -> bool:
         """Skip, delete or leave a tick that trigger or policy do not want; return whether it is one."""

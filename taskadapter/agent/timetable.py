@@ -33,7 +33,7 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Pending
 
-from taskadapter.agent.plans import Line, Missing, Plan, Seen, begin, find_missing, plan_of
+from taskadapter.agent.plans import Line, Missing, Plan, Seen, begin, find_missing, is_of, is_off, plan_of
 from taskadapter.agent.telling import Teller
 from taskadapter.coordination.executions import Entered
 from taskadapter.prefect_api.client import API_FAULTS, PAGE, is_gone, side_by_side
@@ -130,6 +130,11 @@ class Timetable:
         """
         deployment = self._deployments.get(flow_run.deployment_id) if flow_run.deployment_id else None
         return flow_run.deployment_id in self._ended or (deployment is not None and not is_on(deployment))
+
+    def is_off_plan(self, flow_run: FlowRun) -> bool:
+        """Return whether a run was planned for no tick of its schedule, as that was last looked at."""
+        plan = self._plans.get(flow_run.deployment_id) if flow_run.deployment_id else None
+        return plan is not None and is_off(plan, flow_run)
 
     def fell_into_pause(self, flow_run: FlowRun) -> bool:
         """Return whether a tick was due while its job was paused."""
@@ -360,14 +365,9 @@ class Timetable:
             )
             for run in runs:
                 job_id, tick = run.deployment_id, ticks.tick_of(run)
-                if job_id in left and tick is not None and _is_of(run, schedule_ids[job_id]):
+                if job_id in left and tick is not None and is_of(run, schedule_ids[job_id]):
                     last.setdefault(job_id, tick)
             if len(runs) < PAGE:
                 break
             left -= {run.deployment_id for run in runs}
         return last
-
-
-def _is_of(flow_run: FlowRun, schedule_id: UUID) -> bool:
-    key = flow_run.idempotency_key or ""
-    return key.startswith(f"scheduled {flow_run.deployment_id} {schedule_id} ")

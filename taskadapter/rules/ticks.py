@@ -190,6 +190,12 @@ def between(anchor: datetime, interval: float, *, after: datetime, until: dateti
         number += 1
 
 
+def is_on(anchor: datetime, interval: float, moment: datetime) -> bool:
+    """Return whether a moment is one of a schedule's ticks, be it written a millisecond apart."""
+    since, step = in_utc(moment) - in_utc(anchor), timedelta(seconds=interval)
+    return abs(since - round(since / step) * step) <= timedelta(milliseconds=1)
+
+
 def judge(
     trigger: TriggerConfiguration,
     due: datetime,

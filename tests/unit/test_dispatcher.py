@@ -158,6 +158,24 @@ def test_a_run_that_is_gone_is_a_reason_to_look_at_its_job(has_deployment, plann
     assert client.deleted == ([run.flow_run.id] if is_deleted else [])
 
 
+@pytest.mark.parametrize(("now", "is_left"), [(5, True), (2, False), (None, False)])
+def test_what_was_planned_before_an_edit_is_deleted(now, is_left, monkeypatch):
+    """If its schedule has no such tick now; where it has, the plan that is known is an old one."""
+    news: list[News] = []
+    dispatcher, job_id = new_dispatcher(news.append), uuid4()
+    dispatcher._timetable = SimpleNamespace(is_off_plan=lambda _: True)
+    dispatcher._client = client = Client(has_deployment=True)
+    monkeypatch.setattr(dispatcher_module, "plan_of", lambda _: now)
+    monkeypatch.setattr(dispatcher_module, "is_off", lambda plan, _: plan == 5)
+    planned = tick(job_id, 2)
+
+    assert asyncio.run(dispatcher._left_as_off_plan(planned)) is is_left
+    assert client.deleted == ([planned.id] if is_left else [])
+    assert news == ([] if is_left else [News(Kind.DEPLOYMENT, job_id)])
+    begun = planned.model_copy(update={"run_count": 1})
+    assert not asyncio.run(dispatcher._left_as_off_plan(begun)), "it has begun on another node"
+
+
 @pytest.mark.parametrize(
     ("phase", "told"),
     [

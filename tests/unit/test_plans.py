@@ -351,6 +351,23 @@ def test_a_job_that_is_off_or_of_another_kind_has_none():
     assert plans.plan_of(deployment(schedule=CronSchedule(cron="* * * * *"))) is None
 
 
+def test_a_run_that_was_planned_before_an_edit_is_no_tick():
+    """Of the schedule as it is now; one that somebody asks for, or of another schedule, is left alone."""
+
+    def planned(second, schedule_id=ID, auto_scheduled=True):
+        due = NOON + second * SECOND
+        key = ticks.tick_key(ID, schedule_id, due)
+        flow_run = run(second)
+        return flow_run.model_copy(update={"idempotency_key": key, "auto_scheduled": auto_scheduled})
+
+    assert [plans.is_off(plan(), planned(second)) for second in (0, 2, 5, 6, 500.0005)] == [
+        *(False, True, False, True, False)
+    ]
+    assert not plans.is_off(plan(), planned(2, schedule_id=OTHER))
+    assert not plans.is_off(plan(), planned(2, auto_scheduled=False))
+    assert not plans.is_off(plan(), by_hand())
+
+
 def plan(anchor=NOON, created=NOON, **changes):
     trigger = TriggerConfiguration(**({"interval": 5} | changes))
     return Plan("default", ID, ID, anchor, trigger.interval, trigger, created=created)
