@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import prefect.engine
 from prefect import Flow
 from prefect.context import refresh_global_settings_context
-from prefect.deployments.steps.core import run_steps
+from prefect.deployments.steps.core import StepExecutionError, run_steps
 from prefect.exceptions import MissingFlowError, ScriptError
 from prefect.filesystems import LocalFileSystem
 from prefect.flows import load_flow_from_entrypoint, load_function_and_convert_to_flow
@@ -94,7 +94,11 @@ def _folders(path: str | None) -> list[str]:
 
 
 def load(assignment: Assignment) -> Flow[..., Any]:
-    """Return the assignment's flow, after the workspace's pull steps."""
+    """Return the assignment's flow, after the workspace's pull steps.
+
+    Raises:
+        TaskError: the folder of a pull step, the entrypoint's file, or what it names is not here.
+    """
     _pull(assignment)
     return _with_result_storage(_import(assignment), assignment.server_has_storage)
 
@@ -107,9 +111,28 @@ def _pull(assignment: Assignment) -> None:
         assignment.scratch.mkdir(parents=True)
         _go_to(assignment.scratch)
     logger = flow_run_logger(assignment.flow_run)
-    output = asyncio.run(run_steps(steps, print_function=logger.info, logger=logger))
+    try:
+        output = asyncio.run(run_steps(steps, print_function=logger.info, logger=logger))
+    except StepExecutionError as fault:
+        _refuse_missing_folder(fault)
+        raise
     # A step may have gone somewhere itself.
     _go_to(output.get("directory") or Path.cwd())
+
+
+def _refuse_missing_folder(fault: StepExecutionError) -> None:
+    """Name the folder that a pull step wants and this node lacks; any other fault is left as it is.
+
+    Raises:
+        TaskError: that is what has failed.
+    """
+    cause, step = fault.__cause__, str(fault).rpartition(".")[2]
+    if step == "set_working_directory" and isinstance(cause, FileNotFoundError | NotADirectoryError):
+        raise TaskError(
+            f"pull step {step} wants folder {cause.filename}, which this node lacks; make the folder "
+            "here, or put `pull: []` into prefect.yaml and deploy again: the code is then looked for in "
+            "the folder in which the agent was started"
+        ) from None
 
 
 def _with_result_storage(flow: Flow[..., Any], server_has_one: bool) -> Flow[..., Any]:

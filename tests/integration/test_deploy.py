@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import subprocess
 import sys
 import uuid
@@ -633,6 +634,24 @@ def test_prefect_deploy_of_a_changed_trigger(
     after = schedule_of(prefect_client, name)
     assert after.slug == slug(TriggerConfiguration(interval=7200, start_time=start_time))
     assert (after.active, after.schedule.interval) == (True, timedelta(hours=2))
+
+
+def test_prefect_deploy_of_an_existing_flow(
+    prefect_api: PrefectServer, prefect_client: SyncPrefectClient, tmp_path: Path
+) -> None:
+    """As its page has it, the deployment names no folder of the machine that deploys."""
+    page = (PROJECT / "docs/existing-flows.md").read_text()
+    blocks = re.findall(r'```\w+ title="([^"]+)"\n(.*?)```', page, re.DOTALL)
+    for file, text in blocks:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text(text.replace("name: taskadapter", f"name: {POOL}"))
+    ensure_work_pool(POOL)
+
+    run = prefect(prefect_api, tmp_path, "deploy", "--all")
+
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert deployed(prefect_client, "nightly").pull_steps in (None, [])
+    prefect_client.delete_deployment(deployed(prefect_client, "nightly").id)
 
 
 def test_prefect_deploy_from_two_machines_at_once(

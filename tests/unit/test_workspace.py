@@ -10,6 +10,7 @@ import pytest
 from prefect import Flow
 from prefect.client.schemas.objects import FlowRun
 from prefect.context import refresh_global_settings_context
+from prefect.deployments.steps.core import StepExecutionError
 from prefect.exceptions import ScriptError
 from prefect.settings import get_current_settings
 
@@ -225,10 +226,10 @@ def test_what_needs_an_interpreter_of_its_own(monkeypatch, env, needs):
 # --- what keeps a flow from being loaded ----------------------------------------------------------
 
 
-def why(entrypoint):
+def why(entrypoint, **changes):
     """What is said of a flow that cannot be loaded: in a line, and in the run's log."""
     with pytest.raises(Exception) as caught:  # noqa: PT011 - a module may raise anything
-        workspace.load(assignment(entrypoint))
+        workspace.load(assignment(entrypoint, **changes))
     trace = caught.value.__traceback__
     return workspace.shown(caught.value.with_traceback(trace and trace.tb_next))
 
@@ -256,6 +257,46 @@ def test_a_folder_without_the_file_is_named(project):
     assert line == text
     assert line.startswith(f"folder {project} lacks flows/appender.py, ")
     assert "start the agent in the project's folder" in line
+
+
+def failing(step, fault, monkeypatch):
+    """Return a workspace whose pull step fails so, as Prefect tells it; Prefect itself needs a server."""
+
+    async def run_steps(steps, **_):
+        raise StepExecutionError(f"Encountered error while running {step}") from fault
+
+    monkeypatch.setattr(workspace, "run_steps", run_steps)
+    return Workspace(pull_steps=[{step: {}}])
+
+
+@pytest.mark.parametrize("kind", [FileNotFoundError, NotADirectoryError])
+def test_a_pull_step_whose_folder_is_missing_is_named(project, jobs, monkeypatch, kind):
+    """`prefect deploy` adds one with the folder of the machine that deploys."""
+    fault = kind(2, "No such file or directory", "/no/such/folder")
+    where = failing("prefect.deployments.steps.set_working_directory", fault, monkeypatch)
+
+    line, text = why("jobs.py:plain", workspace=where)
+
+    assert line == text
+    assert line.startswith("pull step set_working_directory wants folder /no/such/folder, which ")
+    assert "`pull: []`" in line
+
+
+@pytest.mark.parametrize(
+    ("step", "fault"),
+    [
+        ("run_shell_script", FileNotFoundError(2, "No such file or directory", "git")),
+        ("set_working_directory", PermissionError(13, "Permission denied", "/root")),
+    ],
+)
+def test_another_pull_step_that_fails_is_shown_as_it_is(project, jobs, monkeypatch, step, fault):
+    """What it lacks need not be a folder of the project."""
+    where = failing(f"prefect.deployments.steps.{step}", fault, monkeypatch)
+
+    line, text = why("jobs.py:plain", workspace=where)
+
+    assert line.startswith("StepExecutionError: ")
+    assert type(fault).__name__ in text
 
 
 @pytest.mark.parametrize("entrypoint", ["broken.py:job", "broken:job", "broken.job"])
