@@ -26,7 +26,7 @@ from prefect.utilities.importtools import load_script_as_module
 
 from taskadapter.declare import attached
 from taskadapter.declare.jobs import JobId
-from taskadapter.declare.registry import listeners
+from taskadapter.declare.registry import importing, listeners
 from taskadapter.declare.triggers import DEFAULT_QUEUE
 from taskadapter.errors import DeclarationError, TaskError
 from taskadapter.listener import Declared, Listener, refuse_disagreement
@@ -92,7 +92,8 @@ def _once_each(found: list[tuple[Listener, Declared]]) -> list[tuple[Listener, D
 
 def _import(module: Path) -> None:
     try:
-        load_script_as_module(str(module))
+        with importing("`taskadapter render`"):
+            load_script_as_module(str(module))
     except ScriptError as error:
         raise DeclarationError(f"{module}{_what_broke(module, error.user_exc)}") from error
     except SystemExit as error:

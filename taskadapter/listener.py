@@ -24,7 +24,7 @@ from taskadapter.agent.program import Part, ProgramAgent, agents, done, stop_all
 from taskadapter.agent.signals import at_a_signal
 from taskadapter.declare.base import Declaration, shown
 from taskadapter.declare.jobs import Job, Service, dump_state
-from taskadapter.declare.registry import listeners
+from taskadapter.declare.registry import listeners, refuse_while_importing
 from taskadapter.declare.toml import overridden, read_config
 from taskadapter.declare.triggers import (
     DEFAULT_QUEUE,
@@ -35,6 +35,7 @@ from taskadapter.declare.triggers import (
 )
 from taskadapter.errors import DeclarationError, TaskError
 from taskadapter.execution import flow as flows
+from taskadapter.execution.current import execution
 from taskadapter.pools import aensure_work_pool
 from taskadapter.prefect_api import private
 from taskadapter.prefect_api.client import api_client, run_sync
@@ -388,10 +389,11 @@ class Listener:
         their group. All listeners of a program on one work pool share one agent.
 
         Raises:
-            TaskError: it is started already, nothing is declared, another listener of the program runs a
-                service of that name, the work pool is of another type or has another database or timing,
-                another live process has this node's name, or Prefect's API or the coordination database is
-                not named or does not answer (it is given some seconds).
+            TaskError: a run imports this file or calls this, it is started already, nothing is declared,
+                another listener of the program runs a service of that name, the work pool is of another
+                type or has another database or timing, another live process has this node's name, or
+                Prefect's API or the coordination database is not named or does not answer (it is given
+                some seconds).
         """
         run_sync(self.astart())
 
@@ -409,6 +411,9 @@ class Listener:
         self._part = part
 
     def _check_start(self) -> None:
+        refuse_while_importing("start()")
+        if execution.get() is not None:
+            raise TaskError("start() was called inside a run; call it in a program of its own.")
         if self.is_started:
             raise TaskError("the listener is started already; stop it before it is started again.")
         if not self.services:

@@ -22,6 +22,7 @@ from taskadapter.agent import switches
 from taskadapter.declare.base import Declaration, shown
 from taskadapter.declare.civil import Civil, Instant
 from taskadapter.declare.jobs import Job, JobId, dump_state
+from taskadapter.declare.registry import refuse_while_importing
 from taskadapter.declare.triggers import (
     TaskPolicy,
     TriggerConfiguration,
@@ -211,6 +212,7 @@ async def _schedule(
     once: bool,
 ) -> JobId:
     """Deploy a job whose values have been checked, after checking what is left."""
+    refuse_while_importing("schedule_one_time_job()" if once else "schedule_job_recur_by_frequency()")
     declared = _declare(job, trigger, name)
     if group_id is not None:
         WarmBackupConfig(group_id=group_id)  # the rule for its name

@@ -28,7 +28,7 @@ from prefect.utilities.importtools import import_object
 import taskadapter
 from taskadapter.declare import attached
 from taskadapter.declare.jobs import Job, Service, load_state
-from taskadapter.declare.registry import listeners
+from taskadapter.declare.registry import importing, listeners
 from taskadapter.errors import TaskError
 from taskadapter.execution import flow as flows
 
@@ -100,7 +100,9 @@ def load(assignment: Assignment) -> Flow[..., Any]:
         TaskError: the folder of a pull step, the entrypoint's file, or what it names is not here.
     """
     _pull(assignment)
-    return _with_result_storage(_import(assignment), assignment.server_has_storage)
+    with importing("a run"):
+        flow = _import(assignment)
+    return _with_result_storage(flow, assignment.server_has_storage)
 
 
 def _pull(assignment: Assignment) -> None:

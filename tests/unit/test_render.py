@@ -335,6 +335,14 @@ def test_a_listener_without_a_name_is_rendered(project):
 # --- what is refused ------------------------------------------------------------------------------
 
 
+def test_a_program_does_not_begin_when_it_is_rendered(project):
+    """Its file is imported for what it declares."""
+    module(project, "program.py", "@on.service('job')\ndef job(): ...\n\non.start()\n")
+
+    with pytest.raises(DeclarationError, match=r"line 6: start\(\) was called while `taskadapter render` "):
+        rendered()
+
+
 def test_a_name_twice_is_refused(project):
     """Two listeners cannot have jobs of one name; the message names both places."""
     module(project, "one.py", INBOX)

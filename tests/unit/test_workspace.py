@@ -14,9 +14,11 @@ from prefect.deployments.steps.core import StepExecutionError
 from prefect.exceptions import ScriptError
 from prefect.settings import get_current_settings
 
+from taskadapter import Listener, TaskError
 from taskadapter.declare.triggers import TriggerConfiguration
 from taskadapter.execution import workspace
 from taskadapter.execution.assignment import Assignment, Workspace
+from taskadapter.execution.current import Execution, execution
 
 TRIGGER = TriggerConfiguration(interval=2)
 
@@ -331,6 +333,42 @@ def test_an_attribute_that_the_users_module_misses_is_its_own(project, entrypoin
 
     assert line == "AttributeError: module 'os' has no attribute 'nothing'"
     assert text.count("File ") == 1
+
+
+CALLS = {
+    "start()": "on.start()",
+    "schedule_one_time_job()": 'schedule_one_time_job(Greeting(), "2090-01-01T00:00:00Z")',
+    "schedule_job_recur_by_frequency()": "schedule_job_recur_by_frequency(Greeting(), 60)",
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_program_does_not_begin_in_a_run(project, call):
+    """A run imports its file: one that starts a listener there would have an agent in each run."""
+    (project / "jobs.py").write_text(
+        "from taskadapter import *\n\non = Listener(trigger=TriggerConfiguration(interval=2))\n\n"
+        "class Greeting(Job):\n    def execute(self): ...\n\n"
+        f"@on.service('job')\ndef job(): ...\n\n{CALLS[call]}\n"
+    )
+
+    line, text = why("jobs.py:job")
+
+    assert line.endswith(
+        f'{call} was called while a run imports this file; put the call under `if __name__ == "__main__":`'
+    )
+    assert 'jobs.py", line 11' in text
+
+
+def test_a_listener_does_not_start_in_a_body(monkeypatch):
+    """The agent would end with the run."""
+    on = Listener(trigger=TRIGGER)
+    on.service("job")(lambda: None)
+    token = execution.set(Execution(assignment("jobs.py:job")))
+    try:
+        with pytest.raises(TaskError, match=r"start\(\) was called inside a run"):
+            on.start()
+    finally:
+        execution.reset(token)
 
 
 def test_a_mistake_in_writing_is_shown(project):
