@@ -9,15 +9,23 @@ from __future__ import annotations
 
 import difflib
 import os
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from prefect.settings import get_current_settings
 from prefect.settings.base import PrefectBaseSettings, build_settings_config
+from prefect.settings.sources import (
+    PrefectTomlConfigSettingsSource,
+    ProfileSettingsTomlLoader,
+    PyprojectTomlConfigSettingsSource,
+)
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
 
 from taskadapter.errors import DeclarationError
 from taskadapter.rules import ticks
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
 
 DEFAULT_WORK_POOL = "taskadapter"
 
@@ -131,13 +139,38 @@ def _refusal(wrong: Any) -> str:
 
 
 def misspelt() -> list[str]:
-    """Return a sentence for each variable of the environment that looks like a setting, and is none."""
-    known = [name.upper() for name in TaskadapterSettings.model_fields]
-    found = [name for name in sorted(os.environ) if name.upper().startswith(PREFIX)]
-    return [_suggestion(name, known) for name in found if name[len(PREFIX) :].upper() not in known]
+    """Return a sentence for each name that stands where a setting does, and is none; no value is told."""
+    fields = list(TaskadapterSettings.model_fields)
+    variables = [name.upper() for name in fields]
+    profile = ProfileSettingsTomlLoader(TaskadapterSettings).profile_settings
+    found = [_suggestion(name, PREFIX, short.upper(), variables) for name, short in _ours(os.environ)]
+    found += [
+        _suggestion(f"{name} in Prefect's profile", PREFIX, short, variables)
+        for name, short in _ours(profile)
+    ]
+    for place, keys in _tables():
+        found += [_suggestion(f"{key} in {place}", "", key, fields) for key in sorted(keys)]
+    return [sentence for sentence in found if sentence is not None]
 
 
-def _suggestion(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name[len(PREFIX) :].upper(), known, n=1)
-    remedy = f"did you mean {PREFIX}{close[0]}?" if close else f"settings are {', '.join(known)}"
-    return f"{name} is no setting and has no effect; {remedy}"
+def _ours(names: Iterable[str]) -> list[tuple[str, str]]:
+    """Return those that begin as a setting does, with what follows."""
+    return [(name, name[len(PREFIX) :]) for name in sorted(names) if name.upper().startswith(PREFIX)]
+
+
+def _tables() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield our table of each file that settings are read from: where it is, and what is in it."""
+    prefect = PrefectTomlConfigSettingsSource(TaskadapterSettings)
+    yield "[integrations.taskadapter] of prefect.toml", prefect.toml_data
+    project = PyprojectTomlConfigSettingsSource(TaskadapterSettings)
+    yield "[tool.prefect.integrations.taskadapter] of pyproject.toml", project.toml_data
+
+
+def _suggestion(place: str, prefix: str, name: str, known: list[str]) -> str | None:
+    """Say that a name is no setting, and which one it may be; None where it is one."""
+    if name in known:
+        return None
+    spelled = name.upper() if prefix else name.lower()
+    close = difflib.get_close_matches(spelled, known, n=1)
+    remedy = f"did you mean {prefix}{close[0]}?" if close else f"settings are {', '.join(known)}"
+    return f"{place} is no setting and has no effect; {remedy}"

@@ -171,7 +171,7 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         """
         private.remember_time_zones()
         for sentence in misspelt():
-            self._logger.warning("A variable of the environment is misspelt: %s", sentence)
+            self._logger.warning("A setting is misspelt: %s", sentence)
         try:
             await super().setup()
             # While the API is away there is no pool; its modules are then imported run by run.

@@ -38,4 +38,5 @@ def error(text: object) -> Finding:
 
 
 def _finding(level: Level, text: object) -> Finding:
-    return Finding(level, f"{' '.join(str(text).split()).removesuffix('.')}.")
+    sentence = " ".join(str(text).split()).removesuffix(".")
+    return Finding(level, sentence if sentence.endswith("?") else f"{sentence}.")

@@ -6,6 +6,7 @@ import pytest
 from prefect.settings import get_current_settings
 
 from taskadapter.coordination.engines import url_of
+from taskadapter.doctor.findings import warning
 from taskadapter.doctor.project import read_settings
 from taskadapter.errors import DeclarationError
 from taskadapter.settings import PREFIX, TaskadapterSettings, misspelt
@@ -151,6 +152,51 @@ def test_a_variable_that_is_no_setting_is_named(monkeypatch):
     )
     assert second.startswith(f"{PREFIX}XYZZY is no setting and has no effect; settings are WORK_POOL, ")
     assert [finding.text.removesuffix(".") for finding in read_settings()[1]] == [first, second]
+
+
+@pytest.mark.parametrize(
+    ("file", "table"),
+    [
+        ("prefect.toml", "integrations.taskadapter"),
+        ("pyproject.toml", "tool.prefect.integrations.taskadapter"),
+    ],
+)
+def test_a_key_of_a_file_that_is_no_setting_is_named(monkeypatch, tmp_path, file, table):
+    """As a variable is; its value, which may hold a password, is not told."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / file).write_text(
+        f"[{table}]\ndatabaseurl = 'postgresql://node:hunter2@db/tasks'\nworker_count = 3\nxyzzy = 1\n"
+    )
+
+    first, second = misspelt()
+
+    told = f"in [{table}] of {file} is no setting and has no effect"
+    assert first == f"databaseurl {told}; did you mean database_url?"
+    assert second.startswith(f"xyzzy {told}; settings are work_pool, ")
+    assert [finding.text.removesuffix(".") for finding in read_settings()[1]] == [first, second]
+
+
+def test_a_name_in_a_profile_that_is_no_setting_is_named(monkeypatch, tmp_path):
+    """Prefect takes any name there, and ignores it."""
+    profiles = tmp_path / "profiles.toml"
+    profiles.write_text(
+        f"active = 'mine'\n[profiles.mine]\n{PREFIX}WORKPOOL = 'nightly'\n{PREFIX}WORKER_COUNT = '3'\n"
+    )
+    for name in ("TEST", "UNIT_TEST", "TESTING_TEST", "TESTING_UNIT_TEST"):
+        monkeypatch.delenv(f"PREFECT_{name}_MODE", raising=False)
+    monkeypatch.delenv("PREFECT_PROFILE", raising=False)
+    monkeypatch.setenv("PREFECT_PROFILES_PATH", str(profiles))
+
+    assert misspelt() == [
+        f"{PREFIX}WORKPOOL in Prefect's profile is no setting and has no effect; "
+        f"did you mean {PREFIX}WORK_POOL?"
+    ]
+
+
+def test_a_sentence_of_doctors_ends_once():
+    """A question has its mark already."""
+    assert warning("did you mean this?").text == "did you mean this?"
+    assert warning("write this").text == "write this."
 
 
 def test_doctor_looks_for_what_is_to_be_preloaded(monkeypatch):
