@@ -13,7 +13,7 @@ from prefect.logging import get_logger
 from taskadapter.agent.worker import WarmBackupWorker
 from taskadapter.coordination import store
 from taskadapter.declare.triggers import DEFAULT_QUEUE
-from taskadapter.errors import TaskError
+from taskadapter.errors import TaskError, listed
 from taskadapter.prefect_api.client import all_pages, api_client, run_sync
 from taskadapter.prefect_api.locks import lock
 from taskadapter.prefect_api.pool import Domain, PoolSize
@@ -109,12 +109,27 @@ async def _refuse_another_database(pool: WorkPool, domain: Domain) -> None:
         return  # its password is gone, and with it whoever could see the nodes
     nodes = await asyncio.to_thread(store.live_nodes, url, pool.name, before.liveness_check_interval)
     if nodes:
-        was, new = before.unlike(domain)["database"], domain.unlike(before)["database"]
-        raise TaskError(
-            f"work pool {pool.name!r} has {', '.join(nodes)} active or standing by in database {was}, and "
-            f"database {new} knows nothing of counts and states there; give this listener a work_pool= of "
-            "its own, name the same database, or stop those nodes first."
-        )
+        raise TaskError(another_database(pool.name, nodes, before.database, domain.database))
+
+
+def another_database(pool: str, nodes: list[str], known: str | None, wanted: str | None) -> str:
+    """Say that nodes coordinate through one database, and that a listener wants another.
+
+    Args:
+        pool: the work pool's name.
+        nodes: those that live in the one that it has.
+        known: that database; None where the pool names none.
+        wanted: the other one; None where the listener names none.
+    """
+    # What neither names is a file of each node's own machine.
+    theirs = "the default database, as the pool names none" if known is None else f"database {known}"
+    other = "The default one, which this listener wants," if wanted is None else f"Database {wanted}"
+    remedy = "leave its database_config out" if known is None else "name the same database"
+    return (
+        f"the nodes of work pool {pool!r} ({listed(nodes)}) coordinate through {theirs}. {other} has "
+        "none of their counts and states. Give this listener a work_pool= of its own, "
+        f"{remedy}, or stop those nodes first."
+    )
 
 
 async def _change(client: PrefectClient, name: str, domain: Domain | None, size: PoolSize | None) -> None:

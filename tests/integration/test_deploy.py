@@ -328,7 +328,7 @@ def test_a_pool_with_live_nodes_keeps_its_database(
         nodes.register(connection, node, ["group"], 30)
 
     for other in (after, Domain()):
-        with pytest.raises(TaskError, match=r"node-1 active or .*before.db.*work_pool="):
+        with pytest.raises(TaskError, match=r"\(node-1\) .*before.db.*work_pool="):
             ensure_work_pool(name, other)
         assert Domain.of(prefect_client.read_work_pool(name)) == before
     ensure_work_pool(name, replace(before, liveness_check_interval=12))

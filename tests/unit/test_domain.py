@@ -10,6 +10,7 @@ from prefect.client.schemas.objects import WorkPool
 
 from taskadapter.agent.worker import WarmBackupWorker
 from taskadapter.declare.triggers import PostgresqlConfig, WarmBackupConfig
+from taskadapter.pools import another_database
 from taskadapter.prefect_api.pool import Domain, PoolSize, password_of
 from taskadapter.settings import TaskadapterSettings
 
@@ -115,3 +116,29 @@ def test_what_differs_from_another_domain_is_told_without_a_secret() -> None:
     }
     assert Domain().unlike(declared)["liveness_check_interval"] == "30"
     assert declared.unlike(declared) == {}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "known", "wanted", "sentences"),
+    [
+        (
+            ["node-2"],
+            None,
+            URL,
+            "the nodes of work pool 'nightly' (node-2) coordinate through the default database, as the "
+            f"pool names none. Database {URL} has none of their counts and states. Give this listener a "
+            "work_pool= of its own, leave its database_config out, or stop those nodes first.",
+        ),
+        (
+            ["node-1", "node-2"],
+            URL,
+            None,
+            f"the nodes of work pool 'nightly' (node-1, node-2) coordinate through database {URL}. The "
+            "default one, which this listener wants, has none of their counts and states. Give this "
+            "listener a work_pool= of its own, name the same database, or stop those nodes first.",
+        ),
+    ],
+)
+def test_another_database_is_refused_in_sentences(nodes, known, wanted, sentences):
+    """Also where the pool, or the listener, names none."""
+    assert another_database("nightly", nodes, known, wanted) == sentences
