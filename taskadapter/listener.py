@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeGuard, cast
+from typing import Any, ClassVar, Self, TypeGuard, cast
 
 import httpx
 from prefect import Flow
@@ -28,6 +28,8 @@ from taskadapter.declare.registry import listeners, refuse_while_importing
 from taskadapter.declare.toml import overridden, read_config
 from taskadapter.declare.triggers import (
     DEFAULT_QUEUE,
+    DURATION,
+    DURATION_IN_A_FILE,
     RetryConfiguration,
     TaskPolicy,
     TriggerConfiguration,
@@ -61,6 +63,8 @@ class ListenerConfiguration(Declaration):
         warm_backup_config: the group whose active node alone runs them; None for every node.
         work_pool: the work pool, by default the one that the settings name.
     """
+
+    called: ClassVar[str | None] = "Listener"
 
     trigger: TriggerConfiguration
     retry_config: RetryConfiguration | None = None
@@ -158,7 +162,9 @@ class Listener:
         try:
             return cls(**overridden(found, configuration))
         except DeclarationError as error:
-            raise DeclarationError(f"{path}: {error}") from None
+            # TOML has no timedelta.
+            said = str(error).replace(DURATION, DURATION_IN_A_FILE)
+            raise DeclarationError(f"{path}: {said}") from None
 
     @property
     def work_pool(self) -> str:

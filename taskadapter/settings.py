@@ -21,6 +21,7 @@ from prefect.settings.sources import (
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
 
+from taskadapter.declare.base import in_our_words
 from taskadapter.errors import DeclarationError
 from taskadapter.rules import ticks
 
@@ -134,8 +135,8 @@ def _refusal(wrong: Any) -> str:
     name = str(wrong["loc"][0])
     field = TaskadapterSettings.model_fields[name]
     value = "" if field.annotation == SecretStr | None else f"={wrong['input']}"
-    rule = wrong["msg"].removeprefix("Value error, ")
-    return f"setting {PREFIX}{name.upper()}{value} is refused: {rule}; correct it, or unset it"
+    rule = in_our_words(wrong["msg"])
+    return f"setting {PREFIX}{name.upper()}{value} is refused: it {rule}; correct it, or unset it"
 
 
 def misspelt() -> list[str]:

@@ -8,7 +8,7 @@ import reprlib
 from collections.abc import Mapping
 from datetime import date, timedelta
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any, Self, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.alias_generators import to_camel
@@ -90,26 +90,53 @@ class Declaration(Validated):
 
     model_config = ConfigDict(frozen=True, alias_generator=to_camel)
 
+    called: ClassVar[str | None] = None
+    """What a user calls it, where that is not the name of its class."""
+
 
 def refusal(model: type[BaseModel], error: ValidationError) -> DeclarationError:
     """Translate Pydantic's error for `model` into ours, with a line for each fault."""
-    faults = [_describe(model, detail) for detail in error.errors(include_url=False)]
+    details = error.errors(include_url=False)
+    meant = {_meant(model, detail) for detail in details if detail["type"] == "extra_forbidden"}
+    faults = [
+        _describe(model, detail)
+        for detail in details
+        # A field that was misspelt is not missing as well.
+        if detail["type"] != "missing" or _missing(model, detail) not in meant
+    ]
     separator = " " if len(faults) == 1 else "\n  "
-    return DeclarationError(f"{model.__name__}:{separator}" + separator.join(faults))
+    return DeclarationError(f"{_called(model)}:{separator}" + separator.join(faults))
+
+
+def _called(model: type[BaseModel]) -> str:
+    return (issubclass(model, Declaration) and model.called) or model.__name__
+
+
+def _missing(model: type[BaseModel], detail: ErrorDetails) -> str:
+    """Return the path of a field that is missing."""
+    owner, field, path = _locate(model, detail["loc"])
+    # Pydantic names a missing field by its alias, which the user need not have used.
+    head, dot, _ = path.rpartition(".")
+    return f"{head}{dot}{next(name for name, known in owner.model_fields.items() if known is field)}"
+
+
+def _meant(model: type[BaseModel], detail: ErrorDetails) -> str | None:
+    """Return the path of the field that an unknown one stands for, by its spelling; None for no field."""
+    owner, _, path = _locate(model, detail["loc"])
+    head, dot, name = path.rpartition(".")
+    close = _close(owner, name)
+    return f"{head}{dot}{_spellings(owner)[close]}" if close else None
 
 
 def _describe(model: type[BaseModel], detail: ErrorDetails) -> str:
     owner, field, path = _locate(model, detail["loc"])
     if detail["type"] == "missing":
-        # Pydantic names a missing field by its alias, which the user need not have used.
-        head, dot, _ = path.rpartition(".")
-        name = next(name for name, known in owner.model_fields.items() if known is field)
-        return f"{head}{dot}{name} is required; give it a value"
+        return f"{_missing(model, detail)} is required; give it a value"
     if detail["type"] == "extra_forbidden":
-        return f"{path} is not a field of {owner.__name__}; {_nearest(owner, path)}"
+        return f"{path} is not a field of {_called(owner)}; {_nearest(owner, path)}"
     if detail["type"] == "frozen_instance":
         return (
-            f"{path} cannot be assigned, {model.__name__} is frozen; construct a new one instead "
+            f"{path} cannot be assigned, {_called(model)} is frozen; construct a new one instead "
             "(only the fields of a Service may change)"
         )
     rule = _rule(detail, field, path)
@@ -122,13 +149,19 @@ def _rule(detail: ErrorDetails, field: FieldInfo | None, path: str) -> str:
         return str(detail["ctx"]["error"])
     if "_tag_" in detail["type"]:  # an undecided union: the message is our own
         return detail["msg"]
-    rule = re.sub(r"^Input should (have|be)", r"must \1", detail["msg"])
+    rule = in_our_words(detail["msg"])
     given = f"{rule}, not {_kind(detail['input'])}" if "_type" in detail["type"] else rule
     if field is None or field.is_required() or field.default_factory is not None:
         return f"{given}; pass such a value"
     if detail["input"] is field.default:
         return f"{given}; give the field another default"
     return f"{given}; leave {path} out for its default, {field.default!s}"
+
+
+def in_our_words(message: str) -> str:
+    """Return a rule of Pydantic's as our messages say it."""
+    rule = message.removeprefix("Value error, ").partition(", unable to parse")[0]
+    return re.sub(r"^Input should (have|be)", r"must \1", rule)
 
 
 def _kind(value: object) -> str:
@@ -155,11 +188,18 @@ def _shown(path: str, value: object) -> str:
 
 
 def _nearest(owner: type[BaseModel], path: str) -> str:
-    name = path.rpartition(".")[2]
-    known = {key: field for field in owner.model_fields for key in (field, to_camel(field))}
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    fields = f"its fields are {', '.join(owner.model_fields)}"
-    return f"did you mean {close[0]}? {fields}" if close else fields
+    close = _close(owner, path.rpartition(".")[2])
+    return f"did you mean {close}?" if close else f"its fields are {', '.join(owner.model_fields)}"
+
+
+def _close(owner: type[BaseModel], name: str) -> str | None:
+    """Return the spelling of a field that is closest to a name; None where none is close."""
+    return next(iter(difflib.get_close_matches(name, _spellings(owner), n=1, cutoff=0.6)), None)
+
+
+def _spellings(owner: type[BaseModel]) -> dict[str, str]:
+    """Return the fields by each of their spellings."""
+    return {key: field for field in owner.model_fields for key in (field, to_camel(field))}
 
 
 def _locate(

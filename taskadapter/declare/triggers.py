@@ -45,6 +45,10 @@ __all__ = [
 DEFAULT_QUEUE = "default"
 """The queue of jobs without a group: every agent polls it."""
 
+DURATION = "must be a number of seconds or a timedelta; write 2.5 or timedelta(minutes=1)"
+DURATION_IN_A_FILE = "must be a number of seconds; write 2.5"
+"""The rule of a duration, in a program and in a file."""
+
 _MIN_HEARTBEATS = 3
 _LONGEST_ID = 255
 _LONGEST_INTERVAL = timedelta(days=36525)
@@ -55,9 +59,7 @@ def _to_seconds(value: object) -> float:
     if isinstance(value, timedelta):
         return value.total_seconds()
     if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
-        raise ValueError(  # noqa: TRY004  Pydantic passes a TypeError through untranslated
-            "must be a number of seconds or a timedelta; write 2.5 or timedelta(minutes=1)"
-        )
+        raise ValueError(DURATION)  # noqa: TRY004  Pydantic passes a TypeError through untranslated
     try:
         seconds = float(value)
     except (OverflowError, ValueError):  # an int beyond float's range, a signalling NaN

@@ -222,7 +222,12 @@ def test_a_trigger_in_code_leaves_the_files_retries(file):
     [
         ("intervall = 2", "intervall is no part of a listener; remove it"),
         ("[org.night]\ninterval = 2", "org is no part of a listener; remove it, or pass table="),
+        (
+            "[trigger]\nintervall = 2",
+            ": Listener: trigger.intervall is not a field of TriggerConfiguration; ",
+        ),
         ("[trigger]\nintervall = 2", "did you mean interval?"),
+        ("interval = 'soon'", "interval='soon': must be a number of seconds; write 2.5"),
         ("trigger = 5", "trigger must be a table"),
         ("interval = 1\n[trigger]\ninterval = 2", "trigger.interval is said twice"),
         ("maxCount = 1\nmax_count = 1\ninterval = 1", "max_count is said twice"),

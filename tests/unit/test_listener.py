@@ -159,6 +159,16 @@ def test_an_unknown_keyword_is_refused():
     assert "did you mean retry_config?" in message
 
 
+def test_a_misspelt_field_is_not_missing_as_well():
+    """The typo alone is told, by the name that the user knows."""
+    trigger = TriggerConfiguration(interval=2)
+
+    assert refused(Listener, triger=trigger) == (
+        "Listener: triger is not a field of Listener; did you mean trigger?"
+    )
+    assert "trigger is required" in refused(Listener, retries=trigger)
+
+
 def test_the_trigger_is_required():
     """A listener without a trigger is refused."""
     assert "trigger is required" in refused(Listener)

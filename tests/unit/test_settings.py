@@ -100,11 +100,11 @@ def test_the_databases_url_is_never_shown(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "value", "rule"),
     [
-        ("WORKER_COUNT", "abc", "Input should be a valid integer, unable to parse string as an integer"),
-        ("WORKER_COUNT", "0", "Input should be greater than or equal to 1"),
-        ("POLL_SECONDS", "-1", "Input should be greater than 0"),
-        ("LEDGER_DAYS", "x", "Input should be a valid number, unable to parse string as a number"),
-        ("DRAIN_SECONDS", "-3", "Input should be greater than or equal to 0"),
+        ("WORKER_COUNT", "abc", "must be a valid integer"),
+        ("WORKER_COUNT", "0", "must be greater than or equal to 1"),
+        ("POLL_SECONDS", "-1", "must be greater than 0"),
+        ("LEDGER_DAYS", "x", "must be a valid number"),
+        ("DRAIN_SECONDS", "-3", "must be greater than or equal to 0"),
     ],
 )
 def test_what_is_refused_is_named_as_it_is_set(monkeypatch, name, value, rule):
@@ -115,7 +115,7 @@ def test_what_is_refused_is_named_as_it_is_set(monkeypatch, name, value, rule):
         TaskadapterSettings()
 
     assert str(caught.value) == (
-        f"setting {PREFIX}{name}={value} is refused: {rule}; correct it, or unset it"
+        f"setting {PREFIX}{name}={value} is refused: it {rule}; correct it, or unset it"
     )
     assert [finding.text.removesuffix(".") for finding in read_settings()[1]] == [str(caught.value)]
 
