@@ -154,7 +154,10 @@ def ledger(
 
 @app.command
 def restart(job: Job, /) -> None:
-    """Start a job again that has ended, by its error policy or otherwise; nothing since then is owed."""
+    """Start a job again that has ended, by its error policy or otherwise.
+
+    Ticks between its end and now are not run.
+    """
     from taskadapter.agent import switches
     from taskadapter.prefect_api.client import server_client
     from taskadapter.prefect_api.deployments import find_job
@@ -165,7 +168,7 @@ def restart(job: Job, /) -> None:
             return deployment, await switches.restart(client, deployment)
 
     deployment, why = asyncio.run(start())
-    print(f"Job {deployment.name!r} goes on, which had ended: {why}.")
+    print(f"Job {deployment.name!r} is started again. It had ended: {why}.")
     if deployment.paused:
         print("It is paused, too; resume it in the UI.")
 

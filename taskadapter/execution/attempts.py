@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -217,15 +218,20 @@ class Attempts:
         reason = ticks.failed(self.current.count, policy) if ends else None
         self._enter_end(None, "Failed", reason)
         if policy in LOGGING:
-            consequence = "the job ends on all nodes" if ends else "the job goes on"
             retry = self.trigger.retry_config
-            if retry is not None and attempts <= retry.max_attempts:
-                consequence = f"no further one fits in before the next tick, {consequence}"
-            self.log.error("Failed after %d attempt(s), %s: %s", attempts, consequence, _in_words(exc))
+            is_short = retry is not None and attempts <= retry.max_attempts
+            said = consequence(self._job() if ends else None, is_short=is_short)
+            self.log.error("Failed after %d attempt(s). %s The error: %s", attempts, said, _in_words(exc))
         if self.execution is not None and reason is not None:
             self.execution.ended = reason
             # At once: the next tick may be due before the API has taken note of this run's end.
             self.execution.on_progress()
+
+    def _job(self) -> str:
+        """Return the job's name as commands know it: its deployment's, or the flow's in a direct call."""
+        return (
+            self.name if self.execution is None else ticks.job_of(self.execution.assignment.flow_run.name)
+        )
 
     def announce_wait(self, seconds: float, exc: Exception) -> None:
         """Show in the UI that the next attempt is to come, in so many seconds, and why.
@@ -273,6 +279,20 @@ def _while_ours() -> Iterator[None]:
         yield
     except TokenLostError as lost:
         raise Abort(str(lost)) from lost
+
+
+def consequence(ended: str | None, *, is_short: bool) -> str:
+    """Say what follows from the failure of the last attempt.
+
+    Args:
+        ended: the name of the job where it ends; None where it goes on.
+        is_short: whether more attempts were declared than fit in before the next tick.
+    """
+    end = "The job goes on."
+    if ended is not None:
+        restart = f"`taskadapter restart {shlex.quote(ended)}`"
+        end = f"The job ends on all nodes; {restart} starts it again."
+    return f"No further one fits in before the next tick. {end}" if is_short else end
 
 
 def _in_words(exc: Exception) -> str:

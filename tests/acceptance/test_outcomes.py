@@ -288,7 +288,8 @@ def test_an_error_ends_the_job(project: Project, prefect: Prefect, job: str, is_
     assert len(project.entries(job, "ran")) == 1 + len(others)
     assert prefect.runs(job, "Late", "Scheduled", "Pending", "Running") == []
     log = prefect.wait_for_logs(first, "as always")
-    assert any("the job ends on all nodes" in line for line in log) == is_logged
+    said = f"The job ends on all nodes; `taskadapter restart {job}` starts it again."
+    assert any(said in line for line in log) == is_logged
 
 
 def test_an_error_ends_a_job_that_runs_one_at_a_time_at_once(project: Project, prefect: Prefect) -> None:
@@ -349,7 +350,7 @@ def test_a_job_that_has_ended_is_started_again(
     ran = project.wait_for(job, "ran", len(first) + len(then))
     prefect.wait_for_put_away(job)
 
-    assert said.startswith(f"Job '{job}' goes on, which had ended: {why}")
+    assert said.startswith(f"Job '{job}' is started again. It had ended: {why}")
     assert [entry["number"] for entry in ran] == first + then
     runs = sorted(prefect.executed(job), key=due)
     assert len(runs) == len(ran)

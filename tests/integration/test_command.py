@@ -205,7 +205,7 @@ def test_only_a_job_that_has_ended_is_started_again(
     store.end_job(database, job.id, ticks.failed(3, "TERMINATE"), ticks.slug(trigger))
     assert "The job is over: run 3 failed" in command("ledger", own.name)
     assert command("restart", own.name).startswith(
-        f"Job '{own.name}' goes on, which had ended: run 3 failed"
+        f"Job '{own.name}' is started again. It had ended: run 3 failed"
     )
     assert "The job" not in command("ledger", own.name)
 

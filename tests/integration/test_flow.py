@@ -223,7 +223,8 @@ def test_no_retry_reaches_into_the_next_tick(name: str, caplog: pytest.LogCaptur
         call(name, fail, trigger=trigger)
 
     assert [run.attempt for run in seen] == [1]
-    assert "Failed after 1 attempt(s), no further one fits in before the next tick" in caplog.text
+    assert "Failed after 1 attempt(s). No further one fits in before the next tick. The job" in caplog.text
+    assert "The error: ConnectionError: no answer" in caplog.text
 
 
 @pytest.mark.parametrize("source", [Counter, AsyncCounter])
