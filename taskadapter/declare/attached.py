@@ -32,7 +32,10 @@ def place_of(entrypoint: str) -> str:
     return entrypoint.rpartition(_MARK)[0] or entrypoint
 
 
-FETCH_CODE = "start the agent in the project's folder, or deploy with a pull step that fetches the code"
+FETCH_CODE = (
+    "start the agent in the project's folder, deploy with a pull step that fetches the code, or, if the "
+    "file was renamed, deploy again"
+)
 """What to do where a node lacks the file of an entrypoint."""
 
 

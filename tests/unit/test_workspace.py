@@ -259,6 +259,7 @@ def test_a_folder_without_the_file_is_named(project):
     assert line == text
     assert line.startswith(f"folder {project} lacks flows/appender.py, ")
     assert "start the agent in the project's folder" in line
+    assert line.endswith("or, if the file was renamed, deploy again")
 
 
 def failing(step, fault, monkeypatch):
