@@ -700,6 +700,6 @@ def test_the_guides_example_runs(
     assert PoolSize.of(prefect_client.read_work_pool(pool)) == PoolSize(worker_count=3, waiting_time=2.0)
     (left,) = jobs_in(prefect_client, pool)
     assert (left.name, left.entrypoint, left.paused) == ("reminder", "jobs.py:Greeting", False)
-    assert re.findall(r"[0-9a-f-]{36}", run.stdout) == [str(left.id)]
+    assert run.stdout.split() == ["reminder"]
     twins = {name[1:] for name in taskadapter.__all__ if name[1:] in taskadapter.__all__}
     assert [function for function in twins if f"{function}(" not in program] == []
