@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import importlib
 import inspect
 import os
@@ -218,7 +219,7 @@ def shown(fault: Exception) -> tuple[str, str]:
 
 
 def _of_user(frames: traceback.StackSummary) -> traceback.StackSummary:
-    """Return those frames of a traceback that are neither Prefect's, ours, nor of the import system."""
+    """Return those frames of a traceback that are neither Prefect's, ours, nor of what calls the user's."""
     others = (*_MACHINERY, "<frozen importlib")
     return traceback.StackSummary.from_list(
         [frame for frame in frames if not frame.filename.startswith(others)]
@@ -226,5 +227,6 @@ def _of_user(frames: traceback.StackSummary) -> traceback.StackSummary:
 
 
 _MACHINERY = tuple(
-    f"{Path(str(module.__file__)).parent}{os.sep}" for module in (prefect, taskadapter, importlib)
+    f"{Path(str(module.__file__)).parent}{os.sep}"
+    for module in (prefect, taskadapter, importlib, asyncio, concurrent.futures)
 )

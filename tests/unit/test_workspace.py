@@ -358,6 +358,7 @@ def test_a_program_does_not_begin_in_a_run(project, call):
         f'{call} was called while a run imports this file; put the call under `if __name__ == "__main__":`'
     )
     assert 'jobs.py", line 11' in text
+    assert text.count("File ") == 1
 
 
 def test_a_listener_does_not_start_in_a_body(monkeypatch):
