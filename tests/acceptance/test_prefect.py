@@ -299,6 +299,20 @@ def test_pull_steps_are_honoured(project: Project, prefect: Prefect) -> None:
     assert (entry["word"], entry["folder"]) == ("pulled", elsewhere)
 
 
+def test_the_folder_of_a_pull_step_that_is_missing_is_named(project: Project, prefect: Prefect) -> None:
+    """`prefect deploy` adds such a step, with the folder of its own machine; the run's message says it."""
+    step = {"prefect.deployments.steps.set_working_directory": {"directory": "/no/such/folder"}}
+    name = deploy_plain(project, prefect, "of-another-machine", pull_steps=[step])
+    run = prefect.wait_for_end(prefect.start(name))
+
+    assert state_of(run).name == "Crashed"
+    assert "pull step set_working_directory wants folder /no/such/folder" in str(state_of(run).message)
+    (said,) = (
+        line for line in prefect.wait_for_logs(run, "/no/such/folder") if "could not be loaded" in line
+    )
+    assert "Traceback" not in said
+
+
 def test_environments_do_not_leak(project: Project, prefect: Prefect) -> None:
     """The variables of a deployment reach its runs, and not those of another."""
     seen = []
