@@ -160,7 +160,7 @@ class Hearing:
 
     async def _listen_to(self, events: AsyncIterable[Event]) -> None:
         """Hear a stream to its end; before and after it, something may have been missed."""
-        steady = asyncio.get_running_loop().call_later(STEADY_SECONDS, self._be_steady)
+        self._steady = asyncio.get_running_loop().call_later(STEADY_SECONDS, self._be_steady)
         self._opened = datetime.now(UTC)
         self._heard(None)
         try:
@@ -171,7 +171,7 @@ class Hearing:
             self._opened = None
             self._untold.clear()
             self._heard(None)
-            steady.cancel()
+            self._steady.cancel()
 
     def _hear(self, news: News) -> None:
         if news.about is not None:
@@ -180,6 +180,10 @@ class Hearing:
         self._heard(news)
 
     def _be_steady(self) -> None:
+        """Take the stream for heard: not yet while a server that stands still leaves it open."""
+        if self._is_told and self._is_api_away():
+            self._steady = asyncio.get_running_loop().call_later(STEADY_SECONDS, self._be_steady)
+            return
         if self._is_told:
             self._log.info("Prefect's event stream is connected again; the API is polled seldom.")
         self._failures, self._is_told = 0, False

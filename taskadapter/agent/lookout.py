@@ -17,6 +17,7 @@ from uuid import UUID
 
 from prefect.client.schemas.objects import FlowRun
 from prefect.exceptions import ObjectNotFound
+from prefect.settings import get_current_settings
 from pydantic import SecretStr
 
 from taskadapter.agent.hearing import Hearing, Kind, News
@@ -29,6 +30,7 @@ from taskadapter.declare.triggers import DEFAULT_QUEUE
 from taskadapter.errors import ApiUnavailableError, CoordinationError, TaskError
 from taskadapter.prefect_api.client import API_FAULTS, PAGE, backoff, in_words
 from taskadapter.prefect_api.deployments import deployments_of, deployments_of_pool
+from taskadapter.prefect_api.faults import shown
 from taskadapter.prefect_api.pool import PoolSize, working_dir_of
 from taskadapter.prefect_api.ticks import due
 
@@ -41,6 +43,9 @@ if TYPE_CHECKING:
     from taskadapter.agent.jobs import Deployments
     from taskadapter.agent.membership import Membership
     from taskadapter.agent.timetable import Timetable
+
+SILENT_SECONDS = 15.0
+"""A look that has had no answer for so long is worth a line: Prefect's client waits for a minute."""
 
 RETRY_SECONDS = 0.02
 """How long to wait before the API is asked again on behalf of somebody who waits for it."""
@@ -91,7 +96,7 @@ class Lookout:
         self._prefetch_seconds = prefetch_seconds
         self._looks = Looks()
         self._looking = asyncio.Lock()
-        self._hearing = Hearing(node.log, self._hear, lambda: self._faults > 0)
+        self._hearing = Hearing(node.log, self._hear, lambda: self.is_api_away)
         self._listening: asyncio.Task[None] | None = None
         self._heard_pool: UUID | None = None
         self._carry_over = CarryOver()
@@ -103,12 +108,18 @@ class Lookout:
         # Whether there was more to do than there was room for at the last look, and still is.
         self._had_plenty = False
         self._faults = 0
+        self._is_silent = False
         self.fault: Exception | None = None
 
     @property
     def hears(self) -> bool:
         """Whether the agent hears of what it cannot know ahead."""
         return self._hearing.hears
+
+    @property
+    def is_api_away(self) -> bool:
+        """Whether the API is known not to answer."""
+        return self._faults > 0 or self._is_silent
 
     def want(self) -> None:
         """Have a look made at once."""
@@ -144,6 +155,7 @@ class Lookout:
 
     async def _look_once(self) -> list[FlowRun]:
         asked = time.monotonic()
+        silent = asyncio.get_running_loop().call_later(SILENT_SECONDS, self._tell_silence)
         try:
             found = await self._look()
         except (*API_FAULTS, TaskError) as fault:
@@ -153,17 +165,38 @@ class Lookout:
             self._node.log.exception("Looking for runs failed.")
             await self._back_off(exc, type(exc).__name__)
             return []
-        if self._faults:
-            self._node.log.info("Looking for runs succeeds again, after %d failures.", self._faults)
-            self._faults, self.fault = 0, None
-            # An API whose broker was away has told nothing, though the stream of its events was open.
-            self._looks.hear(None)
+        finally:
+            silent.cancel()
+        if self.is_api_away:
+            self._be_answered(time.monotonic() - asked)
         self._dispatcher.found(found, asked)
         by_hand = {run.id: run.created for run in found if not run.auto_scheduled}
         self._hearing.compare(by_hand | {id_: deployed.created for id_, deployed in self._deployed.items()})
         self._had_plenty = self._dispatcher.has_plenty
         self._looks.looked(asked, self._enough_for())
         return found
+
+    def _tell_silence(self) -> None:
+        """Say once that a look has had no answer, and let it go on: a slow server may still give one."""
+        if self.is_api_away:
+            return
+        self._is_silent = True
+        self._node.log.warning(
+            "Looking for runs has had no answer for %g s, and waits: Prefect's API at %s, or the "
+            "coordination database, stands still or is slow.",
+            SILENT_SECONDS,
+            shown(get_current_settings().api.url),
+        )
+
+    def _be_answered(self, seconds: float) -> None:
+        """Say that it is over that the API, or the database, did not answer."""
+        if self._faults:
+            self._node.log.info("Looking for runs succeeds again, after %d failures.", self._faults)
+        else:
+            self._node.log.info("Looking for runs has an answer, after %.0f s.", seconds)
+        self._faults, self._is_silent, self.fault = 0, False, None
+        # An API whose broker was away has told nothing, though the stream of its events was open.
+        self._looks.hear(None)
 
     def _enough_for(self) -> float:
         """Return for how many seconds what a look has found is enough."""
@@ -328,11 +361,11 @@ class Lookout:
                     async with self._looking:
                         await self._learn(queue, job_ids)
                     break
-                fault = ""
+                fault = "Prefect's API does not answer"
             except API_FAULTS as exc:
-                fault = f": {in_words(exc)}"
+                fault = in_words(exc)
             if time.monotonic() >= end:
-                raise ApiUnavailableError(f"Prefect's API does not answer{fault}.")
+                raise ApiUnavailableError(f"{fault}.")
             await asyncio.sleep(RETRY_SECONDS)
         self._looks.want()
 

@@ -25,7 +25,7 @@ from prefect.utilities.asyncutils import run_coro_as_sync
 from pydantic import ValidationError
 
 from taskadapter.errors import ApiUnavailableError, TaskError
-from taskadapter.prefect_api.faults import FAULTS, UNSET, explain
+from taskadapter.prefect_api.faults import FAULTS, UNSET, explain, unreachable
 
 T = TypeVar("T")
 
@@ -53,6 +53,8 @@ def in_words(fault: Exception) -> str:
     """Return a fault in one line."""
     if isinstance(fault, ValidationError | JSONDecodeError):
         return "the API's answer makes no sense"
+    if isinstance(fault, httpx.TransportError):
+        return unreachable(fault)
     return " ".join(str(fault).split()) or type(fault).__name__
 
 

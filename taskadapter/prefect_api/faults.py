@@ -15,6 +15,9 @@ FAULTS = (httpx.HTTPError, httpx.InvalidURL, ValueError, TypeError)
 The last is a ValueError, or a TypeError where an answer was taken for a list.
 """
 
+BROKEN = (httpx.ReadError, httpx.WriteError, httpx.CloseError, httpx.RemoteProtocolError)
+"""What becomes of a connection whose server has ended, or was ended, meanwhile."""
+
 EXAMPLE = "such as http://HOST:4200/api"
 
 UNSET = (
@@ -26,6 +29,17 @@ UNSET = (
 def shown(url: str | None) -> str:
     """Return the URL of an API without the user and password that may be in it."""
     return re.sub(r"^(\w+://)?.*@", r"\1", url or "")
+
+
+def unreachable(fault: httpx.TransportError) -> str:
+    """Say of an API that gave no answer what became of the question; many such faults have no words."""
+    url = shown(get_current_settings().api.url)
+    who, words = f"Prefect's API at {url}" if url else "Prefect's API", str(fault).removesuffix(".")
+    if isinstance(fault, httpx.TimeoutException):
+        return f"{who} has not answered for {get_current_settings().api.request_timeout:g} s"
+    if isinstance(fault, BROKEN):
+        return f"{who} has broken the connection off ({words or type(fault).__name__})"
+    return f"{who} does not answer: {words or type(fault).__name__}"
 
 
 def explain(fault: Exception, *, is_prefect: bool) -> str:
@@ -43,12 +57,11 @@ def explain(fault: Exception, *, is_prefect: bool) -> str:
         rest = url.rpartition("://")[-1]
         return f"PREFECT_API_URL={url} does not begin with http:// or https://; write http://{rest}"
     if isinstance(fault, httpx.TimeoutException):
-        seconds = get_current_settings().api.request_timeout
-        return f"{who} has not answered for {seconds:g} s; see its process, its database and its load"
+        return f"{unreachable(fault)}; see its process, its database and its load"
     if isinstance(fault, httpx.TransportError):
         return (
-            f"{who} does not answer: {str(fault).removesuffix('.') or type(fault).__name__}; start it with "
-            "`prefect server start`, or name another one in PREFECT_API_URL"
+            f"{unreachable(fault)}; start it with `prefect server start`, or name another one in "
+            "PREFECT_API_URL"
         )
     if isinstance(fault, httpx.InvalidURL):
         return f"PREFECT_API_URL={url} is no URL; set it to the API of the server, {EXAMPLE}"

@@ -126,6 +126,31 @@ def test_a_stream_that_cannot_be_heard_is_told_once(hear, monkeypatch, caplog, i
     assert len(caplog.messages) == lines
 
 
+def test_a_stream_is_not_told_to_be_back_while_the_api_is_away(hear, monkeypatch, caplog):
+    """A server that is frozen leaves its connections open; it is told once the API has answered."""
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(hearing, "STEADY_SECONDS", 0)
+    asked = []
+
+    def is_api_away():
+        asked.append(bool(caplog.messages))
+        return 1 < len(asked) < 5
+
+    monkeypatch.setattr(hearing, "get_events_subscriber", Stream(refusals=2, lasts=True))
+    monkeypatch.setattr(hearing, "LONGEST_BACKOFF_SECONDS", 0.0)
+    ear = Hearing(logging.getLogger("test"), lambda _: None, is_api_away)
+
+    async def play():
+        task = asyncio.create_task(ear.listen(uuid4()))
+        await asyncio.wait_for(satisfied(ear, [], lambda *_: len(caplog.messages) == 2), 5)
+        task.cancel()
+
+    asyncio.run(play())
+
+    assert len(asked) == 5
+    assert caplog.messages[1].startswith("Prefect's event stream is connected again")
+
+
 def test_a_stream_that_closes_at_once_is_opened_less_and_less(hear, monkeypatch, caplog):
     """It has failed like one that is not opened, and each time that it opens costs a look at everything."""
     pauses, sleep = [], asyncio.sleep

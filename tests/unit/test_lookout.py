@@ -21,7 +21,7 @@ from taskadapter.agent.node import Share
 from taskadapter.agent.switches import CarryOver
 from taskadapter.declare.triggers import DEFAULT_QUEUE
 from taskadapter.errors import ApiUnavailableError
-from tests.unit.given import PATIENCE_SECONDS, node, tick
+from tests.unit.given import PATIENCE_SECONDS, node, tick, until
 
 OURS, OTHERS = uuid4(), uuid4()
 
@@ -55,6 +55,7 @@ class Agent:
     def __init__(self, *runs: Any) -> None:
         self.runs = list(runs)
         self.troubles: list[Exception] = []
+        self.answers: asyncio.Event | None = None
         self.asked: list[tuple[object, ...]] = []
         self.share = Share(left_out={OTHERS})
         # As a membership.
@@ -87,6 +88,8 @@ class Agent:
 
     async def refresh(self) -> None:
         self.asked.append(("visit",))
+        if self.answers is not None:
+            await self.answers.wait()
         if self.troubles:
             raise self.troubles.pop(0)
 
@@ -192,6 +195,53 @@ def test_no_fault_ends_it_or_fills_the_log(fault, caplog):
     assert lines[1:] == ["Looking for runs succeeds again, after 5 failures."]
 
 
+def test_a_look_without_an_answer_is_told_and_goes_on(monkeypatch, caplog):
+    """A frozen server takes connections, and a client waits for a minute; told once, and its end."""
+    caplog.set_level("INFO")
+    monkeypatch.setattr(lookout, "SILENT_SECONDS", 0.0)
+    agent, answers = Agent(), asyncio.Event()
+    agent.answers = answers
+
+    async def go() -> None:
+        look = asyncio.create_task(agent.lookout.poll())
+        await until(lambda: caplog.messages)
+        assert agent.lookout.is_api_away
+        answers.set()
+        await look
+
+    asyncio.run(go())
+
+    begun, over = caplog.messages
+    assert begun.startswith("Looking for runs has had no answer for 0 s")
+    assert over.startswith("Looking for runs has an answer, after 0 s")
+    assert not agent.lookout.is_api_away
+    assert agent.asked[-1] == ("found",)
+
+
+def test_a_silence_that_ends_in_a_fault_is_over_with_it(monkeypatch, caplog):
+    """That it succeeds again is told once."""
+    caplog.set_level("INFO")
+    monkeypatch.setattr(lookout, "SILENT_SECONDS", 0.0)
+    agent, answers = Agent(), asyncio.Event()
+    agent.answers, agent.troubles = answers, [httpx.ReadTimeout("")]
+
+    async def go() -> None:
+        look = asyncio.create_task(agent.lookout.poll())
+        await until(lambda: caplog.messages)
+        answers.set()
+        await look
+        monkeypatch.setattr(lookout, "SILENT_SECONDS", PATIENCE_SECONDS)
+        await agent.lookout.poll()
+
+    asyncio.run(go())
+
+    assert [line.partition(",")[0].partition(":")[0] for line in caplog.messages] == [
+        "Looking for runs has had no answer for 0 s",
+        "Looking for runs failed",
+        "Looking for runs succeeds again",
+    ]
+
+
 def test_an_api_that_was_away_has_perhaps_told_nothing():
     """The stream of its events may have been open all the while: all is looked at again."""
     agent = Agent()
@@ -261,7 +311,7 @@ def test_whoever_waits_for_a_look_hears_that_the_api_is_away():
     async def go() -> None:
         await agent.lookout.look_at_once("group", [OURS], time.monotonic() + 0.1)
 
-    with pytest.raises(ApiUnavailableError, match=r"does not answer: .*away"):
+    with pytest.raises(ApiUnavailableError, match=r"^Prefect's API.* does not answer: away\.$"):
         asyncio.run(go())
 
 
