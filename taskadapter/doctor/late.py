@@ -1,4 +1,4 @@
-"""Which of a pool's jobs are behind, and what they wait for."""
+"""Which of a pool's jobs are behind, or always late, and why."""
 
 from __future__ import annotations
 
@@ -7,16 +7,21 @@ from typing import TYPE_CHECKING
 
 from taskadapter.agent.plans import plan_of
 from taskadapter.agent.switches import why_over
-from taskadapter.audit import RUNNING, WAITING, history
+from taskadapter.audit import MISSING, RUNNING, WAITING, history
+from taskadapter.coordination import ledger
+from taskadapter.coordination.engines import transaction
+from taskadapter.coordination.executions import SKIPPED
+from taskadapter.declare.triggers import TaskPolicy
 from taskadapter.doctor.findings import Finding, warning
-from taskadapter.prefect_api.pool import Queues
+from taskadapter.prefect_api.pool import PoolSize, Queues
 from taskadapter.rules import ticks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from prefect.client.schemas.objects import WorkPool
     from prefect.client.schemas.responses import DeploymentResponse
-    from sqlalchemy import Engine
+    from sqlalchemy import Connection, Engine
 
     from taskadapter.audit import Line
     from taskadapter.coordination.progress import JobRow
@@ -25,6 +30,15 @@ if TYPE_CHECKING:
 LATE_SECONDS = 30.0
 """A tick that waits for longer is worth a word: a takeover, with the default lease, takes about as long."""
 
+LEAST_SECONDS = 2.0
+"""A tick that begins this much after its time is not late, however short the pool's waiting time is."""
+
+LAST = 3
+"""How many ticks in a row must have begun late: one alone may have met a takeover."""
+
+NOT_ENDED = {RUNNING, WAITING, MISSING, SKIPPED}
+"""The outcomes of ticks whose body has not begun, or goes on."""
+
 MOST = 100
 """How many ticks that wait are counted."""
 
@@ -32,7 +46,7 @@ MOST = 100
 def look_at_late(
     engine: Engine, seen: Seen, rows: Mapping[str, JobRow], lasts: Mapping[str, datetime]
 ) -> Iterator[Finding]:
-    """Say which jobs go on and have a tick that has been waiting for long.
+    """Say which jobs go on and have a tick that has been waiting for long, or begin late each time.
 
     Args:
         engine: of the coordination database.
@@ -43,11 +57,36 @@ def look_at_late(
     Raises:
         CoordinationError: the database cannot be read.
     """
-    closed = Queues.of(seen.pool, seen.queues).paused
-    for job in seen.jobs:
-        is_off = job.paused or job.work_queue_name in closed
-        if not is_off and why_over(job, rows.get(str(job.id))) is None and _may_be_late(job, lasts):
-            yield from of_lines(job, history(engine, job, MOST))
+    closed, bound = Queues.of(seen.pool, seen.queues).paused, bound_of(seen.pool)
+    going_on = [
+        job
+        for job in seen.jobs
+        if not job.paused
+        and job.work_queue_name not in closed
+        and str(job.id) in lasts
+        and why_over(job, rows.get(str(job.id))) is None
+    ]
+    with transaction(engine) as connection:
+        always_late = {job.id for job in going_on if _is_always_late(connection, job, bound)}
+    for job in going_on:
+        if job.id in always_late or _may_be_late(job, lasts):
+            yield from of_lines(job, history(engine, job, MOST), bound)
+
+
+def bound_of(pool: WorkPool) -> float:
+    """Return from how many seconds on a tick of a pool is late."""
+    return max(PoolSize.of(pool).waiting_time, LEAST_SECONDS)
+
+
+def _is_always_late(connection: Connection, job: DeploymentResponse, bound: float) -> bool:
+    """Return whether the last ticks that have ended began late, each of them."""
+    past = ledger.history(connection, str(job.id), 2 * LAST)
+    lates = [
+        one.late or 0.0
+        for one in past
+        if one.entry.due is not None and one.entry.outcome not in (None, SKIPPED)
+    ]
+    return len(lates) >= LAST and min(lates[:LAST]) >= bound
 
 
 def _may_be_late(job: DeploymentResponse, lasts: Mapping[str, datetime]) -> bool:
@@ -59,18 +98,53 @@ def _may_be_late(job: DeploymentResponse, lasts: Mapping[str, datetime]) -> bool
     return next(ticks.between(plan.anchor, plan.interval, after=last, until=until), None) is not None
 
 
-def of_lines(job: DeploymentResponse, lines: list[Line]) -> Iterator[Finding]:
-    """Say what a job waits for, by its ledger, the newest tick first."""
+def of_lines(job: DeploymentResponse, lines: list[Line], bound: float) -> Iterator[Finding]:
+    """Say what a job waits for, or why it is late, by its ledger, the newest tick first.
+
+    Args:
+        job: the job.
+        lines: its executions, and the ticks that wait.
+        bound: from how many seconds on a tick is late.
+    """
     waiting = [line for line in lines if line.outcome == WAITING]
     longest = max((line.late or 0.0 for line in waiting), default=0.0)
-    if longest < LATE_SECONDS:
-        return
     begins = f"job {job.name!r}: no tick has begun for {longest:.0f} s, and {len(waiting)} wait"
     running = next((line for line in lines if line.outcome == RUNNING and line.due is not None), None)
-    if running is not None:
+    ended = [line for line in lines if line.due is not None and line.outcome not in NOT_ENDED][:LAST]
+    is_behind = longest >= LATE_SECONDS
+    if is_behind and running is not None and _goes_on_for(running) >= LATE_SECONDS:
         yield warning(
             f"{begins}; the run of {running.due} goes on, on {running.node}: if it hangs, `prefect "
             f"flow-run cancel {running.flow_run}`, and give the service timeout_seconds="
         )
-    else:
-        yield warning(f"{begins}; see the other findings, and the log of the active node")
+    elif len(ended) == LAST and min(line.late or 0.0 for line in ended) >= bound:
+        wait = f", and {len(waiting)} wait" if waiting else ""
+        yield warning(
+            f"job {job.name!r} is late each time: its last {LAST} ticks began up to "
+            f"{max(line.late or 0.0 for line in ended):.0f} s after their time{wait}; "
+            f"{_why_late(job, ended)}"
+        )
+    elif is_behind:
+        yield warning(f"{begins}; the log of the group's active node says why, unless there is none")
+
+
+def _goes_on_for(line: Line) -> float:
+    """Return for how many seconds a run has been going on."""
+    began = datetime.fromisoformat(line.due or "") + timedelta(seconds=line.late or 0.0)
+    return (datetime.now(UTC) - began).total_seconds()
+
+
+def _why_late(job: DeploymentResponse, ended: list[Line]) -> str:
+    """Say why a job is late each time, as far as its own ledger tells, and what to do."""
+    plan, nodes = plan_of(job), sorted({line.node for line in ended})
+    places = None if plan is None else (plan.trigger.task_policy or TaskPolicy()).max_concurrent
+    took = min(line.took or 0.0 for line in ended)
+    if plan is not None and places is not None and took >= places * plan.interval:
+        return (
+            f"a run takes {took:.1f} s, every {plan.interval:g} s one is due, and max_concurrent={places} "
+            "may overlap: declare a longer interval, or a higher max_concurrent, or make the body faster"
+        )
+    return (
+        f"more is due on {', '.join(nodes)} than its processes can do, or Prefect's API is slow: raise the "
+        "agent's `--limit`, or worker_count with `configure_worker_pool`; see the server's load"
+    )

@@ -28,7 +28,7 @@ from prefect.settings import (
 from sqlalchemy import make_url, text
 
 from deployments.local import environment, free_port, wait_until
-from taskadapter import audit, cli, deploy, doctor, schedule_job_recur_by_frequency
+from taskadapter import TaskPolicy, audit, cli, deploy, doctor, schedule_job_recur_by_frequency
 from taskadapter.coordination import nodes, store, tokens
 from taskadapter.coordination.engines import open_engine, transaction
 from taskadapter.coordination.executions import Execution, Owner
@@ -166,14 +166,74 @@ def test_a_job_that_is_behind(
 def test_a_run_that_later_ticks_wait_for() -> None:
     """It may hang: the command that ends it is there."""
     job: Any = SimpleNamespace(name="slow")
-    lines = [audit.Line(f"2030-01-01T00:00:{10 - k:02}", audit.WAITING, late=50.0 + k) for k in range(9)]
-    lines.append(audit.Line("2030-01-01T00:00:01", audit.RUNNING, node="node-1", flow_run="an-id"))
+    lines = [audit.Line(f"2020-01-01T00:00:{10 - k:02}", audit.WAITING, late=50.0 + k) for k in range(9)]
+    running = audit.Line("2020-01-01T00:00:01+00:00", audit.RUNNING, node="node-1", flow_run="an-id")
+    lines.append(running)
 
-    (found,) = late.of_lines(job, lines)
+    (found,) = late.of_lines(job, lines, 5.0)
 
     assert "no tick has begun for 58 s, and 9 wait" in found.text
     assert "on node-1: if it hangs, `prefect flow-run cancel an-id`" in found.text
-    assert [*late.of_lines(job, lines[-1:])] == []
+    assert [*late.of_lines(job, lines[-1:], 5.0)] == []
+
+
+@pytest.mark.parametrize(
+    ("places", "took", "remedy"),
+    [
+        (None, 7.0, "raise the agent's `--limit`, or worker_count with `configure_worker_pool`"),
+        (1, 0.9, "raise the agent's `--limit`"),
+        (1, 1.5, "a run takes 1.5 s, every 1 s one is due, and max_concurrent=1 may overlap: declare a"),
+        (2, 1.5, "raise the agent's `--limit`"),
+    ],
+)
+def test_a_job_that_is_late_each_time(
+    prefect_client: SyncPrefectClient, pool: str, places: int | None, took: float, remedy: str
+) -> None:
+    """Its ticks begin, and late: what stands in their way is named, as far as the ledger tells."""
+    policy = TaskPolicy(max_concurrent=places)
+    job = prefect_client.read_deployment(
+        schedule_job_recur_by_frequency(HELLO, 1, work_pool=pool, task_policy=policy).id
+    )
+    lines = [audit.Line("2030-01-01T00:00:04", audit.WAITING, late=0.5)]
+    lines += [
+        audit.Line(
+            f"2030-01-01T00:00:0{3 - k}", "Completed", number=3 - k, late=28.0 + k, took=took, node="node-1"
+        )
+        for k in range(3)
+    ]
+
+    (found,) = late.of_lines(job, lines, 5.0)
+
+    assert "is late each time: its last 3 ticks began up to 30 s after their time, and 1 wait" in found.text
+    assert remedy in found.text
+    assert [*late.of_lines(job, lines, 28.5)] == []
+
+
+def test_a_job_is_found_late_by_its_ledger(
+    prefect_client: SyncPrefectClient, pool: str, tmp_path: Path, database: str
+) -> None:
+    """Though no tick waits for long: it is the time at which the last ones began."""
+    job_id = schedule_job_recur_by_frequency(HELLO, 3600, work_pool=pool).id
+    schedule = prefect_client.read_deployment(job_id).schedules[0].schedule
+    assert isinstance(schedule, IntervalSchedule)
+    engine = open_engine(database)
+    with engine.connect() as connection:
+        create_missing(connection)
+    for n in range(3):
+        due = schedule.anchor_date + n * timedelta(hours=1)
+        store.skip(
+            database, Execution(f"tick {n}", f"run {n}", str(job_id), due), Owner("n", "i"), "a test's"
+        )
+
+    def late_ones(late: float) -> list[str]:
+        update = f"UPDATE taskadapter_ledger SET outcome='Completed', number=1, reason=NULL, late={late}"
+        with transaction(engine) as connection:
+            connection.execute(text(update))
+        return [said for said in findings(pool, tmp_path) if "late each time" in said]
+
+    assert late_ones(4.9) == []
+    (found,) = late_ones(5.1)
+    assert found.startswith("warning job ")
 
 
 def test_a_group_and_its_nodes(
