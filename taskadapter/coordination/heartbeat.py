@@ -223,7 +223,8 @@ class Heartbeat:
         for action in done.actions:
             self._do(action)
         for sentence in done.sentences:
-            self._log.log(_level(done), "node %s: %s", done.lease.task_id, sentence)
+            level = logging.WARNING if sentence in done.warnings else logging.INFO
+            self._log.log(level, "node %s: %s", done.lease.task_id, sentence)
 
     def _do(self, action: Action) -> None:
         match action:
@@ -251,10 +252,3 @@ class Heartbeat:
             self._log.exception(
                 "An error in %r, which the heartbeat called; it goes on. Please report it.", function
             )
-
-
-def _level(done: Step) -> int:
-    """Say how loud sentences are: a node that acts as asked is no reason to worry."""
-    lost = any(isinstance(action, Lost) and not action.asked for action in done.actions)
-    refused = any(isinstance(action, Refused) for action in done.actions)
-    return logging.WARNING if lost or refused or done.lease.faults else logging.INFO

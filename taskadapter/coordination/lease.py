@@ -146,19 +146,33 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What came of an event. There are no sentences if there is nothing worth telling."""
+    """What came of an event. There are no sentences if there is nothing worth telling.
+
+    Attributes:
+        lease: The lease, as it is now.
+        actions: What is to be done.
+        sentences: What is to be told.
+        warnings: Those of the sentences that are a reason to worry.
+    """
 
     lease: Lease
     actions: tuple[Action, ...] = ()
     sentences: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
-    def then(self, lease: Lease, *actions: Action, sentence: str = "") -> Step:
+    def then(self, lease: Lease, *actions: Action, sentence: str = "", warning: str = "") -> Step:
         """Return this step, continued."""
-        return self.also(lease, actions, [sentence] if sentence else [])
+        done = self.also(lease, actions, [sentence or warning] if sentence or warning else [])
+        return replace(done, warnings=(*done.warnings, warning)) if warning else done
 
     def also(self, lease: Lease, actions: Iterable[Action], sentences: Iterable[str]) -> Step:
         """Return this step, continued by much at once."""
-        return Step(lease, (*self.actions, *actions), (*self.sentences, *sentences))
+        return replace(
+            self,
+            lease=lease,
+            actions=(*self.actions, *actions),
+            sentences=(*self.sentences, *sentences),
+        )
 
 
 def step(lease: Lease, event: Event, now: float) -> Step:
@@ -207,7 +221,9 @@ def _lose(done: Step, token: Token, reason: str, *, asked: bool = False, leaves:
     sentence = f"standby for {token.group_id} after term {token.term}: {reason}"
     if leaves:
         sentence = f"left {token.group_id} after term {token.term}: {reason}"
-    return done.then(lease, Lost(token, reason, asked), sentence=sentence)
+    # A node that acts as asked is no reason to worry.
+    said = {"sentence" if asked else "warning": sentence}
+    return done.then(lease, Lost(token, reason, asked), **said)
 
 
 def _lose_all(done: Step, reason: str) -> Step:
@@ -284,8 +300,8 @@ def _failed(done: Step, event: Failed, now: float) -> Step:
         failing = replace(failing, stuck=(*_without(lease.stuck, asked), *asked))
     if lease.stopping and isinstance(event.call, Release | Unregister):
         # Tokens that could not be released become free by themselves.
-        return done.then(replace(failing, stopped=True), Stopped(), sentence=event.reason)
-    return done.then(failing, sentence="" if event.reason == lease.fault else event.reason)
+        return done.then(replace(failing, stopped=True), Stopped(), warning=event.reason)
+    return done.then(failing, warning="" if event.reason == lease.fault else event.reason)
 
 
 def _duplicate(done: Step, reason: str, age: float, now: float) -> Step:
@@ -391,7 +407,7 @@ def _acquired(done: Step, call: Acquire, answer: Acquired, now: float) -> Step:
         if lease.stopping or taken.group_id not in lease.group_ids:
             releasing.append(token)
         elif deadline <= now:
-            sentences.append(f"took {taken.group_id} too late to trust it")
+            done = done.then(lease, warning=f"took {taken.group_id} too late to trust it")
         else:
             held[taken.group_id] = _Held(token, deadline)
             gained.append(Gained(token, deadline, taken.reason))

@@ -181,6 +181,7 @@ class TestTrust:
         standby.answer(taken(5, "free"), START + 6.4)
         assert not standby.lease.held
         assert standby.said == ["took g too late to trust it"]
+        assert list(standby.done.warnings) == standby.said
 
     def test_ends_at_once_if_another_node_has_the_token(self, active: Node) -> None:
         """An answer that says "not mine" does not wait for the deadline."""
@@ -282,6 +283,27 @@ class TestCalls:
         standby.tell(TimePassed(), now)
         standby.answer(seen(sighting()), now)
         assert standby.said == ["the database answers again, after 9.8 s"]
+
+    def test_what_is_no_reason_to_worry_is_told_beside_what_is(self, active: Node) -> None:
+        """A loss is a warning; that the database answers, and who is active now, are none."""
+        active.tell(TimePassed(), START + 2)
+        active.fail(START + 2)
+        assert active.done.warnings == ("no route",)
+        active.tell(TimePassed(), active.lease.wake_at())
+        active.answer(seen(sighting(term=6)), START + 6.5)
+
+        assert list(active.done.warnings) == active.said[:1]
+        assert active.said[0].startswith("standby for g after term 5: ")
+        assert active.said[1].startswith("the database answers again")
+        assert active.said[2] == "standing by for g (node 'node-2' is active)"
+
+    def test_what_was_asked_for_is_no_warning(self, active: Node) -> None:
+        """Though the database does not answer."""
+        active.tell(TimePassed(), START + 2)
+        active.fail(START + 2)
+        active.tell(ReleaseAsked("g"), START + 2.1)
+        assert active.said == ["standby for g after term 5: handed over"]
+        assert active.done.warnings == ()
 
     def test_a_hint_brings_the_next_look_forward(self, standby: Node) -> None:
         """A hint about one of its groups makes a standby look now, about another group not."""
