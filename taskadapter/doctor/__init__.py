@@ -6,15 +6,14 @@ builds on something that fails is left out; all others are made.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from taskadapter.doctor import server
-from taskadapter.doctor.database import look_at_database
+from taskadapter.doctor.database import Facts, look_at_database
 from taskadapter.doctor.findings import Finding, Level, error
 from taskadapter.doctor.jobs import look_at_jobs
-from taskadapter.doctor.pool import look_at_names, look_at_pool, source_of
+from taskadapter.doctor.pool import liveness_of, look_at_names, look_at_pool, source_of
 from taskadapter.doctor.project import (
     declared_for,
     not_declared,
@@ -27,9 +26,6 @@ from taskadapter.errors import CoordinationError, TaskError
 from taskadapter.prefect_api.faults import FAULTS, explain
 from taskadapter.prefect_api.pool import Domain
 from taskadapter.settings import DEFAULT_WORK_POOL, TaskadapterSettings
-
-if TYPE_CHECKING:
-    from taskadapter.coordination.progress import JobRow
 
 __all__ = ["Finding", "Level", "examine"]
 
@@ -51,9 +47,11 @@ async def examine(pool_name: str | None, flows: Path, given: Path | None) -> Asy
     seen, found = await server.read(name)
     for finding in found:
         yield finding
-    found, rows = ([], {}) if settings is None else await _database(settings, seen)
+    found, facts = ([], Facts()) if settings is None else await _database(settings, seen)
     if seen is not None:
-        for finding in (*look_at_pool(seen), *look_at_jobs(seen.jobs, seen.others, rows)):
+        within = liveness_of(seen.pool)
+        living = {node.task_id for node in facts.status.nodes if node.lives(within)}
+        for finding in (*look_at_pool(seen, living), *look_at_jobs(seen.jobs, seen.others, facts.jobs)):
             yield finding
         if declared is not None:
             jobs = {job.name: job for job in seen.jobs}
@@ -66,23 +64,21 @@ async def examine(pool_name: str | None, flows: Path, given: Path | None) -> Asy
         yield finding
 
 
-async def _database(
-    settings: TaskadapterSettings, seen: server.Seen | None
-) -> tuple[list[Finding], Mapping[str, JobRow]]:
-    """Look at the database, if this machine or the pool names one; return the jobs' rows, too."""
+async def _database(settings: TaskadapterSettings, seen: server.Seen | None) -> tuple[list[Finding], Facts]:
+    """Look at the database, if this machine or the pool names one; return what was read, too."""
     pool = seen.pool if seen else None
     source = source_of(pool, settings)
     if pool is None:
         own = settings.database_url
-        return ([], {}) if own is None else look_at_database(own.get_secret_value(), source, None)
+        return ([], Facts()) if own is None else look_at_database(own.get_secret_value(), source, None)
     named = list(look_at_names(pool, settings))
     try:
         url = await Domain.of(pool).database_url(settings)
     except CoordinationError as fault:
-        return [*named, error(f"{source}: {fault}")], {}
+        return [*named, error(f"{source}: {fault}")], Facts()
     except TaskError as fault:
-        return [*named, error(fault)], {}
+        return [*named, error(fault)], Facts()
     except FAULTS as fault:
-        return [*named, error(explain(fault, is_prefect=True))], {}
-    found, rows = look_at_database(url, source, seen)
-    return [*named, *found], rows
+        return [*named, error(explain(fault, is_prefect=True))], Facts()
+    found, facts = look_at_database(url, source, seen)
+    return [*named, *found], facts

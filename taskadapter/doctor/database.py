@@ -19,6 +19,7 @@ from taskadapter.coordination.overview import Status, check_rights, read_status
 from taskadapter.doctor.findings import Finding, error, ok, warning
 from taskadapter.doctor.late import look_at_late
 from taskadapter.doctor.pool import groups_of, liveness_of, start_command
+from taskadapter.doctor.server import polled_ago
 from taskadapter.errors import CoordinationError, SchemaError
 
 if TYPE_CHECKING:
@@ -27,6 +28,12 @@ if TYPE_CHECKING:
 
     from taskadapter.coordination.progress import JobRow
     from taskadapter.doctor.server import Seen
+
+FORGOTTEN_SECONDS = 86400.0
+"""A node that has been silent for so long was taken away, and is not asked for any more."""
+
+POLL_SECONDS = 30.0
+"""How often a worker polls that does not say."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +57,8 @@ class Facts:
     lasts: Mapping[str, datetime] = field(default_factory=dict)
 
 
-def look_at_database(
-    url: str, source: str, seen: Seen | None
-) -> tuple[list[Finding], Mapping[str, JobRow]]:
-    """Say what is wrong with a database, and with the groups and nodes in it; return the jobs' rows, too.
+def look_at_database(url: str, source: str, seen: Seen | None) -> tuple[list[Finding], Facts]:
+    """Say what is wrong with a database, and with the groups and nodes in it; return what was read, too.
 
     Args:
         url: with its password.
@@ -63,17 +68,17 @@ def look_at_database(
     try:
         engine = open_engine(url)
     except CoordinationError as fault:
-        return [error(f"{source}: {fault}")], {}
+        return [error(f"{source}: {fault}")], Facts()
     try:
         facts = _read(engine, seen)
         found = list(_findings(engine, facts, seen))
         if seen is not None and facts.lasts:
             found += look_at_late(engine, seen, facts.jobs, facts.lasts)
     except CoordinationError as fault:
-        return [error(fault)], {}
+        return [error(fault)], Facts()
     finally:
         engine.dispose()
-    return found, facts.jobs
+    return found, facts
 
 
 def _findings(engine: Engine, facts: Facts, seen: Seen | None) -> Iterator[Finding]:
@@ -82,7 +87,8 @@ def _findings(engine: Engine, facts: Facts, seen: Seen | None) -> Iterator[Findi
     if seen is not None and not facts.missing:
         for name in groups:
             yield _group(name, facts, seen)
-        yield from _strangers(seen.workers, facts.status)
+        yield from _silent(seen, groups, facts.status)
+        yield from strangers(seen.workers, facts.status)
 
 
 def _read(engine: Engine, seen: Seen | None) -> Facts:
@@ -154,13 +160,28 @@ def _group(name: str, facts: Facts, seen: Seen) -> Finding:
     return ok(f"group {name!r}: {found.holder!r} is active, {standing_by} standing by")
 
 
-def _strangers(workers: list[Worker], status: Status) -> Iterator[Finding]:
+def _silent(seen: Seen, groups: list[str], status: Status) -> Iterator[Finding]:
+    """Name the nodes of a pool that have not left, and show no life."""
+    within, workers = liveness_of(seen.pool), {worker.name for worker in seen.workers}
+    for node in status.nodes:
+        is_ours = node.task_id in workers or not set(groups).isdisjoint(node.group_ids)
+        if is_ours and not node.lives(within) and node.last_seen_age < FORGOTTEN_SECONDS:
+            yield warning(
+                f"node {node.task_id!r} is silent for {node.last_seen_age:.0f} s (process {node.pid} on "
+                f"host {node.host!r}): it was killed, stands still, or does not reach the database; see "
+                "its log and its machine, and start it again"
+            )
+
+
+def strangers(workers: list[Worker], status: Status) -> Iterator[Finding]:
     """Name the workers that poll the pool and do not coordinate with its nodes."""
     nodes = {node.task_id for node in status.nodes}
     for worker in workers:
-        if worker.status == "ONLINE" and worker.name not in nodes:
+        age, every = polled_ago(worker) or 0.0, worker.heartbeat_interval_seconds or POLL_SECONDS
+        # Prefect takes one that was stopped for online for a while longer.
+        if worker.status == "ONLINE" and worker.name not in nodes and age <= 1.5 * every:
             yield warning(
-                f"worker {worker.name!r} polls the pool and is no node in its database; unless it was just "
-                "stopped, it has another type or another database: stop it, and start it with --type "
-                f"{WarmBackupWorker.type} and the settings of the other nodes"
+                f"worker {worker.name!r} has polled the pool {age:.0f} s ago, and is no node in its "
+                "database; unless it was stopped since, it has another type or another database: stop it, "
+                f"and start it with --type {WarmBackupWorker.type} and the settings of the other nodes"
             )

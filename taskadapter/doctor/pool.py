@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import URL
@@ -13,6 +13,7 @@ from taskadapter.coordination.engines import url_of
 from taskadapter.coordination.faults import where
 from taskadapter.declare.triggers import DEFAULT_QUEUE, WarmBackupConfig
 from taskadapter.doctor.findings import Finding, error, ok, warning
+from taskadapter.doctor.server import polled_ago
 from taskadapter.errors import CoordinationError, DeclarationError
 from taskadapter.prefect_api.pool import OTHER_TYPE, Domain
 
@@ -36,8 +37,13 @@ def groups_of(queues: list[WorkQueue]) -> list[str]:
     return sorted({queue.name for queue in queues} - {DEFAULT_QUEUE})
 
 
-def look_at_pool(seen: Seen) -> Iterator[Finding]:
-    """Say what is wrong with a work pool and its queues."""
+def look_at_pool(seen: Seen, living: Collection[str]) -> Iterator[Finding]:
+    """Say what is wrong with a work pool and its queues, and whether agents poll it.
+
+    Args:
+        seen: the pool.
+        living: the nodes that show life in the coordination database.
+    """
     pool = seen.pool
     if pool.type != WarmBackupWorker.type:
         yield error(OTHER_TYPE.format(name=pool.name, type=pool.type))
@@ -45,7 +51,21 @@ def look_at_pool(seen: Seen) -> Iterator[Finding]:
     found = [*_template(pool), *_timing(pool), *_closed("work-pool", pool), *_queues(seen.queues, pool)]
     yield from found or [ok(f"work pool {pool.name!r} is of type {pool.type!r}")]
     if (seen.jobs or seen.others) and not any(worker.status == "ONLINE" for worker in seen.workers):
-        yield error(f"no agent polls work pool {pool.name!r}; start one: {start_command(pool.name)}")
+        yield _not_polled(seen, living)
+
+
+def _not_polled(seen: Seen, living: Collection[str]) -> Finding:
+    """Say that no agent polls a pool: after a server was away its record of them is older than they are."""
+    name, ages = seen.pool.name, map(polled_ago, seen.workers)
+    names = sorted(worker.name for worker in seen.workers if worker.name in living)
+    if not names:
+        return error(f"no agent polls work pool {name!r}; start one: {start_command(name)}")
+    since = min((age for age in ages if age is not None), default=0.0)
+    return warning(
+        f"no agent has polled work pool {name!r} for {since:.0f} s, though {', '.join(names)} "
+        f"show{'s' * (len(names) == 1)} life in the database: wait a minute if the server was away; else "
+        "the agents do not reach it, and their log says why"
+    )
 
 
 def _template(pool: WorkPool) -> Iterator[Finding]:

@@ -55,6 +55,12 @@ class Seen:
     workers: list[Worker]
 
 
+def polled_ago(worker: Worker) -> float | None:
+    """Return how many seconds ago a worker has polled its pool, as the server has it; None if never."""
+    last = worker.last_heartbeat_time
+    return None if last is None else max(0.0, (datetime.now(UTC) - last).total_seconds())
+
+
 async def read(pool_name: str) -> tuple[Seen | None, list[Finding]]:
     """Return what the server has of a work pool, if it can be asked, and what is to be said of it."""
     url = get_current_settings().api.url

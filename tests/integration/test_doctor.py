@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import prefect
 import pytest
 from prefect.blocks.webhook import Webhook
+from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.actions import DeploymentUpdate, WorkPoolCreate, WorkPoolUpdate
 from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
 from prefect.settings import (
@@ -32,8 +33,10 @@ from taskadapter import TaskPolicy, audit, cli, deploy, doctor, schedule_job_rec
 from taskadapter.coordination import nodes, store, tokens
 from taskadapter.coordination.engines import open_engine, transaction
 from taskadapter.coordination.executions import Execution, Owner
+from taskadapter.coordination.overview import Status
 from taskadapter.coordination.schema import create_missing
 from taskadapter.declare.registry import listeners
+from taskadapter.doctor import database as database_findings
 from taskadapter.doctor import late, server
 from taskadapter.pools import ensure_work_pool
 from taskadapter.prefect_api.deployments import trigger_of
@@ -574,7 +577,9 @@ def a_timing_that_was_edited(system: System) -> None:
     system.change_domain(Domain(liveness_check_interval=2, heartbeat_frequency=5))
 
 
-@breaks("warning", "worker 'stranger' polls the pool and is no node", "start it with --type warm-backup")
+@breaks(
+    "warning", "worker 'stranger' has polled the pool 0 s ago, and is no", "start it with --type warm-bac"
+)
 def a_worker_that_does_not_coordinate(system: System) -> None:
     system.client.send_worker_heartbeat(system.pool, "stranger", heartbeat_interval_seconds=30)
 
@@ -585,6 +590,19 @@ def a_worker_that_does_not_coordinate(system: System) -> None:
 def a_pool_without_an_agent(system: System) -> None:
     for name in ("node-1", "node-2"):
         system.client._client.delete(f"/work_pools/{system.pool}/workers/{name}")
+
+
+@breaks(
+    "warning", "no agent has polled work pool '{pool}' for 7", "node-1 shows life in the database: wait"
+)
+def a_server_that_was_away(system: System) -> None:
+    then = datetime.now(UTC) - timedelta(seconds=70)
+    seen = SimpleNamespace(status="OFFLINE", last_heartbeat_time=then, heartbeat_interval_seconds=30)
+
+    async def workers(*_: object, **__: object) -> list[Any]:
+        return [SimpleNamespace(id=name, name=name, **vars(seen)) for name in ("node-1", "left-long-ago")]
+
+    system.patch.setattr(PrefectClient, "read_workers_for_work_pool", workers)
 
 
 # Its jobs.
@@ -803,6 +821,33 @@ def a_group_of_another_pool(system: System) -> None:
 @breaks("error", "has no active node: 'node-1' was last seen", "start an agent: `prefect worker start")
 def a_node_that_died_and_has_no_successor(system: System) -> None:
     system.execute("UPDATE health_check SET last_heartbeat = '2020-01-01 00:00:00.000'")
+
+
+@breaks("warning", "node 'node-2' is silent for ", "see its log and its machine")
+def a_standby_that_died(system: System) -> None:
+    hour_ago = (datetime.now(UTC) - timedelta(hours=1)).isoformat(" ", "milliseconds")[:23]
+    system.execute(f"UPDATE taskadapter_node SET last_seen = '{hour_ago}' WHERE task_id LIKE 'node-2%'")
+
+
+def test_a_worker_that_was_stopped_is_no_stranger() -> None:
+    """Prefect takes it for online for a while: it has not polled when it would have."""
+
+    def said(seconds: float) -> list[str]:
+        then = datetime.now(UTC) - timedelta(seconds=seconds)
+        worker: Any = SimpleNamespace(
+            name="node-3", status="ONLINE", last_heartbeat_time=then, heartbeat_interval_seconds=30
+        )
+        return [finding.text for finding in database_findings.strangers([worker], Status((), ()))]
+
+    (only,) = said(12)
+    assert only.startswith("worker 'node-3' has polled the pool 12 s ago, and is no node in its database")
+    assert said(50) == []
+
+
+def test_a_node_that_left_long_ago_is_not_named(system: System) -> None:
+    """Its row stays, for nobody has taken its name since."""
+    system.execute("UPDATE taskadapter_node SET last_seen = '2020-01-01 00:00:00.000'")
+    assert not [text for text in findings(system.pool, system.folder) if "is silent for" in text]
 
 
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.break_it.__name__)
