@@ -43,8 +43,13 @@ def look_at_jobs(
         if (why := why_over(job, rows.get(str(job.id)))) is not None:
             over[job.name] = why
             yield from _failed(job, why)
-    paused = [job.name for job in jobs if job.paused and job.name not in over]
-    yield ok(_in_numbers(len(jobs) - len(over) - len(paused), over, paused, others))
+    paused = sorted(job.name for job in jobs if job.paused and job.name not in over)
+    yield ok(_in_numbers(len(jobs) - len(over) - len(paused), over, others))
+    if paused:
+        yield warning(
+            f"paused, and not run until somebody resumes {'it' if len(paused) == 1 else 'them'}: "
+            f"{', '.join(paused)}; switch a deployment on in the UI, or call taskadapter.resume_job"
+        )
 
 
 def _failed(job: DeploymentResponse, why: str) -> Iterator[Finding]:
@@ -55,12 +60,10 @@ def _failed(job: DeploymentResponse, why: str) -> Iterator[Finding]:
         )
 
 
-def _in_numbers(running: int, over: Mapping[str, str], paused: list[str], others: int) -> str:
-    parts = [f"{running} jobs run" if running != 1 else "1 job runs"]
+def _in_numbers(scheduled: int, over: Mapping[str, str], others: int) -> str:
+    parts = [f"{scheduled} jobs are scheduled" if scheduled != 1 else "1 job is scheduled"]
     if over:
         parts.append(f"over: {', '.join(f'{name} ({over[name]})' for name in sorted(over))}")
-    if paused:
-        parts.append(f"paused: {', '.join(sorted(paused))}")
     if others:
         parts.append(f"{others} deployment{'s' * (others > 1)} that taskadapter did not declare")
     return "; ".join(parts)

@@ -136,9 +136,11 @@ def test_a_job_whose_trigger_was_edited(
 
     name = prefect_client.read_deployment(wrong.id).name
     assert about(name, found).startswith(f"error job {name!r}: TriggerConfiguration: interval=-1")
-    assert (
-        about("1 job runs", found)
-        == f"ok 1 job runs; paused: {prefect_client.read_deployment(paused.id).name}."
+    assert about("1 job is scheduled", found) == "ok 1 job is scheduled."
+    assert about("paused", found) == (
+        "warning paused, and not run until somebody resumes it: "
+        f"{prefect_client.read_deployment(paused.id).name}; switch a deployment on in the UI, or call "
+        "taskadapter.resume_job."
     )
 
 
@@ -442,7 +444,7 @@ def test_a_system_that_is_well(system: System) -> None:
     assert [text for text in found if not text.startswith("ok")] == [
         about("coordinates the agents of this machine only; name a server for more", found)
     ]
-    assert about("1 job runs", found) == "ok 1 job runs."
+    assert about("1 job is scheduled", found) == "ok 1 job is scheduled."
 
 
 class Broken(NamedTuple):
@@ -966,7 +968,7 @@ def test_a_secret_block_that_the_api_does_not_give(system: System, proxy: ApiPro
     with temporary_settings({PREFECT_API_URL: proxy.api_url}):
         found = findings(system.pool, system.folder)
 
-    assert about("1 job runs", found).startswith("ok")
+    assert about("1 job is scheduled", found).startswith("ok")
     assert about("(500 Internal Server Error)", found).startswith("error Prefect's API at")
 
 
@@ -977,7 +979,7 @@ def test_deployments_of_others(prefect_client: SyncPrefectClient, pool: str, tmp
     prefect_client.create_deployment(flow_id, "nightly", work_pool_name=pool)
 
     said = about("that taskadapter did not declare", findings(pool, tmp_path))
-    assert said == "ok 0 jobs run; 1 deployment that taskadapter did not declare."
+    assert said == "ok 0 jobs are scheduled; 1 deployment that taskadapter did not declare."
 
 
 def test_no_address_of_an_api(pool: str, tmp_path: Path, database: str) -> None:
