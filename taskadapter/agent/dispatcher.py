@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from typing import Any
+from uuid import UUID
 
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.responses import OrchestrationResult, SetStateStatus
@@ -33,7 +34,7 @@ from taskadapter.agent.runs import Phase
 from taskadapter.agent.succession import Succession
 from taskadapter.agent.timetable import Timetable
 from taskadapter.coordination.messages import Token
-from taskadapter.errors import CoordinationError
+from taskadapter.errors import CoordinationError, DeclarationError
 from taskadapter.prefect_api.client import API_FAULTS, in_words
 from taskadapter.prefect_api.deployments import is_on
 from taskadapter.prefect_api.pool import PoolSize
@@ -48,6 +49,12 @@ JUST_READ_SECONDS = 0.5
 
 PLENTY = 4
 """So many runs for each process are more than it begins before the agent looks again."""
+
+TOLD_SECONDS = 60.0
+"""For how long it is not said again that runs of a job are gone."""
+
+PLANNED_ANEW = "Prefect has planned its job anew, or somebody has deleted it"
+"""Why a run is gone whose deployment is there."""
 
 
 class Dispatcher:
@@ -92,6 +99,9 @@ class Dispatcher:
         self._handling: set[asyncio.Task[None]] = set()
         self._waits: set[asyncio.Timeout] = set()
         self._is_held_up = False
+        # When it was said last that runs of a job are gone, and what of one that cannot be read.
+        self._told_gone: dict[UUID | None, float] = {}
+        self._refused: dict[UUID | None, tuple[str, str]] = {}
         self._news = asyncio.Event()
 
     # --- what the agent tells ---------------------------------------------------------------------
@@ -242,8 +252,7 @@ class Dispatcher:
         try:
             await self._decide(run)
         except ObjectNotFound:
-            self._log.info("Run %s or its deployment was deleted.", run.flow_run.name)
-            await self._delete_orphan(run.flow_run)
+            await self._leave_as_gone(run.flow_run)
             self._look_for(News(Kind.DEPLOYMENT, run.flow_run.deployment_id))
         except (*API_FAULTS, CoordinationError) as fault:
             # One line is enough until a claim succeeds again.
@@ -257,6 +266,8 @@ class Dispatcher:
             elif self._queue.hold(run.flow_run, time.monotonic()):
                 self._hand.hold_back(run)
             self._look_for(News(Kind.WAITS, run.flow_run.id))
+        except DeclarationError as fault:
+            await self._crash_as_declared(run.flow_run, in_words(fault))
         except Exception as exc:  # noqa: BLE001 - one run's trouble must not end the agent
             self._log.exception("Run %s could not be run, and is marked Crashed.", run.flow_run.name)
             await self._teller.report(run.flow_run, Crashed(message=f"{exc}"))
@@ -265,18 +276,37 @@ class Dispatcher:
             self._queue.through(run.flow_run.id, time.monotonic())
             self._news.set()
 
-    async def _delete_orphan(self, flow_run: FlowRun) -> None:
-        """Delete a planned run whose deployment is gone, as Prefect does with those that were there before.
+    async def _leave_as_gone(self, flow_run: FlowRun) -> None:
+        """Say why a run is gone, and delete a planned one whose deployment is, as Prefect does with others.
 
         Its scheduler was planning some at the moment in which the deployment was deleted.
         """
-        if flow_run.deployment_id is None or not flow_run.auto_scheduled or flow_run.run_count:
-            return
+        job_id, why = flow_run.deployment_id, PLANNED_ANEW
         with contextlib.suppress(ObjectNotFound, *API_FAULTS):  # else the next look finds it again
             try:
-                await self._client.read_deployment(flow_run.deployment_id)
+                if job_id is not None:
+                    await self._client.read_deployment(job_id)
             except ObjectNotFound:
-                await self._client.delete_flow_run(flow_run.id)
+                why = "its deployment was deleted"
+                if flow_run.auto_scheduled and not flow_run.run_count:
+                    await self._client.delete_flow_run(flow_run.id)
+        # A job that is planned anew has perhaps a dozen such runs.
+        now, told_at = time.monotonic(), self._told_gone.get(job_id, float("-inf"))
+        level = logging.INFO if now - told_at > TOLD_SECONDS else logging.DEBUG
+        self._log.log(level, "Run %s is gone: %s.", flow_run.name, why)
+        if level == logging.INFO:
+            self._told_gone = {id_: at for id_, at in self._told_gone.items() if now - at <= TOLD_SECONDS}
+            self._told_gone[job_id] = now
+
+    async def _crash_as_declared(self, flow_run: FlowRun, fault: str) -> None:
+        """Mark a run as crashed whose deployment was edited into what cannot be read; say so once."""
+        cause = self._deployments.name_of(flow_run), fault.removesuffix(".")
+        if self._refused.get(flow_run.deployment_id) != cause:
+            self._refused[flow_run.deployment_id] = cause
+            self._log.error("Job %r cannot be run as it is deployed: %s; deploy it again.", *cause)
+        name, rule = cause
+        message = f"Job {name!r} cannot be run as it is deployed: {rule}; deploy it again."
+        await self._teller.report(flow_run, Crashed(message=message))
 
     async def _decide(self, run: RunInHand) -> None:
         """Give a run a place among its job's, judge it as Prefect's schedule cannot, claim and run it."""
@@ -284,6 +314,7 @@ class Dispatcher:
         if self._deployments.is_ending(flow_run):
             return
         job = await self._deployments.job_of(flow_run, self._node.pool())
+        self._refused.pop(flow_run.deployment_id, None)
         # They have a place already, or are due before this one: they go first.
         others = [other for other in self._hand.siblings(flow_run) if other is not run]
         ahead = sum(other.life.phase >= Phase.PLACED or other.due < run.due for other in others)

@@ -323,6 +323,14 @@ class Deployments:
         """Return the deployment of a run as it was last read, if it was."""
         return self._jobs.get(flow_run.deployment_id) if flow_run.deployment_id else None
 
+    def name_of(self, flow_run: FlowRun) -> str:
+        """Return the name of a run's job, also of one that cannot be run, or the run's own."""
+        snapshot = self._snapshots.get(flow_run.deployment_id) if flow_run.deployment_id else None
+        flow_name = self._flow_names.get(flow_run.flow_id)
+        if snapshot is None or flow_name is None:
+            return flow_run.name
+        return f"{flow_name}/{snapshot.deployment.name}"
+
     def is_ending(self, flow_run: FlowRun) -> bool:
         """Return whether the run's job is over and its planned runs are being put away."""
         return ticks.is_tick(flow_run) and flow_run.deployment_id in self._ending

@@ -579,9 +579,7 @@ def a_timing_that_was_edited(system: System) -> None:
     system.change_domain(Domain(liveness_check_interval=2, heartbeat_frequency=5))
 
 
-@breaks(
-    "warning", "worker 'stranger' has polled the pool 0 s ago, and is no", "start it with --type warm-bac"
-)
+@breaks("warning", "worker 'stranger' has polled the pool ", "start it with --type warm-bac")
 def a_worker_that_does_not_coordinate(system: System) -> None:
     system.client.send_worker_heartbeat(system.pool, "stranger", heartbeat_interval_seconds=30)
 

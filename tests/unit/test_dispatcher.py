@@ -8,6 +8,7 @@ from uuid import uuid4
 
 import httpx
 import pytest
+from prefect.client.schemas.objects import StateType
 from prefect.exceptions import ObjectNotFound
 
 from taskadapter.agent import dispatcher as dispatcher_module
@@ -17,7 +18,7 @@ from taskadapter.agent.hearing import Kind, News
 from taskadapter.agent.jobs import Deployments
 from taskadapter.agent.queue import any_run
 from taskadapter.agent.runs import Life, Phase, Signal, give_back
-from taskadapter.errors import CoordinationError
+from taskadapter.errors import CoordinationError, DeclarationError
 from tests.unit.given import LOG, node, tick
 
 
@@ -140,7 +141,10 @@ class Client:
     ids=["planned too late", "by hand", "of a job that is there"],
 )
 def test_a_run_that_is_gone_is_a_reason_to_look_at_its_job(has_deployment, planned, is_deleted, caplog):
-    """Somebody may have deleted that: what Prefect's scheduler was planning of it then goes, too."""
+    """Somebody may have deleted that: what Prefect's scheduler was planning of it then goes, too.
+
+    Or the job was planned anew, as after each deploy: of many runs one line is enough.
+    """
     caplog.set_level("INFO")
     news: list[News] = []
     dispatcher = new_dispatcher(news.append)
@@ -151,11 +155,45 @@ def test_a_run_that_is_gone_is_a_reason_to_look_at_its_job(has_deployment, plann
         raise ObjectNotFound(ValueError("gone"))
 
     dispatcher._decide = decide
-    asyncio.run(dispatcher._handle(run))
+    another = dispatcher._hand.take(tick(run.flow_run.deployment_id, 2, planned=planned), None)
+    for gone in (run, another):
+        asyncio.run(dispatcher._handle(gone))
 
-    assert news == [News(Kind.DEPLOYMENT, run.flow_run.deployment_id)]
-    assert "was deleted" in caplog.text
-    assert client.deleted == ([run.flow_run.id] if is_deleted else [])
+    assert news == [News(Kind.DEPLOYMENT, run.flow_run.deployment_id)] * 2
+    why = (
+        "Prefect has planned its job anew, or somebody" if has_deployment else "its deployment was deleted"
+    )
+    (line,) = caplog.messages
+    assert line.startswith(f"Run {run.flow_run.name} is gone: {why}")
+    assert client.deleted == ([gone.flow_run.id for gone in (run, another)] if is_deleted else [])
+
+
+def test_a_job_that_was_edited_into_nonsense_is_told_once(caplog):
+    """In one line, with the job's name and the remedy, which its crashed runs have as well."""
+    dispatcher, job_id, told = new_dispatcher(), uuid4(), []
+    faults = ["interval=-1", "interval=-1", "interval=-2", None, "interval=-2"]
+
+    async def job_of(*_):
+        fault = faults.pop(0)
+        raise DeclarationError(f"{fault}: must be greater") if fault else ObjectNotFound(ValueError("gone"))
+
+    async def report(_, state):
+        told.append(state)
+
+    dispatcher._deployments = SimpleNamespace(
+        job_of=job_of, is_ending=lambda _: False, name_of=lambda _: "a/shaky"
+    )
+    dispatcher._node = SimpleNamespace(pool=lambda: None)
+    dispatcher._teller = SimpleNamespace(report=report)
+    dispatcher._client = Client(has_deployment=True)
+    for n in range(5):
+        asyncio.run(dispatcher._handle(dispatcher._hand.take(tick(job_id, n), None)))
+
+    words = "Job 'a/shaky' cannot be run as it is deployed: interval={}: must be greater; deploy it again."
+    assert caplog.messages == [words.format(-1), words.format(-2)]
+    assert not any(record.exc_info for record in caplog.records)
+    assert [state.message for state in told] == [words.format(n) for n in (-1, -1, -2, -2)]
+    assert {state.type for state in told} == {StateType.CRASHED}
 
 
 @pytest.mark.parametrize(("now", "is_left"), [(5, True), (2, False), (None, False)])
