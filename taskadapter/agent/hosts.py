@@ -154,6 +154,7 @@ class HostPool:
                 if str(fault) != self.fault:
                     self._log.error("The nursery process cannot be started, trying again: %s", fault)
                 self._break(str(fault))
+        self._log.info("The nursery process is back, and runs can begin again.")
 
     def _break(self, fault: str) -> None:
         self.fault = fault

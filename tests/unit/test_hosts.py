@@ -12,7 +12,7 @@ from prefect.client.schemas.objects import FlowRun
 from pydantic import SecretStr
 
 from taskadapter.agent.hosts import HostPool
-from taskadapter.agent.links import HostLink, Progress, writer_to
+from taskadapter.agent.links import HostLink, LineReader, Progress, writer_to
 from taskadapter.agent.runs import Killed
 from taskadapter.execution import protocol
 from taskadapter.execution.assignment import Assignment, Workspace
@@ -69,3 +69,32 @@ def test_the_nursery_is_told_of_a_database_once() -> None:
         assert protocol.request(theirs.recv(1000)) == protocol.Connect(
             database_url=SecretStr("sqlite:///other")
         )
+
+
+def test_a_nursery_that_is_back_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once it runs again, and once only, however often it could not be started."""
+    caplog.set_level("INFO")
+    monkeypatch.setattr("taskadapter.agent.hosts.RESTART_SECONDS", 0.0)
+    pool, faults = HostPool(1), [OSError("no memory"), OSError("no memory")]
+    ours, theirs = socket.socketpair()
+
+    async def start(_: object) -> None:
+        if faults:
+            raise faults.pop()
+        pool._nursery = ours
+
+    async def course() -> None:
+        ours.setblocking(False)
+        theirs.close()
+        await pool._watch(ours, LineReader(ours), ())
+
+    monkeypatch.setattr(pool, "start", start)
+    asyncio.run(course())
+
+    assert [line.partition(",")[0] for line in caplog.messages] == [
+        "The nursery process has ended",
+        "The nursery process cannot be started",
+        "The nursery process is back",
+    ]
