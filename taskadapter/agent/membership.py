@@ -161,7 +161,7 @@ class Membership:
         """Look at the pool's queues, and stand by for the groups among them."""
         found = await Queues.read(self._node.client, self._node.work_pool)
         self.queues, self.withheld = {*found.names}, found.withheld
-        self._say_paused(found.paused)
+        self._say_paused(found.closed)
         names = {name for name in self.queues if self._node.share.serves(name)} - {DEFAULT_QUEUE}
         groups = self._groups
         # Whoever declares a new group may have declared another database or timing with it.
@@ -174,13 +174,13 @@ class Membership:
         await self._stand_by(groups, names)
 
     def _say_paused(self, paused: AbstractSet[str]) -> None:
-        """Say once of which queues nothing begins, and when that is over."""
-        for names, sentence in [
+        """Say once which queues, or that the pool, let nothing begin, and when that is over."""
+        for what, sentence in [
             (paused - self._paused, "Paused in Prefect, and nothing begins until it is resumed: %s."),
             (self._paused - paused, "Resumed in Prefect: %s."),
         ]:
-            if names:
-                self._node.log.info(sentence, listed(sorted(names), NAMED))
+            if what:
+                self._node.log.info(sentence, listed(sorted(what), NAMED))
         self._paused = paused
 
     async def add(self, queue: str) -> None:

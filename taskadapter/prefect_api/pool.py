@@ -136,11 +136,13 @@ class Queues:
         names: all of them.
         paused: those that are paused, or all where the pool is; a limit of 0 is a pause.
         limited: those that have a limit of their own, or all where the pool has one.
+        closed: what is paused itself, in words: the pool, or queues.
     """
 
     names: frozenset[str]
     paused: frozenset[str] = frozenset()
     limited: frozenset[str] = frozenset()
+    closed: frozenset[str] = frozenset()
 
     @classmethod
     async def read(cls, client: PrefectClient, work_pool: str) -> Self:
@@ -156,17 +158,26 @@ class Queues:
     def of(cls, pool: WorkPool, queues: Collection[WorkQueue]) -> Self:
         """Return those of a pool that was read."""
         limits = {one.name: {pool.concurrency_limit, one.concurrency_limit} - {None} for one in queues}
-        closed = (one for one in queues if pool.is_paused or one.is_paused or 0 in limits[one.name])
+        own = frozenset(one.name for one in queues if _is_closed(one))
+        words = [f"work queue {name!r}" for name in own]
+        if _is_closed(pool):
+            words.append(f"work pool {pool.name!r}")
         return cls(
             names=frozenset(limits),
-            paused=frozenset(one.name for one in closed),
+            paused=frozenset(limits) if _is_closed(pool) else own,
             limited=frozenset(name for name, limit in limits.items() if limit),
+            closed=frozenset(words),
         )
 
     @property
     def withheld(self) -> frozenset[str]:
         """Those of which a run that is not listed may be there all the same."""
         return self.paused | self.limited
+
+
+def _is_closed(found: WorkPool | WorkQueue) -> bool:
+    """Return whether a pool, or a queue, lets nothing through: a limit of 0 is a pause."""
+    return found.is_paused or found.concurrency_limit == 0
 
 
 def preload_of(pool: WorkPool) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from prefect.client.schemas.objects import WorkPool
 from taskadapter.agent.worker import WarmBackupWorker
 from taskadapter.declare.triggers import PostgresqlConfig, WarmBackupConfig
 from taskadapter.pools import another_database
-from taskadapter.prefect_api.pool import Domain, PoolSize, password_of
+from taskadapter.prefect_api.pool import Domain, PoolSize, Queues, password_of
 from taskadapter.settings import TaskadapterSettings
 
 DATABASE = PostgresqlConfig(host="db", user="tasks", password="open sesame", database="tasks")
@@ -142,3 +143,27 @@ def test_what_differs_from_another_domain_is_told_without_a_secret() -> None:
 def test_another_database_is_refused_in_sentences(nodes, known, wanted, sentences):
     """Also where the pool, or the listener, names none."""
     assert another_database("nightly", nodes, known, wanted) == sentences
+
+
+@pytest.mark.parametrize(
+    ("pool", "queue", "closed"),
+    [
+        ({}, {}, set()),
+        ({"is_paused": True}, {}, {"work pool 'mine'"}),
+        ({"concurrency_limit": 0}, {}, {"work pool 'mine'"}),
+        ({}, {"is_paused": True}, {"work queue 'gb'"}),
+        ({}, {"concurrency_limit": 0}, {"work queue 'gb'"}),
+        ({"is_paused": True}, {"is_paused": True}, {"work pool 'mine'", "work queue 'gb'"}),
+        ({"concurrency_limit": 2}, {"concurrency_limit": 1}, set()),
+    ],
+)
+def test_what_is_paused_is_a_pool_or_a_queue(pool, queue, closed):
+    """Each is resumed with a command of its own; either keeps what is due in the queue from beginning."""
+    defaults: dict[str, Any] = {"is_paused": False, "concurrency_limit": None}
+    found: Any = SimpleNamespace(name="mine", **{**defaults, **pool})
+    one: Any = SimpleNamespace(name="gb", **{**defaults, **queue})
+
+    queues = Queues.of(found, [one])
+
+    assert queues.closed == closed
+    assert queues.paused == ({"gb"} if closed else set())

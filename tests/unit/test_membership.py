@@ -82,7 +82,8 @@ class Server:
             raise ObjectNotFound(ValueError(name))
 
     async def read(self, *_: object) -> Queues:
-        return Queues(frozenset(self.queues), frozenset(self.paused))
+        words = frozenset(f"work queue {name!r}" for name in self.paused)
+        return Queues(frozenset(self.queues), frozenset(self.paused), closed=words)
 
     def claim(self, _: str, __: str, names: Any) -> dict[str, str]:
         return {name: other for name, other in self.foreign.items() if name in names}
@@ -141,8 +142,8 @@ def test_a_pause_in_prefect_is_said_once(server, caplog):
         said.append([line for line in caplog.messages if "in Prefect" in line])
         assert ours.withheld == paused
 
-    begins = "Paused in Prefect, and nothing begins until it is resumed: group."
-    assert said == [[], [begins], [], ["Resumed in Prefect: group."], []]
+    begins = "Paused in Prefect, and nothing begins until it is resumed: work queue 'group'."
+    assert said == [[], [begins], [], ["Resumed in Prefect: work queue 'group'."], []]
 
 
 def test_a_group_of_another_pool_is_left_to_it(server, caplog):
