@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -82,6 +82,27 @@ def history(engine: Engine, deployment: DeploymentResponse, last: int) -> list[L
         since = max(datetime.fromisoformat(max(min(dues), opened or "")), plan.created)
         lines += not_begun(plan, dues, since, datetime.now(UTC), last)
     return sorted(lines, key=lambda line: line.due or "", reverse=True)
+
+
+def not_shown(
+    deployment: DeploymentResponse, lines: list[Line], last: int, now: datetime | None = None
+) -> tuple[int, str] | None:
+    """Return how many more ticks wait than a history shows, and when the newest was due; None if none do.
+
+    Args:
+        deployment: the job.
+        lines: its history, the newest tick first.
+        last: how many ticks that wait it has at most.
+        now: until when they are due; None for now.
+    """
+    waiting = [line.due for line in lines if line.outcome == WAITING and line.due is not None]
+    plan = plan_of(deployment)
+    if plan is None or len(waiting) < last:
+        return None
+    interval = timedelta(seconds=plan.interval)
+    more = ((now or datetime.now(UTC)) - datetime.fromisoformat(waiting[0])) // interval
+    newest = datetime.fromisoformat(waiting[0]) + more * interval
+    return (more, moment(newest)) if more > 0 else None
 
 
 def standing(engine: Engine, deployment: DeploymentResponse) -> str | None:

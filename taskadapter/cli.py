@@ -137,7 +137,7 @@ def ledger(
     as_json: Annotated[bool, Parameter(name="--json", help="Print it as JSON.")] = False,
 ) -> None:
     """Show what a job has executed: when, where, how late, and which ticks between them are missing."""
-    from taskadapter.audit import history, standing
+    from taskadapter.audit import history, not_shown, standing
 
     if last < 1:
         raise TaskError(f"--last={last}: must be at least 1.")
@@ -148,6 +148,8 @@ def ledger(
         print(json.dumps([asdict(line) for line in lines], indent=2))
         return
     Console().print(tables.ledger(lines) if lines else "Nothing has run yet.")
+    if (more := not_shown(deployment, lines, last)) is not None:
+        Console().print(tables.not_shown(*more), highlight=False)
     if (how := standing(engine, deployment)) is not None:
         Console().print(f"The job is {how}.", highlight=False)
 

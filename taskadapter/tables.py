@@ -73,6 +73,11 @@ def ledger(lines: Iterable[Line]) -> Table:
     return table
 
 
+def not_shown(count: int, newest: str) -> str:
+    """Say how many ticks wait that are not in the table, which has the oldest of them."""
+    return f"{count} more wait{'s' * (count == 1)}, the newest due {_moment(newest)}."
+
+
 def _table(title: str, *columns: str) -> Table:
     """Return an empty table whose cells are folded where there is no room for them."""
     table = Table(title=title or None, show_lines=True)

@@ -3,22 +3,25 @@
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
+import pytest
+
+from taskadapter import audit, tables
 from taskadapter.agent.plans import Plan
-from taskadapter.audit import not_begun
+from taskadapter.audit import WAITING, Line, not_begun, not_shown
 from taskadapter.coordination.executions import moment
 from taskadapter.declare.triggers import TriggerConfiguration
 
 NOON = datetime(2030, 1, 1, 12, 0, tzinfo=UTC)
 
 
+PLAN = Plan("default", UUID(int=1), UUID(int=1), NOON, 1.0, TriggerConfiguration(interval=1), created=NOON)
+
+
 def told(*entered, now, last=50):
     """Return outcome and second of each tick that the ledger lacks; those of `entered` it has."""
-    plan = Plan(
-        "default", UUID(int=1), UUID(int=1), NOON, 1.0, TriggerConfiguration(interval=1), created=NOON
-    )
     dues = {moment(NOON + timedelta(seconds=second)) for second in entered}
     since = NOON + timedelta(seconds=min(entered))
-    lines = not_begun(plan, dues, since, NOON + timedelta(seconds=now), last)
+    lines = not_begun(PLAN, dues, since, NOON + timedelta(seconds=now), last)
     return [(line.outcome, (datetime.fromisoformat(line.due) - NOON).seconds, line.late) for line in lines]
 
 
@@ -36,3 +39,29 @@ def test_a_tick_is_waiting_however_late_it_is():
 def test_ticks_that_wait_are_told_up_to_some_number():
     """A job of every second that has waited for a year is not told tick by tick."""
     assert told(0, now=31_536_000, last=2) == [("waiting", 1, 31_535_999.0), ("waiting", 2, 31_535_998.0)]
+
+
+@pytest.mark.parametrize(
+    ("waiting", "now", "said"),
+    [
+        (1, 9.5, None),
+        (2, 2.9, None),
+        (2, 3.0, "1 more waits, the newest due 2030-01-01 12:00:03 UTC."),
+        (2, 9.5, "7 more wait, the newest due 2030-01-01 12:00:09 UTC."),
+    ],
+    ids=["all are shown, and the job pauses", "all are shown", "one is not", "many are not"],
+)
+def test_that_more_ticks_wait_than_are_shown_is_told(waiting, now, said, monkeypatch):
+    """The oldest are shown: the newest tells that the job's schedule goes on."""
+    monkeypatch.setattr(audit, "plan_of", lambda _: PLAN)
+    lines = [Line(moment(NOON + timedelta(seconds=n)), WAITING) for n in range(waiting, 0, -1)]
+
+    more = not_shown(None, lines, 2, NOON + timedelta(seconds=now))
+    assert said == (more and tables.not_shown(*more))
+
+
+def test_nothing_more_waits_of_a_job_that_is_over(monkeypatch):
+    """Its ticks are not due any more."""
+    monkeypatch.setattr(audit, "plan_of", lambda _: None)
+    lines = [Line(moment(NOON), WAITING)]
+    assert not_shown(None, lines, 1, NOON + timedelta(hours=1)) is None
