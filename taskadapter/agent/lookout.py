@@ -17,7 +17,6 @@ from uuid import UUID
 
 from prefect.client.schemas.objects import FlowRun
 from prefect.exceptions import ObjectNotFound
-from prefect.settings import get_current_settings
 from pydantic import SecretStr
 
 from taskadapter.agent.hearing import Hearing, Kind, News
@@ -30,7 +29,7 @@ from taskadapter.declare.triggers import DEFAULT_QUEUE
 from taskadapter.errors import ApiUnavailableError, CoordinationError, TaskError
 from taskadapter.prefect_api.client import API_FAULTS, PAGE, backoff, in_words
 from taskadapter.prefect_api.deployments import deployments_of, deployments_of_pool
-from taskadapter.prefect_api.faults import shown
+from taskadapter.prefect_api.faults import named
 from taskadapter.prefect_api.pool import PoolSize, working_dir_of
 from taskadapter.prefect_api.ticks import due
 
@@ -105,6 +104,8 @@ class Lookout:
         self._gone: set[UUID] = set()
         # The files of code that are not here, by the folder in which they should be.
         self._lacking: dict[Path, set[str]] = {}
+        # Whether there have been jobs, or it was said that there are none.
+        self._had_jobs = False
         # Whether there was more to do than there was room for at the last look, and still is.
         self._had_plenty = False
         self._faults = 0
@@ -182,10 +183,10 @@ class Lookout:
             return
         self._is_silent = True
         self._node.log.warning(
-            "Looking for runs has had no answer for %g s, and waits: Prefect's API at %s, or the "
+            "Looking for runs has had no answer for %g s, and waits: %s, or the "
             "coordination database, stands still or is slow.",
             SILENT_SECONDS,
-            shown(get_current_settings().api.url),
+            named(),
         )
 
     def _be_answered(self, seconds: float) -> None:
@@ -275,10 +276,17 @@ class Lookout:
         self._listen()
         found = await deployments_of_pool(node.client, node.work_pool)
         self._deployed = {deployment.id: deployment for deployment in found}
+        self._say_empty()
         await self._take_note(found)
         size = PoolSize.of(node.pool())
         self._hosts.limit = self._limit or size.worker_count or node.settings.worker_count
         self._looks.visited(asked)
+
+    def _say_empty(self) -> None:
+        """Say once that there are no jobs, of an agent that was started before any was deployed."""
+        if not self._deployed and not self._had_jobs:
+            self._node.log.info("Work pool %r has no jobs yet.", self._node.work_pool)
+        self._had_jobs = True
 
     def _listen(self) -> None:
         """Hear of what happens in the pool, which may have been deleted and made anew."""

@@ -31,10 +31,15 @@ def shown(url: str | None) -> str:
     return re.sub(r"^(\w+://)?.*@", r"\1", url or "")
 
 
+def named() -> str:
+    """Return the API that the settings name, as a sentence about it begins."""
+    url = shown(get_current_settings().api.url)
+    return f"Prefect's API at {url}" if url else "Prefect's API"
+
+
 def unreachable(fault: httpx.TransportError) -> str:
     """Say of an API that gave no answer what became of the question; many such faults have no words."""
-    url = shown(get_current_settings().api.url)
-    who, words = f"Prefect's API at {url}" if url else "Prefect's API", str(fault).removesuffix(".")
+    who, words = named(), str(fault).removesuffix(".")
     if isinstance(fault, httpx.TimeoutException):
         return f"{who} has not answered for {get_current_settings().api.request_timeout:g} s"
     if isinstance(fault, BROKEN):

@@ -120,6 +120,11 @@ class Agent:
         return self.asked
 
 
+def of_looks(caplog: Any) -> list[Any]:
+    """The lines about looks themselves, not about what they find."""
+    return [record for record in caplog.records if record.getMessage().startswith("Looking for runs")]
+
+
 @pytest.fixture(autouse=True)
 def server(monkeypatch):
     """An API that lists as many runs as it has, and an agent that never hears, nor waits."""
@@ -147,6 +152,27 @@ def test_the_first_look_is_a_visit_and_the_next_is_not_due():
     """What is due until then is known."""
     run = tick(OURS, 0)
     assert Agent(run).polls(3) == [("visit",), ("found", run)]
+
+
+def test_a_pool_without_jobs_is_told_once(monkeypatch, caplog):
+    """An agent that does nothing has nothing to do; once there are jobs it is not said again."""
+    caplog.set_level("INFO")
+    found: list[Any] = []
+
+    async def deployments_of_pool(*_: object) -> list[Any]:
+        return found
+
+    async def nothing(*_: object) -> None: ...
+
+    monkeypatch.setattr(lookout, "deployments_of_pool", deployments_of_pool)
+    monkeypatch.setattr(Lookout, "_take_note", nothing)
+    agent = Agent()
+    for deployed in ([], [], [SimpleNamespace(id=OURS, created=None)], []):
+        found[:] = deployed
+        agent.lookout.want_visit()
+        agent.polls()
+
+    assert caplog.messages == ["Work pool 'pool' has no jobs yet."]
 
 
 def test_jobs_and_queues_of_others_are_left_to_them():
@@ -190,7 +216,7 @@ def test_no_fault_ends_it_or_fills_the_log(fault, caplog):
     agent.troubles = [fault] * 5
 
     assert [what[0] for what in agent.polls(6)] == [*["visit"] * 6, "found"]
-    lines = [record.getMessage() for record in caplog.records if not record.exc_info]
+    lines = [record.getMessage() for record in of_looks(caplog) if not record.exc_info]
     assert lines[0].startswith("Looking for runs failed, trying again: ")
     assert lines[1:] == ["Looking for runs succeeds again, after 5 failures."]
 
@@ -211,7 +237,7 @@ def test_a_look_without_an_answer_is_told_and_goes_on(monkeypatch, caplog):
 
     asyncio.run(go())
 
-    begun, over = caplog.messages
+    begun, over = (record.getMessage() for record in of_looks(caplog))
     assert begun.startswith("Looking for runs has had no answer for 0 s")
     assert over.startswith("Looking for runs has an answer, after 0 s")
     assert not agent.lookout.is_api_away
@@ -235,7 +261,8 @@ def test_a_silence_that_ends_in_a_fault_is_over_with_it(monkeypatch, caplog):
 
     asyncio.run(go())
 
-    assert [line.partition(",")[0].partition(":")[0] for line in caplog.messages] == [
+    lines = [record.getMessage() for record in of_looks(caplog)]
+    assert [line.partition(",")[0].partition(":")[0] for line in lines] == [
         "Looking for runs has had no answer for 0 s",
         "Looking for runs failed",
         "Looking for runs succeeds again",
