@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -9,11 +10,13 @@ from typing import TYPE_CHECKING
 
 import prefect
 from prefect.client.orchestration import PrefectClient, get_client
+from prefect.events.clients import get_events_subscriber
+from prefect.events.filters import EventFilter, EventNameFilter
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import get_current_settings
 
 from taskadapter.doctor.findings import Finding, Level, error, ok, warning
-from taskadapter.prefect_api.client import all_pages, briefly, server_version
+from taskadapter.prefect_api.client import all_pages, briefly, in_words, server_version
 from taskadapter.prefect_api.deployments import TAG, deployments_of_pool, flow_names
 from taskadapter.prefect_api.faults import FAULTS, UNSET, explain, shown
 from taskadapter.prefect_api.pool import NO_POOL
@@ -27,6 +30,9 @@ if TYPE_CHECKING:
 
 CLOCK_SECONDS = 2.0
 """How far this machine's clock may be from the server's."""
+
+EVENTS_SECONDS = 5.0
+"""How long the stream of events may take to open."""
 
 CLOCK_TRIES = 3
 """How often they are compared until they agree."""
@@ -72,6 +78,7 @@ async def read(pool_name: str) -> tuple[Seen | None, list[Finding]]:
             async with get_client() as client:
                 found.append(await _version(client, shown(url)))
                 found.append(await _clock(client))
+                found += await _events()
                 return await _read(client, pool_name), found
         except ObjectNotFound:
             found.append(error(NO_POOL.format(name=pool_name)))
@@ -105,6 +112,26 @@ async def _version(client: PrefectClient, url: str) -> Finding:
             f"on both, as with `pip install prefect=={ours}` on the server"
         )
     return ok(f"Prefect's API at {url} answers, in version {theirs}")
+
+
+async def _events() -> list[Finding]:
+    """Say that the stream of events cannot be heard, where it cannot; agents do without it."""
+    # Without a filter the server sends all that has happened lately, and what nobody reads delays the end.
+    nothing = EventFilter(event=EventNameFilter(name=["taskadapter.nothing"]))
+    try:
+        async with asyncio.timeout(EVENTS_SECONDS), get_events_subscriber(nothing, reconnection_attempts=0):
+            return []
+    except TimeoutError:
+        why = f"no answer within {EVENTS_SECONDS:g} s"
+    except Exception as fault:  # noqa: BLE001 - whatever it is, the agents meet it, too
+        why = in_words(fault)
+    return [
+        warning(
+            f"Prefect's event stream, the websocket /api/events/out, is blocked: {why}; agents ask the API "
+            "150 times a minute instead, and see runs by hand and pauses half a second later: let the "
+            "proxy before the server pass websockets on"
+        )
+    ]
 
 
 async def _clock(client: PrefectClient) -> Finding:

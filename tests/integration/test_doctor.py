@@ -6,7 +6,8 @@ import asyncio
 import subprocess
 import sys
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -956,6 +957,34 @@ def test_an_api_that_answers_something_else(system: System, proxy: ApiProxy, giv
     assert given.remedy in finding
     assert about("doctor.db", found).split()[0] in ("ok", "warning")
     assert SECRET not in "".join(found)
+
+
+def test_an_event_stream_that_is_blocked(system: System, proxy: ApiProxy) -> None:
+    """As by a proxy that passes no websockets on; nothing else is wrong."""
+    proxy.fault = lambda request: refusal(403) if request.path.endswith("/events/out") else None
+
+    with temporary_settings({PREFECT_API_URL: proxy.api_url}):
+        found = findings(system.pool, system.folder)
+
+    blocked = about("/api/events/out", found)
+    assert blocked.startswith("warning Prefect's event stream, the websocket /api/events/out, is blocked: ")
+    assert "403" in blocked
+    assert not [text for text in found if text.startswith("error")]
+
+
+def test_an_event_stream_that_does_not_answer(system: System, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not waited for any longer than said."""
+
+    @asynccontextmanager
+    async def never(*_: object, **__: object) -> AsyncIterator[None]:
+        await asyncio.Event().wait()
+        yield
+
+    monkeypatch.setattr(server, "EVENTS_SECONDS", 0.0)
+    monkeypatch.setattr(server, "get_events_subscriber", never)
+    assert "is blocked: no answer within 0 s" in about(
+        "/api/events/out", findings(system.pool, system.folder)
+    )
 
 
 def test_a_secret_block_that_the_api_does_not_give(system: System, proxy: ApiProxy) -> None:
