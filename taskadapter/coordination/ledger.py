@@ -171,11 +171,13 @@ def skip(connection: Connection, execution: Execution, owner: Owner, reason: str
 def give_up(connection: Connection, execution: Execution, owner: Owner, outcome: str, reason: str) -> None:
     """Enter what came of an execution whose process is gone, and why; what has an end keeps it.
 
-    One that has not begun is over, too: nobody begins it later.
+    A tick that has not begun is over, too: nobody begins it later. A run that somebody asked for is not
+    entered: whoever has it retried gets it.
     """
     row = _locked(connection, execution.key)
     if row is None:
-        _enter_unbegun(connection, execution, owner, outcome, reason)
+        if execution.due is not None:
+            _enter_unbegun(connection, execution, owner, outcome, reason)
     elif row.outcome in {None, ABANDONED}:
         ours = ledger.c.execution == execution.key
         values = {"ended": database_now(), "outcome": outcome, "reason": reason}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 from prefect.client.schemas.actions import WorkPoolUpdate
-from prefect.states import Cancelling
+from prefect.states import Cancelling, Scheduled
 
 from deployments.local import wait_until
 from taskadapter.pools import ensure_work_pool
@@ -450,12 +450,19 @@ def test_a_processs_last_words(project: Project, prefect: Prefect) -> None:
 # --- states ---------------------------------------------------------------------------------------
 
 
-def test_a_message_that_no_database_keeps(prefect: Prefect) -> None:
-    """A NUL in an error's message does not keep its run from ending, nor the next from beginning."""
+def test_a_message_that_no_database_keeps(project: Project, prefect: Prefect) -> None:
+    """A NUL in an error's message does not keep its run from ending, nor the next from beginning.
+
+    Once the code is mended, somebody who retries the run gets it.
+    """
     crashed = run(prefect, "bad_byte")
     assert state_of(crashed).name == "Crashed"
     assert "unexpected byte" in (state_of(crashed).message or "")
     assert_completed([run(prefect, "price")])
+
+    project.write("bad_byte.py", "from prefect import flow\n\n@flow\ndef job() -> None: ...\n")
+    prefect.client.set_flow_run_state(crashed.id, Scheduled())
+    assert_completed([prefect.wait_for_end(crashed)])
 
 
 @pytest.mark.parametrize(

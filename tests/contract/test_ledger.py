@@ -238,11 +238,16 @@ class TestGivenUp:
         with transaction(engine) as connection:
             ledger.give_up(connection, execution, ALONE, outcome, "no module of that name")
 
-    @pytest.mark.parametrize("execution", [tick(1), ASKED], ids=["tick", "asked"])
-    def test_it_never_begins_later(self, engine: Engine, execution: Execution) -> None:
+    def test_a_run_that_is_retried_begins(self, engine: Engine) -> None:
+        """Somebody has mended the code, and asks for it again: it has not been run in between."""
+        self.give_up(engine, ASKED)
+        assert outcomes(engine, ASKED) == []
+        assert begin(engine, ASKED) == Begun(None)
+
+    def test_a_tick_never_begins_later(self, engine: Engine) -> None:
         """Its code could not be loaded: once that is mended the next one runs. It is not counted."""
-        self.give_up(engine, execution)
-        answer = begin(engine, execution)
+        self.give_up(engine, tick(1))
+        answer = begin(engine, tick(1))
         assert isinstance(answer, Taken)
         assert answer.entry.outcome == "Crashed"
         with transaction(engine) as connection:
