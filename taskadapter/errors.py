@@ -14,6 +14,11 @@ def listed(names: Sequence[str], at_most: int = 20) -> str:
     return f"{', '.join(names[:at_most])}{more}"
 
 
+def in_a_line(text: str) -> str:
+    """Return a text of somebody else's as a line that any database keeps: PostgreSQL has no NUL."""
+    return " ".join(text.replace("\x00", " ").split())
+
+
 class TaskError(Exception):
     """A task could not be declared, scheduled or run as asked.
 

@@ -236,7 +236,7 @@ class TestGivenUp:
     @staticmethod
     def give_up(engine: Engine, execution: Execution, outcome: str = "Crashed") -> None:
         with transaction(engine) as connection:
-            ledger.give_up(connection, execution, ALONE, outcome, "no module of that name")
+            ledger.give_up(connection, execution, ALONE, outcome, "no module\nof that \x00 name")
 
     def test_a_run_that_is_retried_begins(self, engine: Engine) -> None:
         """Somebody has mended the code, and asks for it again: it has not been run in between."""

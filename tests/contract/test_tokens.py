@@ -529,7 +529,7 @@ class TestSuccessors:
         enter(engine, NODE, OTHER)
         token = must_take(engine, OTHER)
         with transaction(engine) as connection:
-            give_up(connection, token, "no module of that name")
+            give_up(connection, token, "no module\nof that \x00 name")
             release(connection, [token])
         taken = take(engine)
         assert taken is not None
