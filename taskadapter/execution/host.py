@@ -183,7 +183,8 @@ class Host:
             flow = workspace.load(assignment)
         except Exception as exc:  # noqa: BLE001 - the user's modules may raise anything
             line, text = workspace.shown(exc)
-            flow_run_logger(assignment.flow_run).error("The flow could not be loaded: %s", text)
+            if isinstance(order, protocol.Run):  # its hooks are those of a run that has said so
+                flow_run_logger(assignment.flow_run).error("The flow could not be loaded: %s", text)
             self._tell(protocol.Unloadable(fault=f"The flow could not be loaded: {line}"))
             return
         if isinstance(order, protocol.RunHooks):
