@@ -15,8 +15,8 @@ def listed(names: Sequence[str], at_most: int = 20) -> str:
 
 
 def in_a_line(text: str) -> str:
-    """Return a text of somebody else's as a line that any database keeps: PostgreSQL has no NUL."""
-    return " ".join(text.replace("\x00", " ").split())
+    """Return a text of somebody else's as a message has it, without its line breaks."""
+    return " ".join(text.split())
 
 
 class TaskError(Exception):

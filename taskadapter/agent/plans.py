@@ -237,19 +237,13 @@ def plan_of(deployment: DeploymentResponse) -> Plan | None:
     )
 
 
-def is_of(flow_run: FlowRun, schedule_id: UUID) -> bool:
-    """Return whether a run is one of a schedule's."""
-    key = flow_run.idempotency_key or ""
-    return key.startswith(f"scheduled {flow_run.deployment_id} {schedule_id} ")
-
-
 def is_off(plan: Plan, flow_run: FlowRun) -> bool:
     """Return whether Prefect has planned a run of a schedule for a moment that is no tick of it any more.
 
     Somebody has edited the schedule since.
     """
     tick = ticks.tick_of(flow_run)
-    if tick is None or not flow_run.auto_scheduled or not is_of(flow_run, plan.schedule_id):
+    if tick is None or not flow_run.auto_scheduled or not ticks.is_of(flow_run, plan.schedule_id):
         return False
     return not ticks.is_on(plan.anchor, plan.interval, tick)
 

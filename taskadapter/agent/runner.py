@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -138,9 +139,9 @@ class Runner:
             case Todo.CRASH:
                 await self._report_crash(run, assignment, message)
             case Todo.SUSPEND:
-                await self._enter(run, assignment, ABANDONED)
+                await self._enter(run, store.end, assignment.execution.key, ABANDONED)
             case Todo.ENTER:
-                await self._enter(run, assignment, runs.outcome_of(known))
+                await self._enter(run, store.end, assignment.execution.key, runs.outcome_of(known))
             case Todo.TELL if entry is not None:
                 await self._teller.tell(run.flow_run, entry)
 
@@ -162,11 +163,10 @@ class Runner:
             else:
                 return found[0] if found else None
 
-    async def _enter(self, run: RunInHand, assignment: Assignment, outcome: str) -> None:
+    async def _enter(self, run: RunInHand, write: Callable[..., None], *what: object) -> None:
         """Enter what a run came to; if the database does not answer now, a look at what is open will."""
-        url, key = self._membership.database_url, assignment.execution.key
         try:
-            await asyncio.to_thread(store.end, url, key, outcome)
+            await asyncio.to_thread(write, self._membership.database_url, *what)
         except CoordinationError as fault:
             self._log.debug("The end of run %s is not entered yet: %s", run.flow_run.name, fault)
 
@@ -237,12 +237,8 @@ class Runner:
         state: State[Any] = Crashed(message=f"On {self._node.name}: {message}.")
         if run.life.cancelled is not None:
             state = Cancelled(message=f"Cancelled; on {self._node.name} {message}.")
-        outcome, url = state.type.value.capitalize(), self._membership.database_url
-        try:
-            execution, owner = assignment.execution, assignment.owner
-            await asyncio.to_thread(store.give_up, url, execution, owner, outcome, message)
-        except CoordinationError as fault:
-            self._log.debug("The end of run %s is not entered yet: %s", run.flow_run.name, fault)
+        outcome = runs.outcome_of(state.type)
+        await self._enter(run, store.give_up, assignment.execution, assignment.owner, outcome, message)
         if await self._teller.report(run.flow_run, state, force=True):
             self._log.warning("Run %s: %s", run.flow_run.name, state.message)
             await self._run_hooks(run, assignment, state)

@@ -49,7 +49,7 @@ class Succession:
             return False
         url, within = self._membership.database_url, domain.liveness_check_interval
         try:
-            able = await asyncio.to_thread(store.successors, url, token, self._node.incarnation, within)
+            able = await asyncio.to_thread(store.successors, url, token.group_id, within)
             if not able or not self._may_go(token):
                 return False
             await asyncio.to_thread(store.give_up_token, url, token, fault)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from prefect.client.orchestration import PrefectClient
+    from prefect.client.schemas.objects import WorkPool
     from prefect.client.schemas.responses import DeploymentResponse
 
     from taskadapter.coordination.progress import JobRow
@@ -56,7 +57,7 @@ def _plan_in_words(deployment: DeploymentResponse) -> str:
 
 async def pause(client: PrefectClient, deployment: DeploymentResponse) -> None:
     """Let nothing of a job begin any more, until it is resumed."""
-    url = await _database_of(client, deployment)
+    url = await _database_of(await _pool_of(client, deployment))
     await asyncio.to_thread(store.pause, url, deployment.id, paused=True)
     await client.pause_deployment(deployment.id)
     await _take_note(client, url, deployment.id)
@@ -64,7 +65,7 @@ async def pause(client: PrefectClient, deployment: DeploymentResponse) -> None:
 
 async def resume(client: PrefectClient, deployment: DeploymentResponse) -> None:
     """Let a job go on that is paused."""
-    url = await _database_of(client, deployment)
+    url = await _database_of(await _pool_of(client, deployment))
     await asyncio.to_thread(store.pause, url, deployment.id, paused=False)
     await client.resume_deployment(deployment.id)
     await _take_note(client, url, deployment.id)
@@ -72,7 +73,7 @@ async def resume(client: PrefectClient, deployment: DeploymentResponse) -> None:
 
 async def end(client: PrefectClient, deployment: DeploymentResponse, reason: str) -> None:
     """Let nothing of a job begin any more, whatever its trigger, until somebody switches it on again."""
-    url = await _database_of(client, deployment)
+    url = await _database_of(await _pool_of(client, deployment))
     await asyncio.to_thread(store.end_job, url, deployment.id, reason)
     await switch_off(client, deployment, reason)
     await _take_note(client, url, deployment.id)
@@ -87,7 +88,8 @@ async def restart(client: PrefectClient, deployment: DeploymentResponse) -> str:
     Raises:
         TaskError: it is not over; or it would be over again at once.
     """
-    url, trigger, job = await _database_of(client, deployment), trigger_of(deployment), deployment.name
+    pool, trigger, job = await _pool_of(client, deployment), trigger_of(deployment), deployment.name
+    url = await _database_of(pool)
     if trigger is None:
         raise TaskError(f"job {job!r} has no trigger of taskadapter's; resume its schedule in Prefect.")
     slug = ticks.slug(trigger)
@@ -111,8 +113,8 @@ async def restart(client: PrefectClient, deployment: DeploymentResponse) -> str:
     await asyncio.to_thread(store.restart, url, deployment.id, slug, anew=_is_exhausted(trigger, row))
     await client.update_deployment_schedule(deployment.id, own.id, active=True)
     await _take_note(client, url, deployment.id)
-    if deployment.work_pool_name is not None:
-        events.job_restarted(deployment, await client.read_work_pool(deployment.work_pool_name), why)
+    if pool is not None:
+        events.job_restarted(deployment, pool, why)
     return why
 
 
@@ -161,12 +163,14 @@ async def _take_note(client: PrefectClient, url: str, job_id: UUID) -> None:
     await asyncio.to_thread(store.see, url, [reading_of(await client.read_deployment(job_id))])
 
 
-async def _database_of(client: PrefectClient, deployment: DeploymentResponse) -> str:
+async def _pool_of(client: PrefectClient, deployment: DeploymentResponse) -> WorkPool | None:
+    name = deployment.work_pool_name
+    return None if name is None else await client.read_work_pool(name)
+
+
+async def _database_of(pool: WorkPool | None) -> str:
     settings = TaskadapterSettings()
-    if deployment.work_pool_name is None:
-        return settings.default_database_url()
-    domain = Domain.of(await client.read_work_pool(deployment.work_pool_name))
-    return await domain.database_url(settings)
+    return settings.default_database_url() if pool is None else await Domain.of(pool).database_url(settings)
 
 
 class CarryOver:

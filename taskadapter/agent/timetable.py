@@ -33,7 +33,7 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Pending
 
-from taskadapter.agent.plans import Line, Missing, Plan, Seen, begin, find_missing, is_of, is_off, plan_of
+from taskadapter.agent.plans import Line, Missing, Plan, Seen, begin, find_missing, is_off, plan_of
 from taskadapter.agent.telling import Teller
 from taskadapter.coordination.executions import Entered
 from taskadapter.prefect_api.client import API_FAULTS, PAGE, is_gone, side_by_side
@@ -365,7 +365,7 @@ class Timetable:
             )
             for run in runs:
                 job_id, tick = run.deployment_id, ticks.tick_of(run)
-                if job_id in left and tick is not None and is_of(run, schedule_ids[job_id]):
+                if job_id in left and tick is not None and ticks.is_of(run, schedule_ids[job_id]):
                     last.setdefault(job_id, tick)
             if len(runs) < PAGE:
                 break

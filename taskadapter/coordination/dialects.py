@@ -19,6 +19,8 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
+from taskadapter.errors import in_a_line
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -37,6 +39,7 @@ __all__ = [
     "listen",
     "notices",
     "seconds_since",
+    "storable",
     "together",
     "upsert",
     "widen",
@@ -135,6 +138,11 @@ def upsert(dialect: Dialect, table: Table, values: Rows, changes: Mapping[str, A
             return sqlite_insert.on_conflict_do_update(index_elements=keys, set_=changed)
         case _:
             return mysql.insert(table).values(values).on_duplicate_key_update(changed)
+
+
+def storable(text: str) -> str:
+    """Return a text of somebody else's as a line that every database keeps: PostgreSQL has no NUL."""
+    return in_a_line(text.replace("\x00", " "))
 
 
 def together(connection: Connection, *statements: Select[Any] | UpdateBase) -> list[Any]:

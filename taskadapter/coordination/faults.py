@@ -13,6 +13,7 @@ from taskadapter.errors import (
     CoordinationError,
     DatabaseUnavailableError,
     SchemaError,
+    in_a_line,
 )
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def _explain(exc: DBAPIError, url: URL) -> CoordinationError:
 def _words(exc: DBAPIError) -> str:
     """Return what the database says, without the statement that PostgreSQL's driver shows behind it."""
     said = getattr(getattr(exc.orig, "diag", None), "message_primary", None) or str(exc.orig)
-    return " ".join(said.split())
+    return in_a_line(said)
 
 
 def _remedy(exc: DBAPIError, kind: type[CoordinationError], reason: str, url: URL) -> str:

@@ -19,7 +19,7 @@ from sqlalchemy import and_, delete, exists, func, insert, or_, select, union_al
 from sqlalchemy.exc import IntegrityError
 
 from taskadapter.coordination import progress
-from taskadapter.coordination.dialects import database_now, ensure_rows, seconds_since
+from taskadapter.coordination.dialects import database_now, ensure_rows, seconds_since, storable
 from taskadapter.coordination.executions import (
     ABANDONED,
     SKIPPED,
@@ -34,7 +34,6 @@ from taskadapter.coordination.executions import (
 )
 from taskadapter.coordination.schema import ledger, node
 from taskadapter.coordination.tokens import require_token
-from taskadapter.errors import in_a_line
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
@@ -181,14 +180,14 @@ def give_up(connection: Connection, execution: Execution, owner: Owner, outcome:
             _enter_unbegun(connection, execution, owner, outcome, reason)
     elif row.outcome in {None, ABANDONED}:
         ours = ledger.c.execution == execution.key
-        values = {"ended": database_now(), "outcome": outcome, "reason": in_a_line(reason)}
+        values = {"ended": database_now(), "outcome": outcome, "reason": storable(reason)}
         connection.execute(update(ledger).where(ours).values(values))
 
 
 def _enter_unbegun(
     connection: Connection, execution: Execution, owner: Owner, outcome: str, reason: str
 ) -> None:
-    values = {"begun": None, "ended": database_now(), "outcome": outcome, "reason": in_a_line(reason)}
+    values = {"begun": None, "ended": database_now(), "outcome": outcome, "reason": storable(reason)}
     ensure_rows(connection, ledger, {**_values(execution, owner, None), **values})
 
 

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection
 
-    from taskadapter.coordination.messages import Token
-
 
 LATELY_SECONDS = 300.0
 """For how long a process that has given a group up is not taken for one that could run its jobs."""
@@ -160,7 +158,7 @@ def _node_statuses(connection: Connection) -> tuple[NodeStatus, ...]:
     )
     return tuple(
         NodeStatus(
-            task_id=row.task_id.partition("/")[0],
+            task_id=_name_of(row.task_id),
             host=row.host,
             pid=row.pid,
             group_ids=tuple(json.loads(row.group_ids)),
@@ -169,6 +167,11 @@ def _node_statuses(connection: Connection) -> tuple[NodeStatus, ...]:
         )
         for row in rows
     )
+
+
+def _name_of(entry: str) -> str:
+    """Return the name of the node that an entry is of: one of two work pools has two (`nodes.Node`)."""
+    return entry.partition("/")[0]
 
 
 def read_tenures(connection: Connection, group_ids: Collection[str], last: int) -> list[Tenure]:
@@ -191,30 +194,26 @@ def read_tenures(connection: Connection, group_ids: Collection[str], last: int) 
     return [Tenure(**row._mapping) for row in rows]
 
 
-def read_successors(connection: Connection, token: Token, incarnation: str, within: float) -> list[str]:
+def read_successors(connection: Connection, group_id: str, within: float) -> list[str]:
     """Return the nodes that stand by for a group, and may be able to run what its holder cannot.
 
     A process that has given the group up lately could not either.
 
     Args:
         connection: in a transaction.
-        token: the holder's.
-        incarnation: of the holder.
+        group_id: the group.
         within: only nodes that have shown that they live in so many seconds.
     """
     terms = tenure.c
     gave_up = select(terms.incarnation).where(
-        terms.group_id == token.group_id,
+        terms.group_id == group_id,
         terms.given_up.is_not(None),
         seconds_since(terms.released) <= LATELY_SECONDS,
     )
-    others = node.c.incarnation != incarnation, node.c.incarnation.not_in(gave_up)
-    rows = connection.execute(
-        select(node.c.task_id, node.c.group_ids)
-        .where(seconds_since(node.c.last_seen) <= within, *others)
-        .order_by(node.c.task_id)
-    )
-    return [row.task_id.partition("/")[0] for row in rows if token.group_id in json.loads(row.group_ids)]
+    entries = connection.execute(select(node.c.task_id).where(node.c.incarnation.in_(gave_up))).scalars()
+    unable = {_name_of(entry) for entry in entries}
+    standing_by = read_status(connection).standing_by(within).get(group_id, [])
+    return [name for name in standing_by if name not in unable]
 
 
 def check_rights(connection: Connection) -> None:

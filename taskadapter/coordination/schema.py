@@ -304,10 +304,8 @@ def _add_the_ledger(connection: Connection) -> None:
 
 
 def _add_why_given_up(connection: Connection) -> None:
-    if inspect(connection).has_table(tenure.name):
-        _add_columns(connection, tenure)
-    else:
-        _create(connection, tenure)
+    _create(connection, tenure)
+    _add_columns(connection, tenure)
 
 
 def _add_columns(connection: Connection, table: Table) -> None:

@@ -64,11 +64,11 @@ def tenures(database_url: str, group_ids: Collection[str], last: int) -> list[Te
     return ask(database_url, lambda connection: read_tenures(connection, group_ids, last))
 
 
-def successors(database_url: str, token: Token, incarnation: str, within: float) -> list[str]:
-    """Return the nodes that may run what a token's holder cannot; see `overview.read_successors`."""
+def successors(database_url: str, group_id: str, within: float) -> list[str]:
+    """Return the nodes that may run what a group's holder cannot; see `overview.read_successors`."""
     from taskadapter.coordination.overview import read_successors
 
-    return ask(database_url, lambda connection: read_successors(connection, token, incarnation, within))
+    return ask(database_url, lambda connection: read_successors(connection, group_id, within))
 
 
 def give_up_token(database_url: str, token: Token, reason: str) -> None:

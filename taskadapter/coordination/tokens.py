@@ -41,12 +41,13 @@ from taskadapter.coordination.dialects import (
     limit_idle,
     notices,
     seconds_since,
+    storable,
     together,
     upsert,
 )
 from taskadapter.coordination.messages import Acquired, PulseAnswer, Sighting, Taken, Token
 from taskadapter.coordination.schema import health_check, node, tenure, token_holder
-from taskadapter.errors import CoordinationError, TokenLostError, in_a_line
+from taskadapter.errors import CoordinationError, TokenLostError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
@@ -364,7 +365,7 @@ def release(connection: Connection, tokens: Iterable[Token]) -> tuple[Token, ...
 def give_up(connection: Connection, token: Token, reason: str) -> None:
     """Enter why a holder leaves a group to another node, which it cannot run: who has it next says so."""
     mine = update(tenure).where(_of([token], tenure))
-    connection.execute(mine.values(given_up=in_a_line(reason)[:255]))
+    connection.execute(mine.values(given_up=storable(reason)[:255]))
 
 
 def request_resign(connection: Connection, group_id: str) -> Token:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from taskadapter.errors import in_a_line
+
 
 class Level(StrEnum):
     """How much a finding matters: a warning works today, an error does not."""
@@ -38,5 +40,5 @@ def error(text: object) -> Finding:
 
 
 def _finding(level: Level, text: object) -> Finding:
-    sentence = " ".join(str(text).split()).removesuffix(".")
+    sentence = in_a_line(str(text)).removesuffix(".")
     return Finding(level, sentence if sentence.endswith("?") else f"{sentence}.")

@@ -17,7 +17,7 @@ from taskadapter.prefect_api.pool import PoolSize, Queues
 from taskadapter.rules import ticks
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from prefect.client.schemas.objects import WorkPool
     from prefect.client.schemas.responses import DeploymentResponse
@@ -86,6 +86,11 @@ def _is_always_late(connection: Connection, job: DeploymentResponse, bound: floa
         for one in past
         if one.entry.due is not None and one.entry.outcome not in (None, SKIPPED)
     ]
+    return _begin_late(lates, bound)
+
+
+def _begin_late(lates: Sequence[float], bound: float) -> bool:
+    """Return whether the last ticks, the newest first, each began so many seconds after their time."""
     return len(lates) >= LAST and min(lates[:LAST]) >= bound
 
 
@@ -117,7 +122,7 @@ def of_lines(job: DeploymentResponse, lines: list[Line], bound: float) -> Iterat
             f"{begins}; the run of {running.due} goes on, on {running.node}: if it hangs, `prefect "
             f"flow-run cancel {running.flow_run}`, and give the service timeout_seconds="
         )
-    elif len(ended) == LAST and min(line.late or 0.0 for line in ended) >= bound:
+    elif _begin_late([line.late or 0.0 for line in ended], bound):
         wait = f", and {len(waiting)} wait" if waiting else ""
         yield warning(
             f"job {job.name!r} is late each time: its last {LAST} ticks began up to "

@@ -24,7 +24,7 @@ from prefect.settings import (
 from prefect.utilities.asyncutils import run_coro_as_sync
 from pydantic import ValidationError
 
-from taskadapter.errors import ApiUnavailableError, TaskError
+from taskadapter.errors import ApiUnavailableError, TaskError, in_a_line
 from taskadapter.prefect_api.faults import FAULTS, UNSET, explain, unreachable
 
 T = TypeVar("T")
@@ -55,7 +55,7 @@ def in_words(fault: Exception) -> str:
         return "the API's answer makes no sense"
     if isinstance(fault, httpx.TransportError):
         return unreachable(fault)
-    return " ".join(str(fault).split()) or type(fault).__name__
+    return in_a_line(str(fault)) or type(fault).__name__
 
 
 def backoff(failures: int, longest: float) -> float:

@@ -109,6 +109,12 @@ def tick_key(deployment_id: UUID, schedule_id: UUID | str, due: datetime) -> str
     return f"{_TICK} {deployment_id} {schedule_id} {due.astimezone(UTC).isoformat(sep=' ')}"
 
 
+def is_of(flow_run: FlowRun, schedule_id: UUID) -> bool:
+    """Return whether a run is one of a schedule's, as its key says."""
+    key = flow_run.idempotency_key or ""
+    return key.startswith(f"{_TICK} {flow_run.deployment_id} {schedule_id} ")
+
+
 def run_name(job: str, due: datetime) -> str:
     """Return the name that the run of a tick shows in the UI, in logs and in notifications.
 

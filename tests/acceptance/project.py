@@ -135,10 +135,13 @@ class Project:
         """Run Prefect's own command."""
         return self.run(prefect_command(), *args, env=env)
 
+    def taskadapter(self, *args: str) -> str:
+        """Run our own command."""
+        return self.run(Path(prefect_command()).with_name("taskadapter"), *args)
+
     def render(self) -> None:
         """Run `taskadapter render` as the README says, for plain `prefect deploy --all` in the folder."""
-        command = Path(prefect_command()).with_name("taskadapter")
-        self.run(command, "render", "--output", "prefect.yaml")
+        self.taskadapter("render", "--output", "prefect.yaml")
 
     def deploy(self, env: Mapping[str, str] | None = None) -> None:
         """Deploy every listener of `flows/` from Python."""

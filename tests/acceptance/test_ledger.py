@@ -22,7 +22,7 @@ from prefect.client.schemas.objects import StateType
 from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.states import Scheduled
 
-from deployments.local import prefect_command, wait_until
+from deployments.local import wait_until
 from taskadapter.pools import ensure_work_pool
 from taskadapter.prefect_api.pool import Domain
 from tests.acceptance.project import PATIENCE, Entry, Prefect, Project, due, is_alive, state_of
@@ -411,13 +411,12 @@ def test_a_run_that_suspends_itself(project: Project, prefect: Prefect, is_tick:
 def test_the_ledger_is_shown(project: Project) -> None:
     """The command says what ran when, where and how late, what waits, and that nothing is missing."""
     project.wait_for("book-second", "began", 5)
-    command = Path(prefect_command()).with_name("taskadapter")
-    lines = json.loads(project.run(command, "ledger", "book-second/book-second", "--json"))
+    lines = json.loads(project.taskadapter("ledger", "book-second/book-second", "--json"))
     assert len(lines) >= 5
     assert {line["node"] for line in lines if line["outcome"] != "waiting"} == {"book-1"}
     assert "missing" not in {line["outcome"] for line in lines}
     assert all(-0.001 < line["late"] < PATIENCE for line in lines if line["due"])
-    assert "Completed" in project.run(command, "ledger", "book-second/book-second")
+    assert "Completed" in project.taskadapter("ledger", "book-second/book-second")
 
 
 # --- several nodes, without a group ---------------------------------------------------------------
@@ -497,12 +496,10 @@ def test_a_backlog_is_drained_in_order(project: Project, prefect: Prefect) -> No
 @pytest.mark.usefixtures("node")
 def test_two_pools_that_name_one_group(project: Project, prefect: Prefect) -> None:
     """The second is told whose it is, by its agent and by the doctor, and holds no token."""
-    client, command = prefect.client, Path(prefect_command()).with_name("taskadapter")
+    client = prefect.client
     project.wait_for("book-second", "began")  # the node is up
     client.create_work_queue("etl", work_pool_name=project.pool)
-    wait_until(
-        lambda: "etl" in project.run(command, "status", "--pool", project.pool), PATIENCE, "a holder"
-    )
+    wait_until(lambda: "etl" in project.taskadapter("status", "--pool", project.pool), PATIENCE, "a holder")
     second = f"{project.pool}-2"
     template = client.read_work_pool(project.pool).base_job_template
     client.create_work_pool(WorkPoolCreate(name=second, type="warm-backup", base_job_template=template))
@@ -512,7 +509,7 @@ def test_two_pools_that_name_one_group(project: Project, prefect: Prefect) -> No
             said = f"group 'etl' belongs to work pool '{project.pool}'"
             wait_until(lambda: said in other.log.read_text(), PATIENCE, "the second pool to be refused")
             with pytest.raises(AssertionError, match=said):
-                project.run(command, "doctor", "--pool", second)
+                project.taskadapter("doctor", "--pool", second)
             assert other.log.read_text().count(said) == 1
     finally:
         client.delete_work_pool(second)
@@ -526,19 +523,18 @@ def test_a_node_that_can_start_no_process_leaves_its_groups(
     project: Project, prefect: Prefect, node: Program
 ) -> None:
     """It says why, once, and another node is active; when it can again, it takes part again."""
-    command = Path(prefect_command()).with_name("taskadapter")
     group = f"{project.pool}-group"
     project.wait_for("book-second", "began")  # the node is up
     prefect.client.create_work_queue(group, work_pool_name=project.pool)
 
     def holder() -> str:
-        status = json.loads(project.run(command, "status", "--pool", project.pool, "--json"))
+        status = json.loads(project.taskadapter("status", "--pool", project.pool, "--json"))
         return next((one["holder"] for one in status["groups"] if one["group_id"] == group), "")
 
     wait_until(lambda: holder() == "book-1", PATIENCE, "the group to be held")
     with project.agent("book-6"):
         wait_until(
-            lambda: "book-6" in project.run(command, "status", "--pool", project.pool),
+            lambda: "book-6" in project.taskadapter("status", "--pool", project.pool),
             PATIENCE,
             "a standby",
         )

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-import sys
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -19,8 +17,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from prefect.client.schemas.objects import FlowRun
-
-COMMAND = Path(sys.executable).with_name("taskadapter")
 
 RETRIED = """
     from datetime import datetime, timedelta
@@ -343,10 +339,10 @@ def test_a_job_that_has_ended_is_started_again(
     """
     project.wait_for(job, "ran", len(first))
     prefect.wait_for_put_away(job)
-    assert f"The job is over: {why}" in project.run(COMMAND, "ledger", job)
+    assert f"The job is over: {why}" in project.taskadapter("ledger", job)
     restarted = datetime.now(UTC)
 
-    said = project.run(COMMAND, "restart", job)
+    said = project.taskadapter("restart", job)
     ran = project.wait_for(job, "ran", len(first) + len(then))
     prefect.wait_for_put_away(job)
 
@@ -358,7 +354,7 @@ def test_a_job_that_has_ended_is_started_again(
     assert restarted - timedelta(seconds=1) < later[0] < restarted + timedelta(seconds=20)
     interval = timedelta(seconds=prefect.deployment(job).job_variables["trigger"]["interval"])
     assert later == [later[0] + number * interval for number in range(len(later))]
-    lines = json.loads(project.run(COMMAND, "ledger", job, "--json"))
+    lines = json.loads(project.taskadapter("ledger", job, "--json"))
     assert {line["outcome"] for line in lines} <= {"Completed", "Failed", "Skipped"}
 
 

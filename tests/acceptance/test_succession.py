@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from prefect.client.schemas.objects import StateType
 
-from deployments.local import prefect_command, wait_until
+from deployments.local import wait_until
 from taskadapter.pools import ensure_work_pool
 from taskadapter.prefect_api.pool import Domain
 from tests.acceptance.project import PATIENCE, Prefect, Project, state_of
@@ -63,15 +62,13 @@ def whole(broken: Program, project: Project) -> Iterator[Program]:
 
 def holder(project: Project) -> tuple[str | None, int]:
     """Return who has the group, and in which term."""
-    command = Path(prefect_command()).with_name("taskadapter")
-    (group,) = json.loads(project.run(command, "status", "--pool", project.pool, "--json"))["groups"]
+    (group,) = json.loads(project.taskadapter("status", "--pool", project.pool, "--json"))["groups"]
     return group["holder"], group["term"]
 
 
 def outcomes(project: Project, job: str) -> list[str]:
     """Return what the ledger has of a job's ticks, the oldest first."""
-    command = Path(prefect_command()).with_name("taskadapter")
-    lines = json.loads(project.run(command, "ledger", job, "--last", "100", "--json"))
+    lines = json.loads(project.taskadapter("ledger", job, "--last", "100", "--json"))
     return [line["outcome"] for line in reversed(lines)]
 
 

@@ -510,9 +510,17 @@ class TestSuccessors:
     """Who may run what a holder cannot."""
 
     @staticmethod
-    def of(engine: Engine, token: Token, me: Node = NODE, within: float = INTERVAL) -> list[str]:
+    def of(engine: Engine, token: Token, within: float = INTERVAL) -> list[str]:
         with transaction(engine) as connection:
-            return read_successors(connection, token, me.incarnation, within)
+            return read_successors(connection, token.group_id, within)
+
+    @staticmethod
+    def leave(engine: Engine, why: str = "no module\nof that \x00 name") -> None:
+        """Let the other node take the group, and give it up."""
+        token = must_take(engine, OTHER)
+        with transaction(engine) as connection:
+            give_up(connection, token, why)
+            release(connection, [token])
 
     def test_are_the_others_that_live_and_stand_by(self, engine: Engine) -> None:
         """Not the holder itself, none that is silent, and none of another group."""
@@ -527,10 +535,7 @@ class TestSuccessors:
     def test_are_none_that_have_just_given_up(self, engine: Engine) -> None:
         """A process that has given the group up is left out for a while; who has it next says why."""
         enter(engine, NODE, OTHER)
-        token = must_take(engine, OTHER)
-        with transaction(engine) as connection:
-            give_up(connection, token, "no module\nof that \x00 name")
-            release(connection, [token])
+        self.leave(engine)
         taken = take(engine)
         assert taken is not None
         assert taken.reason == "node 'node-2' gave it up: no module of that name"
@@ -544,10 +549,8 @@ class TestSuccessors:
     def test_may_be_a_new_process_of_a_name(self, engine: Engine) -> None:
         """It was started anew, perhaps because somebody has mended what it lacked."""
         enter(engine, NODE, OTHER)
-        token = must_take(engine, OTHER)
+        self.leave(engine)
         with transaction(engine) as connection:
-            give_up(connection, token, "no module of that name")
-            release(connection, [token])
             unregister(connection, OTHER)
             register(connection, node(2, incarnation=1), [GROUP], INTERVAL)
         assert self.of(engine, must_take(engine)) == ["node-2"]
@@ -566,10 +569,7 @@ class TestSuccessors:
     def test_a_reason_of_any_length_is_entered(self, engine: Engine) -> None:
         """As far as there is room, for its node's and its successor's."""
         enter(engine, NODE, OTHER)
-        token = must_take(engine, OTHER)
-        with transaction(engine) as connection:
-            give_up(connection, token, "x" * 999)
-            release(connection, [token])
+        self.leave(engine, "x" * 999)
         assert take(engine) is not None
         with transaction(engine) as connection:
             newest, _ = read_tenures(connection, [GROUP], last=2)

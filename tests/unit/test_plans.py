@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
-from uuid import UUID, uuid4
+from uuid import UUID
 
 import pytest
-from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
 
 from taskadapter.agent import plans
@@ -18,9 +18,7 @@ from taskadapter.agent.plans import (
     MADE_AHEAD,
     MADE_AT_ONCE,
     SHOWN,
-    Line,
     Missing,
-    Plan,
     Seen,
     find_missing,
 )
@@ -28,20 +26,10 @@ from taskadapter.coordination.executions import Entered
 from taskadapter.declare.triggers import TaskPolicy, TriggerConfiguration, WaitingPolicy
 from taskadapter.rules import ticks
 from taskadapter.rules.ticks import between
+from tests.unit import given
+from tests.unit.given import JOB, NOON, OTHER, SECOND, at, plan
 
-NOON = datetime(2030, 1, 1, 12, 0, tzinfo=UTC)
-SECOND = timedelta(seconds=1)
-ID, OTHER = UUID(int=1), UUID(int=2)
-
-
-def line(through=NOON - SECOND, job_id=ID, is_new=False, **changes):
-    trigger = TriggerConfiguration(**({"interval": 5} | changes))
-    plan = Plan("default", ID, ID, NOON, trigger.interval, trigger, created=NOON)
-    return Line(job_id, "job", plan, through, is_new=is_new)
-
-
-def at(*seconds):
-    return [NOON + timedelta(seconds=second) for second in seconds]
+line = partial(given.line, is_new=False)
 
 
 def owed(job, seconds):
@@ -147,27 +135,21 @@ def test_the_bound_itself_is_settled_already():
 # --- what a look tells ----------------------------------------------------------------------------
 
 
-def run(second, job_id: UUID | None = ID):
+def run(second, job_id=JOB):
     """A planned run of a job's tick."""
-    return FlowRun(
-        id=uuid4(),
-        flow_id=uuid4(),
-        deployment_id=job_id,
-        expected_start_time=NOON + second * SECOND,
-        auto_scheduled=True,
-    )
+    return given.tick(job_id, second)
 
 
 def by_hand():
     """A run that somebody has asked for."""
-    return FlowRun(id=uuid4(), flow_id=uuid4(), deployment_id=ID, expected_start_time=NOON)
+    return given.tick(JOB, 0, planned=False)
 
 
 def test_a_look_tells_what_waits_and_what_is_in_hand():
     """Of each job its ticks; only what was found is listed, and runs by hand are no ticks."""
     seen = Seen.of([run(0), run(5), by_hand()], [run(10), run(0, OTHER)], NOON, NOON + 60 * SECOND)
-    assert seen.planned == {ID: {*at(0, 5, 10)}, OTHER: {*at(0)}}
-    assert seen.listed == {ID}
+    assert seen.planned == {JOB: {*at(0, 5, 10)}, OTHER: {*at(0)}}
+    assert seen.listed == {JOB}
     assert (seen.now, seen.until, seen.is_full) == (NOON, NOON + 60 * SECOND, False)
 
 
@@ -198,7 +180,7 @@ def test_a_full_list_may_reach_further_than_the_look(monkeypatch):
 
 def missing(*lines, now=0.0, until=60.0, is_full=False, listed=(), **planned):
     """Return what is missing at a look; `job` and `other` are the ticks of theirs that are made."""
-    names = {"job": ID, "other": OTHER}
+    names = {"job": JOB, "other": OTHER}
     made = {names[name]: {*at(*seconds)} for name, seconds in planned.items()}
     seen = Seen(NOON + now * SECOND, NOON + until * SECOND, is_full, made, listed)
     return find_missing(lines, seen)
@@ -257,7 +239,7 @@ def test_a_job_that_owes_many_waits_for_them():
     found = missing(late, other, now=far, until=far)
     assert seconds(found) == [*range(0, 5 * MADE_AHEAD, 5)]
     last = 5 * (MADE_AHEAD - 1)
-    assert found.held_up == {ID: NOON + last * SECOND + timedelta.resolution}
+    assert found.held_up == {JOB: NOON + last * SECOND + timedelta.resolution}
     assert not found.holds_up(run(last))
     assert found.holds_up(run(last + 5))
     assert not found.holds_up(run(last + 5, OTHER))
@@ -295,13 +277,13 @@ def test_only_so_many_are_made_at_one_look():
 def test_a_job_in_time_is_seen_to_behind_a_list_of_late_ones():
     """The list ends before now: what is not on it has no run, up to now; what is may have more."""
     late, other = line(), line(job_id=OTHER, through=NOON + 50 * SECOND)
-    found = missing(late, other, now=60, until=5, is_full=True, listed={ID}, job=[0, 5])
+    found = missing(late, other, now=60, until=5, is_full=True, listed={JOB}, job=[0, 5])
     assert seconds(found) == [55, 60]
     assert found.is_cut
-    assert seconds(missing(other, late, now=60, until=5, listed={ID}, job=[0, 5])) == [55, 60]
+    assert seconds(missing(other, late, now=60, until=5, listed={JOB}, job=[0, 5])) == [55, 60]
     idle = line(job_id=UUID(int=3), through=NOON + 90 * SECOND)
-    assert missing(other, late, idle, now=60, until=5, listed={ID}, job=[0, 5]).is_cut
-    assert not missing(late, other, now=60, until=5, is_full=True, listed={ID, OTHER}, job=[0, 5]).is_cut
+    assert missing(other, late, idle, now=60, until=5, listed={JOB}, job=[0, 5]).is_cut
+    assert not missing(late, other, now=60, until=5, is_full=True, listed={JOB, OTHER}, job=[0, 5]).is_cut
 
 
 def test_a_list_that_reaches_to_now_is_long_enough():
@@ -326,7 +308,7 @@ def deployment(slug=None, schedule=None, trigger=None, active=True) -> Any:
     )
     variables = {"trigger": trigger.model_dump(mode="json", exclude_defaults=True)}
     return SimpleNamespace(
-        id=ID,
+        id=JOB,
         name="job",
         schedules=[one],
         job_variables=variables,
@@ -354,9 +336,9 @@ def test_a_job_that_is_off_or_of_another_kind_has_none():
 def test_a_run_that_was_planned_before_an_edit_is_no_tick():
     """Of the schedule as it is now; one that somebody asks for, or of another schedule, is left alone."""
 
-    def planned(second, schedule_id=ID, auto_scheduled=True):
+    def planned(second, schedule_id=JOB, auto_scheduled=True):
         due = NOON + second * SECOND
-        key = ticks.tick_key(ID, schedule_id, due)
+        key = ticks.tick_key(JOB, schedule_id, due)
         flow_run = run(second)
         return flow_run.model_copy(update={"idempotency_key": key, "auto_scheduled": auto_scheduled})
 
@@ -366,11 +348,6 @@ def test_a_run_that_was_planned_before_an_edit_is_no_tick():
     assert not plans.is_off(plan(), planned(2, schedule_id=OTHER))
     assert not plans.is_off(plan(), planned(2, auto_scheduled=False))
     assert not plans.is_off(plan(), by_hand())
-
-
-def plan(anchor=NOON, created=NOON, **changes):
-    trigger = TriggerConfiguration(**({"interval": 5} | changes))
-    return Plan("default", ID, ID, anchor, trigger.interval, trigger, created=created)
 
 
 def test_a_new_job_owes_its_first_tick():

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 from typing import Any
 from uuid import UUID, uuid4
@@ -11,24 +10,11 @@ import httpx
 import pytest
 from prefect.client.schemas.objects import FlowRun
 
-from taskadapter.agent.plans import MADE_AT_ONCE, Line, Plan
+from taskadapter.agent.plans import MADE_AT_ONCE
 from taskadapter.agent.timetable import Timetable
 from taskadapter.declare.triggers import TriggerConfiguration
 from taskadapter.rules.ticks import slug, tick_of
-
-NOON = datetime(2030, 1, 1, 12, 0, tzinfo=UTC)
-SECOND = timedelta(seconds=1)
-ID = UUID(int=1)
-
-
-def line(through=NOON - SECOND, **changes):
-    trigger = TriggerConfiguration(**({"interval": 5} | changes))
-    plan = Plan("default", ID, ID, NOON, trigger.interval, trigger, created=NOON)
-    return Line(ID, "job", plan, through)
-
-
-def at(*seconds):
-    return [NOON + timedelta(seconds=second) for second in seconds]
+from tests.unit.given import JOB, NOON, SECOND, at, line
 
 
 class Api:
@@ -42,8 +28,8 @@ class Api:
         if tick in self.failing:
             raise httpx.ConnectError("away")
         self.made.append(tick)
-        run_id, key = uuid4(), f"scheduled {job.deployment_id} {ID} {tick.isoformat(sep=' ')}"
-        return FlowRun(id=run_id, flow_id=ID, deployment_id=job.deployment_id, idempotency_key=key)
+        run_id, key = uuid4(), f"scheduled {job.deployment_id} {JOB} {tick.isoformat(sep=' ')}"
+        return FlowRun(id=run_id, flow_id=JOB, deployment_id=job.deployment_id, idempotency_key=key)
 
 
 def complete(api, *jobs, now, found=(), until=None):
@@ -63,7 +49,7 @@ def test_a_tick_that_cannot_be_made_holds_up_its_own_job_only():
     other.deployment_id = UUID(int=2)
     api: Any = Api()
     made, timetable = complete(api, one, other, now=10)
-    assert made == [(job, tick) for tick in at(0, 5, 10) for job in (ID, UUID(int=2))]
+    assert made == [(job, tick) for tick in at(0, 5, 10) for job in (JOB, UUID(int=2))]
     assert timetable.complete_until == NOON + 10 * SECOND
 
     async def fails_for_one(job, tick):
@@ -73,8 +59,8 @@ def test_a_tick_that_cannot_be_made_holds_up_its_own_job_only():
 
     api.make = fails_for_one
     made, timetable = complete(api, one, other, now=10)
-    assert [tick for job, tick in made if job == ID] == at(0)
-    assert [tick for job, tick in made if job != ID] == at(0, 5, 10)
+    assert [tick for job, tick in made if job == JOB] == at(0)
+    assert [tick for job, tick in made if job != JOB] == at(0, 5, 10)
     assert timetable.complete_until == NOON + 10 * SECOND
 
 
@@ -84,7 +70,7 @@ def test_that_ticks_are_made_is_told_once(caplog):
     api: Any = Api()
     job = line()
     _, timetable = complete(api, job, now=0)
-    planned = FlowRun(id=uuid4(), flow_id=ID, deployment_id=ID, auto_scheduled=True)
+    planned = FlowRun(id=uuid4(), flow_id=JOB, deployment_id=JOB, auto_scheduled=True)
 
     def look(now, *found):
         moment = NOON + now * SECOND
@@ -98,7 +84,7 @@ def test_what_prefect_withholds_is_made_once_and_waits():
     """A pause, or a limit, of the pool or a queue holds for ticks that are made, too."""
     api: Any = Api()
     timetable: Any = Timetable(None, logging.getLogger("test"), None)
-    timetable._lines, timetable._make = {ID: line()}, api.make
+    timetable._lines, timetable._make = {JOB: line()}, api.make
 
     def look(seconds, *withheld):
         now = NOON + seconds * SECOND
@@ -142,7 +128,7 @@ def test_where_more_is_due_than_is_listed_each_job_has_its_turn():
     other.through = NOON + 50 * SECOND
     found, timetable = complete(api, deep, other, now=60, found=listed, until=5)
 
-    assert found == [(ID, tick) for tick in at(0, 5)] + [(UUID(int=2), tick) for tick in at(55, 60)]
+    assert found == [(JOB, tick) for tick in at(0, 5)] + [(UUID(int=2), tick) for tick in at(55, 60)]
     assert api.made == at(55, 60)
     assert timetable.is_cut
 
@@ -155,22 +141,22 @@ def test_a_job_that_has_ended_is_over_until_somebody_switches_it_on():
     def jobs(switched, active=True):
         """Return the agent's jobs after it has read the deployment, switched at that second."""
         schedule = SimpleNamespace(
-            id=ID, slug=slug(trigger), active=active, schedule=None, updated=NOON + switched * SECOND
+            id=JOB, slug=slug(trigger), active=active, schedule=None, updated=NOON + switched * SECOND
         )
         variables = {"trigger": trigger.model_dump(mode="json", exclude_defaults=True)}
         read = SimpleNamespace(
-            id=ID, name="job", work_queue_name="group", schedules=[schedule], job_variables=variables
+            id=JOB, name="job", work_queue_name="group", schedules=[schedule], job_variables=variables
         )
         timetable.learn([read])
         return timetable.jobs_of(["group"])
 
-    assert jobs(0) == [ID]
-    timetable.end(ID)
-    timetable.end(ID)  # by a run, and by a judgement
+    assert jobs(0) == [JOB]
+    timetable.end(JOB)
+    timetable.end(JOB)  # by a run, and by a judgement
     assert jobs(0) == []
     assert jobs(0) == []
-    assert jobs(9) == [ID]
-    timetable.end(ID)
+    assert jobs(9) == [JOB]
+    timetable.end(JOB)
     assert jobs(9) == []
-    assert jobs(10, active=False) == [ID], "it is seen to be off, and has no plan"
-    assert jobs(11) == [ID]
+    assert jobs(10, active=False) == [JOB], "it is seen to be off, and has no plan"
+    assert jobs(11) == [JOB]
