@@ -100,8 +100,8 @@ def fence(connection: Connection, token: Token, seconds: float) -> None:
     the lease, so that a frozen process cannot keep its successor from taking over. On MySQL it can,
     until the server drops its connection (`wait_timeout`).
     """
+    limit_idle(connection, seconds)  # first: it may freeze as soon as it has the lock
     require_token(connection, token)
-    limit_idle(connection, seconds)
 
 
 def pulse(

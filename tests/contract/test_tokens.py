@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
-from sqlalchemy import Connection, Engine, delete, func, select, text, update
+from sqlalchemy import Connection, Engine, delete, event, func, select, text, update
 
 from taskadapter.coordination import schema
 from taskadapter.coordination.engines import open_engine, transaction
@@ -397,6 +397,24 @@ class TestFence:
         go_silent(engine)
         frozen = engine.connect()
         fence(frozen, token, 0.2)
+        assert must_take(engine, OTHER).term == 2
+        frozen.invalidate()
+        frozen.close()
+
+    @pytest.mark.databases("postgresql")
+    def test_frees_the_token_of_a_client_that_freezes_meanwhile(self, engine: Engine) -> None:
+        """It may freeze when it has just locked the token, before it can ask for anything else."""
+        token = must_take(engine)
+        go_silent(engine)
+        frozen = engine.connect()
+
+        @event.listens_for(frozen, "after_cursor_execute")
+        def freeze(*executed: object) -> None:
+            if "token_holder" in str(executed[2]):
+                raise InterruptedError("frozen")
+
+        with pytest.raises(InterruptedError):
+            fence(frozen, token, 0.2)
         assert must_take(engine, OTHER).term == 2
         frozen.invalidate()
         frozen.close()
