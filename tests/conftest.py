@@ -54,12 +54,6 @@ LONGEST = [
 """What takes longest, in that order: the files of half a minute and more, then the rest of each folder."""
 
 
-def pytest_xdist_auto_num_workers() -> int | None:
-    """How many workers share the tests: one more than cores, for each waits a fifth of the time."""
-    is_said = "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ
-    return None if is_said else (os.cpu_count() or 1) + 1
-
-
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where workers share the tests, begin with what takes longest, so that none is left with it."""
