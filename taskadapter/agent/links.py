@@ -60,11 +60,13 @@ class Progress:
         loaded: called with the seconds that the run's code took to load.
         started: called when the run's moment has come.
         begun: called when the body begins, and when the job is over, with the reason if it is.
+        waits: called while the coordination database fails it, and when it answers again.
     """
 
     loaded: Callable[[float], None]
     started: Callable[[], None]
     begun: Callable[[str | None], None]
+    waits: Callable[[protocol.Waits | protocol.Answered], None]
 
 
 class HostLink:
@@ -102,6 +104,8 @@ class HostLink:
                     progress.started()
                 case protocol.Begun(ended=ended):
                     progress.begun(ended)
+                case protocol.Waits() | protocol.Answered():
+                    progress.waits(report)
                 case _:
                     end = report
                     break

@@ -210,6 +210,11 @@ class Runner:
         def loaded(seconds: float) -> None:
             self._queue.loaded(run.flow_run.deployment_id, seconds)
 
+        def waits(report: protocol.Waits | protocol.Answered) -> None:
+            run.meet(report)
+            if isinstance(report, protocol.Waits):
+                self._succession.waited(run, report)
+
         try:
             host = await self._hosts.fork()
         except OSError as fault:
@@ -225,7 +230,8 @@ class Runner:
                 return Outcome(protocol.Dropped())
             if self._hand.is_its_turn(run):
                 host.go()
-            return await host.carry_out(assignment, Progress(loaded, lambda: send_heartbeat(run), begun))
+            progress = Progress(loaded, lambda: send_heartbeat(run), begun, waits)
+            return await host.carry_out(assignment, progress)
         finally:
             run.host = None
             if begun_at is not None:

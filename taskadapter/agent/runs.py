@@ -56,6 +56,7 @@ class Life:
         called_off: why it is not to begin, once its job is over.
         job_ended: why it has ended its job, if it has.
         cancelled: when it was cancelled, on the monotonic clock.
+        waits: whether it can do nothing here but wait for the coordination database.
     """
 
     phase: Phase = Phase.FOUND
@@ -66,6 +67,7 @@ class Life:
     called_off: str | None = None
     job_ended: str | None = None
     cancelled: float | None = None
+    waits: bool = False
 
     @property
     def has_process(self) -> bool:
@@ -76,6 +78,11 @@ class Life:
     def has_begun(self) -> bool:
         """Whether its body has begun."""
         return self.phase >= Phase.BEGUN
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether its body has begun, and nothing is known to be in its way."""
+        return self.has_begun and not self.waits
 
 
 # --- what happens ---------------------------------------------------------------------------------
@@ -154,6 +161,8 @@ Event: TypeAlias = (
     | Claimed
     | Forked
     | protocol.Begun
+    | protocol.Waits
+    | protocol.Answered
     | Dropped
     | Deferred
     | CalledOff
@@ -252,6 +261,10 @@ def step(life: Life, event: Event) -> Step:
             return Step(replace(life, phase=Phase.FORKED))
         case protocol.Begun(ended=reason):
             return _job_ends(replace(life, phase=Phase.BEGUN), reason)
+        case protocol.Waits():
+            return Step(replace(life, waits=True))
+        case protocol.Answered():
+            return Step(replace(life, waits=False))
         case Dropped():
             return Step(replace(life, dropped=True), _if_forked(life, Signal.DROP))
         case Deferred():

@@ -1,8 +1,9 @@
-"""Whether another node is to have a group, of which this one cannot load a job's code.
+"""Whether another node is to have a group that this one holds, and of which it cannot run a job.
 
-The copy of the project that a node has may be old, or its installation may lack a module. Runs of such a
-node would crash one after the other, while a standby could run them. So the group is handed to one that has
-not given it up lately; if there is none the code is at fault, and its runs crash.
+A node's copy of the project may be old, its installation may lack a module, its database user a right on
+the ledger. Its runs would crash, or wait, one after the other, while a standby could run them. So the group
+is handed to one that has not given it up lately. If there is none it stays: code that no node can load is at
+fault itself, and a database that fails all of them is waited for.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ if TYPE_CHECKING:
     from taskadapter.agent.hand import Hand, RunInHand
     from taskadapter.agent.membership import Membership
     from taskadapter.agent.node import Node
+    from taskadapter.execution import protocol
 
 
 class Succession:
-    """Hands groups to nodes that may be able to load what this one cannot.
+    """Hands groups to nodes that may be able to run what this one cannot.
 
     Args:
         node: this node.
@@ -38,16 +40,36 @@ class Succession:
         self._membership = membership
         self._hand = hand
         self._hand_over = hand_over
+        # The token of each group that was handed over last.
+        self._handed_over: dict[str, Token] = {}
+        self._one_at_a_time = asyncio.Lock()
+
+    def waited(self, run: RunInHand, wait: protocol.Waits) -> None:
+        """Hand over the group of a run that has waited for the coordination database for a whole lease."""
+        domain = self._membership.domain
+        if domain is not None and wait.seconds >= domain.liveness_check_interval:
+            self._node.tasks.spawn(self._relieve(run, wait.fault))
+
+    async def _relieve(self, run: RunInHand, fault: str) -> None:
+        await self.pass_on(run, fault)
 
     async def pass_on(self, run: RunInHand, fault: str) -> bool:
-        """Hand over the group of a run whose code cannot be loaded here, and return whether that is done.
+        """Hand over the group of a run that this node cannot run, and return whether that is done.
 
         It is not done while other runs of the group go on here, which a handover would end.
         """
-        token, domain = run.token, self._membership.domain
-        if token is None or domain is None:
+        if run.token is None:
             return False
-        url, within = self._membership.database_url, domain.liveness_check_interval
+        async with self._one_at_a_time:
+            if self._handed_over.get(run.token.group_id) == run.token:
+                return True
+            return await self._pass_on(run, run.token, fault)
+
+    async def _pass_on(self, run: RunInHand, token: Token, fault: str) -> bool:
+        domain, url = self._membership.domain, self._membership.database_url
+        if domain is None:
+            return False
+        within = domain.liveness_check_interval
         try:
             able = await asyncio.to_thread(store.successors, url, token.group_id, within)
             if not able or not self._may_go(token):
@@ -57,8 +79,9 @@ class Succession:
             return False
         if not self._may_go(token):
             return False
+        self._handed_over[token.group_id] = token
         self._node.log.warning(
-            "Run %s is put back, and group %s goes to a standby (%s): %s",
+            "Run %s cannot go on here, and group %s goes to a standby (%s): %s",
             run.flow_run.name,
             token.group_id,
             listed(able, NAMED),
@@ -68,5 +91,5 @@ class Succession:
         return True
 
     def _may_go(self, token: Token) -> bool:
-        is_needed = any(other.token == token and other.life.has_begun for other in self._hand)
+        is_needed = any(other.token == token and other.life.goes_on for other in self._hand)
         return self._membership.holds(token) and not is_needed

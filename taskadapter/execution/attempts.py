@@ -125,7 +125,7 @@ class Attempts:
             return None
         saved = None
         if self.execution is not None:
-            saved = record.saved_service(self.execution.assignment, type(self.service))
+            saved = record.saved_service(self.execution, type(self.service))
         return saved if saved is not None else self.service.model_copy(deep=True)
 
     @contextmanager
@@ -153,7 +153,7 @@ class Attempts:
             raise exc
         if self.execution is not None:
             with _while_ours():
-                record.check(self.execution.assignment)
+                record.check(self.execution)
 
     def _elapsed(self) -> float:
         """Return the seconds since this tick."""
@@ -182,7 +182,7 @@ class Attempts:
         """Enter that the execution is over; `outcome` names the state that Prefect is told next."""
         if self.execution is not None:
             with _while_ours():
-                record.enter_end(self.execution.assignment, subject, outcome, ends)
+                record.enter_end(self.execution, subject, outcome, ends)
             self.execution.outcome = outcome
 
     def failed(self, exc: Exception) -> float | None:
@@ -225,7 +225,7 @@ class Attempts:
         if self.execution is not None and reason is not None:
             self.execution.ended = reason
             # At once: the next tick may be due before the API has taken note of this run's end.
-            self.execution.on_progress()
+            self.execution.tell_begun()
 
     def _job(self) -> str:
         """Return the job's name as commands know it: its deployment's, or the flow's in a direct call."""

@@ -13,6 +13,7 @@ from prefect.client.schemas.objects import State
 from taskadapter.coordination import executions
 from taskadapter.declare.jobs import JobId
 from taskadapter.errors import TaskError
+from taskadapter.execution import protocol
 from taskadapter.execution.assignment import Assignment
 
 
@@ -31,8 +32,10 @@ class Execution:
     entered: executions.Answer | None = None
     outcome: str | None = None
     untold: State[Any] | None = None
-    on_progress: Callable[[], None] = lambda: None
-    """Called once the body begins, and as soon as it is known that the job is over."""
+    tell: Callable[[protocol.Step], None] = lambda _: None
+    """Tells the agent how far the run has come."""
+    is_dropped: Callable[[], bool] = lambda: False
+    """Returns whether the agent wants the run back, unless its body has begun."""
     ended: str | None = None
     """Why the job is over for all nodes, once it is."""
 
@@ -40,6 +43,10 @@ class Execution:
     def has_begun(self) -> bool:
         """Whether the body has begun."""
         return isinstance(self.entered, executions.Begun)
+
+    def tell_begun(self) -> None:
+        """Tell that the body has begun, or again as soon as it is known that the job is over."""
+        self.tell(protocol.Begun(ended=self.ended))
 
 
 @dataclass(frozen=True)

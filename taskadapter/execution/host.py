@@ -207,8 +207,7 @@ class Host:
         return not self._dropped.is_set()
 
     def _run(self, flow: Flow[..., Any], assignment: Assignment) -> None:
-        execution = current.Execution(assignment)
-        execution.on_progress = lambda: self._tell(protocol.Begun(ended=execution.ended))
+        execution = current.Execution(assignment, tell=self._tell, is_dropped=self._dropped.is_set)
         token = current.execution.set(execution)
         over = threading.Event()
         if assignment.token is not None and assignment.policy.on_token_loss == "stop":
@@ -247,7 +246,7 @@ def _conclude(
             end = state if is_told else execution.untold
             if end is not None and execution.outcome is None:
                 with contextlib.suppress(CoordinationError, TokenLostError):
-                    record.enter_end(execution.assignment, None, end.type.value.capitalize())
+                    record.enter_end(execution, None, end.type.value.capitalize())
             return (protocol.Told if is_told else protocol.Untold)(ended=execution.ended)
         case Paused():
             return protocol.Paused()

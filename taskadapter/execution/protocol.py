@@ -97,7 +97,21 @@ class Begun(Message, frozen=True):
     ended: str | None = None
 
 
-Step = Loaded | Started | Begun
+class Waits(Message, frozen=True):
+    """For so many seconds the database has failed it; another node might be able to go on."""
+
+    kind: Literal["waits"] = "waits"
+    fault: str
+    seconds: float
+
+
+class Answered(Message, frozen=True):
+    """It need not wait any more."""
+
+    kind: Literal["answered"] = "answered"
+
+
+Step = Loaded | Started | Begun | Waits | Answered
 
 
 class Told(Message, frozen=True):

@@ -25,13 +25,14 @@ from taskadapter.errors import (
     TaskError,
     TokenLostError,
 )
-from taskadapter.execution import current
+from taskadapter.execution import current, protocol
 from taskadapter.execution.assignment import Assignment
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
     from taskadapter.coordination.executions import Answer
+    from taskadapter.execution.current import Execution
 
 T = TypeVar("T")
 
@@ -41,17 +42,23 @@ _FAULTS = (DatabaseUnavailableError, AccessDeniedError, SchemaError)
 _log = get_logger("taskadapter.execution.record")
 
 
-def begin(assignment: Assignment) -> Answer:
+class NotWantedError(Exception):
+    """The agent wants a run back whose body has not begun."""
+
+
+def begin(execution: Execution) -> Answer:
     """Enter the execution in the ledger, immediately before its body.
 
     Raises:
+        NotWantedError: the agent wants the run back, and the database does not answer.
         TokenLostError: the node has lost the token of the job's group.
     """
     from taskadapter.coordination import ledger
 
+    assignment = execution.assignment
     limits = Limits(assignment.trigger_slug or "", assignment.max_count)
     answer = _answer(
-        assignment,
+        execution,
         lambda connection: ledger.begin(connection, assignment.execution, assignment.owner, limits),
     )
     require_trust(assignment)
@@ -81,7 +88,7 @@ def deadline(assignment: Assignment) -> float:
     return _board(str(assignment.board)).read(assignment.token)
 
 
-def check(assignment: Assignment) -> None:
+def check(execution: Execution) -> None:
     """Check the token before a further attempt.
 
     Raises:
@@ -89,13 +96,13 @@ def check(assignment: Assignment) -> None:
     """
     from taskadapter.coordination import progress
 
-    token = assignment.token
+    token = execution.assignment.token
     if token is not None:
-        _answer(assignment, lambda connection: progress.require_token(connection, token))
-        require_trust(assignment)
+        _answer(execution, lambda connection: progress.require_token(connection, token))
+        require_trust(execution.assignment)
 
 
-def saved_service(assignment: Assignment, cls: type[Service]) -> Service | None:
+def saved_service(execution: Execution, cls: type[Service]) -> Service | None:
     """Return the service as its last successful run left it, None before the first.
 
     Raises:
@@ -103,17 +110,16 @@ def saved_service(assignment: Assignment, cls: type[Service]) -> Service | None:
     """
     from taskadapter.coordination import progress
 
-    state = _answer(assignment, lambda c: progress.load_state(c, str(assignment.job_id)))
+    job_id = str(execution.assignment.job_id)
+    state = _answer(execution, lambda connection: progress.load_state(connection, job_id))
     return None if state is None else load_state(cls, state)
 
 
-def enter_end(
-    assignment: Assignment, service: Service | None, outcome: str, ends: str | None = None
-) -> None:
+def enter_end(execution: Execution, service: Service | None, outcome: str, ends: str | None = None) -> None:
     """Enter what the execution came to, and save what it made of its service, if it succeeded.
 
     Args:
-        assignment: the run.
+        execution: of the run.
         service: to be saved; None if there is none, or it failed.
         outcome: the name of the state that Prefect is told next.
         ends: why its job is over, if it is with this execution.
@@ -124,6 +130,7 @@ def enter_end(
     """
     from taskadapter.coordination import ledger, progress
 
+    assignment = execution.assignment
     state = None if service is None else dump_state(service)
 
     def write(connection: Connection) -> None:
@@ -136,7 +143,7 @@ def enter_end(
             progress.end(connection, job_id, ends, assignment.trigger_slug)
         ledger.end(connection, assignment.execution.key, outcome, incarnation=assignment.incarnation)
 
-    _answer(assignment, write)
+    _answer(execution, write)
 
 
 def fenced(connection: Connection) -> None:
@@ -166,18 +173,32 @@ def fenced(connection: Connection) -> None:
     fence(connection, token, deadline(execution.assignment) - clock())
 
 
-def _answer(assignment: Assignment, question: Callable[[Connection], T]) -> T:
-    """Ask until the database answers: its faults are not the job's, and end with the node's trust."""
-    faults: set[str] = set()
+def _answer(execution: Execution, question: Callable[[Connection], T]) -> T:
+    """Ask until the database answers: its faults are not the job's, and end with the node's trust.
+
+    Raises:
+        NotWantedError: the agent wants the run back meanwhile, and its body has not begun.
+        TokenLostError: the node has lost the token.
+    """
+    assignment, faults, since = execution.assignment, set[str](), time.monotonic()
     while True:
         try:
-            return store.ask(assignment.database_url.get_secret_value(), question)
+            answer = store.ask(assignment.database_url.get_secret_value(), question)
         except _FAULTS as fault:
             require_trust(assignment)
+            if not execution.has_begun and execution.is_dropped():
+                raise NotWantedError(f"{assignment.flow_run.name} is given back: {fault}") from fault
             if str(fault) not in faults:
                 _log.warning("Waiting for the coordination database: %s", fault)
             faults.add(str(fault))
+            if not (execution.has_begun and isinstance(fault, DatabaseUnavailableError)):
+                # Else another node could do nothing about it, and would take what is over for interrupted.
+                execution.tell(protocol.Waits(fault=str(fault), seconds=time.monotonic() - since))
             time.sleep(store.RETRY_SECONDS)
+        else:
+            if faults:
+                execution.tell(protocol.Answered())
+            return answer
 
 
 @lru_cache(maxsize=1)

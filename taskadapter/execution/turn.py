@@ -59,16 +59,16 @@ def _enter(execution: Execution) -> None:
     assignment = execution.assignment
     try:
         if execution.has_begun:
-            record.check(assignment)
+            record.check(execution)
             return
-        execution.entered = _too_late(assignment) or record.begin(assignment)
-    except TokenLostError as lost:
+        execution.entered = _too_late(assignment) or record.begin(execution)
+    except (TokenLostError, record.NotWantedError) as lost:
         raise Abort(str(lost)) from lost
     if not isinstance(execution.entered, Begun):
         raise Abort(f"the body is not to begin: {execution.entered}")
     if execution.entered.number == assignment.max_count:
         execution.ended = ticks.exhausted(assignment.max_count)
-    execution.on_progress()
+    execution.tell_begun()
 
 
 def _too_late(assignment: Assignment) -> Answer | None:

@@ -135,9 +135,9 @@ class Project:
         """Run Prefect's own command."""
         return self.run(prefect_command(), *args, env=env)
 
-    def taskadapter(self, *args: str) -> str:
+    def taskadapter(self, *args: str, env: Mapping[str, str] | None = None) -> str:
         """Run our own command."""
-        return self.run(Path(prefect_command()).with_name("taskadapter"), *args)
+        return self.run(Path(prefect_command()).with_name("taskadapter"), *args, env=env)
 
     def render(self) -> None:
         """Run `taskadapter render` as the README says, for plain `prefect deploy --all` in the folder."""

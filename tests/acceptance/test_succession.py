@@ -91,7 +91,7 @@ def test_a_standby_gets_the_group_and_every_tick(
     assert max(crashed) == pytest.approx(dues[0] - 1)
     assert {"missing", "waiting"}.isdisjoint(outcomes(project, "inherited")[:-3])
     assert outcomes(project, "inherited").count("Crashed") == len(crashed)
-    assert "is put back, and group inherited goes to a standby (node-2): " in broken.output()
+    assert "cannot go on here, and group inherited goes to a standby (node-2): " in broken.output()
 
 
 def test_a_job_that_no_node_can_load_crashes_and_keeps_nobody_busy(

@@ -24,6 +24,8 @@ REPORTS = [
     protocol.Loaded(seconds=0.5),
     protocol.Started(),
     protocol.Begun(ended="it is over"),
+    protocol.Waits(fault="permission denied", seconds=0.5),
+    protocol.Answered(),
     protocol.Told(),
     protocol.Untold(ended="it is over"),
     protocol.Dropped(),

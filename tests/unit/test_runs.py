@@ -223,6 +223,16 @@ def test_what_its_end_asks_for(end, actions):
     assert after.life.phase is Phase.BEGUN
 
 
+def test_what_waits_for_the_database_does_not_go_on():
+    """Whether it has begun or not, until the database answers."""
+    life = Life(Phase.BEGUN)
+    assert life.goes_on
+    assert not Life(Phase.FORKED).goes_on
+    waiting = step(life, protocol.Waits(fault="permission denied", seconds=1)).life
+    assert not waiting.goes_on
+    assert step(waiting, protocol.Answered()).life == life
+
+
 def test_a_job_ends_once():
     """The process says so when the body has failed, and once more when it ends."""
     after = step(Life(Phase.FORKED), protocol.Begun(ended="over"))

@@ -16,6 +16,7 @@ from taskadapter.agent.succession import Succession
 from taskadapter.coordination import store
 from taskadapter.coordination.messages import Token
 from taskadapter.errors import DatabaseUnavailableError
+from taskadapter.execution import protocol
 from taskadapter.prefect_api.pool import Domain
 from tests.unit.given import node, tick
 
@@ -23,9 +24,10 @@ TOKEN = Token("group", "node-1", 7)
 
 
 class Given:
-    """A node that holds a group, with one run in hand whose code it cannot load."""
+    """A node that holds a group, with one run in hand that it cannot run."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *able: str, token: Token | None = TOKEN) -> None:
+        self.node = node()
         self.able: list[str] | Exception = [*able]
         self.handed: list[Token] = []
         self.entered: list[tuple[Any, ...]] = []
@@ -33,11 +35,13 @@ class Given:
         self.hand = Hand(lambda _: None)
         self.run = self.hand.take(tick(uuid4(), 0), token)
         membership: Any = SimpleNamespace(
-            domain=Domain(), database_url="sqlite://", holds=lambda token: token in self.held
+            domain=Domain(liveness_check_interval=30),
+            database_url="sqlite://",
+            holds=lambda token: token in self.held,
         )
         monkeypatch.setattr(store, "successors", self._successors)
         monkeypatch.setattr(store, "give_up_token", lambda *given: self.entered.append(given[1:]))
-        self.succession = Succession(node(), membership, self.hand, self.handed.append)
+        self.succession = Succession(self.node, membership, self.hand, self.handed.append)
 
     def _successors(self, *_: object) -> list[str]:
         if isinstance(self.able, Exception):
@@ -54,7 +58,7 @@ def test_a_group_goes_to_one_that_may_be_able(monkeypatch, caplog):
     assert given.passes_on()
     assert given.handed == [TOKEN]
     assert given.entered == [(TOKEN, "No module named 'x'.")]
-    assert "is put back, and group group goes to a standby (node-2, node-3): " in caplog.text
+    assert "cannot go on here, and group group goes to a standby (node-2, node-3): " in caplog.text
     assert "No module named 'x'." in caplog.text
 
 
@@ -85,16 +89,38 @@ def test_a_token_that_is_lost_meanwhile_is_not_handed_over(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("phase", "group", "goes"),
+    ("life", "group", "goes"),
     [
-        (Phase.BEGUN, "group", False),
-        (Phase.FORKED, "group", True),
-        (Phase.BEGUN, "another", True),
+        (Life(Phase.BEGUN), "group", False),
+        (Life(Phase.BEGUN, waits=True), "group", True),
+        (Life(Phase.FORKED), "group", True),
+        (Life(Phase.BEGUN), "another", True),
     ],
 )
-def test_no_run_of_the_group_is_ended_for_it(monkeypatch, phase, group, goes):
-    """A handover would end one that goes on for long; one that has not begun is the next holder's."""
+def test_no_run_of_the_group_is_ended_for_it(monkeypatch, life, group, goes):
+    """A handover would end one that goes on for long; one that does nothing here is the next holder's."""
     given = Given(monkeypatch, "node-2")
     other = given.hand.take(tick(uuid4(), 1), replace(TOKEN, group_id=group))
-    other.life = Life(phase)
+    other.life = life
     assert given.passes_on() is goes
+
+
+def test_a_group_is_handed_over_once(monkeypatch):
+    """Whichever of its runs finds out that this node cannot run them."""
+    given = Given(monkeypatch, "node-2")
+    assert given.passes_on()
+    assert given.passes_on()
+    assert given.handed == [TOKEN]
+
+
+@pytest.mark.parametrize(("seconds", "handed"), [(29.9, []), (30, [TOKEN])])
+def test_a_run_waits_for_the_database_for_a_lease(monkeypatch, seconds, handed):
+    """What fails it may pass; after so long another node is to have the group."""
+    given = Given(monkeypatch, "node-2")
+
+    async def wait() -> None:
+        given.succession.waited(given.run, protocol.Waits(fault="permission denied", seconds=seconds))
+        await asyncio.gather(*given.node.tasks._running)
+
+    asyncio.run(wait())
+    assert given.handed == handed

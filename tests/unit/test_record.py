@@ -1,0 +1,96 @@
+"""What the process of a run does while the coordination database fails it, without one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from taskadapter.coordination import store
+from taskadapter.coordination.executions import Begun
+from taskadapter.errors import AccessDeniedError, DatabaseUnavailableError, TokenLostError
+from taskadapter.execution import protocol, record
+from taskadapter.execution.current import Execution
+from tests.unit.test_hosts import ASSIGNMENT
+
+DENIED = AccessDeniedError("permission denied for table taskadapter_ledger")
+AWAY = DatabaseUnavailableError("no answer")
+
+
+class Given:
+    """A run whose database fails so many times in some way, and answers then."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *faults: Exception) -> None:
+        self.faults = [*faults]
+        self.told: list[protocol.Step] = []
+        self.is_dropped = False
+        self.execution = Execution(ASSIGNMENT, tell=self.told.append, is_dropped=lambda: self.is_dropped)
+        monkeypatch.setattr(store, "ask", self._ask)
+        monkeypatch.setattr(store, "RETRY_SECONDS", 0)
+
+    def _ask(self, *_: object) -> Any:
+        if self.faults:
+            raise self.faults.pop(0)
+        return Begun(1)
+
+    @property
+    def waits(self) -> list[str]:
+        """The faults that the agent has heard of."""
+        return [step.fault for step in self.told if isinstance(step, protocol.Waits)]
+
+
+def test_nothing_is_told_of_a_database_that_answers(monkeypatch):
+    """Each run asks it."""
+    given = Given(monkeypatch)
+    assert record.begin(given.execution) == Begun(1)
+    assert given.told == []
+
+
+def test_the_agent_hears_why_a_body_waits_and_when_it_need_not_any_more(monkeypatch, caplog):
+    """A fault that lasts is a line of the log once; the agent hears for how long it has."""
+    given = Given(monkeypatch, AWAY, AWAY, DENIED)
+    assert record.begin(given.execution) == Begun(1)
+    assert given.waits == [str(AWAY), str(AWAY), str(DENIED)]
+    seconds = [step.seconds for step in given.told if isinstance(step, protocol.Waits)]
+    assert seconds == sorted(seconds)
+    assert given.told[-1] == protocol.Answered()
+    assert len(given.told) == 4
+
+
+def test_who_waits_gives_the_run_back_when_it_is_asked_to(monkeypatch):
+    """Its body has not begun, and another node may be able to."""
+    given = Given(monkeypatch, AWAY, DENIED)
+    given.is_dropped = True
+    with pytest.raises(record.NotWantedError):
+        record.begin(given.execution)
+    assert given.told == []
+
+
+def test_what_is_dropped_begins_where_the_database_answers(monkeypatch):
+    """The node holds the token still, and the ledger has an answer."""
+    given = Given(monkeypatch)
+    given.is_dropped = True
+    assert record.begin(given.execution) == Begun(1)
+
+
+@pytest.mark.parametrize(("fault", "told"), [(AWAY, []), (DENIED, [str(DENIED)])])
+def test_an_end_waits_for_a_database_that_is_away(monkeypatch, fault, told):
+    """No other node could enter it, and would take it for interrupted; a refusal may be this node's."""
+    given = Given(monkeypatch, fault)
+    given.execution.entered = Begun(1)
+    given.is_dropped = True
+    record.enter_end(given.execution, None, "Completed")
+    assert given.waits == told
+
+
+def test_who_has_lost_the_token_waits_no_longer(monkeypatch):
+    """Another node may run it by now."""
+    given = Given(monkeypatch, AWAY)
+
+    def lost(_: object) -> None:
+        raise TokenLostError("lost")
+
+    monkeypatch.setattr(record, "require_trust", lost)
+    with pytest.raises(TokenLostError):
+        record.begin(given.execution)
+    assert given.told == []
