@@ -2,8 +2,8 @@
 
 A node's copy of the project may be old, its installation may lack a module, its database user a right on
 the ledger. Its runs would crash, or wait, one after the other, while a standby could run them. So the group
-is handed to one that has not given it up lately. If there is none it stays: code that no node can load is at
-fault itself, and a database that fails all of them is waited for.
+is handed to one that has not given it up lately. If there is none it stays: code that no node can load is
+at fault itself, and a database that fails all of them is waited for.
 """
 
 from __future__ import annotations

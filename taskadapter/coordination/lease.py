@@ -91,6 +91,7 @@ class Lease:
     releasing: tuple[Token, ...] = ()
     free: frozenset[str] = frozenset()
     stuck: tuple[str, ...] = ()
+    stuck_fault: str = ""
     stale_at: Mapping[str, float] = field(default_factory=dict)
     holders: Mapping[str, str] = field(default_factory=dict)
     not_before: Mapping[str, float] = field(default_factory=dict)
@@ -273,12 +274,9 @@ def _answered(done: Step, call: Call, answer: Answer, now: float) -> Step:
 
 
 def _recovered(done: Step, now: float) -> Step:
-    lease = done.lease
-    if lease.failing_since is None:
-        return done
-    sentence = f"the database answers again, after {now - lease.failing_since:.1f} s"
-    healthy = replace(lease, faults=0, fault="", failing_since=None)
-    return done.then(healthy, sentence=sentence)
+    since = done.lease.failing_since
+    sentence = "" if since is None else f"the database answers again, after {now - since:.1f} s"
+    return done.then(replace(done.lease, faults=0, fault="", failing_since=None), sentence=sentence)
 
 
 def _failed(done: Step, event: Failed, now: float) -> Step:
@@ -286,22 +284,25 @@ def _failed(done: Step, event: Failed, now: float) -> Step:
         return _duplicate(_recovered(done, now), event.reason, event.duplicate_age, now)
     lease = done.lease
     faults = lease.faults + 1
+    # Heartbeats between two tries succeed, and it would be told again and again that all is well.
+    is_known = isinstance(event.call, Acquire) and event.reason == lease.stuck_fault
     failing = replace(
         lease,
         call=None,
         abandoned=False,
         faults=faults,
         fault=event.reason,
-        failing_since=now if lease.failing_since is None else lease.failing_since,
+        failing_since=now if lease.failing_since is None and not is_known else lease.failing_since,
         next_beat=now + lease.timing.backoff(faults),
     )
     if isinstance(event.call, Acquire):
         asked = event.call.group_ids
-        failing = replace(failing, stuck=(*_without(lease.stuck, asked), *asked))
+        stuck = (*_without(lease.stuck, asked), *asked)
+        failing = replace(failing, stuck=stuck, stuck_fault=event.reason)
     if lease.stopping and isinstance(event.call, Release | Unregister):
         # Tokens that could not be released become free by themselves.
         return done.then(replace(failing, stopped=True), Stopped(), warning=event.reason)
-    return done.then(failing, warning="" if event.reason == lease.fault else event.reason)
+    return done.then(failing, warning="" if is_known or event.reason == lease.fault else event.reason)
 
 
 def _duplicate(done: Step, reason: str, age: float, now: float) -> Step:
@@ -385,8 +386,9 @@ def _watched(done: Step, seen: Mapping[str, Sighting], now: float) -> Step:
         f"standing by for {listed(group_ids, NAMED)} (node {holder!r} is active)"
         for holder, group_ids in _new_holders(lease.holders, holders).items()
     ]
+    stuck = tuple(group_id for group_id in lease.stuck if group_id in free)
     lease = replace(lease, free=frozenset(free), stale_at=stale_at, holders=holders)
-    return done.also(lease, (), sentences)
+    return done.also(_with_stuck(lease, stuck), (), sentences)
 
 
 def _new_holders(known: Mapping[str, str], seen: Mapping[str, str]) -> dict[str, list[str]]:
@@ -417,9 +419,13 @@ def _acquired(done: Step, call: Acquire, answer: Acquired, now: float) -> Step:
         held=held,
         releasing=(*lease.releasing, *releasing),
         free=lease.free.difference(call.group_ids),
-        stuck=_without(lease.stuck, call.group_ids),
     )
-    return done.also(lease, gained, sentences)
+    return done.also(_with_stuck(lease, _without(lease.stuck, call.group_ids)), gained, sentences)
+
+
+def _with_stuck(lease: Lease, stuck: tuple[str, ...]) -> Lease:
+    """Return the lease with the groups whose tokens could not be taken, and why not while there are any."""
+    return replace(lease, stuck=stuck, stuck_fault=lease.stuck_fault if stuck else "")
 
 
 def _without(group_ids: tuple[str, ...], those: Collection[str]) -> tuple[str, ...]:

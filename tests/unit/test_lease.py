@@ -358,6 +358,34 @@ class TestCalls:
         with pytest.raises(TypeError, match="does not answer"):
             standby.answer(taken(5, "free", START), START + 1)
 
+    def test_a_token_that_cannot_be_taken_is_told_once(self) -> None:
+        """Though heartbeats go on between two tries: a line each second would say that all is well."""
+        node, said = many({"g"}, START), list[str]()
+
+        def try_on(times: int, now: float) -> float:
+            while times:
+                if isinstance(node.lease.call, Acquire):
+                    node.fail(now, "locked")
+                    times -= 1
+                elif node.lease.call is not None:
+                    node.answer(seen(sighting(free=True)), now)
+                else:
+                    now = node.lease.wake_at()
+                    node.tell(TimePassed(), now)
+                said.extend(node.said)
+            return now
+
+        now = try_on(5, START)
+        assert said == ["locked", "the database answers again, after 0.2 s"]
+        while not isinstance(node.lease.call, Acquire):
+            now = node.lease.wake_at()
+            node.tell(TimePassed(), now)
+            if isinstance(node.lease.call, Pulse):
+                node.answer(seen(sighting(free=True)), now)
+        node.answer(taken(7, "it was released", now), now)
+        assert node.said == ["active for g in term 7: it was released"]
+        assert (node.lease.stuck, node.lease.stuck_fault) == ((), "")
+
     def test_a_slow_one_is_broken_off_again_and_again(self, standby: Node) -> None:
         """Each call has its own time, however the one before it has ended."""
         for number, ends in enumerate(
