@@ -56,6 +56,9 @@ TOLD_SECONDS = 60.0
 PLANNED_ANEW = "Prefect has planned its job anew, or somebody has deleted it"
 """Why a run is gone whose deployment is there."""
 
+REFUSED = "Job %r cannot be run as it is deployed: %s; deploy it again."
+"""What is told of a job, and of each of its runs, whose deployment was edited into what cannot be read."""
+
 
 class Dispatcher:
     """Has runs run, each at its time.
@@ -303,10 +306,8 @@ class Dispatcher:
         cause = self._deployments.name_of(flow_run), fault.removesuffix(".")
         if self._refused.get(flow_run.deployment_id) != cause:
             self._refused[flow_run.deployment_id] = cause
-            self._log.error("Job %r cannot be run as it is deployed: %s; deploy it again.", *cause)
-        name, rule = cause
-        message = f"Job {name!r} cannot be run as it is deployed: {rule}; deploy it again."
-        await self._teller.report(flow_run, Crashed(message=message))
+            self._log.error(REFUSED, *cause)
+        await self._teller.report(flow_run, Crashed(message=REFUSED % cause))
 
     async def _decide(self, run: RunInHand) -> None:
         """Give a run a place among its job's, judge it as Prefect's schedule cannot, claim and run it."""

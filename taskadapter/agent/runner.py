@@ -177,6 +177,7 @@ class Runner:
             flow_run=run.flow_run,
             due=run.due,
             flow_name=job.flow_name,
+            deployment_name=job.deployment.name,
             entrypoint=job.deployment.entrypoint or "",
             workspace=job.workspace_of(run.flow_run, self._node.name),
             node=self._node.name,

@@ -41,6 +41,7 @@ class Assignment(BaseModel, frozen=True):
         flow_run: as polled.
         due: when its body is to start.
         flow_name: the flow's name.
+        deployment_name: the deployment's, by which commands know the job.
         entrypoint: what of the workspace it runs.
         workspace: where the code is.
         node: the agent's name.
@@ -59,6 +60,7 @@ class Assignment(BaseModel, frozen=True):
     flow_run: FlowRun
     due: datetime
     flow_name: str
+    deployment_name: str
     entrypoint: str
     workspace: Workspace
     node: str

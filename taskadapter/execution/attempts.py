@@ -229,9 +229,7 @@ class Attempts:
 
     def _job(self) -> str:
         """Return the job's name as commands know it: its deployment's, or the flow's in a direct call."""
-        return (
-            self.name if self.execution is None else ticks.job_of(self.execution.assignment.flow_run.name)
-        )
+        return self.name if self.execution is None else self.execution.assignment.deployment_name
 
     def announce_wait(self, seconds: float, exc: Exception) -> None:
         """Show in the UI that the next attempt is to come, in so many seconds, and why.

@@ -127,11 +127,6 @@ def run_name(job: str, due: datetime) -> str:
     return f"{job} {moment.removesuffix('+00:00')}Z"
 
 
-def job_of(name: str) -> str:
-    """Return the job that `run_name` has named a run after."""
-    return name.rpartition(" ")[0]
-
-
 def is_tick(flow_run: FlowRun) -> bool:
     """Return whether a run is a tick of its job's trigger, and not one that somebody asks for."""
     planned = flow_run.auto_scheduled or (flow_run.idempotency_key or "").startswith(f"{_TICK} ")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 from collections import Counter, defaultdict
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -27,7 +26,7 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import StateType
 from sqlalchemy import create_engine, make_url, text
 
-from deployments.local import environment, prefect_command, wait_until
+from deployments.local import wait_until
 from taskadapter.coordination import schema
 from taskadapter.pools import ensure_work_pool
 from taskadapter.prefect_api.pool import Domain
@@ -379,21 +378,8 @@ class Cluster:
         wait_until(self._counts, PATIENCE, "the counter to count")
 
     def taskadapter(self, *args: str) -> str:
-        """Run our own command and return what it prints, the errors of others not included.
-
-        Its password comes from the block that the declaration has made.
-        """
-        done = subprocess.run(
-            [Path(prefect_command()).with_name("taskadapter"), *args],
-            cwd=self.project.folder,
-            env=environment(self.project.env),
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE,
-        )
-        print(done.stderr)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        """Run our own command; its password comes from the block that the declaration has made."""
+        return self.project.taskadapter(*args)
 
     # --- reading ----------------------------------------------------------------------------------
 

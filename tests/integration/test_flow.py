@@ -354,6 +354,7 @@ class Agent:
                 flow_run=flow_run.model_copy(update=ours),
                 due=due,
                 flow_name=self.name,
+                deployment_name=self.name,
                 entrypoint="",
                 workspace=Workspace(),
                 node="node-1",

@@ -34,6 +34,7 @@ def assignment(*, auto_scheduled=True, deployment_id=None, **changes):
         "flow_run": flow_run,
         "due": NOON,
         "flow_name": "counter",
+        "deployment_name": "counter",
         "entrypoint": "flows/counter.py:Counter",
         "workspace": Workspace(working_dir="/code", env={"A": "1", "B": None}),
         "node": "node-1",

@@ -21,6 +21,7 @@ ASSIGNMENT = Assignment(
     flow_run=FlowRun(flow_id=uuid4()),
     due=datetime(2030, 1, 1, tzinfo=UTC),
     flow_name="job",
+    deployment_name="job",
     entrypoint="flows.py:job",
     workspace=Workspace(),
     node="node",

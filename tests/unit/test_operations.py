@@ -40,10 +40,19 @@ def lines() -> set[str]:
     """Return what the package logs, with dots for what varies."""
     found: set[str] = set()
     for path in ROOT.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+        module = ast.parse(path.read_text())
+        named = {
+            target.id: assign.value
+            for assign in module.body
+            if isinstance(assign, ast.Assign)
+            for target in assign.targets
+            if isinstance(target, ast.Name)
+        }
+        for node in ast.walk(module):
             if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
                 continue
-            texts = [arg.value for arg in node.args if isinstance(arg, ast.Constant)]
+            given = [named.get(arg.id) if isinstance(arg, ast.Name) else arg for arg in node.args]
+            texts = [arg.value for arg in given if isinstance(arg, ast.Constant)]
             is_loud = node.func.attr in LOUD or (node.func.attr == "log" and len(node.args) > 1)
             found |= {text for text in texts if is_loud and isinstance(text, str)}
     return {re.sub(r"%[.0-9]*[a-z]", "…", text).removesuffix(".") for text in found - BY_CAUSE}

@@ -20,7 +20,6 @@ from taskadapter.rules.ticks import (
     in_utc,
     is_slug,
     is_tick,
-    job_of,
     judge,
     run_name,
     schedule,
@@ -369,5 +368,4 @@ def test_the_name_of_a_run_is_its_job_and_its_time_in_utc(microsecond, name):
     due = datetime(2030, 1, 1, 12, microsecond=microsecond, tzinfo=timezone(timedelta(hours=1)))
 
     assert run_name("job", due) == name
-    assert job_of(run_name("my job", due)) == "my job"
     assert run_name("job", pendulum.instance(due)) == name

@@ -89,6 +89,7 @@ def assignment(entrypoint, **changes):
         "flow_run": FlowRun(id=uuid4(), flow_id=uuid4()),
         "due": datetime(2030, 1, 1, tzinfo=UTC),
         "flow_name": "job-1",
+        "deployment_name": "job-1",
         "entrypoint": entrypoint,
         "workspace": Workspace(),
         "node": "node-1",
