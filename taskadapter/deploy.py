@@ -29,12 +29,13 @@ from taskadapter.declare.jobs import JobId
 from taskadapter.declare.registry import importing, listeners
 from taskadapter.declare.triggers import DEFAULT_QUEUE
 from taskadapter.errors import DeclarationError, TaskError
-from taskadapter.listener import Declared, Listener, refuse_disagreement
+from taskadapter.listener import Listener, refuse_disagreement
 from taskadapter.prefect_api.client import api_client
 from taskadapter.prefect_api.deployments import DETACHED, TAG
 from taskadapter.prefect_api.locks import lock
 from taskadapter.prefect_api.ticks import create_tick
 from taskadapter.rules import ticks
+from taskadapter.services import Declared
 
 _log = get_logger("taskadapter")
 

@@ -7,24 +7,22 @@ import inspect
 import socket
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, Self, TypeGuard, cast
+from typing import Any, ClassVar, Self, cast
 
 import httpx
 from prefect import Flow
 from prefect.client.orchestration import PrefectClient
 from prefect.settings import get_current_settings
-from prefect.types.names import BANNED_CHARACTERS
 from pydantic import model_validator
 
 from taskadapter.agent import switches
 from taskadapter.agent.program import Part, ProgramAgent, agents, done, stop_all
 from taskadapter.agent.signals import at_a_signal
-from taskadapter.declare.base import Declaration, shown
-from taskadapter.declare.jobs import Job, Service, dump_state
-from taskadapter.declare.registry import listeners, refuse_while_importing
+from taskadapter.declare.base import Declaration
+from taskadapter.declare.jobs import Service
+from taskadapter.declare.registry import importing, listeners, refuse_while_importing
 from taskadapter.declare.toml import overridden, read_config
 from taskadapter.declare.triggers import (
     DEFAULT_QUEUE,
@@ -36,18 +34,15 @@ from taskadapter.declare.triggers import (
     WarmBackupConfig,
 )
 from taskadapter.errors import DeclarationError, TaskError
-from taskadapter.execution import flow as flows
 from taskadapter.execution.current import execution
 from taskadapter.pools import aensure_work_pool
 from taskadapter.prefect_api import private
 from taskadapter.prefect_api.client import api_client, run_sync
 from taskadapter.prefect_api.pool import Domain, password_of
+from taskadapter.services import Declarable, Declared, check_service, named, service_of, service_of_instance
 from taskadapter.settings import TaskadapterSettings, check_interval
 
 REASON = "the service was detached"
-
-Declarable = type[Job] | type[Service] | Callable[..., Any]
-
 
 _with_services: set[Listener] = set()
 """A module need not keep a listener that it declares services on."""
@@ -90,30 +85,6 @@ class ListenerConfiguration(Declaration):
                 "task_policy": self.task_policy or self.trigger.task_policy,
             }
         )
-
-
-@dataclass(frozen=True)
-class Declared:
-    """A service as a listener knows it.
-
-    Attributes:
-        name: its name, and its deployment's.
-        flow: what Prefect runs.
-        trigger: the listener's, with what this service adds to it.
-        source: the function or class that was declared.
-        initial_state: the fields of an attached instance; None where a decorator declared it.
-        instance: that instance.
-        parameters: what its runs are given, kept as declared; None for the flow's defaults, which the UI
-            may change.
-    """
-
-    name: str
-    flow: Flow[..., Any]
-    source: Declarable
-    trigger: TriggerConfiguration
-    initial_state: dict[str, Any] | None = None
-    instance: Service | None = None
-    parameters: dict[str, Any] | None = None
 
 
 class Listener:
@@ -251,23 +222,14 @@ class Listener:
                 the listener has, or what is decorated is neither of the two or cannot be called
                 without arguments.
         """
-        _check_name(name)
-        _check_options(name, options)
+        check_service(name, options)
 
         def declare(source: Declarable) -> Flow[..., Any]:
-            trigger = self.trigger
-            if _is_service(source):
-                trigger = _one_writer(source, trigger)
-                flow = flows.service_flow(source(), name, trigger, **options)
-            elif inspect.isfunction(source):
-                _check_function(source, name)
-                flow = flows.function_flow(source, name, trigger, **options)
-            else:
-                raise DeclarationError(f"{_named(source)} cannot be service {name!r}: {_remedy(source)}.")
-            self._add(Declared(name, flow, source, trigger))
+            declared = service_of(source, name, self.trigger, options)
+            self._add(declared)
             if self.is_started:
                 run_sync(self._bring_up(name))
-            return flow
+            return declared.flow
 
         return declare
 
@@ -290,34 +252,19 @@ class Listener:
                 service, or its class cannot be imported by its name.
             TaskError: it could not be deployed; then it is not attached.
         """
-        flow = self._attach(service, name)
+        declared = service_of_instance(service, name, self.trigger)
+        self._add(declared)
         if self.is_started:
             run_sync(self._bring_up(name))
-        return flow
+        return declared.flow
 
     async def aattach(self, service: Service, name: str) -> Flow[..., Any]:
         """Do what `attach` does, from async code."""
-        flow = self._attach(service, name)
+        declared = service_of_instance(service, name, self.trigger)
+        self._add(declared)
         if self.is_started:
             await self._bring_up(name)
-        return flow
-
-    def _attach(self, service: Service, name: str) -> Flow[..., Any]:
-        _check_name(name)
-        cls = type(service)
-        if not issubclass(cls, Service):
-            raise DeclarationError(
-                f"{_named(service)} cannot be attached as {name!r}: pass an instance of a Service."
-            )
-        if "<locals>" in cls.__qualname__:
-            raise DeclarationError(
-                f"{cls.__qualname__} cannot be attached as {name!r}: nodes import a service's class, "
-                "and cannot import one that is defined inside a function. Move it to module level."
-            )
-        trigger = _one_writer(cls, self.trigger)
-        flow = flows.service_flow(service, name, trigger)
-        self._add(Declared(name, flow, cls, trigger, dump_state(service), service))
-        return flow
+        return declared.flow
 
     def detach(self, service: str | Service) -> None:
         """Take a service off this listener.
@@ -351,7 +298,7 @@ class Listener:
         for name, declared in self.services.items():
             if declared.instance is service or name == service:
                 return name
-        called = _named(service)
+        called = named(service)
         raise TaskError(f"no service {called} is attached; there are {sorted(self.services)}.")
 
     def _add(self, declared: Declared) -> None:
@@ -401,12 +348,14 @@ class Listener:
                 Prefect's API or the coordination database is not named or does not answer (it is given
                 some seconds).
         """
+        _refuse_while_deploying()
         run_sync(self.astart())
 
     async def astart(self) -> None:
         """Do what `start` does, from async code."""
         from taskadapter.deploy import deploy
 
+        _refuse_while_deploying()
         self._check_start()
         jobs = await deploy(self)
         ids = {name: job_id.id for name, job_id in jobs.items()}
@@ -540,6 +489,16 @@ class Listener:
         await self.agraceful_stop()
 
 
+def _refuse_while_deploying() -> None:
+    """Have `prefect deploy` end with our sentence where the file that it imports begins a program."""
+    if private.is_being_deployed():
+        try:
+            with importing("`prefect deploy`"):
+                refuse_while_importing("start()")
+        except TaskError as error:
+            sys.exit(f"taskadapter: {error}")
+
+
 def _calling_line() -> str:
     """Return file and line of the first caller outside this module."""
     frame = inspect.currentframe()
@@ -568,82 +527,3 @@ def refuse_disagreement(found: Iterable[Listener]) -> None:
                 f"database and timing: {other._says(known, domain)}, and {listener._says(domain, known)}; "
                 "declare the same for both, or give one another work_pool."
             )
-
-
-def _check_name(name: object) -> None:
-    """Refuse what cannot be the name of a flow and a deployment."""
-    if not isinstance(name, str) or not name:
-        raise DeclarationError(
-            f"a service needs a name in parentheses{f', not {_named(name)}' if name else ''}; write "
-            'service("a-name") above it, and attach(instance, "a-name").'
-        )
-    check_name(name, "service")
-
-
-def check_name(name: str, what: str) -> None:
-    """Refuse a text that Prefect does not accept as a name, of a service or a job.
-
-    Raises:
-        DeclarationError: it is blank, or holds a character that is banned.
-    """
-    if not name.strip() or any(character in name for character in BANNED_CHARACTERS):
-        raise DeclarationError(
-            f"{name!r} is no name for a {what}: it must not be blank, nor hold any of "
-            f"{' '.join(BANNED_CHARACTERS)}; choose another."
-        )
-
-
-def _named(given: object) -> str:
-    """Name what was given where something else was wanted: a repr has an address, or a user's values."""
-    if isinstance(given, Flow):
-        return f"flow {given.name!r}"
-    if inspect.isclass(given) or inspect.isroutine(given):
-        return f"{'class' if inspect.isclass(given) else 'function'} {given.__qualname__}"
-    return shown(given)
-
-
-def _remedy(source: object) -> str:
-    if isinstance(source, Flow):
-        return "it is a flow already; remove @flow, for service() makes one, and takes its options"
-    return "decorate a subclass of Service, or a function"
-
-
-def _is_service(source: object) -> TypeGuard[type[Service]]:
-    return inspect.isclass(source) and issubclass(source, Service) and not inspect.isabstract(source)
-
-
-def _check_function(fn: Callable[..., Any], name: str) -> None:
-    """Refuse a function that a tick cannot call."""
-    if inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn):
-        raise DeclarationError(
-            f"{fn.__qualname__} cannot be service {name!r}: it is a generator, so calling it does "
-            "nothing; remove its yield."
-        )
-    try:
-        inspect.signature(fn).bind()
-    except TypeError:
-        raise DeclarationError(
-            f"{fn.__qualname__}{inspect.signature(fn)} cannot be service {name!r}: it is called "
-            "without arguments; give its parameters defaults."
-        ) from None
-
-
-def _check_options(name: str, options: dict[str, Any]) -> None:
-    for option in ("retries", "retry_delay_seconds"):
-        if option in options:
-            raise DeclarationError(
-                f"service {name!r}: {option}={shown(options[option])} would have Prefect retry what the "
-                "listener retries already; declare a RetryConfiguration instead."
-            )
-
-
-def _one_writer(cls: type[Service], trigger: TriggerConfiguration) -> TriggerConfiguration:
-    """Return the trigger for a service: one that has state runs one tick at a time.
-
-    Each run starts from the state that the one before it has saved; two at once would lose one of two
-    changes.
-    """
-    if not cls.model_fields:
-        return trigger
-    policy = trigger.policy
-    return trigger.model_copy(update={"task_policy": policy.model_copy(update={"max_concurrent": 1})})

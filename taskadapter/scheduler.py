@@ -32,13 +32,13 @@ from taskadapter.declare.triggers import (
 from taskadapter.deploy import find, has_schedule, make_first_tick, put, wanted_of
 from taskadapter.errors import TaskError
 from taskadapter.execution import flow as flows
-from taskadapter.listener import Declared, check_name
 from taskadapter.pools import aensure_work_pool
 from taskadapter.prefect_api.client import api_client, run_sync
 from taskadapter.prefect_api.deployments import TAG, jobs_of_pool
 from taskadapter.prefect_api.pool import PoolSize
 from taskadapter.prefect_api.ticks import create_tick, remake_ticks, remove_ticks, unfinished
 from taskadapter.rules import ticks
+from taskadapter.services import Declared, check_name
 from taskadapter.settings import TaskadapterSettings, check_interval
 
 When = Civil | datetime | str

@@ -700,6 +700,23 @@ def test_prefect_deploy_to_a_pool_of_another_type(
         deployed(prefect_client, name)
 
 
+def test_prefect_deploy_of_a_program_that_begins_at_once(
+    prefect_api: PrefectServer, prefect_client: SyncPrefectClient, name: str, tmp_path: Path
+) -> None:
+    """It says where its call belongs, and does not run the jobs in the command that deploys them."""
+    project(tmp_path, name, POOL, interval=3600)
+    with (tmp_path / "flows" / "job.py").open("a") as file:
+        file.write("\n\non.start()\n")
+
+    run = prefect(prefect_api, tmp_path, "deploy", "--all")
+
+    assert run.returncode == 1
+    assert 'put the call under `if __name__ == "__main__":`' in run.stderr
+    assert "Traceback" not in run.stdout + run.stderr
+    with pytest.raises(ObjectNotFound):
+        deployed(prefect_client, name)
+
+
 def test_prefect_deploy_without_a_server(prefect_api: PrefectServer, name: str, tmp_path: Path) -> None:
     """It fails with one sentence, and with no traceback around it."""
     project(tmp_path, name, POOL, interval=3600)

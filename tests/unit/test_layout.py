@@ -18,7 +18,7 @@ ROWS = (
     ("prefect_api",),
     ("execution",),
     ("agent",),
-    ("listener", "scheduler", "pools", "deploy"),
+    ("listener", "scheduler", "services", "pools", "deploy"),
     ("cli", "doctor", "audit", "tables"),
 )
 ROW = {name: row for row, names in enumerate(ROWS) for name in names}

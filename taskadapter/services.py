@@ -1,0 +1,172 @@
+"""What a listener or the scheduler deploys: a service or a job, and what can be none."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+from prefect import Flow
+from prefect.types.names import BANNED_CHARACTERS
+
+from taskadapter.declare.base import shown
+from taskadapter.declare.jobs import Job, Service, dump_state
+from taskadapter.declare.triggers import TriggerConfiguration
+from taskadapter.errors import DeclarationError
+from taskadapter.execution import flow as flows
+
+Declarable = type[Job] | type[Service] | Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Declared:
+    """A service as a listener knows it.
+
+    Attributes:
+        name: its name, and its deployment's.
+        flow: what Prefect runs.
+        trigger: the listener's, with what this service adds to it.
+        source: the function or class that was declared.
+        initial_state: the fields of an attached instance; None where a decorator declared it.
+        instance: that instance.
+        parameters: what its runs are given, kept as declared; None for the flow's defaults, which the UI
+            may change.
+    """
+
+    name: str
+    flow: Flow[..., Any]
+    source: Declarable
+    trigger: TriggerConfiguration
+    initial_state: dict[str, Any] | None = None
+    instance: Service | None = None
+    parameters: dict[str, Any] | None = None
+
+
+def service_of(
+    source: Declarable, name: str, trigger: TriggerConfiguration, options: dict[str, Any]
+) -> Declared:
+    """Return the service that a decorated class or function is.
+
+    Args:
+        source: the class or function.
+        name: the service's name.
+        trigger: its listener's.
+        options: what `prefect.flow` is given.
+
+    Raises:
+        DeclarationError: it is neither, or cannot be called without arguments.
+    """
+    if _is_service(source):
+        trigger = _one_writer(source, trigger)
+        flow = flows.service_flow(source(), name, trigger, **options)
+    elif inspect.isfunction(source):
+        _check_function(source, name)
+        flow = flows.function_flow(source, name, trigger, **options)
+    else:
+        raise DeclarationError(f"{named(source)} cannot be service {name!r}: {_remedy(source)}.")
+    return Declared(name, flow, source, trigger)
+
+
+def service_of_instance(service: Service, name: str, trigger: TriggerConfiguration) -> Declared:
+    """Return the service that an attached instance is; its fields are the initial state.
+
+    Raises:
+        DeclarationError: `name` is no name of a service, what is attached is none, or its class cannot be
+            imported by its name.
+    """
+    check_service(name, {})
+    cls = type(service)
+    if not issubclass(cls, Service):
+        raise DeclarationError(
+            f"{named(service)} cannot be attached as {name!r}: pass an instance of a Service."
+        )
+    if "<locals>" in cls.__qualname__:
+        raise DeclarationError(
+            f"{cls.__qualname__} cannot be attached as {name!r}: nodes import a service's class, "
+            "and cannot import one that is defined inside a function. Move it to module level."
+        )
+    trigger = _one_writer(cls, trigger)
+    return Declared(
+        name, flows.service_flow(service, name, trigger), cls, trigger, dump_state(service), service
+    )
+
+
+def check_service(name: object, options: dict[str, Any]) -> None:
+    """Refuse what cannot be the name of a service, and options of `prefect.flow` that its listener has.
+
+    Raises:
+        DeclarationError: the name is not one that Prefect accepts, or the listener has such an option.
+    """
+    if not isinstance(name, str) or not name:
+        raise DeclarationError(
+            f"a service needs a name in parentheses{f', not {named(name)}' if name else ''}; write "
+            'service("a-name") above it, and attach(instance, "a-name").'
+        )
+    check_name(name, "service")
+    for option in ("retries", "retry_delay_seconds"):
+        if option in options:
+            raise DeclarationError(
+                f"service {name!r}: {option}={shown(options[option])} would have Prefect retry what the "
+                "listener retries already; declare a RetryConfiguration instead."
+            )
+
+
+def check_name(name: str, what: str) -> None:
+    """Refuse a text that Prefect does not accept as a name, of a service or a job.
+
+    Raises:
+        DeclarationError: it is blank, or holds a character that is banned.
+    """
+    if not name.strip() or any(character in name for character in BANNED_CHARACTERS):
+        raise DeclarationError(
+            f"{name!r} is no name for a {what}: it must not be blank, nor hold any of "
+            f"{' '.join(BANNED_CHARACTERS)}; choose another."
+        )
+
+
+def named(given: object) -> str:
+    """Name what was given where something else was wanted: a repr has an address, or a user's values."""
+    if isinstance(given, Flow):
+        return f"flow {given.name!r}"
+    if inspect.isclass(given) or inspect.isroutine(given):
+        return f"{'class' if inspect.isclass(given) else 'function'} {given.__qualname__}"
+    return shown(given)
+
+
+def _remedy(source: object) -> str:
+    if isinstance(source, Flow):
+        return "it is a flow already; remove @flow, for service() makes one, and takes its options"
+    return "decorate a subclass of Service, or a function"
+
+
+def _is_service(source: object) -> TypeGuard[type[Service]]:
+    return inspect.isclass(source) and issubclass(source, Service) and not inspect.isabstract(source)
+
+
+def _check_function(fn: Callable[..., Any], name: str) -> None:
+    """Refuse a function that a tick cannot call."""
+    if inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn):
+        raise DeclarationError(
+            f"{fn.__qualname__} cannot be service {name!r}: it is a generator, so calling it does "
+            "nothing; remove its yield."
+        )
+    try:
+        inspect.signature(fn).bind()
+    except TypeError:
+        raise DeclarationError(
+            f"{fn.__qualname__}{inspect.signature(fn)} cannot be service {name!r}: it is called "
+            "without arguments; give its parameters defaults."
+        ) from None
+
+
+def _one_writer(cls: type[Service], trigger: TriggerConfiguration) -> TriggerConfiguration:
+    """Return the trigger for a service: one that has state runs one tick at a time.
+
+    Each run starts from the state that the one before it has saved; two at once would lose one of two
+    changes.
+    """
+    if not cls.model_fields:
+        return trigger
+    policy = trigger.policy
+    return trigger.model_copy(update={"task_policy": policy.model_copy(update={"max_concurrent": 1})})
