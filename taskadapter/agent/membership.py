@@ -93,6 +93,14 @@ class Membership:
         return None if self._groups is None else self._groups.domain
 
     @property
+    def where(self) -> str:
+        """The database, in words, without a secret."""
+        from taskadapter.coordination.engines import url_of
+        from taskadapter.coordination.faults import where
+
+        return where(url_of(self.database_url))
+
+    @property
     def board(self) -> Path | None:
         """The file with the deadlines of this node's tokens."""
         return None if self._groups is None else self._groups.board
@@ -219,16 +227,13 @@ class Membership:
 
     def _say_where(self, *, is_default: bool) -> None:
         """Say what this node takes part in: two that are to stand in for each other must say the same."""
-        from taskadapter.coordination.engines import url_of
-        from taskadapter.coordination.faults import where
-
-        node, database = self._node, where(url_of(self.database_url))
+        node = self._node
         node.log.info(
             "Node %s of work pool %s, in folder %s, takes part through %s.",
             node.name,
             node.work_pool,
             Path.cwd(),
-            database,
+            self.where,
         )
         if is_default:
             node.log.warning(

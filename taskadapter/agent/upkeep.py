@@ -14,6 +14,7 @@ from taskadapter.coordination import store
 from taskadapter.declare.triggers import DEFAULT_QUEUE
 from taskadapter.errors import CoordinationError
 from taskadapter.prefect_api.client import API_FAULTS
+from taskadapter.prefect_api.workers import strangers, workers_of
 
 if TYPE_CHECKING:
     from taskadapter.agent.hand import Hand
@@ -32,6 +33,9 @@ PAUSED_SECONDS = 0.5
 RESUMED_LOOKS = 6
 """How often the agent looks so for what a job is to do that has been resumed."""
 
+STRANGERS_SECONDS = 60.0
+"""How often the agent looks whether workers poll its pool that coordinate elsewhere."""
+
 SWEEP_SECONDS = 15.0
 """How often an active node looks for runs of its groups that are nobody's."""
 
@@ -42,7 +46,7 @@ DAY_SECONDS = 86400.0
 
 
 class Upkeep:
-    """Three things that an agent does for ever.
+    """Four things that an agent does for ever.
 
     Args:
         node: the node.
@@ -74,7 +78,12 @@ class Upkeep:
 
     def begin(self) -> None:
         """Do all of it from now on."""
-        for work in (self._look_after_hosts, self._look_after_paused, self._look_after_claimed):
+        for work in (
+            self._look_after_hosts,
+            self._look_after_paused,
+            self._look_after_claimed,
+            self._look_for_strangers,
+        ):
             self._node.tasks.keep_up(work)
 
     async def _look_after_hosts(self) -> None:
@@ -135,3 +144,32 @@ class Upkeep:
                 sweeps += 1
             except (*API_FAULTS, CoordinationError) as fault:
                 self._node.log.debug("What is claimed is looked after later: %s", fault)
+
+    async def _look_for_strangers(self) -> None:
+        """Name the workers of the pool that are no nodes of its database: they may run the same jobs.
+
+        One that is found once only may have just begun, or ended.
+        """
+        suspected, told = set[str](), set[str]()
+        while True:
+            await asyncio.sleep(STRANGERS_SECONDS)
+            if not self._membership.groups:
+                continue
+            found = suspected
+            with suppress(*API_FAULTS, CoordinationError):
+                found = await self._strangers()
+            for name in sorted((found & suspected) - told):
+                self._node.log.error(
+                    "Worker %s polls work pool %s, and is no node in this node's database, %s: both may "
+                    "run the same jobs. Stop it, and start it with the database and the type of this one.",
+                    name,
+                    self._node.work_pool,
+                    self._membership.where,
+                )
+                told.add(name)
+            suspected = found
+
+    async def _strangers(self) -> set[str]:
+        workers = await workers_of(self._node.client, self._node.work_pool)
+        status = await asyncio.to_thread(store.status, self._membership.database_url)
+        return {found.name for found in strangers(workers, {node.task_id for node in status.nodes})}

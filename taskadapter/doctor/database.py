@@ -19,8 +19,8 @@ from taskadapter.coordination.overview import Status, check_rights, read_status
 from taskadapter.doctor.findings import Finding, error, ok, warning
 from taskadapter.doctor.late import look_at_late
 from taskadapter.doctor.pool import groups_of, liveness_of, start_command
-from taskadapter.doctor.server import polled_ago
 from taskadapter.errors import CoordinationError, SchemaError
+from taskadapter.prefect_api.workers import polled_ago, strangers
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import Worker
@@ -31,9 +31,6 @@ if TYPE_CHECKING:
 
 FORGOTTEN_SECONDS = 86400.0
 """A node that has been silent for so long was taken away, and is not asked for any more."""
-
-POLL_SECONDS = 30.0
-"""How often a worker polls that does not say."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +85,7 @@ def _findings(engine: Engine, facts: Facts, seen: Seen | None) -> Iterator[Findi
         for name in groups:
             yield _group(name, facts, seen)
         yield from _silent(seen, groups, facts.status)
-        yield from strangers(seen.workers, facts.status)
+        yield from _strangers(seen.workers, facts.status)
 
 
 def _read(engine: Engine, seen: Seen | None) -> Facts:
@@ -173,15 +170,11 @@ def _silent(seen: Seen, groups: list[str], status: Status) -> Iterator[Finding]:
             )
 
 
-def strangers(workers: list[Worker], status: Status) -> Iterator[Finding]:
+def _strangers(workers: list[Worker], status: Status) -> Iterator[Finding]:
     """Name the workers that poll the pool and do not coordinate with its nodes."""
-    nodes = {node.task_id for node in status.nodes}
-    for worker in workers:
-        age, every = polled_ago(worker) or 0.0, worker.heartbeat_interval_seconds or POLL_SECONDS
-        # Prefect takes one that was stopped for online for a while longer.
-        if worker.status == "ONLINE" and worker.name not in nodes and age <= 1.5 * every:
-            yield warning(
-                f"worker {worker.name!r} has polled the pool {age:.0f} s ago, and is no node in its "
-                "database; unless it was stopped since, it has another type or another database: stop it, "
-                f"and start it with --type {WarmBackupWorker.type} and the settings of the other nodes"
-            )
+    for worker in strangers(workers, {node.task_id for node in status.nodes}):
+        yield warning(
+            f"worker {worker.name!r} has polled the pool {polled_ago(worker) or 0:.0f} s ago, and is no "
+            "node in its database; unless it was stopped since, it has another type or another database: "
+            f"stop it, and start it with --type {WarmBackupWorker.type} and the settings of the other nodes"
+        )

@@ -13,9 +13,9 @@ from taskadapter.coordination.engines import url_of
 from taskadapter.coordination.faults import where
 from taskadapter.declare.triggers import DEFAULT_QUEUE, WarmBackupConfig
 from taskadapter.doctor.findings import Finding, error, ok, warning
-from taskadapter.doctor.server import polled_ago
 from taskadapter.errors import CoordinationError, DeclarationError
 from taskadapter.prefect_api.pool import OTHER_TYPE, Domain
+from taskadapter.prefect_api.workers import polled_ago
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import WorkPool, WorkQueue

@@ -20,6 +20,7 @@ from taskadapter.prefect_api.client import all_pages, briefly, in_words, server_
 from taskadapter.prefect_api.deployments import TAG, deployments_of_pool, flow_names
 from taskadapter.prefect_api.faults import FAULTS, UNSET, explain, shown
 from taskadapter.prefect_api.pool import NO_POOL
+from taskadapter.prefect_api.workers import workers_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -61,12 +62,6 @@ class Seen:
     workers: list[Worker]
 
 
-def polled_ago(worker: Worker) -> float | None:
-    """Return how many seconds ago a worker has polled its pool, as the server has it; None if never."""
-    last = worker.last_heartbeat_time
-    return None if last is None else max(0.0, (datetime.now(UTC) - last).total_seconds())
-
-
 async def read(pool_name: str) -> tuple[Seen | None, list[Finding]]:
     """Return what the server has of a work pool, if it can be asked, and what is to be said of it."""
     url = get_current_settings().api.url
@@ -98,7 +93,7 @@ async def _read(client: PrefectClient, name: str) -> Seen:
         await flow_names(client, {job.flow_id for job in jobs}),
         {found.work_queue_name for found in deployments},
         await all_pages(client.read_work_queues, work_pool_name=name),
-        await all_pages(client.read_workers_for_work_pool, work_pool_name=name),
+        await workers_of(client, name),
     )
 
 

@@ -34,10 +34,8 @@ from taskadapter import TaskPolicy, audit, cli, deploy, doctor, schedule_job_rec
 from taskadapter.coordination import nodes, store, tokens
 from taskadapter.coordination.engines import open_engine, transaction
 from taskadapter.coordination.executions import Execution, Owner
-from taskadapter.coordination.overview import Status
 from taskadapter.coordination.schema import create_missing
 from taskadapter.declare.registry import listeners
-from taskadapter.doctor import database as database_findings
 from taskadapter.doctor import late, server
 from taskadapter.pools import ensure_work_pool
 from taskadapter.prefect_api.deployments import trigger_of
@@ -828,21 +826,6 @@ def a_node_that_died_and_has_no_successor(system: System) -> None:
 def a_standby_that_died(system: System) -> None:
     hour_ago = (datetime.now(UTC) - timedelta(hours=1)).isoformat(" ", "milliseconds")[:23]
     system.execute(f"UPDATE taskadapter_node SET last_seen = '{hour_ago}' WHERE task_id LIKE 'node-2%'")
-
-
-def test_a_worker_that_was_stopped_is_no_stranger() -> None:
-    """Prefect takes it for online for a while: it has not polled when it would have."""
-
-    def said(seconds: float) -> list[str]:
-        then = datetime.now(UTC) - timedelta(seconds=seconds)
-        worker: Any = SimpleNamespace(
-            name="node-3", status="ONLINE", last_heartbeat_time=then, heartbeat_interval_seconds=30
-        )
-        return [finding.text for finding in database_findings.strangers([worker], Status((), ()))]
-
-    (only,) = said(12)
-    assert only.startswith("worker 'node-3' has polled the pool 12 s ago, and is no node in its database")
-    assert said(50) == []
 
 
 def test_a_node_that_left_long_ago_is_not_named(system: System) -> None:

@@ -32,6 +32,8 @@ class Agent:
         self.database_url = "sqlite://"
         self.served = [DEFAULT_QUEUE, "group"]
         self.stands_back = False
+        self.groups = frozenset({"group"})
+        self.where = "database a.db"
         # As hosts, a timetable and a dispatcher.
         self.broken_for, self.fault = 0.0, "no memory"
         self.held: set[Any] = set()
@@ -205,3 +207,35 @@ def test_nothing_is_looked_after_before_the_pool_is_known():
         await agent.passes()
 
     assert run(scenario).asked == []
+
+
+def test_a_worker_that_coordinates_elsewhere_is_named_once(monkeypatch, caplog):
+    """Not at the first look, for it may have just begun; and not where the database has it."""
+    polling = ["node-1", "elsewhere"]
+    looks: list[str] = []
+
+    async def read(*_: object) -> list[Any]:
+        looks.append("")
+        return [
+            SimpleNamespace(
+                name=name, status="ONLINE", last_heartbeat_time=None, heartbeat_interval_seconds=30
+            )
+            for name in polling
+        ]
+
+    monkeypatch.setattr(upkeep, "STRANGERS_SECONDS", 0)
+    monkeypatch.setattr(upkeep, "workers_of", read)
+    nodes = (SimpleNamespace(task_id="node-1"),)
+    monkeypatch.setattr(store, "status", lambda _: SimpleNamespace(nodes=nodes))
+
+    async def scenario(_: Agent) -> None:
+        await until(lambda: len(looks) == 1)
+        assert caplog.text == ""
+        await until(lambda: len(looks) > 5)
+
+    run(scenario)
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith(
+        "Worker elsewhere polls work pool pool, and is no node in this node's database, "
+    )
+    assert "database a.db: " in said
