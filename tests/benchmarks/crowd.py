@@ -51,6 +51,8 @@ BEGUN_WITHIN = 60.0
 SETTLED_SECONDS = 30.0
 WINDOW = 60.0
 REACTION_WITHIN = 30.0
+STARTED_SECONDS = 30.0
+A_FEW = 10  # jobs that are deployed together show what each of many takes
 
 
 class Planned(NamedTuple):
@@ -143,6 +145,7 @@ class Crowd:
         self._client = client
         self._home = home
         self._rounds = 0
+        self._seconds_a_job = 0.3
         database.create_database("crowd")
         # Jobs are paused from here: the nodes, and this process, coordinate in one database.
         self._coordination = {DATABASE_VARIABLE: database.url("crowd")}
@@ -150,7 +153,7 @@ class Crowd:
 
     def at_once(self, way: Way, jobs: int) -> Figures:
         """Return how jobs begin that are due in the same second, ten at once."""
-        due = _in(25 + 0.25 * jobs)
+        due = self._after_deploying(jobs)
         planned = [Planned(f"crowd-{n}", due, DAY) for n in range(jobs)]
         with self._deployed(way, planned), self._node(way, "--limit", "10") as (_, proxy):
             _sleep_until(due)
@@ -200,7 +203,7 @@ class Crowd:
 
     def spread(self, way: Way, jobs: int) -> Figures:
         """Return how late jobs begin of which each runs once a minute, evenly spread."""
-        start = _in(20 + 0.3 * jobs)
+        start = self._after_deploying(jobs)
         planned = [Planned(f"crowd-{n}", start + timedelta(seconds=60 * n / jobs), 60) for n in range(jobs)]
         with self._deployed(way, planned), self._node(way, "--limit", "10") as (node, _):
             opens = start + timedelta(seconds=SETTLED_SECONDS)
@@ -273,7 +276,7 @@ class Crowd:
 
     def takeover(self, jobs: int) -> Figures:
         """Return how late ticks begin that are due after a node is killed, each of a group of its own."""
-        start = _in(30 + 0.15 * jobs)
+        start = self._after_deploying(jobs)
         planned = [
             Planned(f"crowd-{n}", start + timedelta(seconds=60 * n / jobs), 60, f"group-{n}")
             for n in range(jobs)
@@ -291,10 +294,18 @@ class Crowd:
 
     # --- jobs and nodes ---------------------------------------------------------------------------
 
+    def _after_deploying(self, jobs: int) -> datetime:
+        """Return a moment at which so many jobs are deployed, and an agent has started."""
+        return _in(STARTED_SECONDS + self._seconds_a_job * jobs)
+
     @contextlib.contextmanager
     def _deployed(self, way: Way, jobs: Sequence[Planned]) -> Iterator[list[UUID]]:
         self._rounds += 1
+        began = time.monotonic()
         ids = way.deploy(self._client, jobs)
+        if len(jobs) >= A_FEW:
+            # A slow machine takes longer, and a window that closes before the agent is there shows nothing.
+            self._seconds_a_job = max(self._seconds_a_job, 1.2 * (time.monotonic() - began) / len(jobs))
         try:
             yield ids
         finally:
