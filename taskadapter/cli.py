@@ -54,10 +54,10 @@ def render(
     ] = False,
 ) -> None:
     """Write the deployments that the flow modules declare into a prefect.yaml."""
-    from taskadapter import deploy
+    from taskadapter import render as rendering
 
-    output = output or deploy.RENDERED
-    text = deploy.render(flows, output)
+    output = output or rendering.RENDERED
+    text = rendering.render(flows, output)
     if not check:
         try:
             output.parent.mkdir(parents=True, exist_ok=True)

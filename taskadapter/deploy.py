@@ -1,229 +1,34 @@
-"""From listeners to deployments: as a ``prefect.yaml``, or straight to the server."""
+"""From declarations to deployments on the server."""
 
 from __future__ import annotations
 
-import inspect
-import sys
-import traceback
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 import httpx
-import yaml
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.actions import DeploymentScheduleCreate, DeploymentUpdate
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.schedules import IntervalSchedule
-from prefect.exceptions import ObjectNotFound, ScriptError
+from prefect.exceptions import ObjectNotFound
 from prefect.logging import get_logger
 from prefect.utilities.callables import parameter_schema
-from prefect.utilities.importtools import load_script_as_module
 
-from taskadapter.declare import attached
 from taskadapter.declare.jobs import JobId
-from taskadapter.declare.registry import importing, listeners
 from taskadapter.declare.triggers import DEFAULT_QUEUE
-from taskadapter.errors import DeclarationError, TaskError
-from taskadapter.listener import Listener, refuse_disagreement
+from taskadapter.listener import Listener
 from taskadapter.prefect_api.client import api_client
 from taskadapter.prefect_api.deployments import DETACHED, TAG
 from taskadapter.prefect_api.locks import lock
 from taskadapter.prefect_api.ticks import create_tick
 from taskadapter.rules import ticks
-from taskadapter.services import Declared
+from taskadapter.services import Declared, description, entrypoint, job_variables
 
 _log = get_logger("taskadapter")
-
-HEADER = """\
-# Made by `taskadapter render` from the declarations in {flows}/: change those, not this file.
-# Deploy with: prefect --no-prompt deploy --prefect-file {file} --all
-"""
-
-
-RENDERED = Path("deployments/prefect.yaml")
-"""Where `taskadapter render` writes to, unless it is told otherwise."""
-
-
-class NoJobError(DeclarationError):
-    """The modules of a folder can be imported, and declare nothing."""
-
-
-def render(flows: Path, file: Path) -> str:
-    """Return the ``prefect.yaml`` of every listener in a folder of flow modules.
-
-    The same declarations give the same text.
-
-    Args:
-        flows: the folder; its modules are imported.
-        file: where the text will be kept, for its first comment.
-
-    Raises:
-        DeclarationError: there is no such folder or no job in it, a module cannot be imported or holds
-            an invalid declaration, or two jobs would be one deployment.
-    """
-    if not flows.is_dir():
-        raise DeclarationError(f"{flows}/ is no folder; name the one with the flow modules.")
-    found = []
-    for module in sorted(flows.glob("*.py")):
-        listeners.clear()  # each module may be a program of its own: they need not agree about the node
-        _import(module)
-        found += [(on, declared) for on in listeners for declared in on.services.values()]
-    if not found:
-        raise NoJobError(f"{flows}/ declares no job; decorate one with a listener's service().")
-    found = _once_each(found)
-    _refuse_duplicates(declared for _, declared in found)
-    refuse_disagreement(listener for listener, _ in found)
-    content = {
-        "pull": [],
-        "deployments": [_entry(listener, declared) for listener, declared in found],
-    }
-    return HEADER.format(flows=flows, file=file) + yaml.safe_dump(content, sort_keys=False, width=100)
-
-
-def _once_each(found: list[tuple[Listener, Declared]]) -> list[tuple[Listener, Declared]]:
-    """Return the jobs by name; one whose module another one imports is declared twice, and is one."""
-    places = {(declared.name, entrypoint(declared)): (on, declared) for on, declared in found}
-    return [places[key] for key in sorted(places)]
-
-
-def _import(module: Path) -> None:
-    try:
-        with importing("`taskadapter render`"):
-            load_script_as_module(str(module))
-    except ScriptError as error:
-        raise DeclarationError(f"{module}{_what_broke(module, error.user_exc)}") from error
-    except SystemExit as error:
-        raise DeclarationError(
-            f'{module} ends the program that imports it; do that under `if __name__ == "__main__":`.'
-        ) from error
-
-
-def _what_broke(module: Path, exc: Exception) -> str:
-    """Say where in a module an error came from, and what it is; ours need no class to be clear."""
-    if isinstance(exc, SyntaxError):
-        place = "" if exc.lineno is None else f", line {exc.lineno}"
-        return f"{place}: {type(exc).__name__}: {exc.msg}"
-    frames = traceback.extract_tb(exc.__traceback__)
-    lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == module.resolve()]
-    place = f", line {lines[-1]}" if lines else ""
-    return f"{place}: {exc}" if isinstance(exc, TaskError) else f"{place}: {type(exc).__name__}: {exc}"
-
-
-def _refuse_duplicates(found: Iterable[Declared]) -> None:
-    seen: dict[str, Declared] = {}
-    for declared in found:
-        if declared.name in seen:
-            places = f"{entrypoint(seen[declared.name])} and {entrypoint(declared)}"
-            raise DeclarationError(
-                f"service {declared.name!r} is declared twice, in {places}; its name is its "
-                "deployment's, so give one another name."
-            )
-        seen[declared.name] = declared
-
-
-def _entry(listener: Listener, declared: Declared) -> dict[str, Any]:
-    slug = ticks.slug(listener.trigger)
-    _refuse_templates(declared, description(declared), declared.initial_state)
-    entry: dict[str, Any] = {
-        "name": declared.name,
-        "entrypoint": entrypoint(declared),
-        "description": description(declared),
-        "tags": [TAG],
-        "work_pool": {
-            "name": listener.work_pool,
-            "work_queue_name": listener.group_id or DEFAULT_QUEUE,
-            "job_variables": _job_variables(declared),
-        },
-    }
-    step: dict[str, Any] = {"job": declared.name, "slug": slug, "interval": listener.trigger.interval}
-    if listener.trigger.start_time is not None:
-        step["start_time"] = listener.trigger.start_time.isoformat()
-    step["id"] = "prepared"
-    entry["build"] = [{"taskadapter.deploy.prepare": step}]
-    anchor = listener.trigger.start_time or "{{ prepared.first_tick }}"
-    entry["schedules"] = [ticks.schedule(listener.trigger, anchor)]
-    return entry
-
-
-def _refuse_templates(declared: Declared, *texts: object) -> None:
-    """Refuse what ``prefect deploy`` would take for a template, and change."""
-    for text in map(str, texts):
-        if "{{" in text:
-            raise DeclarationError(
-                f"service {declared.name!r}: {text!r} has '{{{{', which `prefect deploy` fills in as a "
-                "template; write it without, or deploy with Listener.start()."
-            )
-
-
-def _job_variables(declared: Declared) -> dict[str, Any]:
-    trigger = declared.trigger.model_dump(mode="json", exclude_defaults=True)
-    if declared.initial_state is None:
-        return {"trigger": trigger}
-    return {"trigger": trigger, "initial_state": declared.initial_state}
-
-
-def description(declared: Declared) -> str:
-    """Return the docstring of what was declared; what it inherits from `Service` is not about it."""
-    if own := inspect.cleandoc(declared.source.__doc__ or ""):
-        return own
-    # Of an empty one `prefect deploy` would make "None".
-    return f"Job {declared.name} in {place_of(declared.source)}"
-
-
-def entrypoint(declared: Declared) -> str:
-    """Return where Prefect finds the flow of a service: ``flows/counter.py:Counter``.
-
-    For an attached instance that is its class, and the service's name.
-
-    Raises:
-        DeclarationError: as `place_of`.
-    """
-    place = place_of(declared.source)
-    return place if declared.initial_state is None else attached.entrypoint(place, declared.name)
-
-
-def place_of(source: Any) -> str:
-    """Return where nodes find a function or class: ``flows/counter.py:Counter``.
-
-    Relative to the working directory, so that nodes may have the project elsewhere; what lies outside
-    is named as an importable module.
-
-    Raises:
-        DeclarationError: it has no name in its module by which a node could import it, or is of no file,
-            or of the script that is run and that lies outside.
-    """
-    if "<" in source.__qualname__:
-        raise DeclarationError(
-            f"{source.__qualname__} in {_file_of(source)} cannot be deployed: nodes import what "
-            "they run, and cannot import a lambda, nor what is defined inside a function. Define it at "
-            "module level."
-        )
-    file = _file_of(source)
-    here = Path.cwd().resolve()
-    if file.is_relative_to(here) and not file.is_relative_to(Path(sys.prefix).resolve()):
-        return f"{file.relative_to(here).as_posix()}:{source.__qualname__}"
-    if source.__module__ == "__main__":
-        raise DeclarationError(
-            f"{source.__qualname__} in {file} cannot be deployed from {here}: nodes import what they run, "
-            "and this script lies outside the working directory. Start it in the project's folder, or move "
-            "the definition to a module that the nodes can import."
-        )
-    return f"{source.__module__}:{source.__qualname__}"
-
-
-def _file_of(source: Any) -> Path:
-    try:
-        return Path(inspect.getfile(source)).resolve()
-    except (OSError, TypeError) as error:
-        raise DeclarationError(
-            f"{source.__qualname__} cannot be deployed: nodes import what they run, and it is in no file. "
-            "Define it in a module of the project."
-        ) from error
 
 
 async def prepare(
@@ -375,7 +180,7 @@ def wanted_of(declared: Declared, work_pool: str, group_id: str | None) -> dict[
         "tags": [TAG],
         "work_pool_name": work_pool,
         "work_queue_name": group_id or DEFAULT_QUEUE,
-        "job_variables": _job_variables(declared),
+        "job_variables": job_variables(declared),
         "parameter_openapi_schema": parameter_schema(declared.flow).model_dump(exclude_unset=True),
     }
     return wanted if declared.parameters is None else wanted | {"parameters": declared.parameters}

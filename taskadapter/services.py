@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeGuard
 
 from prefect import Flow
 from prefect.types.names import BANNED_CHARACTERS
 
+from taskadapter.declare import attached
 from taskadapter.declare.base import shown
 from taskadapter.declare.jobs import Job, Service, dump_state
 from taskadapter.declare.triggers import TriggerConfiguration
@@ -90,6 +93,73 @@ def service_of_instance(service: Service, name: str, trigger: TriggerConfigurati
     return Declared(
         name, flows.service_flow(service, name, trigger), cls, trigger, dump_state(service), service
     )
+
+
+def job_variables(declared: Declared) -> dict[str, Any]:
+    """Return what its deployment keeps of a job for the agent."""
+    trigger = declared.trigger.model_dump(mode="json", exclude_defaults=True)
+    if declared.initial_state is None:
+        return {"trigger": trigger}
+    return {"trigger": trigger, "initial_state": declared.initial_state}
+
+
+def description(declared: Declared) -> str:
+    """Return the docstring of what was declared; what it inherits from `Service` is not about it."""
+    if own := inspect.cleandoc(declared.source.__doc__ or ""):
+        return own
+    # Of an empty one `prefect deploy` would make "None".
+    return f"Job {declared.name} in {place_of(declared.source)}"
+
+
+def entrypoint(declared: Declared) -> str:
+    """Return where Prefect finds the flow of a service: ``flows/counter.py:Counter``.
+
+    For an attached instance that is its class, and the service's name.
+
+    Raises:
+        DeclarationError: as `place_of`.
+    """
+    place = place_of(declared.source)
+    return place if declared.initial_state is None else attached.entrypoint(place, declared.name)
+
+
+def place_of(source: Any) -> str:
+    """Return where nodes find a function or class: ``flows/counter.py:Counter``.
+
+    Relative to the working directory, so that nodes may have the project elsewhere; what lies outside
+    is named as an importable module.
+
+    Raises:
+        DeclarationError: it has no name in its module by which a node could import it, or is of no file,
+            or of the script that is run and that lies outside.
+    """
+    if "<" in source.__qualname__:
+        raise DeclarationError(
+            f"{source.__qualname__} in {_file_of(source)} cannot be deployed: nodes import what "
+            "they run, and cannot import a lambda, nor what is defined inside a function. Define it at "
+            "module level."
+        )
+    file = _file_of(source)
+    here = Path.cwd().resolve()
+    if file.is_relative_to(here) and not file.is_relative_to(Path(sys.prefix).resolve()):
+        return f"{file.relative_to(here).as_posix()}:{source.__qualname__}"
+    if source.__module__ == "__main__":
+        raise DeclarationError(
+            f"{source.__qualname__} in {file} cannot be deployed from {here}: nodes import what they run, "
+            "and this script lies outside the working directory. Start it in the project's folder, or move "
+            "the definition to a module that the nodes can import."
+        )
+    return f"{source.__module__}:{source.__qualname__}"
+
+
+def _file_of(source: Any) -> Path:
+    try:
+        return Path(inspect.getfile(source)).resolve()
+    except (OSError, TypeError) as error:
+        raise DeclarationError(
+            f"{source.__qualname__} cannot be deployed: nodes import what they run, and it is in no file. "
+            "Define it in a module of the project."
+        ) from error
 
 
 def check_service(name: object, options: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from prefect.exceptions import ScriptError
 
-from taskadapter import deploy
+from taskadapter import render
 from taskadapter.declare.attached import file_of
 from taskadapter.doctor.findings import Finding, error, ok, warning
 from taskadapter.errors import DeclarationError, TaskError
@@ -46,13 +46,13 @@ def _preloaded(modules: tuple[str, ...]) -> Iterator[Finding]:
 
 def rendered_file(given: Path | None) -> Path | None:
     """Return the rendered prefect.yaml: the one that is named, or one of ours; None if none is there."""
-    made = (file for file in (deploy.RENDERED, Path("prefect.yaml")) if _is_ours(file))
+    made = (file for file in (render.RENDERED, Path("prefect.yaml")) if _is_ours(file))
     return given or next(made, None)
 
 
 def _is_ours(file: Path) -> bool:
     try:
-        return file.read_bytes().startswith(deploy.HEADER.partition("`")[0].encode())
+        return file.read_bytes().startswith(render.HEADER.partition("`")[0].encode())
     except OSError:
         return False
 
@@ -67,8 +67,8 @@ def read_project(flows: Path, file: Path | None) -> tuple[list[dict[str, Any]] |
     if not flows.is_dir():
         return None, [ok(f"there is no folder {flows}/ here, and the project is left out")]
     try:
-        text = deploy.render(flows, file or deploy.RENDERED)
-    except deploy.NoJobError:
+        text = render.render(flows, file or render.RENDERED)
+    except render.NoJobError:
         return [], [ok(f"{flows}/ declares no job of taskadapter's")]
     except DeclarationError as fault:
         return None, [_refused(fault, flows)]
@@ -115,7 +115,7 @@ def not_deployed(
         pool: its name.
         file: the rendered prefect.yaml; None if there is none yet.
     """
-    remedy = f"`prefect --no-prompt deploy --prefect-file {file or deploy.RENDERED} --all`"
+    remedy = f"`prefect --no-prompt deploy --prefect-file {file or render.RENDERED} --all`"
     if file is None:
         remedy = f"`taskadapter render`, then {remedy}"
     missing = sorted(declared.keys() - deployed.keys())

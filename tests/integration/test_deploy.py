@@ -41,10 +41,11 @@ from taskadapter.agent.switches import detach
 from taskadapter.coordination import nodes
 from taskadapter.coordination.engines import open_engine, transaction
 from taskadapter.coordination.schema import create_missing
-from taskadapter.deploy import deploy, prepare, render
+from taskadapter.deploy import deploy, prepare
 from taskadapter.pools import aensure_work_pool, ensure_work_pool
 from taskadapter.prefect_api import locks
 from taskadapter.prefect_api.pool import Domain, PoolSize
+from taskadapter.render import render
 from taskadapter.rules.ticks import FIRST_TICK_LEAD, slug
 
 if TYPE_CHECKING:

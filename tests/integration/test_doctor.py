@@ -30,7 +30,7 @@ from prefect.settings import (
 from sqlalchemy import make_url, text
 
 from deployments.local import environment, free_port, wait_until
-from taskadapter import TaskPolicy, audit, cli, deploy, doctor, schedule_job_recur_by_frequency
+from taskadapter import TaskPolicy, audit, cli, deploy, doctor, render, schedule_job_recur_by_frequency
 from taskadapter.coordination import nodes, store, tokens
 from taskadapter.coordination.engines import open_engine, transaction
 from taskadapter.coordination.executions import Execution, Owner
@@ -353,7 +353,7 @@ class System:
 
     def render(self) -> None:
         file = self.folder / "prefect.yaml"
-        file.write_text(deploy.render(self.folder / "flows", file))
+        file.write_text(render.render(self.folder / "flows", file))
 
     def change_job(self, **fields: Any) -> None:
         self.client.update_deployment(self.job.id, DeploymentUpdate(**fields))

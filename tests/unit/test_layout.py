@@ -18,7 +18,7 @@ ROWS = (
     ("prefect_api",),
     ("execution",),
     ("agent",),
-    ("listener", "scheduler", "services", "pools", "deploy"),
+    ("listener", "scheduler", "services", "pools", "deploy", "render"),
     ("cli", "doctor", "audit", "tables"),
 )
 ROW = {name: row for row, names in enumerate(ROWS) for name in names}

@@ -13,8 +13,8 @@ from prefect.flows import load_flow_from_entrypoint
 from taskadapter import TriggerConfiguration, cli
 from taskadapter.declare import attached
 from taskadapter.declare.registry import listeners
-from taskadapter.deploy import render
 from taskadapter.errors import DeclarationError
+from taskadapter.render import render
 from taskadapter.rules.ticks import slug
 
 PROJECT = Path(__file__).parents[2]
