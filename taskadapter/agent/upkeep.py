@@ -155,9 +155,10 @@ class Upkeep:
             await asyncio.sleep(STRANGERS_SECONDS)
             if not self._membership.groups:
                 continue
-            found = suspected
-            with suppress(*API_FAULTS, CoordinationError):
+            try:
                 found = await self._strangers()
+            except (*API_FAULTS, CoordinationError):
+                continue
             for name in sorted((found & suspected) - told):
                 self._node.log.error(
                     "Worker %s polls work pool %s, and is no node in this node's database, %s: both may "
