@@ -31,12 +31,27 @@ from taskadapter.coordination.messages import (
 from taskadapter.declare.triggers import DEFAULT_QUEUE
 from taskadapter.errors import CoordinationError, listed
 from taskadapter.prefect_api.pool import Domain, Queues
+from taskadapter.prefect_api.workers import strangers, workers_of
+from taskadapter.settings import PREFIX
 
 if TYPE_CHECKING:
     from taskadapter.coordination.heartbeat import Vitals
 
 LIVES_WITHIN_BEATS = 4
 """After so many heartbeats a live process of this node's name has shown itself: this one is refused."""
+
+ELSEWHERE = (
+    "worker {names} polls work pool {pool!r}, and is no node in {where}, the default of this machine, in "
+    "which nobody has been active yet: both would run the same jobs. Name one database for all nodes, with "
+    "{setting} or a listener's database_config; if that worker has ended, start this one again in a minute"
+)
+"""Why a node takes no part that would be active beside others."""
+
+ELSEWHERE_SECONDS = 15.0
+"""How long other workers of the pool may take to appear in the database, or to end."""
+
+LOOK_SECONDS = 1.0
+"""How long to wait between two looks whether they have."""
 
 JOIN_SECONDS = 0.02
 """How long to wait between two looks whether this node takes part already."""
@@ -78,6 +93,8 @@ class Membership:
         self.database_url = node.settings.default_database_url()
         self._active: dict[str, Token] = {}
         self.refused: str | None = None
+        # Whether others may coordinate through another database, and nobody has looked yet.
+        self._may_be_apart = False
         # Groups that are known to be this pool's, and those that are another's.
         self._claimed: AbstractSet[str] = frozenset()
         self._foreign: dict[str, str] = {}
@@ -200,7 +217,42 @@ class Membership:
 
     async def _stand_by(self, groups: Groups, names: AbstractSet[str]) -> None:
         ours = await self._claim(names)
-        groups.stand_by(frozenset() if self.stands_back else ours, self.database_url)
+        if ours and self._may_be_apart:
+            # So that nodes which begin at the same time find each other.
+            groups.stand_by((), self.database_url)
+            await self._look_for_others(ours)
+        if self.refused is None:
+            groups.stand_by(frozenset() if self.stands_back else ours, self.database_url)
+
+    async def _look_for_others(self, names: AbstractSet[str]) -> None:
+        """Refuse to be the first that is active here while others poll the pool who are not here.
+
+        Somebody has forgotten to name the database on this machine, or on theirs.
+        """
+        end = time.monotonic() + ELSEWHERE_SECONDS
+        while await self._is_new_to(names) and (others := await self.strangers()):
+            if time.monotonic() > end:
+                self.refused = ELSEWHERE.format(
+                    names=listed(others, NAMED),
+                    pool=self._node.work_pool,
+                    where=self.where,
+                    setting=f"{PREFIX}DATABASE_URL",
+                )
+                return
+            await asyncio.sleep(LOOK_SECONDS)
+        self._may_be_apart = False
+
+    async def _is_new_to(self, names: AbstractSet[str]) -> bool:
+        """Return whether nobody has ever been active for some groups in this database."""
+        status = await asyncio.to_thread(store.status, self.database_url)
+        return not any(group.term for group in status.groups if group.group_id in names)
+
+    async def strangers(self) -> list[str]:
+        """Return the workers that poll the pool, and are no nodes in this node's database."""
+        workers = await workers_of(self._node.client, self._node.work_pool)
+        status = await asyncio.to_thread(store.status, self.database_url)
+        nodes = {self._node.name, *(node.task_id for node in status.nodes)}
+        return sorted(worker.name for worker in strangers(workers, nodes))
 
     async def _groups_as_declared(self) -> Groups:
         """Return the pool's groups with the database and timing that the pool has now."""
@@ -222,7 +274,8 @@ class Membership:
         self._claimed = frozenset()
         self.database_url = database_url
         self._groups = Groups(node.name, node.incarnation, pool, node.log, self._is_only, self._on_change)
-        self._say_where(is_default=domain.database is None and node.settings.database_url is None)
+        self._may_be_apart = domain.database is None and node.settings.database_url is None
+        self._say_where(is_default=self._may_be_apart)
         return self._groups
 
     def _say_where(self, *, is_default: bool) -> None:

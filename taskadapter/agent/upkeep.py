@@ -14,7 +14,6 @@ from taskadapter.coordination import store
 from taskadapter.declare.triggers import DEFAULT_QUEUE
 from taskadapter.errors import CoordinationError
 from taskadapter.prefect_api.client import API_FAULTS
-from taskadapter.prefect_api.workers import strangers, workers_of
 
 if TYPE_CHECKING:
     from taskadapter.agent.hand import Hand
@@ -156,7 +155,7 @@ class Upkeep:
             if not self._membership.groups:
                 continue
             try:
-                found = await self._strangers()
+                found = {*await self._membership.strangers()}
             except (*API_FAULTS, CoordinationError):
                 continue
             for name in sorted((found & suspected) - told):
@@ -169,8 +168,3 @@ class Upkeep:
                 )
                 told.add(name)
             suspected = found
-
-    async def _strangers(self) -> set[str]:
-        workers = await workers_of(self._node.client, self._node.work_pool)
-        status = await asyncio.to_thread(store.status, self._membership.database_url)
-        return {found.name for found in strangers(workers, {node.task_id for node in status.nodes})}

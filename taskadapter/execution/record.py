@@ -11,7 +11,7 @@ from contextlib import suppress
 from functools import lru_cache
 from typing import TYPE_CHECKING, TypeVar
 
-from prefect.logging import get_logger
+from prefect.logging.loggers import flow_run_logger
 
 from taskadapter.coordination import store
 from taskadapter.coordination.board import DeadlineBoard, clock
@@ -38,8 +38,6 @@ T = TypeVar("T")
 
 _FAULTS = (DatabaseUnavailableError, AccessDeniedError, SchemaError)
 """What a database raises that is away, or refuses for now: it is waited for."""
-
-_log = get_logger("taskadapter.execution.record")
 
 
 class NotWantedError(Exception):
@@ -189,7 +187,8 @@ def _answer(execution: Execution, question: Callable[[Connection], T]) -> T:
             if not execution.has_begun and execution.is_dropped():
                 raise NotWantedError(f"{assignment.flow_run.name} is given back: {fault}") from fault
             if str(fault) not in faults:
-                _log.warning("Waiting for the coordination database: %s", fault)
+                log = flow_run_logger(assignment.flow_run)
+                log.warning("Waiting for the coordination database: %s", fault)
             faults.add(str(fault))
             if not (execution.has_begun and isinstance(fault, DatabaseUnavailableError)):
                 # Else another node could do nothing about it, and would take what is over for interrupted.

@@ -1,4 +1,4 @@
-"""A node whose database user lacks a right that its runs need leaves its group to one that has it."""
+"""Nodes that do not use the database as the others do: they lack a right that runs need, or its name."""
 
 from __future__ import annotations
 
@@ -191,3 +191,16 @@ def test_a_node_that_may_not_enter_an_end(cluster: Cluster, first: Program, seco
     lines = json.loads(cluster.taskadapter("ledger", "rights", "--last", "100", "--json"))
     (line,) = [line for line in lines if datetime.fromisoformat(line["due"]).timestamp() == tick]
     assert line["outcome"] == "Crashed"
+
+
+def test_a_node_that_is_told_no_database(cluster: Cluster, first: Program) -> None:
+    """It would be active in one of its own, beside the others: it ends, and says what it lacks."""
+    with cluster.project.agent("node-4") as forgetful:
+        assert forgetful.process is not None
+        assert forgetful.process.wait(PATIENCE) == 1
+        said = forgetful.output()
+    assert "worker node-1" in said
+    assert "Name one database for all nodes, with PREFECT_INTEGRATIONS_TASKADAPTER_DATABASE_URL" in said
+    assert "active for" not in said
+    assert "Traceback" not in said
+    assert_each_once(cluster)

@@ -23,7 +23,7 @@ from taskadapter.declare.triggers import DEFAULT_QUEUE
 from taskadapter.errors import CoordinationError
 from taskadapter.prefect_api.pool import Domain, Queues
 from taskadapter.settings import PREFIX
-from tests.unit.given import node, tick
+from tests.unit.given import node, tick, until
 
 TOKEN = Token("group", "node-1", 1)
 
@@ -77,6 +77,9 @@ class Server:
     async def read_work_pool(self, _: str) -> Any:
         return self.pool
 
+    async def workers(self, *_: object) -> list[Any]:
+        return []
+
     async def read_work_queue_by_name(self, name: str, pool: str) -> None:
         if (name, pool) not in self.other_pools:
             raise ObjectNotFound(ValueError(name))
@@ -97,6 +100,7 @@ def server(monkeypatch):
     """What the node finds."""
     found = Server()
     monkeypatch.setattr(membership, "Groups", Groups)
+    monkeypatch.setattr(membership, "workers_of", found.workers)
     monkeypatch.setattr(Queues, "read", found.read)
     monkeypatch.setattr(store, "claim_groups", found.claim)
     monkeypatch.setattr(store, "give_up_group", found.give_up)
@@ -354,3 +358,78 @@ def test_a_node_says_once_what_it_takes_part_in(server, caplog, monkeypatch, dat
 async def twice(function: Any) -> None:
     await function()
     await function()
+
+
+class Elsewhere:
+    """Who polls the pool, who is in the default database of this machine, and what it has of the group."""
+
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, server: Server, *polling: str, term: int = 0
+    ) -> None:
+        server.domain = Domain()
+        self.polling = [*polling]
+        self.nodes = {"node-1"}
+        self.term = term
+        self.looks = 0
+        monkeypatch.setattr(membership, "workers_of", self._workers)
+        monkeypatch.setattr(membership, "LOOK_SECONDS", 0)
+        monkeypatch.setattr(store, "status", self._status)
+
+    async def _workers(self, *_: object) -> list[Any]:
+        self.looks += 1
+        polls = {"status": "ONLINE", "last_heartbeat_time": None, "heartbeat_interval_seconds": 30}
+        return [SimpleNamespace(name=name, **polls) for name in self.polling]
+
+    def _status(self, _: str) -> Any:
+        nodes = [SimpleNamespace(task_id=name) for name in self.nodes]
+        return SimpleNamespace(nodes=nodes, groups=[SimpleNamespace(group_id="group", term=self.term)])
+
+
+def test_a_node_is_not_the_first_in_a_database_where_the_others_are_not(monkeypatch, server):
+    """Somebody has forgotten to name theirs: two would be active."""
+    Elsewhere(monkeypatch, server, "node-1", "node-2")
+    monkeypatch.setattr(membership, "ELSEWHERE_SECONDS", 0)
+    mine = new_membership(server)
+    asyncio.run(mine.refresh())
+    (groups,) = Groups.made
+    assert groups.names == frozenset()
+    assert mine.refused is not None
+    assert mine.refused.startswith("worker node-2 polls work pool 'pool', and is no node in database ")
+    assert f"with {PREFIX}DATABASE_URL or a listener's database_config" in mine.refused
+
+
+def test_nodes_that_begin_at_the_same_time_find_each_other(monkeypatch, server):
+    """The other one polls a moment before it is entered in the database."""
+    given = Elsewhere(monkeypatch, server, "node-1", "node-2")
+    mine = new_membership(server)
+
+    async def begin() -> None:
+        refreshing = asyncio.create_task(mine.refresh())
+        await until(lambda: given.looks > 2)
+        given.nodes.add("node-2")
+        await refreshing
+
+    asyncio.run(begin())
+    assert mine.refused is None
+    assert Groups.made[0].names == {"group", "other"}
+
+
+@pytest.mark.parametrize(
+    ("polling", "term", "database", "looks"),
+    [
+        (["node-1"], 0, None, 1),
+        # It has been the database of this pool.
+        (["node-2"], 7, None, 0),
+        # Somebody has named it.
+        (["node-2"], 0, "sqlite:////first.db", 0),
+    ],
+)
+def test_a_database_is_taken_for_the_right_one(monkeypatch, server, polling, term, database, looks):
+    """Where nobody else polls, where it was used before, or where it is named; it is looked at once."""
+    given = Elsewhere(monkeypatch, server, *polling, term=term)
+    server.domain = Domain(database=database)
+    mine = new_membership(server)
+    for _ in range(2):
+        asyncio.run(mine.refresh())
+    assert (mine.refused, given.looks) == (None, looks)
+    assert Groups.made[-1].names == {"group", "other"}
