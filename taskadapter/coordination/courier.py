@@ -162,9 +162,9 @@ class Courier:
             case Acquire(group_ids=wanted):
                 with exclusive(connection):
                     return acquire(connection, self._me, wanted, self._interval)
-            case Register():
+            case Register(group_ids=mine):
                 with exclusive(connection):
-                    register(connection, self._me, group_ids, self._interval)
+                    register(connection, self._me, mine, self._interval)
             case Release(tokens=tokens):
                 with exclusive(connection):
                     release(connection, tokens)

@@ -258,8 +258,10 @@ def _answered(done: Step, call: Call, answer: Answer, now: float) -> Step:
     lease = replace(done.lease, call=None, abandoned=False)
     done = done.then(lease)
     match call, answer:
-        case Register(), _:
-            return done.then(replace(lease, registered=True, other_stale_at=None, next_beat=now))
+        case Register(group_ids=entered), _:
+            # Others may have been joined since it was sent.
+            is_whole = entered == lease.group_ids
+            return done.then(replace(lease, registered=is_whole, other_stale_at=None, next_beat=now))
         case Pulse(), PulseAnswer():
             return _looked(done, call, answer, now)
         case Acquire(), Acquired():
@@ -460,7 +462,7 @@ def _due(lease: Lease, now: float) -> Call | None:
     if lease.faults and waiting:
         return None
     if not lease.registered:
-        return None if waiting else Register(now)
+        return None if waiting else Register(now, lease.group_ids)
     if lease.releasing:
         return Release(now, lease.releasing)
     if now >= lease.next_call_at() or lease.hinted:

@@ -65,9 +65,10 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Register:
-    """Enter the node, unless another live process uses its name."""
+    """Enter the node and its groups, unless another live process uses its name."""
 
     sent_at: float
+    group_ids: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True)

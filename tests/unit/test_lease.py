@@ -224,7 +224,7 @@ class TestTrust:
         actions = active.answer(PulseAnswer(registered=False), START + 2.1)
         assert actions == (
             Lost(TOKEN, "another process runs as node 'node-1'"),
-            Send(Register(START + 2.1)),
+            Send(Register(START + 2.1, frozenset({"g"}))),
         )
 
     def test_survives_faults_until_the_deadline(self, active: Node) -> None:
@@ -358,6 +358,18 @@ class TestCalls:
         with pytest.raises(TypeError, match="does not answer"):
             standby.answer(taken(5, "free", START), START + 1)
 
+    def test_groups_that_are_joined_while_the_node_is_entered_are_entered_too(self) -> None:
+        """Its entry has only those that were known when it was sent."""
+        node = Node()
+        (first,) = node.tell(TimePassed(), START)
+        assert first == Send(Register(START, frozenset({"g"})))
+        assert node.tell(Joined(frozenset({"g", "h"})), START + 0.1) == ()
+        (second,) = node.answer(Done(), START + 0.2)
+        assert second == Send(Register(START + 0.2, frozenset({"g", "h"})))
+        assert not node.lease.registered
+        (third,) = node.answer(Done(), START + 0.3)
+        assert third == Send(Pulse(START + 0.3))
+
     def test_a_token_that_cannot_be_taken_is_told_once(self) -> None:
         """Though heartbeats go on between two tries: a line each second would say that all is well."""
         node, said = many({"g"}, START), list[str]()
@@ -485,7 +497,7 @@ class TestHandover:
         actions = active.tell(Joined(frozenset({"h"})), START + 1.5)
         assert actions == (
             Lost(TOKEN, "not asked for any more", asked=True),
-            Send(Register(START + 1.5)),
+            Send(Register(START + 1.5, frozenset({"h"}))),
         )
         assert active.said == ["left g after term 5: not asked for any more"]
         assert active.answer(Done(), START + 1.6) == (Send(Release(START + 1.6, (TOKEN,))),)
