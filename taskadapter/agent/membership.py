@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from collections.abc import Set as AbstractSet
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,8 @@ from taskadapter.prefect_api.workers import strangers, workers_of
 from taskadapter.settings import PREFIX
 
 if TYPE_CHECKING:
+    from prefect.client.schemas.objects import Worker
+
     from taskadapter.coordination.heartbeat import Vitals
 
 LIVES_WITHIN_BEATS = 4
@@ -43,12 +46,12 @@ LIVES_WITHIN_BEATS = 4
 ELSEWHERE = (
     "worker {names} polls work pool {pool!r}, and is no node in {where}, the default of this machine, in "
     "which nobody has been active yet: both would run the same jobs. Name one database for all nodes, with "
-    "{setting} or a listener's database_config; if that worker has ended, start this one again in a minute"
+    "{setting} or a listener's database_config"
 )
 """Why a node takes no part that would be active beside others."""
 
-ELSEWHERE_SECONDS = 15.0
-"""How long other workers of the pool may take to appear in the database, or to end."""
+ALIVE_FOR = timedelta(seconds=15)
+"""A worker that polls so long after it was first seen lives, and is not about to appear in the database."""
 
 LOOK_SECONDS = 1.0
 """How long to wait between two looks whether they have."""
@@ -227,13 +230,21 @@ class Membership:
     async def _look_for_others(self, names: AbstractSet[str]) -> None:
         """Refuse to be the first that is active here while others poll the pool who are not here.
 
-        Somebody has forgotten to name the database on this machine, or on theirs.
+        Somebody has forgotten to name the database on this machine, or on theirs. What has polled may have
+        just begun, and appear here; or have ended, and poll no more.
         """
-        end = time.monotonic() + ELSEWHERE_SECONDS
+        first_seen: dict[str, datetime] = {}
         while await self._is_new_to(names) and (others := await self.strangers()):
-            if time.monotonic() > end:
+            if not first_seen:
+                self._node.log.info(
+                    "Waiting for worker %s, which has polled the pool lately, to appear in %s or go.",
+                    listed([worker.name for worker in others], NAMED),
+                    self.where,
+                )
+            lives = [worker.name for worker in others if _lives(worker, first_seen)]
+            if lives:
                 self.refused = ELSEWHERE.format(
-                    names=listed(others, NAMED),
+                    names=listed(lives, NAMED),
                     pool=self._node.work_pool,
                     where=self.where,
                     setting=f"{PREFIX}DATABASE_URL",
@@ -247,12 +258,12 @@ class Membership:
         status = await asyncio.to_thread(store.status, self.database_url)
         return not any(group.term for group in status.groups if group.group_id in names)
 
-    async def strangers(self) -> list[str]:
+    async def strangers(self) -> list[Worker]:
         """Return the workers that poll the pool, and are no nodes in this node's database."""
         workers = await workers_of(self._node.client, self._node.work_pool)
         status = await asyncio.to_thread(store.status, self.database_url)
         nodes = {self._node.name, *(node.task_id for node in status.nodes)}
-        return sorted(worker.name for worker in strangers(workers, nodes))
+        return strangers(workers, nodes)
 
     async def _groups_as_declared(self) -> Groups:
         """Return the pool's groups with the database and timing that the pool has now."""
@@ -377,3 +388,9 @@ class Membership:
             self.refused = change.reason
         else:
             self._tell(change)
+
+
+def _lives(worker: Worker, first_seen: dict[str, datetime]) -> bool:
+    """Return whether a worker has polled again since it was first seen, and not as one does that begins."""
+    last = worker.last_heartbeat_time
+    return last is not None and last - first_seen.setdefault(worker.name, last) >= ALIVE_FOR

@@ -155,7 +155,7 @@ class Upkeep:
             if not self._membership.groups:
                 continue
             try:
-                found = {*await self._membership.strangers()}
+                found = {worker.name for worker in await self._membership.strangers()}
             except (*API_FAULTS, CoordinationError):
                 continue
             for name in sorted((found & suspected) - told):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -361,23 +362,29 @@ async def twice(function: Any) -> None:
 
 
 class Elsewhere:
-    """Who polls the pool, who is in the default database of this machine, and what it has of the group."""
+    """Who polls the pool, who is in the default database of this machine, and what it has of the group.
+
+    Each look finds that all who poll have polled again, so many seconds later.
+    """
 
     def __init__(
-        self, monkeypatch: pytest.MonkeyPatch, server: Server, *polling: str, term: int = 0
+        self, monkeypatch: Any, server: Server, *polling: str, term: int = 0, later: float = 0
     ) -> None:
         server.domain = Domain()
         self.polling = [*polling]
         self.nodes = {"node-1"}
         self.term = term
+        self.later = later
+        self.began = datetime.now(UTC)
         self.looks = 0
         monkeypatch.setattr(membership, "workers_of", self._workers)
         monkeypatch.setattr(membership, "LOOK_SECONDS", 0)
         monkeypatch.setattr(store, "status", self._status)
 
     async def _workers(self, *_: object) -> list[Any]:
+        polled = self.began + timedelta(seconds=self.looks * self.later)
         self.looks += 1
-        polls = {"status": "ONLINE", "last_heartbeat_time": None, "heartbeat_interval_seconds": 30}
+        polls = {"status": "ONLINE", "last_heartbeat_time": polled, "heartbeat_interval_seconds": 30}
         return [SimpleNamespace(name=name, **polls) for name in self.polling]
 
     def _status(self, _: str) -> Any:
@@ -387,31 +394,39 @@ class Elsewhere:
 
 def test_a_node_is_not_the_first_in_a_database_where_the_others_are_not(monkeypatch, server):
     """Somebody has forgotten to name theirs: two would be active."""
-    Elsewhere(monkeypatch, server, "node-1", "node-2")
-    monkeypatch.setattr(membership, "ELSEWHERE_SECONDS", 0)
+    given = Elsewhere(monkeypatch, server, "node-1", "node-2", later=14)
     mine = new_membership(server)
     asyncio.run(mine.refresh())
     (groups,) = Groups.made
     assert groups.names == frozenset()
+    assert given.looks == 3, "one that begins polls twice"
     assert mine.refused is not None
     assert mine.refused.startswith("worker node-2 polls work pool 'pool', and is no node in database ")
     assert f"with {PREFIX}DATABASE_URL or a listener's database_config" in mine.refused
 
 
-def test_nodes_that_begin_at_the_same_time_find_each_other(monkeypatch, server):
-    """The other one polls a moment before it is entered in the database."""
+@pytest.mark.parametrize("ends", [True, False])
+def test_who_begins_at_the_same_time_or_has_ended_is_waited_for(monkeypatch, server, caplog, ends):
+    """The first polls a moment before it is entered in the database, the second does not poll any more."""
     given = Elsewhere(monkeypatch, server, "node-1", "node-2")
     mine = new_membership(server)
 
     async def begin() -> None:
         refreshing = asyncio.create_task(mine.refresh())
         await until(lambda: given.looks > 2)
-        given.nodes.add("node-2")
+        if ends:
+            given.polling.remove("node-2")
+        else:
+            given.nodes.add("node-2")
         await refreshing
 
-    asyncio.run(begin())
+    with caplog.at_level("INFO"):
+        asyncio.run(begin())
     assert mine.refused is None
     assert Groups.made[0].names == {"group", "other"}
+    assert (
+        caplog.text.count("Waiting for worker node-2, which has polled the pool lately, to appear in") == 1
+    )
 
 
 @pytest.mark.parametrize(

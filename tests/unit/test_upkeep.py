@@ -74,7 +74,7 @@ class Agent:
         if self.troubles:
             raise self.troubles.pop(0)
 
-    async def strangers(self) -> list[str]:
+    async def strangers(self) -> list[Any]:
         return []
 
     async def sweep(self, queues: list[str], _: object) -> None:
@@ -221,11 +221,11 @@ def test_a_worker_that_coordinates_elsewhere_is_named_once(monkeypatch, caplog):
     async def scenario(_: Agent) -> None:
         await until(lambda: len(looks) > 5)
 
-    async def look(_: Agent) -> list[str]:
+    async def look(_: Agent) -> list[Any]:
         looks.append(caplog.text)
         if len(looks) == 2:
             raise httpx.ConnectError("away")
-        return ["elsewhere"]
+        return [SimpleNamespace(name="elsewhere")]
 
     monkeypatch.setattr(Agent, "strangers", look)
     run(scenario)
