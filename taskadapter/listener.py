@@ -6,7 +6,8 @@ import asyncio
 import inspect
 import socket
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Self, cast
@@ -108,7 +109,8 @@ class Listener:
         self._place = _calling_line()
         check_interval(self.trigger.interval)
         if private.is_being_deployed():
-            self._ensure_work_pool_or_exit()
+            with _ending_prefect_deploy():
+                self.ensure_work_pool()
         else:
             self._check_task_id()
         listeners.add(self)
@@ -147,13 +149,6 @@ class Listener:
         """The database and timing that it declares for its pool; None if it declares no group."""
         backup = self.configuration.warm_backup_config
         return None if backup is None else Domain.declared(backup, self.work_pool)
-
-    def _ensure_work_pool_or_exit(self) -> None:
-        """Have `prefect deploy` end with our sentence: around an error it would print two tracebacks."""
-        try:
-            self.ensure_work_pool()
-        except (TaskError, httpx.HTTPStatusError) as error:
-            sys.exit(f"taskadapter: {error}")
 
     def ensure_work_pool(self) -> None:
         """Do what `aensure_work_pool` does, from code that is not async."""
@@ -489,14 +484,20 @@ class Listener:
         await self.agraceful_stop()
 
 
+@contextmanager
+def _ending_prefect_deploy() -> Iterator[None]:
+    """Have `prefect deploy` end with our sentence: around an error it would print two tracebacks."""
+    try:
+        yield
+    except (TaskError, httpx.HTTPStatusError) as error:
+        sys.exit(f"taskadapter: {error}")
+
+
 def _refuse_while_deploying() -> None:
-    """Have `prefect deploy` end with our sentence where the file that it imports begins a program."""
+    """Refuse to begin a program whose file `prefect deploy` imports."""
     if private.is_being_deployed():
-        try:
-            with importing("`prefect deploy`"):
-                refuse_while_importing("start()")
-        except TaskError as error:
-            sys.exit(f"taskadapter: {error}")
+        with _ending_prefect_deploy(), importing("`prefect deploy`"):
+            refuse_while_importing("start()")
 
 
 def _calling_line() -> str:

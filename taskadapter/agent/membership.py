@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from prefect.client.schemas.objects import Worker
 
     from taskadapter.coordination.heartbeat import Vitals
+    from taskadapter.coordination.overview import Status
 
 LIVES_WITHIN_BEATS = 4
 """After so many heartbeats a live process of this node's name has shown itself: this one is refused."""
@@ -234,7 +235,7 @@ class Membership:
         just begun, and appear here; or have ended, and poll no more.
         """
         first_seen: dict[str, datetime] = {}
-        while await self._is_new_to(names) and (others := await self.strangers()):
+        while others := await self._who_would_be_apart(names):
             if not first_seen:
                 self._node.log.info(
                     "Waiting for worker %s, which has polled the pool lately, to appear in %s or go.",
@@ -253,17 +254,20 @@ class Membership:
             await asyncio.sleep(LOOK_SECONDS)
         self._may_be_apart = False
 
-    async def _is_new_to(self, names: AbstractSet[str]) -> bool:
-        """Return whether nobody has ever been active for some groups in this database."""
+    async def _who_would_be_apart(self, names: AbstractSet[str]) -> list[Worker]:
+        """Return the strangers of the pool, unless somebody has been active here for one of some groups."""
         status = await asyncio.to_thread(store.status, self.database_url)
-        return not any(group.term for group in status.groups if group.group_id in names)
+        if any(group.term for group in status.groups if group.group_id in names):
+            return []
+        return await self._strangers_to(status)
 
     async def strangers(self) -> list[Worker]:
         """Return the workers that poll the pool, and are no nodes in this node's database."""
+        return await self._strangers_to(await asyncio.to_thread(store.status, self.database_url))
+
+    async def _strangers_to(self, status: Status) -> list[Worker]:
         workers = await workers_of(self._node.client, self._node.work_pool)
-        status = await asyncio.to_thread(store.status, self.database_url)
-        nodes = {self._node.name, *(node.task_id for node in status.nodes)}
-        return strangers(workers, nodes)
+        return strangers(workers, {self._node.name, *(node.task_id for node in status.nodes)})
 
     async def _groups_as_declared(self) -> Groups:
         """Return the pool's groups with the database and timing that the pool has now."""

@@ -48,10 +48,7 @@ class Succession:
         """Hand over the group of a run that has waited for the coordination database for a whole lease."""
         domain = self._membership.domain
         if domain is not None and wait.seconds >= domain.liveness_check_interval:
-            self._node.tasks.spawn(self._relieve(run, wait.fault))
-
-    async def _relieve(self, run: RunInHand, fault: str) -> None:
-        await self.pass_on(run, fault)
+            self._node.tasks.spawn(self.pass_on(run, wait.fault))
 
     async def pass_on(self, run: RunInHand, fault: str) -> bool:
         """Hand over the group of a run that this node cannot run, and return whether that is done.

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine
 from logging import Logger, LoggerAdapter
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 PAUSE_SECONDS = 1.0
 """How long a task waits that has raised an error, before it goes on."""
@@ -20,9 +22,9 @@ class Tasks:
 
     def __init__(self, log: Logger | LoggerAdapter[Any]) -> None:
         self._log = log
-        self._running: set[asyncio.Task[None]] = set()
+        self._running: set[asyncio.Task[Any]] = set()
 
-    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Have something done in the background; the log tells of an error that it ends with."""
         task = asyncio.create_task(work)
         self._running.add(task)
@@ -46,7 +48,7 @@ class Tasks:
                 self._log.exception("An error in the agent itself; it goes on. Please report it.")
                 await asyncio.sleep(PAUSE_SECONDS)
 
-    def _has_ended(self, task: asyncio.Task[None]) -> None:
+    def _has_ended(self, task: asyncio.Task[Any]) -> None:
         self._running.discard(task)
         if not task.cancelled() and (fault := task.exception()) is not None:
             self._log.error("A task of the agent has failed. Please report it.", exc_info=fault)

@@ -31,7 +31,7 @@ from taskadapter.coordination.tokens import acquire, pulse, release
 from taskadapter.errors import AccessDeniedError, DuplicateNodeError, SchemaError, TaskError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable
 
     from sqlalchemy import Connection
 
@@ -70,7 +70,7 @@ class Courier:
         # A transaction of a client that freezes keeps its locks: a single statement does not.
         self._engine = engine.execution_options(isolation_level="AUTOCOMMIT")
         self._me, self._interval, self._report = me, timing.liveness_check_interval, report
-        self._tasks: deque[tuple[Call, Collection[str]] | None] = deque()
+        self._calls: deque[Call | None] = deque()
         self._bell, self._button = socket.socketpair()
         self._connection: Connection | None = None
         self._ears: int | None = None
@@ -81,9 +81,9 @@ class Courier:
         self.lacks_tables = False
         self._file: tuple[int, int] | None = None
 
-    def take(self, call: Call, group_ids: Collection[str]) -> None:
-        """Make a call for a node that stands by for some groups; its outcome is reported."""
-        self._tasks.append((call, group_ids))
+    def take(self, call: Call) -> None:
+        """Make a call; its outcome is reported."""
+        self._calls.append(call)
         self._button.send(b"\0")
 
     def abandon(self) -> None:
@@ -95,32 +95,31 @@ class Courier:
 
     def end(self) -> None:
         """Make no more calls after those taken, and hang up."""
-        self._tasks.append(None)
+        self._calls.append(None)
         with suppress(OSError):  # it may have seen that already, and be gone
             self._button.send(b"\0")
         self._button.close()
 
     def run(self) -> None:
         """Make calls until `end`. Raises nothing: what goes wrong is reported."""
-        while (task := self._next()) is not None:
-            call, group_ids = task
-            self._report(self._make(call, group_ids))
+        while (call := self._next()) is not None:
+            self._report(self._make(call))
             self._listen_in()
         self._hang_up()
         self._engine.dispose()
         self._bell.close()
 
-    def _next(self) -> tuple[Call, Collection[str]] | None:
-        while not self._tasks:
+    def _next(self) -> Call | None:
+        while not self._calls:
             poll = select.poll()
             poll.register(self._bell, select.POLLIN)
             if self._ears is not None:
                 poll.register(self._ears, select.POLLIN)
             if any(file == self._ears for file, _ in poll.poll()):
                 self._listen_in()
-            elif not self._tasks:
+            elif not self._calls:
                 self._bell.recv(4096)
-        return self._tasks.popleft()
+        return self._calls.popleft()
 
     def _listen_in(self) -> None:
         if self._connection is None:
@@ -132,11 +131,11 @@ class Courier:
             _log.debug("the connection was lost while idle: %s", exc)
             self._hang_up()
 
-    def _make(self, call: Call, group_ids: Collection[str]) -> Event:
+    def _make(self, call: Call) -> Event:
         self._is_abandoned = False
         try:
             with translated(self._engine.url):
-                return Answered(call, self._serve(self._connected(), call, group_ids))
+                return Answered(call, self._serve(self._connected(), call))
         except DuplicateNodeError as exc:
             return Failed(call, str(exc), exc.age)
         except Exception as exc:  # noqa: BLE001  whatever it is, the node must go on
@@ -154,17 +153,17 @@ class Courier:
         _log.debug("unexpected error", exc_info=fault)
         return f"{type(fault).__name__}: {fault}"
 
-    def _serve(self, connection: Connection, call: Call, group_ids: Collection[str]) -> Answer:
+    def _serve(self, connection: Connection, call: Call) -> Answer:
         self._ensure_tables(connection)
         match call:
-            case Pulse(tokens=tokens):
+            case Pulse(tokens=tokens, group_ids=group_ids):
                 return pulse(connection, self._me, tokens, group_ids, self._interval)
             case Acquire(group_ids=wanted):
                 with exclusive(connection):
                     return acquire(connection, self._me, wanted, self._interval)
-            case Register(group_ids=mine):
+            case Register(group_ids=group_ids):
                 with exclusive(connection):
-                    register(connection, self._me, mine, self._interval)
+                    register(connection, self._me, group_ids, self._interval)
             case Release(tokens=tokens):
                 with exclusive(connection):
                     release(connection, tokens)

@@ -229,7 +229,7 @@ class Heartbeat:
     def _do(self, action: Action) -> None:
         match action:
             case Send(call):
-                self._courier.take(call, self._lease.group_ids)
+                self._courier.take(call)
             case Abandon():
                 self._courier.abandon()
             case Extended(token, deadline):

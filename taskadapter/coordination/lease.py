@@ -90,8 +90,7 @@ class Lease:
     held: Mapping[str, _Held] = field(default_factory=dict)
     releasing: tuple[Token, ...] = ()
     free: frozenset[str] = frozenset()
-    stuck: tuple[str, ...] = ()
-    stuck_fault: str = ""
+    stuck: Mapping[str, str] = field(default_factory=dict)
     stale_at: Mapping[str, float] = field(default_factory=dict)
     holders: Mapping[str, str] = field(default_factory=dict)
     not_before: Mapping[str, float] = field(default_factory=dict)
@@ -277,6 +276,8 @@ def _answered(done: Step, call: Call, answer: Answer, now: float) -> Step:
 
 def _recovered(done: Step, now: float) -> Step:
     since = done.lease.failing_since
+    if since is None and not done.lease.faults:
+        return done
     sentence = "" if since is None else f"the database answers again, after {now - since:.1f} s"
     return done.then(replace(done.lease, faults=0, fault="", failing_since=None), sentence=sentence)
 
@@ -287,7 +288,7 @@ def _failed(done: Step, event: Failed, now: float) -> Step:
     lease = done.lease
     faults = lease.faults + 1
     # Heartbeats between two tries succeed, and it would be told again and again that all is well.
-    is_known = isinstance(event.call, Acquire) and event.reason == lease.stuck_fault
+    is_known = isinstance(event.call, Acquire) and event.reason in lease.stuck.values()
     failing = replace(
         lease,
         call=None,
@@ -299,8 +300,8 @@ def _failed(done: Step, event: Failed, now: float) -> Step:
     )
     if isinstance(event.call, Acquire):
         asked = event.call.group_ids
-        stuck = (*_without(lease.stuck, asked), *asked)
-        failing = replace(failing, stuck=stuck, stuck_fault=event.reason)
+        stuck = _without(lease.stuck, asked) | dict.fromkeys(asked, event.reason)
+        failing = replace(failing, stuck=stuck)
     if lease.stopping and isinstance(event.call, Release | Unregister):
         # Tokens that could not be released become free by themselves.
         return done.then(replace(failing, stopped=True), Stopped(), warning=event.reason)
@@ -388,9 +389,9 @@ def _watched(done: Step, seen: Mapping[str, Sighting], now: float) -> Step:
         f"standing by for {listed(group_ids, NAMED)} (node {holder!r} is active)"
         for holder, group_ids in _new_holders(lease.holders, holders).items()
     ]
-    stuck = tuple(group_id for group_id in lease.stuck if group_id in free)
-    lease = replace(lease, free=frozenset(free), stale_at=stale_at, holders=holders)
-    return done.also(_with_stuck(lease, stuck), (), sentences)
+    stuck = {group_id: fault for group_id, fault in lease.stuck.items() if group_id in free}
+    lease = replace(lease, free=frozenset(free), stuck=stuck, stale_at=stale_at, holders=holders)
+    return done.also(lease, (), sentences)
 
 
 def _new_holders(known: Mapping[str, str], seen: Mapping[str, str]) -> dict[str, list[str]]:
@@ -421,17 +422,13 @@ def _acquired(done: Step, call: Acquire, answer: Acquired, now: float) -> Step:
         held=held,
         releasing=(*lease.releasing, *releasing),
         free=lease.free.difference(call.group_ids),
+        stuck=_without(lease.stuck, call.group_ids),
     )
-    return done.also(_with_stuck(lease, _without(lease.stuck, call.group_ids)), gained, sentences)
+    return done.also(lease, gained, sentences)
 
 
-def _with_stuck(lease: Lease, stuck: tuple[str, ...]) -> Lease:
-    """Return the lease with the groups whose tokens could not be taken, and why not while there are any."""
-    return replace(lease, stuck=stuck, stuck_fault=lease.stuck_fault if stuck else "")
-
-
-def _without(group_ids: tuple[str, ...], those: Collection[str]) -> tuple[str, ...]:
-    return tuple(group_id for group_id in group_ids if group_id not in those)
+def _without(stuck: Mapping[str, str], those: Collection[str]) -> dict[str, str]:
+    return {group_id: fault for group_id, fault in stuck.items() if group_id not in those}
 
 
 def _call(done: Step, now: float) -> Step:
@@ -471,7 +468,7 @@ def _due(lease: Lease, now: float) -> Call | None:
     return Acquire(now, _at_once(wanted, lease.stuck)) if wanted else None
 
 
-def _at_once(wanted: Sequence[str], stuck: Sequence[str]) -> tuple[str, ...]:
+def _at_once(wanted: Sequence[str], stuck: Mapping[str, str]) -> tuple[str, ...]:
     """Return whose tokens to take with one call.
 
     A row that a frozen session has locked must not keep the others from being taken: groups whose call
@@ -487,4 +484,4 @@ def _earliest(lease: Lease, group_id: str) -> float:
 
 def _pulse(lease: Lease, now: float) -> Pulse:
     tokens = tuple(lease.held[group_id].token for group_id in sorted(lease.held))
-    return Pulse(now, tokens)
+    return Pulse(now, tokens, lease.group_ids)

@@ -73,10 +73,11 @@ class Register:
 
 @dataclass(frozen=True, slots=True)
 class Pulse:
-    """Renew `tokens`, show that the node lives, and look at all its groups."""
+    """Renew `tokens`, show that the node lives, and look at its groups."""
 
     sent_at: float
-    tokens: tuple[Token, ...] = ()
+    tokens: tuple[Token, ...]
+    group_ids: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True)

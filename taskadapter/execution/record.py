@@ -190,8 +190,8 @@ def _answer(execution: Execution, question: Callable[[Connection], T]) -> T:
                 log = flow_run_logger(assignment.flow_run)
                 log.warning("Waiting for the coordination database: %s", fault)
             faults.add(str(fault))
-            if not (execution.has_begun and isinstance(fault, DatabaseUnavailableError)):
-                # Else another node could do nothing about it, and would take what is over for interrupted.
+            # Nobody can enter an end while it is away, and another node would take the run for interrupted.
+            if not execution.has_begun or not isinstance(fault, DatabaseUnavailableError):
                 execution.tell(protocol.Waits(fault=str(fault), seconds=time.monotonic() - since))
             time.sleep(store.RETRY_SECONDS)
         else:
