@@ -24,7 +24,7 @@ class Condition(StrEnum):
     """Prefect's API answers."""
 
     DATABASE = "database"
-    """The coordination database answers."""
+    """The coordination database answers, and lets the node take the tokens that are free."""
 
     SCHEMA = "schema"
     """It has the tables of this release."""

@@ -66,8 +66,9 @@ class Vitals:
 
     Attributes:
         is_registered: Whether it is entered in the database.
-        fault: What the last call failed with; empty if it did not.
-        lacks_tables: Whether that was for want of tables.
+        fault: What the last call failed with, or the last try to take a token that is free still;
+            empty if all went well.
+        lacks_tables: Whether the last call has failed for want of tables.
     """
 
     is_registered: bool
@@ -181,7 +182,8 @@ class Heartbeat:
     def vitals(self) -> Vitals:
         """How the node is."""
         lease = self._lease
-        return Vitals(lease.registered, lease.fault, bool(lease.fault) and self._courier.lacks_tables)
+        fault = lease.fault or next(iter(lease.stuck.values()), "")
+        return Vitals(lease.registered, fault, bool(lease.fault) and self._courier.lacks_tables)
 
     @property
     def waits_for_its_predecessor(self) -> bool:

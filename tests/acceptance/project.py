@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 
     from deployments.local import PrefectServer
 
-PATIENCE = 150.0
-"""Seconds for what takes one or two on an idle machine, and a minute on one that is busy elsewhere."""
+PATIENCE = 300.0
+"""Seconds for what takes one or two on an idle machine, and minutes on one that is busy elsewhere."""
 
 PAGE = 200
 """How many runs the API returns at once."""
@@ -60,11 +60,12 @@ def note(job, what, **details):
 """
 
 _DEPLOY = """
-import asyncio, importlib, pathlib
+import asyncio, importlib, pathlib, sys
 from taskadapter.deploy import deploy
 from taskadapter.listener import listeners
 
-modules = [importlib.import_module(f"flows.{file.stem}") for file in pathlib.Path("flows").glob("*.py")]
+files = sorted(pathlib.Path("flows").glob(sys.argv[1] + ".py"))
+modules = [importlib.import_module(f"flows.{file.stem}") for file in files]
 for listener in list(listeners):
     asyncio.run(deploy(listener))
 """
@@ -115,7 +116,9 @@ class Project:
         new.write_text(textwrap.dedent(source), encoding="utf-8")
         new.replace(file)
 
-    def run(self, *command: str | Path, env: Mapping[str, str] | None = None, within: float = 120) -> str:
+    def run(
+        self, *command: str | Path, env: Mapping[str, str] | None = None, within: float = PATIENCE
+    ) -> str:
         """Run a command in the folder and return what it prints; any other exit status than 0 fails.
 
         Errors are apart: there Prefect's client may murmur when a command ends.
@@ -143,9 +146,9 @@ class Project:
         """Run `taskadapter render` as the README says, for plain `prefect deploy --all` in the folder."""
         self.taskadapter("render", "--output", "prefect.yaml")
 
-    def deploy(self, env: Mapping[str, str] | None = None) -> None:
-        """Deploy every listener of `flows/` from Python."""
-        self.run(sys.executable, "-c", _DEPLOY, env=env)
+    def deploy(self, modules: str = "*", env: Mapping[str, str] | None = None) -> None:
+        """Deploy every listener of `flows/`, or of those modules of it, from Python."""
+        self.run(sys.executable, "-c", _DEPLOY, modules, env=env)
 
     def agent(
         self, name: str, *args: str, env: Mapping[str, str] | None = None, pool: str | None = None

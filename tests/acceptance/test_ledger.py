@@ -52,7 +52,6 @@ FLOWS = """
 
     yearly = Listener(trigger=TriggerConfiguration(interval=31_536_000, start_time="{later}"))
     hourly = Listener(trigger=TriggerConfiguration(interval=3600))
-    every_second = Listener(trigger=TriggerConfiguration(interval=1))
 
     def begun(name):
         note(name, "began", due=current_run().scheduled_time.timestamp(), count=current_run().count)
@@ -73,12 +72,6 @@ FLOWS = """
     def hour() -> None:
         begun("book-hour")
 
-    @every_second.service("book-second")
-    def second(fails: bool = False) -> None:
-        begun("book-second")
-        if fails:
-            raise ValueError("as somebody wished")
-
     @flow
     def book_plain() -> None:
         note("book-plain", "began")
@@ -96,6 +89,20 @@ FLOWS = """
         note("book-suspended", "began")
         suspend_flow_run(timeout=600)
         note("book-suspended", "went on")
+"""
+
+EVERY_SECOND = """
+    from ledger import note
+    from taskadapter import Listener, TriggerConfiguration, current_run
+
+    every_second = Listener(trigger=TriggerConfiguration(interval=1))
+
+    @every_second.service("book-second")
+    def second(fails: bool = False) -> None:
+        run = current_run()
+        note("book-second", "began", due=run.scheduled_time.timestamp(), count=run.count)
+        if fails:
+            raise ValueError("as somebody wished")
 """
 
 LATE = """
@@ -130,6 +137,13 @@ def node(project: Project, api: ApiProxy) -> Iterator[Program]:
     """An agent that reaches Prefect by way of the proxy."""
     with project.agent("book-1", "--limit", "3", env={"PREFECT_API_URL": api.api_url}) as node:
         yield node
+
+
+@pytest.fixture(scope="module")
+def second(project: Project, node: Program) -> None:
+    """A job of every second, for the last tests: a slow machine has time for nothing else once it runs."""
+    project.write("flows/second.py", EVERY_SECOND)
+    project.deploy("second")
 
 
 def times_begun(project: Project, job: str) -> int:
@@ -325,27 +339,6 @@ def test_a_tick_that_is_made_anew_does_not_run_again(project: Project, prefect: 
 
 
 @pytest.mark.usefixtures("node")
-def test_a_run_by_hand_counts_for_nothing_and_ends_nothing(project: Project, prefect: Prefect) -> None:
-    """A failure that somebody has asked for leaves the schedule as it is, and keeps its name."""
-    project.wait_for("book-second", "began", 2)
-    run = prefect.start("book-second", parameters={"fails": True}, name="by hand")
-
-    ended = prefect.wait_for_end(run)
-    assert (ended.state_name, ended.name) == ("Failed", "by hand")
-
-    after = times_begun(project, "book-second")
-    project.wait_for("book-second", "began", after + 2)
-    counts = [entry["count"] for entry in ticks_begun(project)]
-    assert counts == list(range(1, len(counts) + 1))
-
-
-def anchor(project: Project) -> float:
-    """Return the fraction of a second at which the ticks of the job are due: most entries are ticks."""
-    fractions = Counter(entry["due"] % 1 for entry in project.entries("book-second", "began"))
-    return float(fractions.most_common(1)[0][0])
-
-
-@pytest.mark.usefixtures("node")
 def test_a_process_that_is_killed_before_the_body(project: Project, prefect: Prefect) -> None:
     """Whoever ends it: the run has begun nothing, and is made again."""
     before = len(project.entries("book-late", "loading"))
@@ -371,8 +364,13 @@ def test_a_deployment_that_is_none_of_ours(project: Project, prefect: Prefect) -
     )
     try:
         project.wait_for("book-plain", "began", 3)
-        ran = [run for run in prefect.runs_of(deployment) if run.state_name == "Completed"]
-        assert len({due(run) for run in ran}) == len(ran) > 1
+
+        def ran() -> list[FlowRun]:
+            return [run for run in prefect.runs_of(deployment) if run.state_name == "Completed"]
+
+        wait_until(lambda: len(ran()) > 1, PATIENCE, "two runs to be Completed")
+        done = ran()
+        assert len({due(run) for run in done}) == len(done)
     finally:
         client.delete_deployment(deployment)
 
@@ -407,7 +405,100 @@ def test_a_run_that_suspends_itself(project: Project, prefect: Prefect, is_tick:
     client.delete_deployment(deployment)
 
 
+# --- two work pools -------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
 @pytest.mark.usefixtures("node")
+def test_two_pools_that_name_one_group(project: Project, prefect: Prefect) -> None:
+    """The second is told whose it is, by its agent and by the doctor, and holds no token."""
+    client = prefect.client
+    client.create_work_queue("etl", work_pool_name=project.pool)
+    wait_until(lambda: "etl" in project.taskadapter("status", "--pool", project.pool), PATIENCE, "a holder")
+    second = f"{project.pool}-2"
+    template = client.read_work_pool(project.pool).base_job_template
+    client.create_work_pool(WorkPoolCreate(name=second, type="warm-backup", base_job_template=template))
+    client.create_work_queue("etl", work_pool_name=second)
+    try:
+        with project.agent("book-5", pool=second) as other:
+            said = f"group 'etl' belongs to work pool '{project.pool}'"
+            wait_until(lambda: said in other.log.read_text(), PATIENCE, "the second pool to be refused")
+            with pytest.raises(AssertionError, match=said):
+                project.taskadapter("doctor", "--pool", second)
+            assert other.log.read_text().count(said) == 1
+    finally:
+        client.delete_work_pool(second)
+
+
+# --- a node that can start no process -------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_node_that_can_start_no_process_leaves_its_groups(
+    project: Project, prefect: Prefect, node: Program
+) -> None:
+    """It says why, once, and another node is active; when it can again, it takes part again."""
+    group = f"{project.pool}-group"
+    prefect.client.create_work_queue(group, work_pool_name=project.pool)
+
+    def holder() -> str:
+        status = json.loads(project.taskadapter("status", "--pool", project.pool, "--json"))
+        return next((one["holder"] for one in status["groups"] if one["group_id"] == group), "")
+
+    wait_until(lambda: holder() == "book-1", PATIENCE, "the group to be held")
+    with project.agent("book-6"):
+        wait_until(
+            lambda: "book-6" in project.taskadapter("status", "--pool", project.pool),
+            PATIENCE,
+            "a standby",
+        )
+        broken = project.folder / "httpx.py"
+        broken.write_text("raise RuntimeError('broken on purpose')")
+        try:
+            for nursery in nurseries(node.pid):
+                os.kill(nursery.pid, signal.SIGKILL)
+            wait_until(lambda: holder() == "book-6", PATIENCE, "the standby to be active")
+            said = "This node cannot start processes"
+            wait_until(lambda: said in node.log.read_text(), PATIENCE, "the node to say why")
+        finally:
+            broken.unlink()
+        again = "This node can start processes again"
+        wait_until(lambda: again in node.log.read_text(), PATIENCE, "the node to take part again")
+        assert node.log.read_text().count(said) == 1
+    wait_until(lambda: holder() == "book-1", PATIENCE, "the node to be active again")
+
+
+# --- a job of every second ------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("second")
+def test_a_run_by_hand_counts_for_nothing_and_ends_nothing(project: Project, prefect: Prefect) -> None:
+    """A failure that somebody has asked for leaves the schedule as it is, and keeps its name."""
+    project.wait_for("book-second", "began", 2)
+    run = prefect.start("book-second", parameters={"fails": True}, name="by hand")
+
+    ended = prefect.wait_for_end(run)
+    assert (ended.state_name, ended.name) == ("Failed", "by hand")
+
+    after = times_begun(project, "book-second")
+    project.wait_for("book-second", "began", after + 2)
+    counts = [entry["count"] for entry in ticks_begun(project)]
+    assert counts == list(range(1, len(counts) + 1))
+
+
+def anchor(project: Project) -> float:
+    """Return the fraction of a second at which the ticks of the job are due: most entries are ticks."""
+    fractions = Counter(entry["due"] % 1 for entry in project.entries("book-second", "began"))
+    return float(fractions.most_common(1)[0][0])
+
+
+def ticks_begun(project: Project) -> list[Entry]:
+    """Return what the bodies of the job of every second noted when they began, without runs by hand."""
+    fraction = anchor(project)
+    return [entry for entry in project.entries("book-second", "began") if entry["due"] % 1 == fraction]
+
+
+@pytest.mark.usefixtures("second")
 def test_the_ledger_is_shown(project: Project) -> None:
     """The command says what ran when, where and how late, what waits, and that nothing is missing."""
     project.wait_for("book-second", "began", 5)
@@ -417,9 +508,6 @@ def test_the_ledger_is_shown(project: Project) -> None:
     assert "missing" not in {line["outcome"] for line in lines}
     assert all(-0.001 < line["late"] < PATIENCE for line in lines if line["due"])
     assert "Completed" in project.taskadapter("ledger", "book-second/book-second")
-
-
-# --- several nodes, without a group ---------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -458,14 +546,8 @@ def test_pausing_holds_whatever_the_moment(project: Project, prefect: Prefect, n
         wait_until(is_none_lost, PATIENCE, "every tick to begin, once")
 
 
-def ticks_begun(project: Project) -> list[Entry]:
-    """Return what the bodies of the job of every second noted when they began, without runs by hand."""
-    fraction = anchor(project)
-    return [entry for entry in project.entries("book-second", "began") if entry["due"] % 1 == fraction]
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("node")
+@pytest.mark.usefixtures("second")
 def test_a_backlog_is_drained_in_order(project: Project, prefect: Prefect) -> None:
     """A job that is far behind is on time again soon, though its new ticks go on; none is lost."""
     job = prefect.deployment("book-second").id
@@ -487,68 +569,3 @@ def test_a_backlog_is_drained_in_order(project: Project, prefect: Prefect) -> No
     missed_and_since = [due for due in begun if due > paused]
     assert len(missed_and_since) > 40
     assert missed_and_since == sorted(missed_and_since)
-
-
-# --- two work pools -------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("node")
-def test_two_pools_that_name_one_group(project: Project, prefect: Prefect) -> None:
-    """The second is told whose it is, by its agent and by the doctor, and holds no token."""
-    client = prefect.client
-    project.wait_for("book-second", "began")  # the node is up
-    client.create_work_queue("etl", work_pool_name=project.pool)
-    wait_until(lambda: "etl" in project.taskadapter("status", "--pool", project.pool), PATIENCE, "a holder")
-    second = f"{project.pool}-2"
-    template = client.read_work_pool(project.pool).base_job_template
-    client.create_work_pool(WorkPoolCreate(name=second, type="warm-backup", base_job_template=template))
-    client.create_work_queue("etl", work_pool_name=second)
-    try:
-        with project.agent("book-5", pool=second) as other:
-            said = f"group 'etl' belongs to work pool '{project.pool}'"
-            wait_until(lambda: said in other.log.read_text(), PATIENCE, "the second pool to be refused")
-            with pytest.raises(AssertionError, match=said):
-                project.taskadapter("doctor", "--pool", second)
-            assert other.log.read_text().count(said) == 1
-    finally:
-        client.delete_work_pool(second)
-
-
-# --- a node that can start no process -------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_a_node_that_can_start_no_process_leaves_its_groups(
-    project: Project, prefect: Prefect, node: Program
-) -> None:
-    """It says why, once, and another node is active; when it can again, it takes part again."""
-    group = f"{project.pool}-group"
-    project.wait_for("book-second", "began")  # the node is up
-    prefect.client.create_work_queue(group, work_pool_name=project.pool)
-
-    def holder() -> str:
-        status = json.loads(project.taskadapter("status", "--pool", project.pool, "--json"))
-        return next((one["holder"] for one in status["groups"] if one["group_id"] == group), "")
-
-    wait_until(lambda: holder() == "book-1", PATIENCE, "the group to be held")
-    with project.agent("book-6"):
-        wait_until(
-            lambda: "book-6" in project.taskadapter("status", "--pool", project.pool),
-            PATIENCE,
-            "a standby",
-        )
-        broken = project.folder / "httpx.py"
-        broken.write_text("raise RuntimeError('broken on purpose')")
-        try:
-            for nursery in nurseries(node.pid):
-                os.kill(nursery.pid, signal.SIGKILL)
-            wait_until(lambda: holder() == "book-6", PATIENCE, "the standby to be active")
-            said = "This node cannot start processes"
-            wait_until(lambda: said in node.log.read_text(), PATIENCE, "the node to say why")
-        finally:
-            broken.unlink()
-        again = "This node can start processes again"
-        wait_until(lambda: again in node.log.read_text(), PATIENCE, "the node to take part again")
-        assert node.log.read_text().count(said) == 1
-    wait_until(lambda: holder() == "book-1", PATIENCE, "the node to be active again")

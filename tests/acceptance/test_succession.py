@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,7 +12,7 @@ from prefect.client.schemas.objects import StateType
 from deployments.local import wait_until
 from taskadapter.pools import ensure_work_pool
 from taskadapter.prefect_api.pool import Domain
-from tests.acceptance.project import PATIENCE, Prefect, Project, state_of
+from tests.acceptance.project import PATIENCE, Prefect, Project, due, state_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 BROKEN, WHOLE = "node-1", "node-2"
 
+INTERVAL = 2
+
 FLOWS = """
     import os
     from ledger import note
@@ -27,7 +30,7 @@ FLOWS = """
 
     {before}
     listener = Listener(
-        trigger=TriggerConfiguration(interval=1),
+        trigger=TriggerConfiguration(interval={interval}),
         warm_backup_config=WarmBackupConfig(
             group_id="inherited", liveness_check_interval=3, heartbeat_frequency=0.5
         ),
@@ -43,12 +46,17 @@ ONE_NODE = f'if os.environ.get("NODE") == "{BROKEN}":\n        import no_such_mo
 EVERY_NODE = 'if "NODE" in os.environ:\n        import no_such_module'
 
 
+def flows(name: str, before: str) -> str:
+    """Return a module with one job, and with lines that come before it."""
+    return FLOWS.format(name=name, before=before, interval=INTERVAL)
+
+
 @pytest.fixture(scope="module")
 def broken(project: Project) -> Iterator[Program]:
     """The node whose installation lacks a module; it is active, for it was the first."""
     ensure_work_pool(project.pool, Domain(liveness_check_interval=3, heartbeat_frequency=0.5))
     with project.agent(BROKEN, env={"NODE": BROKEN}) as node:
-        project.write("flows/inherited.py", FLOWS.format(before=ONE_NODE, name="inherited"))
+        project.write("flows/inherited.py", flows("inherited", ONE_NODE))
         project.deploy()
         yield node
 
@@ -66,10 +74,11 @@ def holder(project: Project) -> tuple[str | None, int]:
     return group["holder"], group["term"]
 
 
-def outcomes(project: Project, job: str) -> list[str]:
-    """Return what the ledger has of a job's ticks, the oldest first."""
+def outcomes(project: Project, job: str, until: float) -> list[str]:
+    """Return what the ledger has of a job's ticks that were due until then."""
     lines = json.loads(project.taskadapter("ledger", job, "--last", "100", "--json"))
-    return [line["outcome"] for line in reversed(lines)]
+    dues = [datetime.fromisoformat(line["due"]).timestamp() for line in lines]
+    return [line["outcome"] for line, due in zip(lines, dues, strict=True) if due <= until]
 
 
 def test_alone_it_says_why_its_runs_crash(project: Project, prefect: Prefect, broken: Program) -> None:
@@ -86,11 +95,12 @@ def test_a_standby_gets_the_group_and_every_tick(
     entries = project.wait_for("inherited", "ran", 5)
     assert {entry["node"] for entry in entries} == {WHOLE}
     dues = [entry["due"] for entry in entries]
-    assert dues == [dues[0] + number for number in range(len(dues))]
-    crashed = [due.expected_start_time.timestamp() for due in prefect.runs("inherited", "Crashed")]
-    assert max(crashed) == pytest.approx(dues[0] - 1)
-    assert {"missing", "waiting"}.isdisjoint(outcomes(project, "inherited")[:-3])
-    assert outcomes(project, "inherited").count("Crashed") == len(crashed)
+    assert sorted(dues) == [min(dues) + INTERVAL * number for number in range(len(dues))]
+    crashed = [due(run).timestamp() for run in prefect.runs("inherited", "Crashed")]
+    assert max(crashed) == pytest.approx(min(dues) - INTERVAL)
+    told = outcomes(project, "inherited", max(dues))
+    assert {"missing", "waiting"}.isdisjoint(told)
+    assert told.count("Crashed") == len(crashed)
     assert "cannot go on here, and group inherited goes to a standby (node-2): " in broken.output()
 
 
@@ -98,8 +108,8 @@ def test_a_job_that_no_node_can_load_crashes_and_keeps_nobody_busy(
     project: Project, prefect: Prefect, whole: Program
 ) -> None:
     """Each node has tried once, the group stays where it is then, and its other job goes on."""
-    project.write("flows/hopeless.py", FLOWS.format(before=EVERY_NODE, name="hopeless"))
-    project.deploy()
+    project.write("flows/hopeless.py", flows("hopeless", EVERY_NODE))
+    project.deploy("hopeless")
     prefect.wait_for_runs("hopeless", "Crashed", count=4)
     _, term = wait_until(lambda: holder(project), PATIENCE, "the group to be held")
     prefect.wait_for_runs("hopeless", "Crashed", count=len(prefect.runs("hopeless", "Crashed")) + 3)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine, select, text
 
 from deployments.local import wait_until
 from taskadapter.coordination import schema
@@ -324,6 +324,22 @@ class TestFaults:
         wait_until(lambda: node.heartbeat.vitals.fault, 60, "a fault")
         assert node.heartbeat.registered == frozenset()
         assert not node.heartbeat.waits_for_its_predecessor
+
+    @pytest.mark.databases("postgresql", "mysql")
+    def test_a_token_that_cannot_be_taken(self, start: Start, engine: Engine) -> None:
+        """Heartbeats are answered, and yet whoever asks hears of it until the token is taken."""
+        first = start("node-1")
+        first.wait_for(Gained)
+        first.heartbeat.stop(timeout=5)
+        with engine.begin() as frozen:
+            frozen.execute(select(schema.token_holder).with_for_update())
+            node = start("node-2")
+            wait_until(lambda: node.heartbeat.vitals.fault, 60, "a fault")
+            for _ in range(3):
+                node.wait_for_beats(1)
+                assert node.heartbeat.vitals.fault
+        node.wait_for(Gained)
+        assert not node.heartbeat.vitals.fault
 
     @pytest.mark.databases("sqlite")  # the only one that locks the whole database
     def test_a_locked_file(self, start: Start, engine: Engine) -> None:
