@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
 import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Self, cast
@@ -21,7 +23,7 @@ from pydantic import model_validator
 from taskadapter.agent import switches
 from taskadapter.agent.program import Part, ProgramAgent, agents, done, stop_all
 from taskadapter.agent.signals import at_a_signal
-from taskadapter.declare.base import Declaration
+from taskadapter.declare.base import Declaration, named_only
 from taskadapter.declare.jobs import Service
 from taskadapter.declare.registry import importing, listeners, refuse_while_importing
 from taskadapter.declare.toml import overridden, read_config
@@ -100,6 +102,7 @@ class Listener:
             node otherwise than another listener of the program on the same work pool.
     """
 
+    @partial(named_only, model=ListenerConfiguration)
     def __init__(self, **configuration: Any) -> None:
         self.configuration = ListenerConfiguration(**configuration)
         self.trigger = self.configuration.effective_trigger
@@ -501,9 +504,9 @@ def _refuse_while_deploying() -> None:
 
 
 def _calling_line() -> str:
-    """Return file and line of the first caller outside this module."""
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_code.co_filename == __file__:
+    """Return file and line of the first caller outside this package."""
+    frame, package = inspect.currentframe(), f"{Path(__file__).parent}{os.sep}"
+    while frame is not None and frame.f_code.co_filename.startswith(package):
         frame = frame.f_back
     if frame is None:
         return "somewhere"

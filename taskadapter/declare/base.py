@@ -8,7 +8,8 @@ import reprlib
 from collections.abc import Mapping
 from datetime import date, timedelta
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any, ClassVar, Self, get_args
+from functools import wraps
+from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, Self, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.alias_generators import to_camel
@@ -16,16 +17,41 @@ from pydantic.alias_generators import to_camel
 from taskadapter.errors import DeclarationError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from pydantic.fields import FieldInfo
     from pydantic_core import ErrorDetails
+
+P = ParamSpec("P")
 
 # A value under such a name may hold a credential, perhaps inside a URL: it is never quoted.
 _SECRET_NAME = re.compile(r"password|secret|token|credential|api_?key|database_?config", re.IGNORECASE)
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = 100
 _SHOWN_TYPES = (str, int, float, Decimal, timedelta, date, type(None))
+
+
+def named_only(init: Callable[P, None], model: type[BaseModel] | None = None) -> Callable[P, None]:
+    """Have a constructor answer a value that is given without a name with a `DeclarationError`.
+
+    Args:
+        init: the constructor.
+        model: what has the fields, if not the class itself.
+    """
+
+    @wraps(init)
+    def construct(self: BaseModel, *unnamed: object, **data: Any) -> None:
+        if unnamed:
+            owner = model or type(self)
+            fields = ", ".join(owner.model_fields)
+            rule = f"give each field by its name: {fields}" if fields else "it has no field"
+            # Which field is meant is not known: it may be the password.
+            raise DeclarationError(
+                f"{_called(owner)}: <{_kind(unnamed[0])}> is given without a name; {rule}"
+            )
+        cast("Callable[..., None]", init)(self, **data)
+
+    return cast("Callable[P, None]", construct)
 
 
 class Validated(BaseModel):
@@ -38,6 +64,7 @@ class Validated(BaseModel):
 
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True, populate_by_name=True)
 
+    @named_only
     def __init__(self, /, **data: Any) -> None:
         try:
             super().__init__(**data)
@@ -79,6 +106,12 @@ class Validated(BaseModel):
                 super().__setattr__(name, value)
             except ValidationError as error:
                 raise refusal(type(self), error) from None
+            except AttributeError:
+                if hasattr(self, "__pydantic_fields_set__"):
+                    raise
+                raise DeclarationError(
+                    f"{type(self).__name__}: {name} is assigned before super().__init__(); call that first"
+                ) from None
 
 
 class Declaration(Validated):
@@ -134,6 +167,11 @@ def _describe(model: type[BaseModel], detail: ErrorDetails) -> str:
         return f"{_missing(model, detail)} is required; give it a value"
     if detail["type"] == "extra_forbidden":
         return f"{path} is not a field of {_called(owner)}; {_nearest(owner, path)}"
+    if detail["type"] == "no_such_attribute":
+        return (
+            f"{path} is assigned, and is no field of {_called(model)}; {_nearest(owner, path)} (what need "
+            f"not survive a run may be a private attribute, _{path})"
+        )
     if detail["type"] == "frozen_instance":
         return (
             f"{path} cannot be assigned, {_called(model)} is frozen; construct a new one instead "
@@ -189,7 +227,10 @@ def _shown(path: str, value: object) -> str:
 
 def _nearest(owner: type[BaseModel], path: str) -> str:
     close = _close(owner, path.rpartition(".")[2])
-    return f"did you mean {close}?" if close else f"its fields are {', '.join(owner.model_fields)}"
+    fields = ", ".join(owner.model_fields)
+    return (
+        f"did you mean {close}?" if close else f"its fields are {fields}" if fields else "it has no field"
+    )
 
 
 def _close(owner: type[BaseModel], name: str) -> str | None:

@@ -15,7 +15,7 @@ from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import PydanticSerializationError
 
 from taskadapter.declare.attached import AsService
-from taskadapter.declare.base import Validated, shown
+from taskadapter.declare.base import Validated, named_only, shown
 from taskadapter.errors import DeclarationError
 
 if TYPE_CHECKING:
@@ -54,9 +54,10 @@ class JobId:
 class Executable(Validated):
     """What `Job` and `Service` share: fields that travel as JSON, and `execute`.
 
-    Declaring a class raises `DeclarationError` if it has no usable `execute`, a field whose type
-    has no JSON form, or a field that holds a secret. Constructing an instance raises it if a value
-    has no JSON form. Private attributes (`_cache`) are neither checked nor stored.
+    Declaring a class raises `DeclarationError` if it has no usable `execute`, an `__init__` that does
+    not take its fields by name, a field whose type has no JSON form, or a field that holds a secret.
+    Constructing an instance raises it if a value has no JSON form. Private attributes (`_cache`) are
+    neither checked nor stored.
     """
 
     # Arbitrary types are let through so that our own check can name the class and the field.
@@ -66,6 +67,7 @@ class Executable(Validated):
         ser_json_inf_nan="constants",  # else NaN would be stored as null without a word
     )
 
+    @named_only
     def __init__(self, /, **data: Any) -> None:
         super().__init__(**data)
         _to_json(self)
@@ -83,6 +85,7 @@ class Executable(Validated):
         super().__pydantic_init_subclass__(**kwargs)
         if cls.__module__ != __name__:  # Job and Service themselves are to be derived from
             _require_execute(cls)
+            _require_init(cls)
             _require_json_fields(cls)
 
     @abstractmethod
@@ -190,6 +193,19 @@ def _require_execute(cls: type[Executable]) -> None:
         raise DeclarationError(
             f"{cls.__name__}.execute{inspect.signature(cls.execute)} is called without arguments; "
             "make its parameters fields of the class, or give them defaults"
+        ) from None
+
+
+def _require_init(cls: type[Executable]) -> None:
+    """Refuse a constructor that a run cannot call, which sets the fields to what was saved."""
+    signature = inspect.signature(cls.__init__)
+    try:
+        signature.bind(cls, **dict.fromkeys(cls.model_fields))
+    except TypeError:
+        raise DeclarationError(
+            f"{cls.__name__}.__init__{signature} cannot be called with the fields by their names, as each "
+            "run does to load them; give the fields defaults instead (model_post_init can do the rest), or "
+            "take **fields, and pass them to super().__init__(**fields)"
         ) from None
 
 

@@ -421,7 +421,7 @@ def test_a_file_that_is_gone_is_not_trusted(start: Start, tmp_path: Path, is_rep
 def test_grants_that_are_revoked_for_a_while(
     start: Start, engine: Engine, proxy: Proxy, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The node steps down, says why once, and is active again when it may write again."""
+    """The node steps down, says each fault once, and is active again when it may write again."""
     caplog.set_level(logging.INFO, "taskadapter.coordination")
     is_postgresql = engine.dialect.name == "postgresql"
     role = "ta_worker" if is_postgresql else "'ta_worker'@'%'"
@@ -452,5 +452,6 @@ def test_grants_that_are_revoked_for_a_while(
         owned = [f"DROP OWNED BY {role}"] if is_postgresql else []
         execute(*owned, f"DROP {'ROLE' if is_postgresql else 'USER'} {role}")
     said = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    assert len(said) <= 3, said
+    # As grants go and come one after another, so do the sentences.
+    assert len(said) == len(set(said)), said
     assert all("a-word" not in line for line in said)

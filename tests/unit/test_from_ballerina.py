@@ -85,7 +85,7 @@ class Counter(Service):
     [
         (lambda: Counting(i=1).execute(), "Counting is frozen"),
         (lambda: schedule_job_recur_by_frequency(Counter(), 1), "a Service .* is declared on a Listener"),  # type: ignore[arg-type]
-        (lambda: Counting(1), "positional argument"),  # type: ignore[call-arg]
+        (lambda: Counting(1), "by its name: i"),  # type: ignore[call-arg]
         (lambda: Listener(trigger={"interval": 2}).start(), "no service to run"),
         (lambda: Listener(trigger={"interval": 2}).attach(Counter(), ["a"]), "needs a name"),  # type: ignore[arg-type]
         (lambda: Civil(year=2030, month=1, day=1, hour=0, minute=0, second=0), "has no zone"),

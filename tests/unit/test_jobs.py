@@ -107,6 +107,47 @@ def test_execute_takes_no_arguments():
     assert "make its parameters fields" in text
 
 
+class TestConstructor:
+    """A class may have its own, as long as a run can set its fields to what was saved."""
+
+    def test_one_that_takes_the_fields(self):
+        class Prepared(Counter):
+            _ready: bool
+
+            def __init__(self, **fields):
+                super().__init__(**fields)
+                self._ready = True
+
+        assert load_state(Prepared, {"i": 5}).i == 5
+
+        class Explicit(Counter):
+            def __init__(self, i=1, seen=(), extra=None):
+                super().__init__(i=i, seen=list(seen), extra=extra)
+
+        assert load_state(Explicit, dump_state(Explicit(5))).i == 5
+
+    def test_one_that_does_not(self):
+        def of_its_own(self): ...
+
+        text = message(declare, Service, int, __init__=of_its_own)
+        assert "Declared.__init__(self) cannot be called with the fields by their names" in text
+
+    def test_a_field_that_is_assigned_too_early(self):
+        class Hasty(Counter):
+            def __init__(self, **fields):
+                self.i = 3
+                super().__init__(**fields)
+
+        assert message(Hasty) == "Hasty: i is assigned before super().__init__(); call that first"
+
+
+def test_what_is_no_field_is_not_assigned():
+    """It would be lost after the run; the message knows the field that may be meant."""
+    text = message(setattr, Counter(), "sen", 3)
+    assert text.startswith("Counter: sen is assigned, and is no field of Counter; did you mean seen? ")
+    assert "its fields are i, seen, extra" in message(setattr, Counter(), "total", 3)
+
+
 def test_execute_is_no_generator():
     """An execute that yields would do nothing when it is called."""
 

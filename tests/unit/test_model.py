@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
+from taskadapter.declare.jobs import Service
 from taskadapter.declare.triggers import (
     ErrorPolicy,
     MysqlConfig,
@@ -22,12 +23,18 @@ from taskadapter.declare.triggers import (
     WarmBackupConfig,
 )
 from taskadapter.errors import DeclarationError, TaskError
+from taskadapter.listener import Listener
 
 
 def message(call, *args, **kwargs):
     with pytest.raises(DeclarationError) as caught:
         call(*args, **kwargs)
     return str(caught.value)
+
+
+class Stateless(Service):
+    def execute(self):
+        pass
 
 
 def retry(**changes):
@@ -235,6 +242,15 @@ def test_every_fault_is_named():
         "retryConfig.retry_interval",
     ]
     assert "interval is required; give it a value" in text
+
+
+def test_a_value_without_a_name_is_told_with_the_fields():
+    """Which field it is meant for is not known, so the value, which may be the password, is not said."""
+    rule = "<str> is given without a name; give each field by its name: kind, host, "
+    assert message(PostgresqlConfig, "a-word", port=1).startswith(f"PostgresqlConfig: {rule}")
+    assert "its name: interval, max_count, " in message(TriggerConfiguration, 60)
+    assert message(Listener, 60).startswith("Listener: <int> is given without a name; ")
+    assert message(Stateless, 1).endswith("; it has no field")
 
 
 def test_every_way_to_load_raises_the_same():
