@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import httpx
-from cyclopts import App, Parameter
+from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
 from prefect.exceptions import ObjectNotFound
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
 from taskadapter import tables
-from taskadapter.errors import TaskError, listed
+from taskadapter.errors import TaskError, in_a_line, listed
 
 if TYPE_CHECKING:
     from prefect.client.schemas.responses import DeploymentResponse
@@ -309,7 +309,7 @@ def main() -> None:
     sys.path.insert(0, str(Path.cwd()))
     try:
         try:
-            app(sys.argv[1:])
+            app(sys.argv[1:], print_error=False, exit_on_error=False)
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
@@ -318,6 +318,13 @@ def main() -> None:
         sys.exit(1)
     except (TaskError, httpx.HTTPStatusError) as error:
         print(f"taskadapter: {error}", file=sys.stderr)
+        sys.exit(1)
+    except CycloptsError as error:
+        said = in_a_line(str(error))
+        if isinstance(error, UnusedCliTokensError):
+            said = f"{' '.join(error.unused_tokens or ())} is more than the command takes."
+        stop = "" if said.endswith((".", "?")) else "."
+        print(f"taskadapter: {said}{stop} See `taskadapter --help`.", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -18,7 +18,7 @@ import httpx
 from prefect import Flow
 from prefect.client.orchestration import PrefectClient
 from prefect.settings import get_current_settings
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from taskadapter.agent import switches
 from taskadapter.agent.program import Part, ProgramAgent, agents, done, stop_all
@@ -42,7 +42,15 @@ from taskadapter.pools import aensure_work_pool
 from taskadapter.prefect_api import private
 from taskadapter.prefect_api.client import api_client, run_sync
 from taskadapter.prefect_api.pool import Domain, password_of
-from taskadapter.services import Declarable, Declared, check_service, named, service_of, service_of_instance
+from taskadapter.services import (
+    Declarable,
+    Declared,
+    check_name,
+    check_service,
+    named,
+    service_of,
+    service_of_instance,
+)
 from taskadapter.settings import TaskadapterSettings, check_interval
 
 REASON = "the service was detached"
@@ -69,6 +77,13 @@ class ListenerConfiguration(Declaration):
     task_policy: TaskPolicy | None = None
     warm_backup_config: WarmBackupConfig | None = None
     work_pool: str | None = None
+
+    @field_validator("work_pool")
+    @classmethod
+    def _is_a_name(cls, name: str | None) -> str | None:
+        if name is not None:
+            check_name(name, "work pool")
+        return name
 
     @model_validator(mode="after")
     def _say_it_once(self) -> Self:
@@ -263,6 +278,8 @@ class Listener:
         if self.is_started:
             await self._bring_up(name)
         return declared.flow
+
+    attach.__defaults__ = aattach.__defaults__ = ("",)  # as for `service`
 
     def detach(self, service: str | Service) -> None:
         """Take a service off this listener.

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 from uuid import UUID, uuid4
 
 from prefect.client.orchestration import PrefectClient
@@ -52,6 +52,8 @@ DEFAULT_POLICY = TaskPolicy()
 
 class OneTime(Declaration):
     """When a one-time job runs."""
+
+    called: ClassVar[str | None] = "schedule_one_time_job"
 
     trigger_time: Instant
 
@@ -244,9 +246,7 @@ def _declare(job: Job, trigger: TriggerConfiguration, name: str | None) -> Decla
     cls = type(job)
     if name is None:
         name = f"{slugify(cls.__name__)}-{uuid4().hex[:8]}"
-    elif not isinstance(name, str):
-        raise TaskError(f"name={shown(name)} must be a string; choose one, or leave it out.")
-    check_name(name, "job")
+    _check_name(name, "name", "job")
     flow = flows.job_flow(cls, cls.__name__, trigger)
     return Declared(name, flow, cls, trigger, parameters=dump_state(job))
 
@@ -444,4 +444,13 @@ async def aconfigure_worker_pool(
 
 
 def _pool(name: str | None) -> str:
-    return name or TaskadapterSettings().work_pool
+    if name is None:
+        return TaskadapterSettings().work_pool
+    _check_name(name, "work_pool", "work pool")
+    return name
+
+
+def _check_name(name: object, parameter: str, what: str) -> None:
+    if not isinstance(name, str):
+        raise TaskError(f"{parameter}={shown(name)} must be a string; choose one, or leave it out.")
+    check_name(name, what)

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from prefect import Flow
+from prefect import Flow, Task
 from prefect.types.names import BANNED_CHARACTERS
 
 from taskadapter.declare import attached
 from taskadapter.declare.base import shown
 from taskadapter.declare.jobs import Job, Service, dump_state
 from taskadapter.declare.triggers import TriggerConfiguration
-from taskadapter.errors import DeclarationError
+from taskadapter.errors import DeclarationError, in_a_line, listed
 from taskadapter.execution import flow as flows
+
+_LONGEST = 255
+"""Characters of a name."""
+
+_OPTIONS = inspect.signature(Flow.__init__).parameters.keys() - {"self", "fn", "name"}
+"""What `prefect.flow` takes besides the name, which a service has from its listener."""
 
 Declarable = type[Job] | type[Service] | Callable[..., Any]
 
@@ -62,12 +71,21 @@ def service_of(
     """
     if _is_service(source):
         trigger = _one_writer(source, trigger)
-        flow = flows.service_flow(source(), name, trigger, **options)
+        make = partial(flows.service_flow, source(), name, trigger)
     elif inspect.isfunction(source):
         _check_function(source, name)
-        flow = flows.function_flow(source, name, trigger, **options)
+        make = partial(flows.function_flow, source, name, trigger)
     else:
         raise DeclarationError(f"{named(source)} cannot be service {name!r}: {_remedy(source)}.")
+    try:
+        flow = make(**options)
+    except (TypeError, ValueError) as error:
+        if not options:
+            raise
+        raise DeclarationError(
+            f"service {name!r}: Prefect does not take one of {', '.join(options)}; correct it: "
+            f"{in_a_line(str(error))}"
+        ) from None
     return Declared(name, flow, source, trigger)
 
 
@@ -180,18 +198,32 @@ def check_service(name: object, options: dict[str, Any]) -> None:
                 f"service {name!r}: {option}={shown(options[option])} would have Prefect retry what the "
                 "listener retries already; declare a RetryConfiguration instead."
             )
+    for option in options.keys() - _OPTIONS:
+        close = difflib.get_close_matches(option, _OPTIONS, n=1)
+        raise DeclarationError(
+            f"service {name!r}: {option}= is no option of a flow; "
+            f"{f'did you mean {close[0]}?' if close else f'there are {listed(sorted(_OPTIONS))}.'}"
+        )
+    timeout = options.get("timeout_seconds")
+    if timeout is not None and not (isinstance(timeout, int | float) and 0 < timeout < math.inf):
+        raise DeclarationError(
+            f"service {name!r}: timeout_seconds={shown(timeout)} must be a number of seconds, more than 0; "
+            "leave it out for none."
+        )
 
 
 def check_name(name: str, what: str) -> None:
     """Refuse a text that Prefect does not accept as a name, of a service or a job.
 
     Raises:
-        DeclarationError: it is blank, or holds a character that is banned.
+        DeclarationError: it is blank, longer than 255 characters, or holds a character that is banned or
+            cannot be printed.
     """
-    if not name.strip() or any(character in name for character in BANNED_CHARACTERS):
+    is_banned = any(character in name for character in BANNED_CHARACTERS)
+    if is_banned or not name.strip() or not name.isprintable() or len(name) > _LONGEST:
         raise DeclarationError(
-            f"{name!r} is no name for a {what}: it must not be blank, nor hold any of "
-            f"{' '.join(BANNED_CHARACTERS)}; choose another."
+            f"{shown(name)} is no name for a {what}: it must have 1 to {_LONGEST} printable characters, "
+            f"not all blank, none of them one of {' '.join(BANNED_CHARACTERS)}; choose another."
         )
 
 
@@ -199,6 +231,8 @@ def named(given: object) -> str:
     """Name what was given where something else was wanted: a repr has an address, or a user's values."""
     if isinstance(given, Flow):
         return f"flow {given.name!r}"
+    if isinstance(given, Task):
+        return f"task {given.name!r}"
     if inspect.isclass(given) or inspect.isroutine(given):
         return f"{'class' if inspect.isclass(given) else 'function'} {given.__qualname__}"
     return shown(given)
@@ -207,6 +241,10 @@ def named(given: object) -> str:
 def _remedy(source: object) -> str:
     if isinstance(source, Flow):
         return "it is a flow already; remove @flow, for service() makes one, and takes its options"
+    if isinstance(source, Task):
+        return "it is a task; remove @task, or call it in a function that you decorate"
+    if inspect.isroutine(source):
+        return "it is a method, or built in; decorate a function that calls it, or a subclass of Service"
     return "decorate a subclass of Service, or a function"
 
 

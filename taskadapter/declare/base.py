@@ -26,6 +26,9 @@ P = ParamSpec("P")
 
 # A value under such a name may hold a credential, perhaps inside a URL: it is never quoted.
 _SECRET_NAME = re.compile(r"password|secret|token|credential|api_?key|database_?config", re.IGNORECASE)
+# So may a text with a user and a password in front of a host, wherever it stands.
+_CREDENTIALS = re.compile(r":[^\s]*@")
+_INTEGER = re.compile(r"[+-]?\d{1,18}")
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = 100
 _SHOWN_TYPES = (str, int, float, Decimal, timedelta, date, type(None))
@@ -166,6 +169,8 @@ def _describe(model: type[BaseModel], detail: ErrorDetails) -> str:
     if detail["type"] == "missing":
         return f"{_missing(model, detail)} is required; give it a value"
     if detail["type"] == "extra_forbidden":
+        if (name := path.rpartition(".")[2]) in _spellings(owner):
+            return f"{path} is said twice, as {to_camel(name)} too; remove one"
         return f"{path} is not a field of {_called(owner)}; {_nearest(owner, path)}"
     if detail["type"] == "no_such_attribute":
         return (
@@ -187,19 +192,22 @@ def _rule(detail: ErrorDetails, field: FieldInfo | None, path: str) -> str:
         return str(detail["ctx"]["error"])
     if "_tag_" in detail["type"]:  # an undecided union: the message is our own
         return detail["msg"]
-    rule = in_our_words(detail["msg"])
-    given = f"{rule}, not {_kind(detail['input'])}" if "_type" in detail["type"] else rule
+    rule, value = in_our_words(detail["msg"]), detail["input"]
+    given = f"{rule}, not {_kind(value)}" if "_type" in detail["type"] else rule
+    if detail["type"] == "int_type" and isinstance(value, str) and _INTEGER.fullmatch(value):
+        return f"{given}; write it without quotes"
     if field is None or field.is_required() or field.default_factory is not None:
         return f"{given}; pass such a value"
-    if detail["input"] is field.default:
+    if value is field.default:
         return f"{given}; give the field another default"
-    return f"{given}; leave {path} out for its default, {field.default!s}"
+    return f"{given}; pass such a value, or leave {path} out for its default, {field.default!s}"
 
 
 def in_our_words(message: str) -> str:
     """Return a rule of Pydantic's as our messages say it."""
     rule = message.removeprefix("Value error, ").partition(", unable to parse")[0]
-    return re.sub(r"^Input should (have|be)", r"must \1", rule)
+    rule = re.sub(r"^(?:Input|String) should (have|be)", r"must \1", rule)
+    return re.sub(r"a valid dictionary or instance of (\w+)", r"a \1", rule)
 
 
 def _kind(value: object) -> str:
@@ -208,7 +216,8 @@ def _kind(value: object) -> str:
 
 def shown(value: object) -> str:
     """Return a plain value as it is written, of others the type: a repr has addresses, or users' values."""
-    if not isinstance(value, _SHOWN_TYPES):
+    is_secret = isinstance(value, str) and _CREDENTIALS.search(value)
+    if is_secret or not isinstance(value, _SHOWN_TYPES):
         return f"<{_kind(value)}>"
     if isinstance(value, date | timedelta | Decimal):
         return str(value)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from abc import abstractmethod
 from dataclasses import dataclass
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, get_args, get_origin
 from uuid import UUID
 
-from pydantic import BaseModel, ConfigDict, Secret, create_model
+from pydantic import BaseModel, ConfigDict, PydanticUserError, Secret, create_model
 from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import PydanticSerializationError
 
@@ -21,9 +22,13 @@ from taskadapter.errors import DeclarationError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from pydantic._internal._model_construction import ModelMetaclass
     from pydantic.fields import FieldInfo
     from pydantic.json_schema import JsonSchemaValue
     from pydantic_core.core_schema import CoreSchema
+
+if not TYPE_CHECKING:
+    ModelMetaclass = type(BaseModel)  # where it stands is private
 
 __all__ = ["Executable", "Job", "JobId", "Service", "dump_state", "load_state"]
 
@@ -51,7 +56,28 @@ class JobId:
         return str(self.id)
 
 
-class Executable(Validated):
+class _Declared(ModelMetaclass):
+    """Says in our words what Pydantic refuses before there is a class that could be checked."""
+
+    def __new__(cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **options: Any) -> Any:
+        try:
+            return super().__new__(cls, name, bases, namespace, **options)
+        except PydanticUserError as error:
+            raise DeclarationError(_refusal(name, namespace, error)) from None
+
+
+def _refusal(name: str, namespace: Mapping[str, Any], error: PydanticUserError) -> str:
+    untyped = re.match(r"A non-annotated attribute was detected: `(\w+) = ", error.message)
+    if untyped is None:
+        return f"{name} cannot be declared: {error.message.splitlines()[0]}"
+    field, value = untyped[1], namespace.get(untyped[1])
+    return (
+        f"{name}.{field} = {shown(value)} has no type; write `{field}: {type(value).__name__} = ...` for a "
+        f"field, `{field}: ClassVar = ...` for what is the same in all runs, or call it _{field}"
+    )
+
+
+class Executable(Validated, metaclass=_Declared):
     """What `Job` and `Service` share: fields that travel as JSON, and `execute`.
 
     Declaring a class raises `DeclarationError` if it has no usable `execute`, an `__init__` that does
@@ -181,6 +207,11 @@ def _require_execute(cls: type[Executable]) -> None:
         raise DeclarationError(
             f"{cls.__name__} has no execute; define `def execute(self)` or "
             "`async def execute(self)`, or mark it with abc.abstractmethod in a base class"
+        )
+    if not callable(cls.execute):
+        raise DeclarationError(
+            f"{cls.__name__}.execute is <{type(cls.execute).__name__}> and cannot be called; define "
+            "`def execute(self)`"
         )
     if inspect.isgeneratorfunction(cls.execute) or inspect.isasyncgenfunction(cls.execute):
         raise DeclarationError(

@@ -6,12 +6,14 @@ A key stands in a table of its own (``[trigger]``, ``[retryConfig]``, ``[taskPol
 
 from __future__ import annotations
 
+import os
 import tomllib
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pydantic.alias_generators import to_camel
 
+from taskadapter.declare.base import shown
 from taskadapter.declare.triggers import (
     RetryConfiguration,
     TaskPolicy,
@@ -66,6 +68,14 @@ def read_config(path: str | Path, table: str | None = None) -> dict[str, Any]:
         DeclarationError: the file cannot be read or is no TOML, the table is not in it, or a key is
             unknown or stands in two places. No value of the file is quoted.
     """
+    if not isinstance(path, str | os.PathLike) or "\0" in str(path):
+        raise DeclarationError(
+            f"path={shown(path)} must be the path of a TOML file; name one that is there."
+        )
+    if not isinstance(table, str | None):
+        raise DeclarationError(
+            f'table={shown(table)} must be a dotted name, such as "org.module"; write one.'
+        )
     content = _select(_load(path), path, table)
     listener: dict[str, Any] = {}
     for place, section, name, value in _located(content, path, table):

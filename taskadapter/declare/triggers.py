@@ -1,13 +1,16 @@
 """What a user declares about a task: its trigger, retries, policy and coordination."""
 
+import contextlib
+import ipaddress
 import math
+import re
 import socket
 from collections.abc import Mapping
 from datetime import timedelta
 from decimal import Decimal
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -50,6 +53,9 @@ DURATION_IN_A_FILE = "must be a number of seconds; write 2.5"
 """The rule of a duration, in a program and in a file."""
 
 _MIN_HEARTBEATS = 3
+_MOST = 1_000_000_000
+"""More than a job can do in a lifetime, and less than an integer of a database holds."""
+
 _LONGEST_ID = 255
 _LONGEST_INTERVAL = timedelta(days=36525)
 """Prefect's scheduler plans three ticks ahead, and fails at one beyond the year 9999."""
@@ -82,6 +88,12 @@ def _interval(seconds: float) -> float:
             "job that runs once"
         )
     return seconds
+
+
+def _at_most(count: int) -> int:
+    if count > _MOST:
+        raise ValueError(f"must be at most {_MOST}; choose a smaller number")
+    return count
 
 
 def _max_count(count: int) -> int:
@@ -126,13 +138,27 @@ def _max_concurrent(count: int) -> int:
 
 
 def _identifier(text: str) -> str:
-    if not text.strip() or len(text) > _LONGEST_ID or "/" in text or "%" in text:
+    if not text.strip() or len(text) > _LONGEST_ID or "/" in text or "%" in text or not text.isprintable():
         raise ValueError(
-            f'must have 1 to {_LONGEST_ID} characters, not all blank, none of them "/" or "%" '
+            f'must have 1 to {_LONGEST_ID} printable characters, not all blank, none of them "/" or "%" '
             f"(this one has {len(text)}); choose another name"
         )
     return text
 
+
+def _host(name: str) -> str:
+    with contextlib.suppress(ValueError):
+        return str(ipaddress.ip_address(name)) and name
+    if not re.fullmatch(r"[^\s:/@?#%\\]+", name) or not name.isprintable():
+        raise ValueError(
+            "must be the name or the address of a machine alone; port, user, password and database have "
+            "fields of their own"
+        )
+    return name
+
+
+Count = Annotated[StrictInt, AfterValidator(_at_most)]
+"""A whole number, of a size that a database can hold."""
 
 Seconds = Annotated[float, BeforeValidator(_to_seconds)]
 """A finite duration in seconds, given as int, float, Decimal or timedelta and kept as float."""
@@ -144,6 +170,7 @@ NonNegativeSeconds = Annotated[Seconds, AfterValidator(_not_negative)]
 """`Seconds` of 0 or more."""
 
 _Identifier = Annotated[str, AfterValidator(_identifier)]
+_Host = Annotated[str, AfterValidator(_host)]
 _Port = Annotated[StrictInt, Field(ge=1, le=65535)]
 
 
@@ -192,7 +219,7 @@ class RetryConfiguration(Declaration):
             `max_interval` shorter than `retry_interval`.
     """
 
-    max_attempts: Annotated[StrictInt, AfterValidator(_max_attempts)]
+    max_attempts: Annotated[Count, AfterValidator(_max_attempts)]
     retry_interval: PositiveSeconds
     backoff_strategy: RetryStrategy = RetryStrategy.FIXED
     max_interval: PositiveSeconds | None = None
@@ -224,7 +251,7 @@ class TaskPolicy(Declaration):
 
     error_policy: ErrorPolicy = ErrorPolicy.LOG_AND_TERMINATE
     waiting_policy: WaitingPolicy = WaitingPolicy.WAIT
-    max_concurrent: Annotated[StrictInt, AfterValidator(_max_concurrent)] | None = None
+    max_concurrent: Annotated[Count, AfterValidator(_max_concurrent)] | None = None
     on_takeover: Literal["crash", "rerun"] = "crash"
     on_token_loss: Literal["stop", "finish"] = "stop"
 
@@ -245,7 +272,7 @@ class TriggerConfiguration(Declaration):
     """
 
     interval: Annotated[PositiveSeconds, AfterValidator(_interval)]
-    max_count: Annotated[StrictInt, AfterValidator(_max_count)] = -1
+    max_count: Annotated[Count, AfterValidator(_max_count)] = -1
     start_time: Instant | None = None
     end_time: Instant | None = None
     task_policy: TaskPolicy | None = None
@@ -280,7 +307,9 @@ class WorkerPoolConfiguration(Declaration):
         DeclarationError: a count below 1, or a negative time.
     """
 
-    worker_count: Annotated[StrictInt, AfterValidator(_worker_count)] = 5
+    called: ClassVar[str | None] = "configure_worker_pool"
+
+    worker_count: Annotated[Count, AfterValidator(_worker_count)] = 5
     waiting_time: NonNegativeSeconds = 5.0
 
 
@@ -291,11 +320,11 @@ class PostgresqlConfig(Declaration):
     The password is never shown; read it with `get_secret_value()`.
 
     Raises:
-        DeclarationError: a port outside 1 to 65535, or an empty host.
+        DeclarationError: a port outside 1 to 65535, or a host that is no name or address alone.
     """
 
     kind: Literal["postgresql"] = "postgresql"
-    host: str = Field(default="localhost", min_length=1)
+    host: _Host = "localhost"
     port: _Port = 5432
     user: str | None = None
     password: SecretStr | None = None
@@ -306,11 +335,11 @@ class MysqlConfig(Declaration):
     """A MySQL database that the nodes coordinate through; fields as in `PostgresqlConfig`.
 
     Raises:
-        DeclarationError: a port outside 1 to 65535, or an empty host.
+        DeclarationError: a port outside 1 to 65535, or a host that is no name or address alone.
     """
 
     kind: Literal["mysql"] = "mysql"
-    host: str = Field(default="localhost", min_length=1)
+    host: _Host = "localhost"
     port: _Port = 3306
     user: str | None = None
     password: SecretStr | None = None
@@ -318,8 +347,12 @@ class MysqlConfig(Declaration):
 
 
 def _file(path: Path) -> Path:
-    if str(path) in (".", ":memory:"):
+    if path.name in {"", ":memory:"} or not str(path).isprintable():
         raise ValueError("must be a file, which agents can share; name one, such as tasks.db")
+    if path.parts[0] == "~" or path.parts[0].endswith(":"):
+        raise ValueError(
+            'must be the path of a file, written in full, without "~" or "sqlite:"; correct it'
+        )
     return path
 
 
@@ -329,7 +362,7 @@ class SqliteConfig(Declaration):
     A relative `path` begins at the folder of the program that declares it.
 
     Raises:
-        DeclarationError: the path is empty or ":memory:".
+        DeclarationError: the path is empty, ":memory:", a URL, or begins with "~".
     """
 
     kind: Literal["sqlite"] = "sqlite"
@@ -382,9 +415,9 @@ class WarmBackupConfig(Declaration):
     settings.
 
     Raises:
-        DeclarationError: an id that is blank, longer than 255 characters or contains "/" or "%"; the
-            `group_id` "default", the queue of jobs without a group; a time that is not positive; a
-            `liveness_check_interval` below three heartbeats.
+        DeclarationError: an id that is blank, longer than 255 characters or holds "/", "%" or what cannot
+            be printed; the `group_id` "default", the queue of jobs without a group; a time that is not
+            positive; a `liveness_check_interval` below three heartbeats.
     """
 
     group_id: Annotated[_Identifier, AfterValidator(_group_id)]

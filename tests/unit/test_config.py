@@ -123,6 +123,20 @@ def refused(file: Path, text: str, **options: str) -> str:
     return message.removeprefix(str(file))
 
 
+@pytest.mark.parametrize("path", [None, 5, b"listener.toml"])
+def test_a_path_is_one(path: Any) -> None:
+    """A number would be taken for an open file."""
+    with pytest.raises(TaskError, match="must be the path of a TOML file; name one"):
+        Listener.from_config(path)
+    with pytest.raises(TaskError, match="table=5 must be a dotted name"):
+        Listener.from_config("listener.toml", table=5)  # type: ignore[arg-type]
+
+
+def test_a_path_that_no_system_has() -> None:
+    with pytest.raises(TaskError, match="must be the path of a TOML file"):
+        Listener.from_config("a\x00b")
+
+
 def loaded(listener: Listener) -> dict[str, object]:
     return {name: getattr(listener.configuration, name) for name in TABLES_AS_LOADED}
 

@@ -3,6 +3,7 @@
 import json
 import threading
 from abc import abstractmethod
+from collections import defaultdict
 from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
@@ -105,6 +106,27 @@ def test_execute_takes_no_arguments():
     text = message(declare, Job, int, execute=required)
     assert "Declared.execute(self, n) is called without arguments" in text
     assert "make its parameters fields" in text
+
+
+@pytest.mark.parametrize("value", [5, [], "word"])
+def test_a_field_has_a_type(value):
+    """Pydantic refuses one without before there is a class; the message says what to write."""
+    body = {"execute": lambda _self: None, "i": value, "__module__": __name__}
+    text = message(type(Service), "Untyped", (Service,), body)
+    assert text.startswith("Untyped.i = ")
+    assert f"write `i: {type(value).__name__} = ...` for a field" in text
+
+
+def test_what_pydantic_refuses_otherwise():
+    """A type without a schema: one line, and ours."""
+    text = message(declare, Job, defaultdict)
+    assert text.startswith("Declared cannot be declared: ")
+    assert "\n" not in text
+
+
+def test_execute_can_be_called():
+    text = message(declare, Job, int, execute=property(lambda _self: None))
+    assert "Declared.execute is <property> and cannot be called" in text
 
 
 class TestConstructor:

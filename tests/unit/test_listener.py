@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 import pytest
-from prefect import Flow
+from prefect import Flow, task
 from prefect.settings import PREFECT_SERVER_SERVICES_SCHEDULER_MAX_RUNS, temporary_settings
 
 from taskadapter import (
@@ -293,6 +293,37 @@ def test_a_flow_is_refused():
     assert message.startswith("flow 'job-1' cannot be service 'job-2': it is a flow already; remove @flow")
 
 
+def test_a_task_is_refused():
+    message = refused(listener().service("job-1"), task(check_inbox))
+    assert message.startswith("task 'check_inbox' cannot be service 'job-1': it is a task; remove @task")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"timeout": 3}, "timeout= is no option of a flow; did you mean timeout_seconds?"),
+        ({"zzz": 3}, "zzz= is no option of a flow; there are cache_result_in_memory, "),
+        ({"timeout_seconds": "abc"}, "timeout_seconds='abc' must be a number of seconds, more than 0"),
+        ({"timeout_seconds": -1}, "timeout_seconds=-1 must be a number of seconds, more than 0"),
+        ({"timeout_seconds": float("nan")}, "timeout_seconds=nan must be a number of seconds"),
+        ({"on_failure": [5]}, "Prefect does not take one of on_failure; correct it: "),
+    ],
+)
+@pytest.mark.parametrize("source", [check_inbox, Counter])
+def test_an_option_that_no_flow_has(source, options, said):
+    """It is told with the service's name, before Prefect would tell it in its own way."""
+
+    def declare():
+        return listener().service("job-1", **options)(source)
+
+    assert refused(declare).startswith(f"service 'job-1': {said}")
+
+
+@pytest.mark.parametrize("pool", ["", " ", "a/b", "a\n", "x" * 256])
+def test_what_is_no_name_of_a_work_pool(pool):
+    assert "is no name for a work pool" in refused(listener, work_pool=pool)
+
+
 @pytest.mark.parametrize("given", [check_inbox, Counter(i=7), Counter, functools.partial(check_inbox)])
 def test_no_message_has_the_repr_of_what_was_given(given):
     """It has an address, or a user's values."""
@@ -365,6 +396,7 @@ def test_the_decorator_without_parentheses_is_refused():
 def test_the_decorator_without_a_name_is_refused():
     """By the same sentence, and not by Python's about its arguments."""
     assert 'needs a name in parentheses; write service("a-name")' in refused(listener().service)
+    assert "needs a name in parentheses; write" in refused(listener().attach, Counter())
 
 
 def test_the_message_about_two_timings_says_who_has_which():

@@ -1,5 +1,6 @@
 """Declarations: what they accept, what they refuse, and how they say so."""
 
+import re
 import socket
 import traceback
 from datetime import timedelta
@@ -150,7 +151,8 @@ def test_counts_are_integers(value):
     """A count is a whole number, not something that looks like one."""
     text = message(TriggerConfiguration, interval=2, max_count=value)
     assert f"max_count={value!r}: must be a valid integer" in text
-    assert "leave max_count out for its default, -1" in text
+    remedy = "write it without quotes" if value == "5" else "or leave max_count out for its default, -1"
+    assert remedy in text
 
 
 def test_an_interval_that_no_calendar_has():
@@ -251,6 +253,40 @@ def test_a_value_without_a_name_is_told_with_the_fields():
     assert "its name: interval, max_count, " in message(TriggerConfiguration, 60)
     assert message(Listener, 60).startswith("Listener: <int> is given without a name; ")
     assert message(Stateless, 1).endswith("; it has no field")
+
+
+def test_both_spellings_of_one_field():
+    """It is said twice, and is no unknown field."""
+    text = message(TriggerConfiguration, interval=1, max_count=1, maxCount=2)
+    assert text == "TriggerConfiguration: max_count is said twice, as maxCount too; remove one"
+
+
+@pytest.mark.parametrize("host", ["", "h:5432", "a b", "postgresql://u:a-word@h/d", "u:a-word@h", "h/d"])
+@pytest.mark.parametrize("config", [PostgresqlConfig, MysqlConfig])
+def test_a_host_is_a_name_alone(config, host):
+    """What else a URL has stands in fields of its own; a password that is among it is not said."""
+    text = message(config, host=host)
+    assert "must be the name or the address of a machine alone" in text
+    assert "a-word" not in text
+    for good in ("db", "db.example.com", "10.0.0.7", "::1", "fe80::1", "my_db-1"):
+        assert config(host=good).host == good
+
+
+@pytest.mark.parametrize("path", ["~/x.db", "sqlite:///x.db", "/", "a\x00b", "."])
+def test_a_path_is_a_file(path):
+    """A URL, a home that is another one on each node, or a folder is refused."""
+    assert re.search("correct it|name one", message(SqliteConfig, path=path))
+    assert SqliteConfig(path="../x.db").path == Path("../x.db")
+
+
+@pytest.mark.parametrize("group_id", ["g\n", "g\x00", "g\ud800"])
+def test_what_cannot_be_printed_is_no_name(group_id):
+    assert "printable characters" in message(group, group_id=group_id)
+
+
+def test_a_number_that_no_database_holds():
+    assert "must be at most 1000000000" in message(TriggerConfiguration, interval=1, max_count=10**30)
+    assert "must be at most 1000000000" in message(retry, max_attempts=10**20)
 
 
 def test_every_way_to_load_raises_the_same():
@@ -369,7 +405,7 @@ def test_identifiers(field, value):
         assert getattr(group(**{field: accepted}), field) == accepted
     text = message(group, **{field: value})
     assert f"{field}=" in text
-    assert "must have 1 to 255 characters" in text
+    assert "must have 1 to 255 printable characters" in text
     assert f"this one has {len(value)}); choose another name" in text
 
 
