@@ -18,6 +18,7 @@ from prefect.client.schemas.responses import SetStateStatus, StateWaitDetails
 from prefect.context import FlowRunContext
 from prefect.exceptions import Abort
 from prefect.logging import get_run_logger
+from prefect.logging.loggers import flow_run_logger
 from prefect.states import AwaitingRetry, Retrying
 
 from taskadapter.coordination.executions import Begun
@@ -269,6 +270,31 @@ class Attempts:
             return
         if answer.status is not SetStateStatus.ACCEPT:
             raise Abort(f"the run may not go on: {answer.details}")
+
+
+def enter_end_of_engine(execution: current.Execution, state: State[Any], *, is_failure: bool) -> None:
+    """Enter an end that Prefect's engine has made, and no attempt: at a timeout, for example.
+
+    Args:
+        execution: of a run whose body had begun.
+        state: what the engine has told the API.
+        is_failure: whether the error policy applies, as to the last attempt.
+
+    Raises:
+        CoordinationError: it could not be entered.
+        TokenLostError: the node has lost the token; the one that holds it says what became of the run.
+    """
+    assignment, entered = execution.assignment, execution.entered
+    policy, reason = assignment.policy.error_policy, None
+    is_ours = is_failure and assignment.trigger is not None
+    if is_ours and assignment.is_tick and policy in TERMINATING:
+        number = entered.number if isinstance(entered, Begun) else None
+        reason = ticks.failed(number or 1, policy)
+    record.enter_end(execution, None, state.type.value.capitalize(), reason)
+    execution.ended = reason
+    if is_ours and policy in LOGGING:
+        said = consequence(assignment.deployment_name if reason else None, is_short=False)
+        flow_run_logger(assignment.flow_run).error("%s %s", state.message, said)
 
 
 @contextmanager

@@ -45,6 +45,7 @@ from taskadapter.coordination.executions import Begun, Ended, Exhausted, Paused,
 from taskadapter.errors import CoordinationError, TokenLostError
 from taskadapter.execution import current, protocol, record, turn, workspace
 from taskadapter.execution.assignment import LEAVE_SECONDS, Assignment
+from taskadapter.execution.attempts import enter_end_of_engine
 from taskadapter.prefect_api import private
 from taskadapter.prefect_api.client import API_FAULTS
 from taskadapter.rules import ticks
@@ -245,8 +246,9 @@ def _conclude(
             is_told = _is_told(state) and not _was_spoilt(execution, state)
             end = state if is_told else execution.untold
             if end is not None and execution.outcome is None:
+                is_failure = end.is_failed() and not _is_api_fault(end)
                 with contextlib.suppress(CoordinationError, TokenLostError):
-                    record.enter_end(execution, None, end.type.value.capitalize())
+                    enter_end_of_engine(execution, end, is_failure=is_failure)
             return (protocol.Told if is_told else protocol.Untold)(ended=execution.ended)
         case Paused():
             return protocol.Paused()
@@ -285,10 +287,13 @@ def _is_users(fault: BaseException | None) -> bool:
 
 def _was_spoilt(execution: current.Execution, state: State[Any] | None) -> bool:
     """Return whether the engine took for the body's failure that the API could not be told of its end."""
-    if execution.outcome != "Completed" or state is None or not state.is_failed():
-        return False
-    with contextlib.suppress(Exception):
-        return isinstance(state.result(raise_on_failure=False), API_FAULTS)
+    return execution.outcome == "Completed" and _is_api_fault(state)
+
+
+def _is_api_fault(state: State[Any] | None) -> bool:
+    if state is not None and state.is_failed():
+        with contextlib.suppress(Exception):
+            return isinstance(state.result(raise_on_failure=False), API_FAULTS)
     return False
 
 

@@ -156,6 +156,14 @@ STOPPED = """
             await asyncio.sleep(0.1)
         note("async-timed-out", "finished")
 
+    @Listener(
+        trigger=TriggerConfiguration(interval=2), task_policy=TaskPolicy(max_concurrent=1)
+    ).service("too-slow", timeout_seconds=2)
+    def too_slow() -> None:
+        note("too-slow", "began")
+        while True:
+            time.sleep(0.1)
+
     crashing = Listener(
         trigger=TriggerConfiguration(
             interval=2, max_count=3, start_time=datetime.fromisoformat("{start}") + timedelta(seconds=8)
@@ -378,7 +386,7 @@ def test_a_cancelled_run_is_interrupted(project: Project, prefect: Prefect, job:
 
 @pytest.mark.parametrize("job", ["timed-out", "async-timed-out"])
 def test_a_run_that_takes_too_long_is_ended(project: Project, prefect: Prefect, job: str) -> None:
-    """It fails as TimedOut, whatever its retries; the next tick runs."""
+    """It fails as TimedOut, whatever its retries; the next tick runs, for its job goes on."""
     (run,) = prefect.wait_for_runs(job, "TimedOut", count=1)
     began, *others = project.wait_for(job, "began", 2)
     (finished,) = project.wait_for(job, "finished")
@@ -387,6 +395,15 @@ def test_a_run_that_takes_too_long_is_ended(project: Project, prefect: Prefect, 
     assert [other.pid for other in others] == [finished.pid]
     assert finished.pid != began.pid
     assert len(prefect.wait_for_runs(job, "Completed", count=1)) == 1
+
+
+def test_a_run_that_takes_too_long_ends_its_job(project: Project, prefect: Prefect) -> None:
+    """By default an error does, and that is one."""
+    prefect.wait_for_put_away("too-slow")
+    (run,) = prefect.executed("too-slow")
+    assert state_of(run).name == "TimedOut"
+    assert len(project.entries("too-slow", "began")) == 1
+    prefect.wait_for_logs(run, "The job ends on all nodes; `taskadapter restart too-slow` starts it again.")
 
 
 def test_a_crash_is_reported_and_the_job_goes_on(project: Project, prefect: Prefect) -> None:

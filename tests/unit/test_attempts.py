@@ -1,8 +1,20 @@
-"""What a run says when its last attempt has failed."""
+"""What a run says and enters when it has failed, by its last attempt or by Prefect's engine."""
+
+from datetime import UTC, datetime
+from typing import Any
+from uuid import uuid4
 
 import pytest
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.states import Cancelled, Failed
 
-from taskadapter.execution.attempts import consequence
+from taskadapter.coordination.executions import Begun
+from taskadapter.declare.triggers import TaskPolicy, TriggerConfiguration
+from taskadapter.errors import TokenLostError
+from taskadapter.execution import record
+from taskadapter.execution.attempts import consequence, enter_end_of_engine
+from taskadapter.execution.current import Execution
+from tests.unit.test_hosts import ASSIGNMENT
 
 RESTART = "The job ends on all nodes; `taskadapter restart hello` starts it again."
 SHORT = "No further one fits in before the next tick."
@@ -21,3 +33,76 @@ SHORT = "No further one fits in before the next tick."
 def test_what_follows_from_a_failure_is_said_in_sentences(ended, is_short, said):
     """With the command that starts a job again, where it ends."""
     assert consequence(ended, is_short=is_short) == said
+
+
+TIMED_OUT: State[Any] = Failed(name="TimedOut", message="Flow run exceeded timeout of 2.0 second(s)")
+
+
+def execution(policy="LOG_AND_TERMINATE", *, is_tick=True, is_ours=True):
+    """Return a run whose body has begun, the seventh of its job."""
+    tick = datetime(2030, 1, 1, tzinfo=UTC)
+    job_id = uuid4()
+    key = f"scheduled {job_id} schedule {tick.isoformat(sep=' ')}" if is_tick else None
+    flow_run = FlowRun(
+        flow_id=uuid4(), deployment_id=job_id, idempotency_key=key, auto_scheduled=is_tick, name="run"
+    )
+    trigger = TriggerConfiguration(interval=2, task_policy=TaskPolicy(error_policy=policy))
+    assignment = ASSIGNMENT.model_copy(
+        update={"flow_run": flow_run, "trigger": trigger if is_ours else None}
+    )
+    return Execution(assignment, entered=Begun(7))
+
+
+class TestAnEndOfTheEngine:
+    """A timeout interrupts the body by what is no error of it: no attempt sees it."""
+
+    @pytest.fixture
+    def entered(self, monkeypatch):
+        """What is entered: the outcome, and why the job is over."""
+        found = []
+        monkeypatch.setattr(
+            record, "enter_end", lambda _run, _service, outcome, ends: found.append((outcome, ends))
+        )
+        return found
+
+    @pytest.mark.parametrize("policy", ["LOG_AND_TERMINATE", "TERMINATE"])
+    def test_ends_the_job(self, entered, policy, caplog):
+        run = execution(policy)
+        enter_end_of_engine(run, TIMED_OUT, is_failure=True)
+        reason = f"run 7 failed, and the error policy is {policy}"
+        assert entered == [("Failed", reason)]
+        assert run.ended == reason
+        assert ("exceeded timeout of 2.0 second(s) The job ends" in caplog.text) == (policy != "TERMINATE")
+
+    @pytest.mark.parametrize(
+        "run",
+        [
+            execution("CONTINUE"),
+            execution("LOG_AND_CONTINUE"),
+            execution(is_tick=False),
+            execution(is_ours=False),
+        ],
+        ids=["goes on", "goes on, logged", "by hand", "none of ours"],
+    )
+    def test_ends_nothing(self, entered, run):
+        enter_end_of_engine(run, TIMED_OUT, is_failure=True)
+        assert entered == [("Failed", None)]
+        assert run.ended is None
+
+    def test_which_is_no_failure(self, entered):
+        run = execution()
+        enter_end_of_engine(run, Cancelled(), is_failure=False)
+        assert entered == [("Cancelled", None)]
+        assert run.ended is None
+
+    def test_that_cannot_be_entered(self, monkeypatch):
+        """Who holds the token says what became of the run; here its job is not over."""
+
+        def lost(*_):
+            raise TokenLostError("lost")
+
+        monkeypatch.setattr(record, "enter_end", lost)
+        run = execution()
+        with pytest.raises(TokenLostError):
+            enter_end_of_engine(run, TIMED_OUT, is_failure=True)
+        assert run.ended is None
