@@ -15,7 +15,7 @@ from prefect.logging.loggers import flow_run_logger
 
 from taskadapter.coordination import store
 from taskadapter.coordination.board import DeadlineBoard, clock
-from taskadapter.coordination.executions import Limits
+from taskadapter.coordination.executions import Begun, Limits, Taken
 from taskadapter.declare.jobs import Service, dump_state, load_state
 from taskadapter.errors import (
     AccessDeniedError,
@@ -31,7 +31,7 @@ from taskadapter.execution.assignment import Assignment
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
-    from taskadapter.coordination.executions import Answer
+    from taskadapter.coordination.executions import Answer, Entry
     from taskadapter.execution.current import Execution
 
 T = TypeVar("T")
@@ -53,14 +53,27 @@ def begin(execution: Execution) -> Answer:
     """
     from taskadapter.coordination import ledger
 
-    assignment = execution.assignment
+    assignment, had_begun = execution.assignment, False
     limits = Limits(assignment.trigger_slug or "", assignment.max_count)
-    answer = _answer(
-        execution,
-        lambda connection: ledger.begin(connection, assignment.execution, assignment.owner, limits),
-    )
+
+    def ask(connection: Connection) -> Answer:
+        nonlocal had_begun
+        answer = ledger.begin(connection, assignment.execution, assignment.owner, limits)
+        if had_begun and isinstance(answer, Taken) and _is_own(answer.entry, assignment):
+            answer = Begun(answer.entry.number)
+        had_begun = had_begun or isinstance(answer, Begun)
+        return answer
+
+    answer = _answer(execution, ask)
     require_trust(assignment)
     return answer
+
+
+def _is_own(entry: Entry, assignment: Assignment) -> bool:
+    """Return whether this process has made an entry: the answer to its commit was lost on the way."""
+    made_by = entry.flow_run_id, entry.incarnation, entry.term
+    term = assignment.token.term if assignment.token else None
+    return made_by == (assignment.execution.flow_run_id, assignment.incarnation, term) and not entry.outcome
 
 
 def prepare(assignment: Assignment) -> None:

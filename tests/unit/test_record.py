@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from taskadapter.coordination import store
-from taskadapter.coordination.executions import Begun
+from taskadapter.coordination import ledger, store
+from taskadapter.coordination.executions import Begun, Entry, Taken
 from taskadapter.errors import AccessDeniedError, DatabaseUnavailableError, TokenLostError
 from taskadapter.execution import protocol, record
 from taskadapter.execution.current import Execution
@@ -71,6 +71,47 @@ def test_what_is_dropped_begins_where_the_database_answers(monkeypatch):
     given = Given(monkeypatch)
     given.is_dropped = True
     assert record.begin(given.execution) == Begun(1)
+
+
+@pytest.mark.parametrize("lost", [1, 2])
+@pytest.mark.parametrize("is_own", [True, False])
+def test_a_beginning_whose_commit_has_no_answer(monkeypatch, lost, is_own):
+    """It is entered, and the process that asks again has begun it itself; what another has, it leaves."""
+    execution = Execution(ASSIGNMENT)
+    entry = entered_by("1" if is_own else "2")
+    answers, faults = [Begun(3), *(Taken(entry) for _ in range(lost))], [AWAY] * lost
+
+    def ask(_url, question):
+        answer = question(None)
+        if faults:
+            raise faults.pop()
+        return answer
+
+    monkeypatch.setattr(ledger, "begin", lambda *_: answers.pop(0))
+    monkeypatch.setattr(store, "ask", ask)
+    monkeypatch.setattr(store, "RETRY_SECONDS", 0)
+    assert record.begin(execution) == (Begun(3) if is_own else Taken(entry))
+
+
+def test_what_was_entered_before_does_not_begin_again(monkeypatch):
+    """Though it is of this very run: a process of the node has begun it, and has ended."""
+    entry, faults = entered_by("1"), [AWAY]
+
+    def ask(_url, question):
+        if faults:
+            raise faults.pop()
+        return question(None)
+
+    monkeypatch.setattr(ledger, "begin", lambda *_: Taken(entry))
+    monkeypatch.setattr(store, "ask", ask)
+    monkeypatch.setattr(store, "RETRY_SECONDS", 0)
+    assert record.begin(Execution(ASSIGNMENT)) == Taken(entry)
+
+
+def entered_by(incarnation: str) -> Entry:
+    """Return the entry of a run that goes on."""
+    mine = ASSIGNMENT.execution
+    return Entry(mine.key, mine.flow_run_id, None, None, 3, None, "node", None, incarnation, None)
 
 
 @pytest.mark.parametrize(("fault", "told"), [(AWAY, []), (DENIED, [str(DENIED)])])
