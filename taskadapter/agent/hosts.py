@@ -53,6 +53,7 @@ class HostPool:
         self._folder: Scratch | None = None
         self._database_url: SecretStr | None = None
         self._broken_since: float | None = None
+        self._prober: asyncio.Task[None] | None = None
         # Prefect would have each run serve metrics too: on the port that is the agent's, which ends it.
         self._environment = (
             {PREFECT_CLIENT_METRICS_ENABLED.name: "false"} if PREFECT_CLIENT_METRICS_ENABLED else {}
@@ -96,7 +97,6 @@ class HostPool:
                 ours.close()
                 raise TaskError(reason)
         self._nursery = ours
-        self._broken_since = None
         self._tell_of_database()
         self._watcher = asyncio.create_task(self._watch(ours, reader, preload))
 
@@ -113,8 +113,9 @@ class HostPool:
 
     async def close(self) -> None:
         """End every run, the nursery, and what they have left."""
-        if self._watcher is not None:
-            self._watcher.cancel()
+        for task in (self._watcher, self._prober):
+            if task is not None:
+                task.cancel()
         if self._nursery is not None:
             self._nursery.close()
         if self._process is not None:
@@ -155,11 +156,25 @@ class HostPool:
                     self._log.error("The nursery process cannot be started, trying again: %s", fault)
                 self._break(str(fault))
         self._log.info("The nursery process is back, and runs can begin again.")
+        self._probe()
 
     def _break(self, fault: str) -> None:
         self.fault = fault
         if self._broken_since is None:
             self._broken_since = time.monotonic()
+
+    def _probe(self) -> None:
+        """See to it that it becomes known when processes can be started again, if no run asks for one."""
+        if self._prober is None or self._prober.done():
+            self._prober = asyncio.create_task(self._until_forked())
+
+    async def _until_forked(self) -> None:
+        while self._broken_since is not None and self._nursery is not None:
+            with contextlib.suppress(OSError):
+                host = await self.fork()
+                host.end(signal.SIGKILL)
+                return
+            await asyncio.sleep(RESTART_SECONDS)
 
     @property
     def broken_for(self) -> float:
@@ -184,9 +199,19 @@ class HostPool:
         Raises:
             OSError: no process can be started.
         """
+        try:
+            host = await self._forked()
+        except OSError as fault:
+            self._break(str(fault))
+            self._probe()
+            raise
+        self._broken_since = None
+        return host
+
+    async def _forked(self) -> HostLink:
         nursery = self._nursery
         if nursery is None:
-            raise OSError("the process that forks others is not running")
+            raise OSError(self.fault)
         ours, theirs = socket.socketpair()
         with theirs:
             socket.send_fds(nursery, [protocol.Fork().line()], [theirs.fileno()])
@@ -196,14 +221,16 @@ class HostPool:
             async with asyncio.timeout(ANSWER_SECONDS):
                 first = await LineReader(ours).read()
         except TimeoutError:
-            self._break("no process is forked")
             self._kill_nursery()
             fault = f"it was not forked within {ANSWER_SECONDS:g} s"
-        if first is None or nursery is not self._nursery:
+        said = None if first is None else protocol.first(first)
+        if isinstance(said, protocol.Unforked):
+            fault = said.fault
+        if not isinstance(said, protocol.Ready) or nursery is not self._nursery:
             writer.transport.abort()
             ours.close()
             raise OSError(fault)
-        host = HostLink(ours, writer, protocol.ready(first).pid, self._kill_nursery)
+        host = HostLink(ours, writer, said.pid, self._kill_nursery)
         self._hosts[host.pid] = host
         if (ending := self._endings.pop(host.pid, None)) is not None:
             del self._hosts[host.pid]

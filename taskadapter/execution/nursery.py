@@ -183,12 +183,18 @@ class Nursery:
                         store.rehearse(url.get_secret_value())
 
     def _fork(self, descriptor: int) -> None:
+        """Make a process; where the system has none to give, the agent is told, and the others go on."""
         nursery = os.getpid()
-        pid = os.fork()
-        if pid == 0:
-            self._become_a_run(nursery, socket.socket(fileno=descriptor))
-        self._runs.add(pid)
-        os.close(descriptor)
+        with socket.socket(fileno=descriptor) as link:
+            try:
+                pid = os.fork()
+            except OSError as fault:
+                with contextlib.suppress(OSError):
+                    link.sendall(protocol.Unforked(fault=str(fault)).line())
+                return
+            if pid == 0:
+                self._become_a_run(nursery, link)
+            self._runs.add(pid)
 
     def _become_a_run(self, nursery: int, agent: socket.socket) -> None:
         signal.set_wakeup_fd(-1)

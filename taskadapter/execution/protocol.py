@@ -77,6 +77,13 @@ class Ready(Message, frozen=True):
     pid: int
 
 
+class Unforked(Message, frozen=True):
+    """There is no process: the nursery says it in its place, and why."""
+
+    kind: Literal["unforked"] = "unforked"
+    fault: str
+
+
 class Loaded(Message, frozen=True):
     """The run's code is loaded; it took so many seconds."""
 
@@ -217,6 +224,9 @@ Notice = Serving | Refused | Gone
 
 _ORDER: TypeAdapter[Order] = TypeAdapter(Annotated[Order, Field(discriminator="kind")])
 _REPORT: TypeAdapter[Report] = TypeAdapter(Annotated[Report, Field(discriminator="kind")])
+_FIRST: TypeAdapter[Ready | Unforked] = TypeAdapter(
+    Annotated[Ready | Unforked, Field(discriminator="kind")]
+)
 _REQUEST: TypeAdapter[Request] = TypeAdapter(Annotated[Request, Field(discriminator="kind")])
 _NOTICE: TypeAdapter[Notice] = TypeAdapter(Annotated[Notice, Field(discriminator="kind")])
 
@@ -239,13 +249,13 @@ def report(line: bytes) -> Report:
     return _REPORT.validate_json(line)
 
 
-def ready(line: bytes) -> Ready:
+def first(line: bytes) -> Ready | Unforked:
     """Return the first that a process has said.
 
     Raises:
         ValidationError: it has said something else.
     """
-    return Ready.model_validate_json(line)
+    return _FIRST.validate_json(line)
 
 
 def request(line: bytes) -> Request:

@@ -89,6 +89,7 @@ def test_a_nursery_that_is_back_is_told(
     async def course() -> None:
         ours.setblocking(False)
         theirs.close()
+        monkeypatch.setattr(pool, "_probe", lambda: None)
         await pool._watch(ours, LineReader(ours), ())
 
     monkeypatch.setattr(pool, "start", start)
@@ -99,3 +100,40 @@ def test_a_nursery_that_is_back_is_told(
         "The nursery process cannot be started",
         "The nursery process is back",
     ]
+
+
+def test_a_system_that_has_no_process_to_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is known why, and that there are processes again is found without a run."""
+    monkeypatch.setattr("taskadapter.agent.hosts.RESTART_SECONDS", 0.01)
+    monkeypatch.setattr("taskadapter.agent.links.LAST_WORDS_SECONDS", 0.01)
+    monkeypatch.setattr(HostLink, "end", lambda *_: None)
+    fault = "[Errno 11] Resource temporarily unavailable"
+    answers: list[protocol.Message] = [protocol.Unforked(fault=fault)] * 2 + [protocol.Ready(pid=2**22)]
+
+    async def course(ours: socket.socket, theirs: socket.socket) -> None:
+        pool = HostPool(1)
+        pool._nursery = ours
+
+        def serve() -> None:
+            _, descriptors, _, _ = socket.recv_fds(theirs, 1024, maxfds=1)
+            with socket.socket(fileno=descriptors[0]) as run:
+                run.sendall(answers.pop(0).line())
+
+        loop = asyncio.get_running_loop()
+        loop.add_reader(theirs, serve)
+        with pytest.raises(OSError, match="Resource temporarily unavailable"):
+            await pool.fork()
+        assert pool.broken_for > 0
+        assert pool.fault == fault
+        assert pool._prober is not None
+        await pool._prober
+        assert pool.broken_for == 0
+        loop.remove_reader(theirs)
+        pool._end_hosts()
+        await asyncio.sleep(0.1)  # it hangs up
+
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        asyncio.run(course(ours, theirs))
+    assert answers == []

@@ -1,6 +1,7 @@
 """What the nursery imports for all runs, and what it refuses to."""
 
 import os
+import socket
 import sys
 
 import pytest
@@ -87,3 +88,26 @@ def test_requests_are_done_in_their_order(monkeypatch, fault):
     assert done == ["sqlite://", 7, 8]
     for ours in (asked._wakeup, asked._on_signal, asked._selector):
         ours.close()
+
+
+def test_a_fork_that_the_system_refuses(monkeypatch):
+    """The agent is told why, and the nursery goes on with its runs."""
+
+    def refuse():
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(os, "fork", refuse)
+    agent, ours = socket.socketpair()
+    kept, given = socket.socketpair()
+    with agent, ours, kept:
+        one = nursery.Nursery(ours, None)
+        one._heard = protocol.Fork().line()
+        one._descriptors = [given.detach()]
+        one._heed()
+        fault = "[Errno 11] Resource temporarily unavailable"
+        assert protocol.first(kept.recv(1000)) == protocol.Unforked(fault=fault)
+        assert kept.recv(1) == b""
+        assert not one._runs
+        one._selector.close()
+        one._wakeup.close()
+        one._on_signal.close()
