@@ -74,7 +74,9 @@ class Teller:
 
     async def skip(self, flow_run: FlowRun, reason: str) -> None:
         """Record that a tick was not run, and why."""
-        await self._client.set_flow_run_state(flow_run.id, ticks.skipped(reason), force=True)
+        await self.until_told(
+            lambda: self._client.set_flow_run_state(flow_run.id, ticks.skipped(reason), force=True)
+        )
 
     async def report(self, flow_run: FlowRun, state: State[Any], *, force: bool = False) -> bool:
         """Tell the API of a state that only the agent knows; returns whether it has taken it.

@@ -73,6 +73,8 @@ class Timetable:
         # Read from them once for each visit: most jobs of a pool may be over, and each look goes over all.
         self._plans: dict[UUID, Plan] = {}
         self._lines: dict[UUID, Line] = {}
+        # Queues that are another agent's since their lines were begun here.
+        self._forgotten: set[str] = set()
         # Jobs that are over, and when their schedule had been switched on; None without one.
         self._ended: dict[UUID, datetime | None] = {}
         # The jobs of which the agent has said that it makes ticks, until Prefect plans some again.
@@ -189,6 +191,7 @@ class Timetable:
     def forget(self, queue: str) -> None:
         """Forget how far the jobs of a queue are: from now on another agent runs them."""
         self._lines = {id_: line for id_, line in self._lines.items() if line.plan.queue != queue}
+        self._forgotten.add(queue)
 
     def settle(self, flow_run: FlowRun) -> None:
         """Take note that a tick has been claimed, skipped or ended."""
@@ -323,10 +326,12 @@ class Timetable:
         """Begin the lines of the jobs that have none yet, or a stale one."""
         lines = {id_: self._lines.get(id_) for id_, plan in self._plans.items() if plan.queue in queues}
         plans = {id_: self._plans[id_] for id_, line in lines.items() if line is None or line.is_stale}
+        self._forgotten.clear()
         entered, last = await self._settled(plans)
         for deployment_id, plan in plans.items():
             line, deployment = lines[deployment_id], self._deployments.get(deployment_id)
-            if deployment is not None:  # else it has ended meanwhile
+            # Else it has ended meanwhile, or is another agent's.
+            if deployment is not None and plan.queue not in self._forgotten:
                 through, settled = begin(plan, entered.get(deployment_id), last.get(deployment_id))
                 self._lines[deployment_id] = Line(
                     deployment_id,

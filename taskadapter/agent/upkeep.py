@@ -137,10 +137,10 @@ class Upkeep:
                 if self._node.share.serves(DEFAULT_QUEUE):
                     await takeover.end_orphans(domain.liveness_check_interval)
                 await takeover.sweep(self._membership.served, lambda: self._hand.ids)
-                if sweeps % SWEEPS_PER_PRUNING == 0:
+                sweeps += 1
+                if sweeps % SWEEPS_PER_PRUNING == 1:
                     seconds = self._node.settings.ledger_days * DAY_SECONDS
                     await asyncio.to_thread(store.prune, url, seconds)
-                sweeps += 1
             except (*API_FAULTS, CoordinationError) as fault:
                 self._node.log.debug("What is claimed is looked after later: %s", fault)
 

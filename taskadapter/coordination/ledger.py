@@ -290,13 +290,23 @@ def _found(connection: Connection, wanted: ColumnElement[bool]) -> list[Entry]:
     return [_entry(row) for row in connection.execute(query)]
 
 
-def prune(connection: Connection, seconds: float) -> None:
+def prune(connection: Connection, seconds: float, at_most: int = 1000) -> bool:
     """Remove what ended longer ago than so many seconds.
 
     The newest tick of each job stays: it says how far the job is.
+
+    Args:
+        connection: in a transaction.
+        seconds: since its end.
+        at_most: how many rows are removed: a statement has room for so many keys, and locks them.
+
+    Returns:
+        Whether there may be more.
     """
-    columns = ledger.c
-    newest = select(columns.job_id, func.max(columns.due)).where(columns.due.is_not(None))
-    kept = [f"{job_id} {due}" for job_id, due in connection.execute(newest.group_by(columns.job_id))]
-    old = seconds_since(columns.ended) > seconds
-    connection.execute(delete(ledger).where(old, columns.execution.not_in(kept)))
+    columns, newer = ledger.c, ledger.alias()
+    has_newer = exists().where(newer.c.job_id == columns.job_id, newer.c.due > columns.due)
+    is_old = and_(seconds_since(columns.ended) > seconds, or_(columns.due.is_(None), has_newer))
+    # MySQL deletes from no table that the statement reads as well.
+    old = connection.scalars(select(columns.execution).where(is_old).limit(at_most)).all()
+    connection.execute(delete(ledger).where(columns.execution.in_(old)))
+    return len(old) == at_most

@@ -110,11 +110,9 @@ def prune(database_url: str, seconds: float) -> None:
     """Forget the executions, and the jobs, that ended longer ago than so many seconds."""
     from taskadapter.coordination import ledger, progress
 
-    def forget(connection: Connection) -> None:
-        ledger.prune(connection, seconds)
-        progress.prune(connection, seconds)
-
-    ask(database_url, forget)
+    while ask(database_url, lambda connection: ledger.prune(connection, seconds)):
+        pass
+    ask(database_url, lambda connection: progress.prune(connection, seconds))
 
 
 def entered(database_url: str, job_ids: Iterable[UUID], limit: int) -> dict[UUID, Entered]:

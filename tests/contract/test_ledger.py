@@ -353,6 +353,23 @@ class TestLeftBehind:
             ledger.prune(connection, -1)
         assert outcomes(engine, tick(2), tick(9, "another")) == ["Completed", "Failed"]
 
+    def test_is_forgotten_bit_by_bit(self, engine: Engine) -> None:
+        """However many jobs there are: a statement has room for so many keys only."""
+        for number in range(1, 6):
+            for job in (JOB, "another"):
+                begin(engine, tick(number, job))
+                end(engine, tick(number, job), "Completed")
+        begin(engine, ASKED)
+        end(engine, ASKED, "Completed")
+        more, rounds = True, 0
+        while more:
+            with transaction(engine) as connection:
+                more = ledger.prune(connection, -1, at_most=4)
+            rounds += 1
+        assert rounds == 3
+        left = [tick(number, job) for number in range(1, 6) for job in (JOB, "another")]
+        assert outcomes(engine, *left, ASKED) == ["Completed", "Completed"]
+
 
 class TestDues:
     def test_are_those_that_need_not_run(self, engine: Engine) -> None:

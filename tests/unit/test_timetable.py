@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import Any
 from uuid import UUID, uuid4
@@ -12,9 +13,10 @@ from prefect.client.schemas.objects import FlowRun
 
 from taskadapter.agent.plans import MADE_AT_ONCE
 from taskadapter.agent.timetable import Timetable
+from taskadapter.coordination.executions import Entered
 from taskadapter.declare.triggers import TriggerConfiguration
 from taskadapter.rules.ticks import slug, tick_of
-from tests.unit.given import JOB, NOON, SECOND, at, line
+from tests.unit.given import JOB, NOON, SECOND, at, line, plan
 
 
 class Api:
@@ -97,6 +99,22 @@ def test_what_prefect_withholds_is_made_once_and_waits():
     assert timetable.complete_until > NOON + 5 * SECOND
     assert api.made == at(0, 5)
     assert look(10) == at(0, 5, 10)
+
+
+@pytest.mark.parametrize("is_lost", [True, False])
+def test_a_queue_that_is_lost_while_its_lines_are_begun(is_lost):
+    """Where its jobs are by then is another agent's to know; they would be old when it comes back."""
+
+    async def entered(_):
+        if is_lost:
+            timetable.forget("default")
+        return {JOB: Entered(dues=(NOON,))}
+
+    timetable: Any = Timetable(None, logging.getLogger("test"), entered)
+    timetable._plans = {JOB: plan(created=datetime(2020, 1, 1, tzinfo=UTC))}
+    timetable._deployments = {JOB: SimpleNamespace(name="job", paused=False)}
+    asyncio.run(timetable.complete([], ["default"], [], NOON, NOON))
+    assert bool(timetable._lines) is not is_lost
 
 
 def test_an_api_that_fails_for_all_is_a_fault():
