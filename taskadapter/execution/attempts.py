@@ -294,7 +294,8 @@ def enter_end_of_engine(execution: current.Execution, state: State[Any], *, is_f
     execution.ended = reason
     if is_ours and policy in LOGGING:
         said = consequence(assignment.deployment_name if reason else None, is_short=False)
-        flow_run_logger(assignment.flow_run).error("%s %s", state.message, said)
+        log = flow_run_logger(assignment.flow_run)
+        log.error("Ended by Prefect, and failed. %s The error: %s", said, state.message)
 
 
 @contextmanager

@@ -72,7 +72,9 @@ class TestAnEndOfTheEngine:
         reason = f"run 7 failed, and the error policy is {policy}"
         assert entered == [("Failed", reason)]
         assert run.ended == reason
-        assert ("exceeded timeout of 2.0 second(s) The job ends" in caplog.text) == (policy != "TERMINATE")
+        said = "Ended by Prefect, and failed. The job ends on all nodes; "
+        assert (said in caplog.text) == (policy != "TERMINATE")
+        assert ("The error: Flow run exceeded timeout" in caplog.text) == (policy != "TERMINATE")
 
     @pytest.mark.parametrize(
         "run",
