@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from sqlalchemy import create_engine, event, make_url
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.pool import NullPool
 
 from taskadapter.coordination.faults import translated, where
 from taskadapter.errors import CoordinationError
@@ -147,11 +148,15 @@ def _server_url(config: Any) -> URL:
     )
 
 
-def open_engine(database: Database, *, timeouts: Timeouts | None = None, pre_ping: bool = True) -> Engine:
+def open_engine(
+    database: Database, *, timeouts: Timeouts | None = None, pre_ping: bool = True, pool_files: bool = True
+) -> Engine:
     """Return an engine whose sessions all behave alike, whatever the server's defaults.
 
     They are in UTC and READ COMMITTED, give up in time, and on SQLite lock at `BEGIN`. Nothing is
     connected yet. `pre_ping` replaces a pooled connection that died, at one round trip a checkout.
+    `pool_files` keeps connections to a SQLite file, which is soon opened: one that is idle keeps all of its
+    process to the log that it knows, should the file be moved away and back.
 
     Raises:
         CoordinationError: the URL cannot be used, or its driver is not installed.
@@ -167,6 +172,7 @@ def open_engine(database: Database, *, timeouts: Timeouts | None = None, pre_pin
             hide_parameters=True,
             connect_args=_CONNECT_ARGS[name](timeouts),
             **({} if name == "sqlite" else {"isolation_level": _ISOLATION}),
+            **({"poolclass": NullPool} if name == "sqlite" and not pool_files else {}),
         )
     except ImportError as error:
         raise CoordinationError(

@@ -319,7 +319,7 @@ def _engine_on(url: str, _file: tuple[int, int] | None) -> Engine:
     """
     from taskadapter.coordination.engines import Timeouts, open_engine
 
-    return open_engine(url, timeouts=Timeouts(idle=IDLE_SECONDS))
+    return open_engine(url, timeouts=Timeouts(idle=IDLE_SECONDS), pool_files=False)
 
 
 def _create_tables(database_url: str) -> None:

@@ -85,7 +85,9 @@ class Served(NamedTuple):
 
 @pytest.fixture(scope="module")
 def database(project: Project) -> Path:
-    return project.folder / "coordination.db"
+    folder = project.folder / "coordination"
+    folder.mkdir()
+    return folder / "coordination.db"
 
 
 @contextmanager
@@ -183,15 +185,14 @@ def test_without_the_api(api: ApiProxy, node: Served) -> None:
 
 
 def test_without_the_database(database: Path, node: Served) -> None:
-    away = database.with_suffix(".away")
-    database.rename(away)
-    database.mkdir()
+    """A file of SQLite goes with its log, and comes back with it: with its folder."""
+    away = database.parent.with_name("away")
+    database.parent.rename(away)
     try:
         wait_until(lambda: "database" in node.unmet(), PATIENCE, "the database to be missed")
         assert not node.is_ready()
     finally:
-        database.rmdir()
-        away.rename(database)
+        away.rename(database.parent)
     wait_until(node.is_ready, PATIENCE, "the node to be ready again")
 
 
