@@ -133,9 +133,10 @@ def _deployed(project: Project, prefect: Prefect) -> None:
 
 
 @pytest.fixture(scope="module")
-def node(project: Project, api: ApiProxy) -> Iterator[Program]:
+def node(project: Project, prefect: Prefect, api: ApiProxy) -> Iterator[Program]:
     """An agent that reaches Prefect by way of the proxy."""
     with project.agent("book-1", "--limit", "3", env={"PREFECT_API_URL": api.api_url}) as node:
+        prefect.wait_for_end(prefect.start("book-quick"))  # its database has tables by then
         yield node
 
 
@@ -511,7 +512,8 @@ def test_the_ledger_is_shown(project: Project) -> None:
 
 
 @pytest.mark.slow
-def test_pausing_holds_whatever_the_moment(project: Project, prefect: Prefect, node: Program) -> None:
+@pytest.mark.usefixtures("second")
+def test_pausing_holds_whatever_the_moment(project: Project, prefect: Prefect) -> None:
     """With two agents, at any phase of the job's ticks: nothing begins while it is paused, none is lost."""
     from taskadapter import pause_job, resume_job
     from taskadapter.declare.jobs import JobId
