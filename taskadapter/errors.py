@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 
 def listed(names: Sequence[str], at_most: int = 20) -> str:
     """Return names as a message lists them: not all, where there are many."""
     more = f" and {len(names) - at_most} more" if len(names) > at_most else ""
     return f"{', '.join(names[:at_most])}{more}"
+
+
+def closest(name: str, known: Iterable[str]) -> str | None:
+    """Return which of the known names may be meant by one that is none; None where none is close."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)
 
 
 def in_a_line(text: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 import sys
@@ -18,12 +17,9 @@ from prefect.types.names import BANNED_CHARACTERS
 from taskadapter.declare import attached
 from taskadapter.declare.base import shown
 from taskadapter.declare.jobs import Job, Service, dump_state
-from taskadapter.declare.triggers import TriggerConfiguration
-from taskadapter.errors import DeclarationError, in_a_line, listed
+from taskadapter.declare.triggers import LONGEST_NAME, TriggerConfiguration
+from taskadapter.errors import DeclarationError, closest, in_a_line, listed
 from taskadapter.execution import flow as flows
-
-_LONGEST = 255
-"""Characters of a name."""
 
 _OPTIONS = inspect.signature(Flow.__init__).parameters.keys() - {"self", "fn", "name"}
 """What `prefect.flow` takes besides the name, which a service has from its listener."""
@@ -199,10 +195,10 @@ def check_service(name: object, options: dict[str, Any]) -> None:
                 "listener retries already; declare a RetryConfiguration instead."
             )
     for option in options.keys() - _OPTIONS:
-        close = difflib.get_close_matches(option, _OPTIONS, n=1)
+        close = closest(option, _OPTIONS)
         raise DeclarationError(
             f"service {name!r}: {option}= is no option of a flow; "
-            f"{f'did you mean {close[0]}?' if close else f'there are {listed(sorted(_OPTIONS))}.'}"
+            f"{f'did you mean {close}?' if close else f'there are {listed(sorted(_OPTIONS))}.'}"
         )
     timeout = options.get("timeout_seconds")
     if timeout is not None and not (isinstance(timeout, int | float) and 0 < timeout < math.inf):
@@ -220,10 +216,10 @@ def check_name(name: str, what: str) -> None:
             cannot be printed.
     """
     is_banned = any(character in name for character in BANNED_CHARACTERS)
-    if is_banned or not name.strip() or not name.isprintable() or len(name) > _LONGEST:
+    if is_banned or not name.strip() or not name.isprintable() or len(name) > LONGEST_NAME:
         raise DeclarationError(
-            f"{shown(name)} is no name for a {what}: it must have 1 to {_LONGEST} printable characters, "
-            f"not all blank, none of them one of {' '.join(BANNED_CHARACTERS)}; choose another."
+            f"{shown(name)} is no name for a {what}: it must have 1 to {LONGEST_NAME} printable "
+            f"characters, not all blank, none of them one of {' '.join(BANNED_CHARACTERS)}; choose another."
         )
 
 

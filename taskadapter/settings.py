@@ -7,7 +7,6 @@ in ``pyproject.toml``, in that order.
 
 from __future__ import annotations
 
-import difflib
 import os
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -22,7 +21,7 @@ from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
 
 from taskadapter.declare.base import in_our_words
-from taskadapter.errors import DeclarationError
+from taskadapter.errors import DeclarationError, closest
 from taskadapter.rules import ticks
 
 if TYPE_CHECKING:
@@ -172,6 +171,6 @@ def _suggestion(place: str, prefix: str, name: str, known: list[str]) -> str | N
     if name in known:
         return None
     spelled = name.upper() if prefix else name.lower()
-    close = difflib.get_close_matches(spelled, known, n=1)
-    remedy = f"did you mean {prefix}{close[0]}?" if close else f"settings are {', '.join(known)}"
+    close = closest(spelled, known)
+    remedy = f"did you mean {prefix}{close}?" if close else f"settings are {', '.join(known)}"
     return f"{place} is no setting and has no effect; {remedy}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import reprlib
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, Self, cast, get_args
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.alias_generators import to_camel
 
-from taskadapter.errors import DeclarationError
+from taskadapter.errors import DeclarationError, closest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -235,16 +234,15 @@ def _shown(path: str, value: object) -> str:
 
 
 def _nearest(owner: type[BaseModel], path: str) -> str:
-    close = _close(owner, path.rpartition(".")[2])
+    if close := _close(owner, path.rpartition(".")[2]):
+        return f"did you mean {close}?"
     fields = ", ".join(owner.model_fields)
-    return (
-        f"did you mean {close}?" if close else f"its fields are {fields}" if fields else "it has no field"
-    )
+    return f"its fields are {fields}" if fields else "it has no field"
 
 
 def _close(owner: type[BaseModel], name: str) -> str | None:
     """Return the spelling of a field that is closest to a name; None where none is close."""
-    return next(iter(difflib.get_close_matches(name, _spellings(owner), n=1, cutoff=0.6)), None)
+    return closest(name, _spellings(owner))
 
 
 def _spellings(owner: type[BaseModel]) -> dict[str, str]:

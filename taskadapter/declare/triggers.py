@@ -28,6 +28,7 @@ from taskadapter.declare.civil import Instant
 
 __all__ = [
     "DEFAULT_QUEUE",
+    "LONGEST_NAME",
     "DatabaseConfig",
     "ErrorPolicy",
     "MysqlConfig",
@@ -56,7 +57,9 @@ _MIN_HEARTBEATS = 3
 _MOST = 1_000_000_000
 """More than a job can do in a lifetime, and less than an integer of a database holds."""
 
-_LONGEST_ID = 255
+LONGEST_NAME = 255
+"""Characters of a name, of a group, a node, a service or a pool."""
+
 _LONGEST_INTERVAL = timedelta(days=36525)
 """Prefect's scheduler plans three ticks ahead, and fails at one beyond the year 9999."""
 
@@ -138,9 +141,9 @@ def _max_concurrent(count: int) -> int:
 
 
 def _identifier(text: str) -> str:
-    if not text.strip() or len(text) > _LONGEST_ID or "/" in text or "%" in text or not text.isprintable():
+    if not text.strip() or len(text) > LONGEST_NAME or "/" in text or "%" in text or not text.isprintable():
         raise ValueError(
-            f'must have 1 to {_LONGEST_ID} printable characters, not all blank, none of them "/" or "%" '
+            f'must have 1 to {LONGEST_NAME} printable characters, not all blank, none of them "/" or "%" '
             f"(this one has {len(text)}); choose another name"
         )
     return text
@@ -148,7 +151,8 @@ def _identifier(text: str) -> str:
 
 def _host(name: str) -> str:
     with contextlib.suppress(ValueError):
-        return str(ipaddress.ip_address(name)) and name
+        ipaddress.ip_address(name)
+        return name
     if not re.fullmatch(r"[^\s:/@?#%\\]+", name) or not name.isprintable():
         raise ValueError(
             "must be the name or the address of a machine alone; port, user, password and database have "
@@ -156,9 +160,6 @@ def _host(name: str) -> str:
         )
     return name
 
-
-Count = Annotated[StrictInt, AfterValidator(_at_most)]
-"""A whole number, of a size that a database can hold."""
 
 Seconds = Annotated[float, BeforeValidator(_to_seconds)]
 """A finite duration in seconds, given as int, float, Decimal or timedelta and kept as float."""
@@ -170,6 +171,7 @@ NonNegativeSeconds = Annotated[Seconds, AfterValidator(_not_negative)]
 """`Seconds` of 0 or more."""
 
 _Identifier = Annotated[str, AfterValidator(_identifier)]
+_Count = Annotated[StrictInt, AfterValidator(_at_most)]
 _Host = Annotated[str, AfterValidator(_host)]
 _Port = Annotated[StrictInt, Field(ge=1, le=65535)]
 
@@ -219,7 +221,7 @@ class RetryConfiguration(Declaration):
             `max_interval` shorter than `retry_interval`.
     """
 
-    max_attempts: Annotated[Count, AfterValidator(_max_attempts)]
+    max_attempts: Annotated[_Count, AfterValidator(_max_attempts)]
     retry_interval: PositiveSeconds
     backoff_strategy: RetryStrategy = RetryStrategy.FIXED
     max_interval: PositiveSeconds | None = None
@@ -251,7 +253,7 @@ class TaskPolicy(Declaration):
 
     error_policy: ErrorPolicy = ErrorPolicy.LOG_AND_TERMINATE
     waiting_policy: WaitingPolicy = WaitingPolicy.WAIT
-    max_concurrent: Annotated[Count, AfterValidator(_max_concurrent)] | None = None
+    max_concurrent: Annotated[_Count, AfterValidator(_max_concurrent)] | None = None
     on_takeover: Literal["crash", "rerun"] = "crash"
     on_token_loss: Literal["stop", "finish"] = "stop"
 
@@ -272,7 +274,7 @@ class TriggerConfiguration(Declaration):
     """
 
     interval: Annotated[PositiveSeconds, AfterValidator(_interval)]
-    max_count: Annotated[Count, AfterValidator(_max_count)] = -1
+    max_count: Annotated[_Count, AfterValidator(_max_count)] = -1
     start_time: Instant | None = None
     end_time: Instant | None = None
     task_policy: TaskPolicy | None = None
@@ -309,7 +311,7 @@ class WorkerPoolConfiguration(Declaration):
 
     called: ClassVar[str | None] = "configure_worker_pool"
 
-    worker_count: Annotated[Count, AfterValidator(_worker_count)] = 5
+    worker_count: Annotated[_Count, AfterValidator(_worker_count)] = 5
     waiting_time: NonNegativeSeconds = 5.0
 
 

@@ -64,8 +64,17 @@ def test_a_command_line_is_shortened():
     assert 0 < len(nursery._command(os.getpid())) <= nursery.COMMAND_LENGTH
 
 
+@pytest.fixture
+def idle():
+    """A nursery that does not serve, and has no agent."""
+    idle = nursery.Nursery(None, None)
+    yield idle
+    for ours in (idle._wakeup, idle._on_signal, idle._selector):
+        ours.close()
+
+
 @pytest.mark.parametrize("fault", [DatabaseUnavailableError("away"), RuntimeError("a mistake")], ids=repr)
-def test_requests_are_done_in_their_order(monkeypatch, fault):
+def test_requests_are_done_in_their_order(monkeypatch, idle, fault):
     """However they arrive, a line in two parts or several at once; no fault of a database ends anything."""
     done = []
 
@@ -74,40 +83,32 @@ def test_requests_are_done_in_their_order(monkeypatch, fault):
         raise fault
 
     monkeypatch.setattr(store, "rehearse", rehearse)
-    asked = nursery.Nursery(None, None)
-    monkeypatch.setattr(asked, "_fork", done.append)
-    asked._descriptors = [7, 8]
+    monkeypatch.setattr(idle, "_fork", done.append)
+    idle._descriptors = [7, 8]
     connect = protocol.Connect(database_url=SecretStr("sqlite://")).line()
     for part in (connect[:9], connect[9:] + protocol.Fork().line() + protocol.Fork().line()[:3]):
-        asked._heard += part
-        asked._heed()
+        idle._heard += part
+        idle._heed()
     assert done == ["sqlite://", 7]
-    asked._heard += protocol.Fork().line()[3:]
-    asked._heed()
+    idle._heard += protocol.Fork().line()[3:]
+    idle._heed()
 
     assert done == ["sqlite://", 7, 8]
-    for ours in (asked._wakeup, asked._on_signal, asked._selector):
-        ours.close()
 
 
-def test_a_fork_that_the_system_refuses(monkeypatch):
+def test_a_fork_that_the_system_refuses(monkeypatch, idle):
     """The agent is told why, and the nursery goes on with its runs."""
 
     def refuse():
         raise BlockingIOError(11, "Resource temporarily unavailable")
 
     monkeypatch.setattr(os, "fork", refuse)
-    agent, ours = socket.socketpair()
     kept, given = socket.socketpair()
-    with agent, ours, kept:
-        one = nursery.Nursery(ours, None)
-        one._heard = protocol.Fork().line()
-        one._descriptors = [given.detach()]
-        one._heed()
+    with kept:
+        idle._heard = protocol.Fork().line()
+        idle._descriptors = [given.detach()]
+        idle._heed()
         fault = "[Errno 11] Resource temporarily unavailable"
         assert protocol.first(kept.recv(1000)) == protocol.Unforked(fault=fault)
         assert kept.recv(1) == b""
-        assert not one._runs
-        one._selector.close()
-        one._wakeup.close()
-        one._on_signal.close()
+        assert not idle._runs
