@@ -103,12 +103,16 @@ class Runner:
         """Make a run that has begun nothing due again, or show that it is skipped."""
         match action:
             case runs.PutBack(keep):
-                await self._teller.put_back(run.flow_run, run.due)
+                await self._teller.put_back(run.flow_run, run.due, is_ours=lambda: self._is_ours(run))
                 if keep:
                     self._queue.put_back(run.flow_run, time.monotonic())
                     self._hand.hold_back(run)
             case runs.ShowSkipped(reason):
                 await self._teller.skip(run.flow_run, reason)
+
+    def _is_ours(self, run: RunInHand) -> bool:
+        """Return whether this node may say what becomes of a run; else its group's next holder does."""
+        return run.token is None or self._membership.holds(run.token)
 
     async def _pass_on(self, run: RunInHand, assignment: Assignment, message: str) -> None:
         """Have another node run what cannot be loaded here; if there is none it has crashed."""
@@ -246,7 +250,10 @@ class Runner:
             state = Cancelled(message=f"Cancelled; on {self._node.name} {message}.")
         outcome = runs.outcome_of(state.type)
         await self._enter(run, store.give_up, assignment.execution, assignment.owner, outcome, message)
-        if await self._teller.report(run.flow_run, state, force=True):
+        is_told = await self._teller.report(
+            run.flow_run, state, force=True, is_ours=lambda: self._is_ours(run)
+        )
+        if is_told:
             self._log.warning("Run %s: %s", run.flow_run.name, state.message)
             await self._run_hooks(run, assignment, state)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from datetime import datetime
 from logging import Logger, LoggerAdapter
 from typing import Any
@@ -55,15 +56,30 @@ class Teller:
         now = await self.until_told(lambda: self._client.read_flow_run(flow_run.id))
         return None if now is None else now.state_type
 
-    async def put_back(self, flow_run: FlowRun, due: datetime, message: str | None = None) -> None:
-        """Make a run that has begun nothing due again."""
+    async def put_back(
+        self,
+        flow_run: FlowRun,
+        due: datetime,
+        message: str | None = None,
+        *,
+        is_ours: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """Make a run that has begun nothing due again.
+
+        Args:
+            flow_run: the run.
+            due: when it is due.
+            message: why it has not begun; None if that needs no word.
+            is_ours: as for `until_told`: it would begin again after another node has run it.
+        """
         if ticks.is_tick(flow_run):
             # Once it has ended for Prefect, it would be taken for one that a person wants to be retried.
             policy = flow_run.empirical_policy.model_copy(update={"retry_type": None})
             await self.until_told(
-                lambda: self._client.update_flow_run(flow_run.id, empirical_policy=policy)
+                lambda: self._client.update_flow_run(flow_run.id, empirical_policy=policy), is_ours
             )
-        await self.report(flow_run, Scheduled(scheduled_time=due, message=message), force=True)
+        state: State[Any] = Scheduled(scheduled_time=due, message=message)
+        await self.report(flow_run, state, force=True, is_ours=is_ours)
 
     async def tell(self, flow_run: FlowRun, entry: Entry) -> None:
         """Tell the API what a run came to, as it knew it before if it did."""
@@ -78,10 +94,23 @@ class Teller:
             lambda: self._client.set_flow_run_state(flow_run.id, ticks.skipped(reason), force=True)
         )
 
-    async def report(self, flow_run: FlowRun, state: State[Any], *, force: bool = False) -> bool:
+    async def report(
+        self,
+        flow_run: FlowRun,
+        state: State[Any],
+        *,
+        force: bool = False,
+        is_ours: Callable[[], bool] = lambda: True,
+    ) -> bool:
         """Tell the API of a state that only the agent knows; returns whether it has taken it.
 
         One that it refuses for good is told again in the barest form.
+
+        Args:
+            flow_run: the run.
+            state: its state.
+            force: whether it is so whatever the API has of the run.
+            is_ours: as for `until_told`.
 
         Raises:
             HTTPError: as any of `API_FAULTS`: the API does not answer an impatient teller.
@@ -89,7 +118,8 @@ class Teller:
         for told in (_printable(state), _bare(state)):
             try:
                 answer = await self.until_told(
-                    lambda told=told: self._client.set_flow_run_state(flow_run.id, told, force=force)
+                    lambda told=told: self._client.set_flow_run_state(flow_run.id, told, force=force),
+                    is_ours,
                 )
             except httpx.HTTPStatusError as refusal:
                 if not _is_for_good(refusal):
@@ -101,17 +131,21 @@ class Teller:
                 return answer is not None and answer.status is SetStateStatus.ACCEPT
         return False
 
-    async def until_told(self, tell: Any) -> Any:
+    async def until_told(self, tell: Any, is_ours: Callable[[], bool] = lambda: True) -> Any:
         """Repeat a call while the API does not answer; returns None where what it is about is gone.
 
         A job that is over must not come back, and a run that is claimed must not be left.
+
+        Args:
+            tell: the call.
+            is_ours: returns whether this node is still to make it; where it is not, None is returned.
 
         Raises:
             HTTPStatusError: the API refuses it for good.
             HTTPError: as any of `API_FAULTS`: the API does not answer an impatient one.
         """
         try:
-            while True:
+            while is_ours():
                 try:
                     return await tell()
                 except (ObjectNotFound, *API_FAULTS) as fault:
@@ -121,6 +155,7 @@ class Teller:
                         raise
                     self._wait(tell, fault)
                 await asyncio.sleep(RETRY_SECONDS)
+            return None
         finally:
             self._wait_no_more(tell)
 

@@ -4,11 +4,12 @@ import asyncio
 import time
 from types import SimpleNamespace
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import httpx
 import pytest
 from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.responses import SetStateStatus
 from prefect.exceptions import ObjectNotFound
 
 from taskadapter.agent import dispatcher as dispatcher_module
@@ -18,6 +19,7 @@ from taskadapter.agent.hearing import Kind, News
 from taskadapter.agent.jobs import Deployments
 from taskadapter.agent.queue import any_run
 from taskadapter.agent.runs import Life, Phase, Signal, give_back
+from taskadapter.coordination.messages import Token
 from taskadapter.errors import CoordinationError, DeclarationError
 from tests.unit.given import LOG, node, tick
 
@@ -270,7 +272,7 @@ def test_a_tick_that_is_put_back_is_not_passed_over(dropped):
     run = dispatcher._hand.take(first, None)
     run.life = Life(dropped=dropped)
 
-    async def told(*_):
+    async def told(*_, **__):
         pass
 
     dispatcher._teller.put_back = told
@@ -282,3 +284,22 @@ def test_a_tick_that_is_put_back_is_not_passed_over(dropped):
     assert [found.id for found in dispatcher._queue.firsts()] == [second.id if dropped else first.id]
     dispatcher.found([second], time.monotonic())
     assert [found.id for found in dispatcher._queue.firsts()] == [second.id]
+
+
+@pytest.mark.parametrize("holder", ["this node", "another one", "nobody, of a run without a group"])
+def test_only_the_holder_of_a_group_puts_its_runs_back(holder):
+    """Another one has settled them, perhaps long ago, when the API takes what this one has to say."""
+    dispatcher = new_dispatcher()
+    token = None if holder.startswith("nobody") else Token("group", "node-1", 1)
+    run = dispatcher._hand.take(tick(uuid4(), 1, planned=False), token)
+    told: list[UUID] = []
+
+    async def set_flow_run_state(run_id: UUID, *_: Any, **__: Any) -> Any:
+        told.append(run_id)
+        return SimpleNamespace(status=SetStateStatus.ACCEPT)
+
+    dispatcher._teller._client = SimpleNamespace(set_flow_run_state=set_flow_run_state)
+    dispatcher._runner._membership = SimpleNamespace(holds=lambda _: holder == "this node")
+
+    asyncio.run(dispatcher._runner.give_back(run, give_back(run.life)))
+    assert told == ([] if holder == "another one" else [run.flow_run.id])

@@ -133,6 +133,17 @@ def test_a_refusal_that_passes(status):
     assert [message for _, message, _ in api.told] == ["boom"] * 4
 
 
+def test_a_run_that_is_another_nodes_by_now_is_not_put_back():
+    """It would begin again there, if somebody has asked for it and it has run meanwhile."""
+    api: Any = Api(status=503, refusals=9)
+
+    def is_ours() -> bool:
+        return len(api.told) < 3
+
+    asyncio.run(Teller(api, LOG).put_back(RUN, NOON, is_ours=is_ours))
+    assert len(api.told) == 3
+
+
 def test_runs_that_cannot_be_told_of_are_one_line(caplog):
     """However many wait, it is said once that they do, and once that none does any more."""
     caplog.set_level(logging.INFO)
