@@ -48,10 +48,12 @@ class ApiProxy:
 
     Attributes:
         fault: Fails requests; may be changed at any time.
+        is_silent: Whether requests have no answer for the time being.
     """
 
     def __init__(self, upstream: int) -> None:
         self.fault: Fault | None = None
+        self.is_silent = False
         self.port = free_port()
         self.api_url = f"http://{HOST}:{self.port}/api"
         self.requests: list[Request] = []
@@ -114,6 +116,8 @@ class ApiProxy:
         body = await client.readexactly(int(headers.get("content-length", "0")))
         request = Request(time.time(), method, path.partition("?")[0], body)
         self.requests.append(request._replace(body=b""))
+        while self.is_silent:  # noqa: ASYNC110 - it is changed in another thread
+            await asyncio.sleep(0.05)
         if self.fault is not None and (instead := self.fault(request)) is not None:
             answer.write(instead)
             await answer.drain()

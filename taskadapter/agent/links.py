@@ -60,13 +60,14 @@ class Progress:
         loaded: called with the seconds that the run's code took to load.
         started: called when the run's moment has come.
         begun: called when the body begins, and when the job is over, with the reason if it is.
-        waits: called while the coordination database fails it, and when it answers again.
+        came_to: called while the coordination database fails it, when that answers again, and when it has
+            what the body came to.
     """
 
     loaded: Callable[[float], None]
     started: Callable[[], None]
     begun: Callable[[str | None], None]
-    waits: Callable[[protocol.Waits | protocol.Answered], None]
+    came_to: Callable[[protocol.Waits | protocol.Answered | protocol.Settled], None]
 
 
 class HostLink:
@@ -104,8 +105,8 @@ class HostLink:
                     progress.started()
                 case protocol.Begun(ended=ended):
                     progress.begun(ended)
-                case protocol.Waits() | protocol.Answered():
-                    progress.waits(report)
+                case protocol.Waits() | protocol.Answered() | protocol.Settled():
+                    progress.came_to(report)
                 case _:
                     end = report
                     break

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import UUID
 
+import httpx
 from prefect.client.schemas.objects import FlowRun
 from prefect.exceptions import ObjectNotFound
 from pydantic import SecretStr
@@ -46,6 +47,9 @@ if TYPE_CHECKING:
 SILENT_SECONDS = 15.0
 """A look that has had no answer for so long is worth a line: Prefect's client waits for a minute."""
 
+DOUBT_SECONDS = 10.0
+"""How long another call may have no answer then, before the API is taken for away."""
+
 RETRY_SECONDS = 0.02
 """How long to wait before the API is asked again on behalf of somebody who waits for it."""
 
@@ -66,7 +70,7 @@ class Lookout:
         prefetch_seconds: how long before its time a run is to be known at least.
 
     Attributes:
-        fault: what the last look failed with; None if it did not.
+        fault: what the last look failed with, or has no answer for; None if neither is so.
     """
 
     def __init__(
@@ -110,6 +114,8 @@ class Lookout:
         self._had_plenty = False
         self._faults = 0
         self._is_silent = False
+        # When the first of the looks began that have failed since; None after one that has not.
+        self._blind_since: float | None = None
         self.fault: Exception | None = None
 
     @property
@@ -121,6 +127,14 @@ class Lookout:
     def is_api_away(self) -> bool:
         """Whether the API is known not to answer."""
         return self._faults > 0 or self._is_silent
+
+    @property
+    def blind_for(self) -> float:
+        """For how many seconds it cannot be seen from here what is due, as `fault` says; 0 if it can.
+
+        That a look is slow, or that it is the coordination database that fails it, does not count.
+        """
+        return 0.0 if self._blind_since is None else time.monotonic() - self._blind_since
 
     def want(self) -> None:
         """Have a look made at once."""
@@ -156,15 +170,15 @@ class Lookout:
 
     async def _look_once(self) -> list[FlowRun]:
         asked = time.monotonic()
-        silent = asyncio.get_running_loop().call_later(SILENT_SECONDS, self._tell_silence)
+        silent = asyncio.get_running_loop().call_later(SILENT_SECONDS, self._tell_silence, asked)
         try:
             found = await self._look()
         except (*API_FAULTS, TaskError) as fault:
-            await self._back_off(fault, in_words(fault))
+            await self._back_off(fault, in_words(fault), asked)
             return []
         except Exception as exc:
             self._node.log.exception("Looking for runs failed.")
-            await self._back_off(exc, type(exc).__name__)
+            await self._back_off(exc, type(exc).__name__, asked)
             return []
         finally:
             silent.cancel()
@@ -177,7 +191,7 @@ class Lookout:
         self._looks.looked(asked, self._enough_for())
         return found
 
-    def _tell_silence(self) -> None:
+    def _tell_silence(self, asked: float) -> None:
         """Say once that a look has had no answer, and let it go on: a slow server may still give one."""
         if self.is_api_away:
             return
@@ -188,6 +202,25 @@ class Lookout:
             SILENT_SECONDS,
             named(),
         )
+        self._node.tasks.spawn(self._doubt(asked))
+
+    async def _doubt(self, asked: float) -> None:
+        """Take the API for away that does not answer another call either, during a look of some moment."""
+        seconds = SILENT_SECONDS + DOUBT_SECONDS
+        fault: Exception = httpx.TransportError(f"no call has had an answer for {seconds:g} s")
+        try:
+            async with asyncio.timeout(DOUBT_SECONDS):
+                await self._node.client.read_work_pool(self._node.work_pool)
+        except TimeoutError:
+            pass
+        except API_FAULTS as exc:
+            fault = exc
+        except ObjectNotFound:
+            return
+        else:
+            return
+        if self._is_silent and self._blind_since is None:
+            self.fault, self._blind_since = fault, asked
 
     def _be_answered(self, seconds: float) -> None:
         """Say that it is over that the API, or the database, did not answer."""
@@ -195,7 +228,7 @@ class Lookout:
             self._node.log.info("Looking for runs succeeds again, after %d failures.", self._faults)
         else:
             self._node.log.info("Looking for runs has an answer, after %.0f s.", seconds)
-        self._faults, self._is_silent, self.fault = 0, False, None
+        self._faults, self._is_silent, self.fault, self._blind_since = 0, False, None, None
         # An API whose broker was away has told nothing, though the stream of its events was open.
         self._looks.hear(None)
 
@@ -214,17 +247,29 @@ class Lookout:
     def _pause(self) -> float:
         return self._pace.of_looks(hears=self.hears, is_busy=self._dispatcher.is_busy)
 
-    async def _back_off(self, fault: Exception, words: str) -> None:
-        """Say once why, and wait longer each time."""
+    async def _back_off(self, fault: Exception, words: str, asked: float) -> None:
+        """Say once why, and wait longer each time.
+
+        Args:
+            fault: what a look has failed with.
+            words: the same in words.
+            asked: when that look began.
+        """
         if not self._faults:
             self._node.log.warning("Looking for runs failed, trying again: %s", words)
         self._faults, self.fault = self._faults + 1, fault
+        if isinstance(fault, CoordinationError):
+            self._blind_since = None  # the API has answered before
+        elif self._blind_since is None:
+            self._blind_since = asked
         await asyncio.sleep(backoff(self._faults, LONGEST_BACKOFF_SECONDS))
 
     async def _look(self) -> list[FlowRun]:
         # Has a paused job been resumed? Its missed ticks are late already.
         is_busy = self._dispatcher.is_busy and not self._timetable.held
-        if self._looks.is_visit_due(self._pace.of_visits(hears=self.hears, is_busy=is_busy)):
+        # A node that serves nothing now would ask nothing, and take that for an answer.
+        is_blind = self._blind_since is not None and not self._membership.served
+        if is_blind or self._looks.is_visit_due(self._pace.of_visits(hears=self.hears, is_busy=is_busy)):
             await self._visit()
         elif changed := self._looks.changed:
             await self._look_at(changed)

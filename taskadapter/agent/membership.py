@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from collections.abc import Set as AbstractSet
+from contextlib import suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -73,7 +74,7 @@ class Membership:
     Attributes:
         queues: the pool's queues, as they were last looked at.
         database_url: the coordination database.
-        stands_back: whether this node leaves all groups to others for the time being.
+        stands_back: whether this node begins nothing for the time being, and leaves the groups to others.
         refused: why this node can never be active; None while it can.
     """
 
@@ -226,7 +227,7 @@ class Membership:
             groups.stand_by((), self.database_url)
             await self._look_for_others(ours)
         if self.refused is None:
-            groups.stand_by(frozenset() if self.stands_back else ours, self.database_url)
+            groups.stand_by(ours & groups.names if self.stands_back else ours, self.database_url)
 
     async def _look_for_others(self, names: AbstractSet[str]) -> None:
         """Refuse to be the first that is active here while others poll the pool who are not here.
@@ -362,11 +363,22 @@ class Membership:
 
     # --- leaving ----------------------------------------------------------------------------------
 
-    def stand_back(self) -> None:
-        """Leave all groups to other nodes, for the time being."""
+    async def stand_back(self, but: AbstractSet[str], why: str) -> None:
+        """Begin nothing for the time being, and leave the groups to other nodes.
+
+        Args:
+            but: groups that are kept.
+            why: what who has one of the others next says of this node.
+        """
         self.stands_back = True
-        if self._groups is not None:
-            self._groups.stand_by((), self.database_url)
+        groups = self._groups
+        if groups is None:
+            return
+        tokens = [token for name in groups.names - but if (token := groups.token(name)) is not None]
+        if tokens:
+            with suppress(CoordinationError):  # then they are left without a word
+                await asyncio.to_thread(store.give_up_tokens, self.database_url, tokens, why)
+        groups.stand_by(groups.names & but, self.database_url)
 
     def come_forward(self) -> None:
         """Take part again; the next visit does it."""

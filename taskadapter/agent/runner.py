@@ -215,7 +215,7 @@ class Runner:
         def loaded(seconds: float) -> None:
             self._queue.loaded(run.flow_run.deployment_id, seconds)
 
-        def waits(report: protocol.Waits | protocol.Answered) -> None:
+        def came_to(report: protocol.Waits | protocol.Answered | protocol.Settled) -> None:
             run.meet(report)
             if isinstance(report, protocol.Waits):
                 self._succession.waited(run, report)
@@ -235,7 +235,7 @@ class Runner:
                 return Outcome(protocol.Dropped())
             if self._hand.is_its_turn(run):
                 host.go()
-            progress = Progress(loaded, lambda: send_heartbeat(run), begun, waits)
+            progress = Progress(loaded, lambda: send_heartbeat(run), begun, came_to)
             return await host.carry_out(assignment, progress)
         finally:
             run.host = None

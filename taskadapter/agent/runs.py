@@ -3,7 +3,7 @@
 `step` takes a run's life and what happens to it, and returns the life after that and what is to be done. A
 run goes one way::
 
-    FOUND ──► PLACED ──► CLAIMED ──► FORKED ──► BEGUN ──► over
+    FOUND ──► PLACED ──► CLAIMED ──► FORKED ──► BEGUN ──► SETTLED ──► over
 
 Before BEGUN it can be given back: it has no entry in the ledger, and so nothing of it has happened. From
 there on the ledger says what it came to. What that asks for `settle` says when its process has ended here,
@@ -34,6 +34,7 @@ class Phase(IntEnum):
 
     FOUND: it was taken from what is due. PLACED: it has one of its job's `max_concurrent` places, and is
     judged. CLAIMED: Prefect has it as this node's. FORKED: a process has it. BEGUN: its body has begun.
+    SETTLED: the ledger has what the body came to, and Prefect, perhaps, has not.
     """
 
     FOUND = 0
@@ -41,6 +42,7 @@ class Phase(IntEnum):
     CLAIMED = 2
     FORKED = 3
     BEGUN = 4
+    SETTLED = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +83,8 @@ class Life:
 
     @property
     def goes_on(self) -> bool:
-        """Whether its body has begun, and nothing is known to be in its way."""
-        return self.has_begun and not self.waits
+        """Whether its body is going on, and nothing is known to be in its way."""
+        return self.phase is Phase.BEGUN and not self.waits
 
 
 # --- what happens ---------------------------------------------------------------------------------
@@ -163,6 +165,7 @@ Event: TypeAlias = (
     | protocol.Begun
     | protocol.Waits
     | protocol.Answered
+    | protocol.Settled
     | Dropped
     | Deferred
     | CalledOff
@@ -260,11 +263,13 @@ def step(life: Life, event: Event) -> Step:
                 return Step(life, (Signal.KILL,))
             return Step(replace(life, phase=Phase.FORKED))
         case protocol.Begun(ended=reason):
-            return _job_ends(replace(life, phase=Phase.BEGUN), reason)
+            return _job_ends(replace(life, phase=max(life.phase, Phase.BEGUN)), reason)
         case protocol.Waits():
             return Step(replace(life, waits=True))
         case protocol.Answered():
             return Step(replace(life, waits=False))
+        case protocol.Settled():
+            return Step(replace(life, phase=Phase.SETTLED))
         case Dropped():
             return Step(replace(life, dropped=True), _if_forked(life, Signal.DROP))
         case Deferred():

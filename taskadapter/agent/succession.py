@@ -71,7 +71,7 @@ class Succession:
             able = await asyncio.to_thread(store.successors, url, token.group_id, within)
             if not able or not self._may_go(token):
                 return False
-            await asyncio.to_thread(store.give_up_token, url, token, fault)
+            await asyncio.to_thread(store.give_up_tokens, url, [token], fault)
         except CoordinationError:
             return False
         if not self._may_go(token):

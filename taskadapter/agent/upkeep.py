@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 from uuid import UUID
 
 from taskadapter.agent.hearing import Kind, News
-from taskadapter.agent.node import Node
+from taskadapter.agent.node import Node, queue_of
+from taskadapter.agent.runs import Dropped
 from taskadapter.coordination import store
 from taskadapter.declare.triggers import DEFAULT_QUEUE
 from taskadapter.errors import CoordinationError
-from taskadapter.prefect_api.client import API_FAULTS
+from taskadapter.prefect_api.client import API_FAULTS, in_words
 
 if TYPE_CHECKING:
     from taskadapter.agent.hand import Hand
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
     from taskadapter.agent.takeover import Takeover
     from taskadapter.agent.timetable import Timetable
 
-HOSTS_SECONDS = 0.5
-"""How often the agent looks whether it can start processes."""
+ABLE_SECONDS = 0.5
+"""How often the agent looks whether it can run the jobs of its groups."""
 
 PAUSED_SECONDS = 0.5
 """How often the agent asks the database whether a job that is paused has been resumed."""
@@ -78,31 +79,46 @@ class Upkeep:
     def begin(self) -> None:
         """Do all of it from now on."""
         for work in (
-            self._look_after_hosts,
+            self._look_after_ability,
             self._look_after_paused,
             self._look_after_claimed,
             self._look_for_strangers,
         ):
             self._node.tasks.keep_up(work)
 
-    async def _look_after_hosts(self) -> None:
-        """Leave the groups to others while this node can start no process, and take part again after."""
+    async def _look_after_ability(self) -> None:
+        """Leave the groups to others while this node can run no jobs, and take part again after that."""
         while True:
-            await asyncio.sleep(HOSTS_SECONDS)
+            await asyncio.sleep(ABLE_SECONDS)
             domain = self._membership.domain
             if domain is None:
                 continue
-            is_broken = self._hosts.broken_for > domain.liveness_check_interval / 2
-            if is_broken and not self._membership.stands_back:
-                self._node.log.error(
-                    "This node cannot start processes, and leaves its groups to others: %s",
-                    self._hosts.fault,
-                )
-                self._membership.stand_back()
-            elif self._membership.stands_back and not is_broken:
-                self._node.log.info("This node can start processes again, and takes part in its groups.")
+            lack = self._lack(domain.liveness_check_interval)
+            if lack is not None:
+                await self._stand_back(*lack)
+            elif self._membership.stands_back:
+                self._node.log.info("This node can run jobs again, and takes part in its groups.")
                 self._membership.come_forward()
                 self._lookout.want_visit()  # which takes part again
+
+    def _lack(self, lease: float) -> tuple[str, str] | None:
+        """Return what this node cannot do that all runs need, and why; None if there is no such thing."""
+        if self._hosts.broken_for > lease / 2:
+            return "start processes", self._hosts.fault
+        if self._lookout.blind_for > lease and (fault := self._lookout.fault) is not None:
+            return "look for runs", in_words(fault)
+        return None
+
+    async def _stand_back(self, lack: str, why: str) -> None:
+        """Begin nothing, and leave the groups of which nothing goes on here: what has begun may end."""
+        if not self._membership.stands_back:
+            self._node.log.error("This node cannot %s, and leaves its groups to others: %s", lack, why)
+            for run in self._hand.those(lambda run: queue_of(run) != DEFAULT_QUEUE):
+                run.meet(Dropped())
+            kept = self._membership.groups  # until what was about to begin has heard of it
+        else:
+            kept = frozenset(queue_of(run.flow_run) for run in self._hand if run.life.goes_on)
+        await self._membership.stand_back(kept, f"it cannot {lack}: {why}")
 
     async def _look_after_paused(self) -> None:
         """Look for runs at once when a job has been resumed, which its row says first."""

@@ -71,11 +71,11 @@ def successors(database_url: str, group_id: str, within: float) -> list[str]:
     return ask(database_url, lambda connection: read_successors(connection, group_id, within))
 
 
-def give_up_token(database_url: str, token: Token, reason: str) -> None:
-    """Enter why this node cannot run a group's jobs, and leaves it to another one."""
+def give_up_tokens(database_url: str, held: Collection[Token], reason: str) -> None:
+    """Enter why this node cannot run the jobs of groups, and leaves them to other ones."""
     from taskadapter.coordination import tokens
 
-    ask(database_url, lambda connection: tokens.give_up(connection, token, reason))
+    ask(database_url, lambda connection: tokens.give_up(connection, held, reason))
 
 
 def orphaned(database_url: str, interval: float) -> list[Entry]:

@@ -362,9 +362,9 @@ def release(connection: Connection, tokens: Iterable[Token]) -> tuple[Token, ...
     return released
 
 
-def give_up(connection: Connection, token: Token, reason: str) -> None:
-    """Enter why a holder leaves a group to another node, which it cannot run: who has it next says so."""
-    mine = update(tenure).where(_of([token], tenure))
+def give_up(connection: Connection, tokens: Collection[Token], reason: str) -> None:
+    """Enter why a holder leaves groups to other nodes, which it cannot run: who has one next says so."""
+    mine = update(tenure).where(_of(tokens, tenure))
     connection.execute(mine.values(given_up=storable(reason)[:255]))
 
 

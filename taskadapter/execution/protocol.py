@@ -118,7 +118,13 @@ class Answered(Message, frozen=True):
     kind: Literal["answered"] = "answered"
 
 
-Step = Loaded | Started | Begun | Waits | Answered
+class Settled(Message, frozen=True):
+    """The ledger has what its body came to: what is left is to tell Prefect, and its hooks."""
+
+    kind: Literal["settled"] = "settled"
+
+
+Step = Loaded | Started | Begun | Waits | Answered | Settled
 
 
 class Told(Message, frozen=True):

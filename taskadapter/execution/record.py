@@ -155,6 +155,7 @@ def enter_end(execution: Execution, service: Service | None, outcome: str, ends:
         ledger.end(connection, assignment.execution.key, outcome, incarnation=assignment.incarnation)
 
     _answer(execution, write)
+    execution.tell(protocol.Settled())
 
 
 def fenced(connection: Connection) -> None:

@@ -463,7 +463,7 @@ def test_a_node_that_can_start_no_process_leaves_its_groups(
             wait_until(lambda: said in node.log.read_text(), PATIENCE, "the node to say why")
         finally:
             broken.unlink()
-        again = "This node can start processes again"
+        again = "This node can run jobs again"
         wait_until(lambda: again in node.log.read_text(), PATIENCE, "the node to take part again")
         assert node.log.read_text().count(said) == 1
     wait_until(lambda: holder() == "book-1", PATIENCE, "the node to be active again")

@@ -537,7 +537,7 @@ class TestSuccessors:
         """Let the other node take the group, and give it up."""
         token = must_take(engine, OTHER)
         with transaction(engine) as connection:
-            give_up(connection, token, why)
+            give_up(connection, [token], why)
             release(connection, [token])
 
     def test_are_the_others_that_live_and_stand_by(self, engine: Engine) -> None:

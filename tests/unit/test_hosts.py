@@ -28,7 +28,9 @@ ASSIGNMENT = Assignment(
     incarnation="1",
     database_url=SecretStr("sqlite://"),
 )
-IGNORED = Progress(loaded=lambda _: None, started=lambda: None, begun=lambda _: None, waits=lambda _: None)
+IGNORED = Progress(
+    loaded=lambda _: None, started=lambda: None, begun=lambda _: None, came_to=lambda _: None
+)
 
 
 def test_the_last_words_of_a_process_are_heard(monkeypatch: pytest.MonkeyPatch) -> None:

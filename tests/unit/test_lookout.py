@@ -20,7 +20,7 @@ from taskadapter.agent.looks import Pace
 from taskadapter.agent.node import Share
 from taskadapter.agent.switches import CarryOver
 from taskadapter.declare.triggers import DEFAULT_QUEUE
-from taskadapter.errors import ApiUnavailableError
+from taskadapter.errors import ApiUnavailableError, CoordinationError
 from tests.unit.given import PATIENCE_SECONDS, node, tick, until
 
 OURS, OTHERS = uuid4(), uuid4()
@@ -267,6 +267,83 @@ def test_a_silence_that_ends_in_a_fault_is_over_with_it(monkeypatch, caplog):
         "Looking for runs failed",
         "Looking for runs succeeds again",
     ]
+
+
+@pytest.mark.parametrize(
+    ("trouble", "is_blind"),
+    [
+        (httpx.ConnectError("away"), True),
+        (ValueError("nonsense"), True),
+        (CoordinationError("away"), False),
+    ],
+)
+def test_a_node_is_blind_that_has_no_answer_from_the_api(trouble, is_blind):
+    """Whatever keeps it from that; but the coordination database is the heartbeat's to judge."""
+    agent = Agent()
+    agent.troubles = [httpx.ConnectError("away"), trouble]
+    agent.polls()
+    assert agent.lookout.blind_for > 0
+    agent.polls()
+    assert (agent.lookout.blind_for > 0) is is_blind
+    agent.polls()
+    assert agent.lookout.blind_for == 0
+
+
+def test_a_node_that_serves_nothing_asks_whether_the_api_is_back():
+    """There is nothing of which it would see that; standing back, it serves no group."""
+    agent = Agent()
+    agent.polls()
+    agent.troubles = [httpx.ConnectError("away")] * 2
+    agent.lookout.want_visit()
+    agent.polls()
+    agent.served = []
+    agent.lookout._looks.visited(time.monotonic() + PATIENCE_SECONDS)  # a visit is not due by itself
+    agent.lookout.want()
+    agent.polls()
+    assert agent.lookout.blind_for > 0
+    agent.polls()
+    assert agent.lookout.blind_for == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "is_blind"),
+    [
+        (None, False),
+        (ObjectNotFound(ValueError("gone")), False),
+        (httpx.ConnectError("refused"), True),
+        (TimeoutError(), True),
+    ],
+    ids=["it answers", "the pool is gone", "it refuses", "it does not answer either"],
+)
+def test_a_look_without_an_answer_has_the_api_asked_otherwise(monkeypatch, answer, is_blind):
+    """It may be slow, or it is the coordination database that the look waits for."""
+    monkeypatch.setattr(lookout, "SILENT_SECONDS", 0.0)
+    monkeypatch.setattr(lookout, "DOUBT_SECONDS", 0.0 if isinstance(answer, TimeoutError) else 9.0)
+    agent = Agent()
+    agent.answers, asked = asyncio.Event(), asyncio.Event()
+
+    async def read_work_pool(_: str) -> None:
+        asked.set()
+        if isinstance(answer, TimeoutError):
+            await asyncio.Event().wait()
+        if answer is not None:
+            raise answer
+
+    agent.read_work_pool = read_work_pool  # type: ignore[attr-defined]
+
+    async def go() -> None:
+        look = asyncio.create_task(agent.lookout.poll())
+        await asked.wait()
+        for _ in range(10):
+            await asyncio.sleep(0.001)
+        assert (agent.lookout.blind_for > 0) is is_blind
+        assert (agent.lookout.fault is not None) is is_blind
+        assert agent.answers is not None
+        agent.answers.set()
+        await look
+        assert agent.lookout.blind_for == 0
+
+    asyncio.run(go())
 
 
 def test_an_api_that_was_away_has_perhaps_told_nothing():

@@ -69,6 +69,7 @@ class Server:
         self.paused: set[str] = set()
         self.foreign: dict[str, str] = {}
         self.other_pools: set[tuple[str, str]] = set()
+        self.given_up: list[tuple[object, ...]] = []
 
     @property
     def pool(self) -> Any:
@@ -105,6 +106,7 @@ def server(monkeypatch):
     monkeypatch.setattr(Queues, "read", found.read)
     monkeypatch.setattr(store, "claim_groups", found.claim)
     monkeypatch.setattr(store, "give_up_group", found.give_up)
+    monkeypatch.setattr(store, "give_up_tokens", lambda *given: found.given_up.append(given[1:]))
     monkeypatch.setattr(Groups, "made", [])
     return found
 
@@ -212,15 +214,38 @@ def test_a_node_that_stands_back_comes_forward_again(server):
     """It has no group meanwhile, and runs nothing."""
     mine = asyncio.run(_looked(server))
     groups = Groups.made[-1]
-    mine.stand_back()
-    assert groups.names == frozenset()
+    groups.held["group"] = TOKEN
+    asyncio.run(mine.stand_back(frozenset({"group"}), "no memory"))
+    assert groups.names == {"group"}, "a run of it goes on"
     assert not mine.may_run(tick(uuid4(), 0))
     asyncio.run(mine.refresh())
-    assert groups.names == frozenset(), "a look does not change that"
+    assert groups.names == {"group"}, "a look does not change that"
+    assert server.given_up == []
+    asyncio.run(mine.stand_back(frozenset(), "no memory"))
+    assert groups.names == frozenset()
+    assert server.given_up == [([TOKEN], "no memory")]
     mine.come_forward()
     asyncio.run(mine.refresh())
     assert groups.names == {"group", "other"}
     assert mine.may_run(tick(uuid4(), 0))
+
+
+@pytest.mark.parametrize("token", [TOKEN, None])
+def test_a_node_stands_back_from_groups_whatever_the_database_says(server, monkeypatch, token):
+    """Why it does is a word for whoever has the group next; of a group that it has not, there is none."""
+    mine = asyncio.run(_looked(server))
+    asked: list[Any] = []
+
+    def fail(_: str, tokens: Any, __: str) -> None:
+        asked.extend(tokens)
+        raise CoordinationError("away")
+
+    monkeypatch.setattr(store, "give_up_tokens", fail)
+    if token is not None:
+        Groups.made[-1].held["group"] = token
+    asyncio.run(mine.stand_back(frozenset(), "no memory"))
+    assert Groups.made[-1].names == frozenset()
+    assert asked == ([] if token is None else [token])
 
 
 async def _looked(server: Any, *queues: str, told: list[Any] | None = None) -> Membership:

@@ -26,6 +26,7 @@ REPORTS = [
     protocol.Begun(ended="it is over"),
     protocol.Waits(fault="permission denied", seconds=0.5),
     protocol.Answered(),
+    protocol.Settled(),
     protocol.Told(),
     protocol.Untold(ended="it is over"),
     protocol.Dropped(),

@@ -122,6 +122,7 @@ def test_an_end_waits_for_a_database_that_is_away(monkeypatch, fault, told):
     given.is_dropped = True
     record.enter_end(given.execution, None, "Completed")
     assert given.waits == told
+    assert given.told[-1] == protocol.Settled(), "nothing of the body is left"
 
 
 def test_who_has_lost_the_token_waits_no_longer(monkeypatch):

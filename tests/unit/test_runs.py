@@ -164,7 +164,7 @@ def test_its_process_is_told_while_it_has_one(phase, event, signal):
     """What has begun may end in order where its time is up; all else is told at once."""
     after = step(Life(phase), event)
     told = after.signals
-    if phase is Phase.BEGUN and event == runs.TimeUp():
+    if phase >= Phase.BEGUN and event == runs.TimeUp():
         signal = Signal.TERMINATE
 
     assert told == (() if phase in BEFORE_ITS_PROCESS else (signal,))
@@ -231,6 +231,14 @@ def test_what_waits_for_the_database_does_not_go_on():
     waiting = step(life, protocol.Waits(fault="permission denied", seconds=1)).life
     assert not waiting.goes_on
     assert step(waiting, protocol.Answered()).life == life
+
+
+def test_what_is_settled_does_not_go_on():
+    """Nor does it again when its job is over, which its process says after that."""
+    settled = step(Life(Phase.BEGUN), protocol.Settled()).life
+    assert settled.has_begun
+    assert not settled.goes_on
+    assert step(settled, protocol.Begun(ended="over")).life.phase is Phase.SETTLED
 
 
 def test_a_job_ends_once():

@@ -40,7 +40,7 @@ class Given:
             holds=lambda token: token in self.held,
         )
         monkeypatch.setattr(store, "successors", self._successors)
-        monkeypatch.setattr(store, "give_up_token", lambda *given: self.entered.append(given[1:]))
+        monkeypatch.setattr(store, "give_up_tokens", lambda *given: self.entered.append(given[1:]))
         self.succession = Succession(self.node, membership, self.hand, self.handed.append)
 
     def _successors(self, *_: object) -> list[str]:
@@ -57,7 +57,7 @@ def test_a_group_goes_to_one_that_may_be_able(monkeypatch, caplog):
     given = Given(monkeypatch, "node-2", "node-3")
     assert given.passes_on()
     assert given.handed == [TOKEN]
-    assert given.entered == [(TOKEN, "No module named 'x'.")]
+    assert given.entered == [([TOKEN], "No module named 'x'.")]
     assert "cannot go on here, and group group goes to a standby (node-2, node-3): " in caplog.text
     assert "No module named 'x'." in caplog.text
 

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+from itertools import groupby
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import httpx
 import pytest
 
 from taskadapter.agent import upkeep
+from taskadapter.agent.hand import RunInHand
 from taskadapter.agent.hearing import Kind, News
+from taskadapter.agent.runs import Life, Phase
 from taskadapter.agent.upkeep import RESUMED_LOOKS, Upkeep
 from taskadapter.coordination import store
 from taskadapter.declare.triggers import DEFAULT_QUEUE
 from taskadapter.errors import CoordinationError
+from taskadapter.execution import protocol
 from taskadapter.prefect_api.pool import Domain
-from tests.unit.given import node, until
+from tests.unit.given import node, tick, until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 JOB = uuid4()
 
@@ -35,17 +42,24 @@ class Agent:
         self.stands_back = False
         self.groups = frozenset({"group"})
         self.where = "database a.db"
-        # As hosts, a timetable and a dispatcher.
-        self.broken_for, self.fault = 0.0, "no memory"
+        # As hosts, a lookout, a timetable and a hand.
+        self.broken_for, self.blind_for, self.fault = 0.0, 0.0, "no memory"
+        self.runs: list[RunInHand] = []
         self.held: set[Any] = set()
         self.ids: frozenset[Any] = frozenset()
         part: Any = self
         self.node = node()
         self.upkeep = Upkeep(self.node, part, part, part, part, part, self.new_takeover)
 
-    def stand_back(self) -> None:
+    async def stand_back(self, but: frozenset[str], why: str) -> None:
         self.stands_back = True
-        self.asked.append(("stand back",))
+        self.asked.append(("stand back", *but, why))
+
+    def __iter__(self) -> Iterator[RunInHand]:
+        return iter(self.runs)
+
+    def those(self, which: Any) -> list[RunInHand]:
+        return [run for run in self.runs if which(run.flow_run)]
 
     def come_forward(self) -> None:
         self.stands_back = False
@@ -89,7 +103,7 @@ class Agent:
 @pytest.fixture(autouse=True)
 def no_waits(monkeypatch):
     """Each look follows the one before."""
-    for name in ("HOSTS_SECONDS", "PAUSED_SECONDS", "SWEEP_SECONDS"):
+    for name in ("ABLE_SECONDS", "PAUSED_SECONDS", "SWEEP_SECONDS"):
         monkeypatch.setattr(upkeep, name, 0)
 
 
@@ -129,11 +143,57 @@ def test_a_node_without_processes_stands_back_until_it_has_some(caplog):
         await until(lambda: not agent.stands_back)
         await agent.passes()
 
-    agent = run(scenario)
-    mine = [what for what in agent.asked if what[0] in {"stand back", "come forward", "visit"}]
-    assert mine == [("stand back",), ("come forward",), ("visit",)]
+    said = "it cannot start processes: no memory"
+    assert standing(run(scenario)) == [
+        ("stand back", "group", said),
+        ("stand back", said),
+        ("come forward",),
+        ("visit",),
+    ]
     assert [record.levelname for record in caplog.records] == ["ERROR", "INFO"]
     assert "no memory" in caplog.text
+
+
+def standing(agent: Agent) -> list[tuple[object, ...]]:
+    """Return how the node stood in its groups, from one change to the next."""
+    kinds = {"stand back", "come forward", "visit"}
+    return [what for what, _ in groupby(what for what in agent.asked if what[0] in kinds)]
+
+
+def test_a_node_that_sees_nothing_stands_back_after_a_lease():
+    """Another one may have a way to the API."""
+
+    async def scenario(agent: Agent) -> None:
+        agent.fault, agent.blind_for = httpx.HTTPError("refused"), 10.0  # type: ignore[assignment]
+        await agent.passes()
+        assert not agent.stands_back, "it may be over in a moment"
+        agent.blind_for = 10.1
+        await until(lambda: standing(agent)[1:])
+
+    said = "it cannot look for runs: refused"
+    assert standing(run(scenario)) == [("stand back", "group", said), ("stand back", said)]
+
+
+def test_a_group_is_left_when_nothing_of_it_goes_on():
+    """A body may end first; what has not begun is dropped, and what is settled others can tell."""
+    phases = Phase.BEGUN, Phase.SETTLED, Phase.FORKED, Phase.FORKED
+
+    async def scenario(agent: Agent) -> None:
+        for queue, phase in zip(["going on", "settled", "waits", None], phases, strict=True):
+            flow_run = tick(uuid4(), 0)
+            flow_run.work_queue_name = queue
+            agent.runs.append(RunInHand(flow_run, life=Life(phase)))
+        agent.groups, agent.broken_for = frozenset({"going on", "settled", "waits"}), 6.0
+        await until(lambda: len(standing(agent)) > 1)
+        agent.runs[0].meet(protocol.Settled())
+        await until(lambda: len(standing(agent)) > 2)
+
+    agent = run(scenario)
+    first, *later = (set(what[1:-1]) for what in standing(agent))
+    assert first == agent.groups
+    assert later == [{"going on"}, set()]
+    dropped = [run.life.dropped for run in agent.runs]
+    assert dropped == [True, True, True, False], "jobs without a group are nobody else's"
 
 
 def test_a_job_that_is_resumed_is_looked_at_at_once(monkeypatch):

@@ -1,0 +1,195 @@
+"""Nodes of which one, or all, have lost the way to Prefect's API."""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import pytest
+
+from deployments.local import wait_until
+from taskadapter.pools import ensure_work_pool
+from taskadapter.prefect_api.pool import Domain
+from tests.acceptance.project import PATIENCE, Prefect, Project
+from tests.api_proxy import ApiProxy, refusal
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from deployments.local import PrefectServer, Program
+    from tests.acceptance.project import Entry
+
+pytestmark = pytest.mark.slow
+
+ONE, OTHER = "node-1", "node-2"
+LEASE = 3.0
+
+FLOWS = """
+    import time
+    from pathlib import Path
+    from ledger import note
+    from taskadapter import Listener, TriggerConfiguration, WarmBackupConfig, current_run
+
+    listener = Listener(
+        trigger=TriggerConfiguration(interval=1),
+        warm_backup_config=WarmBackupConfig(
+            group_id="apart", liveness_check_interval=3, heartbeat_frequency=0.5
+        ),
+    )
+
+    @listener.service("apart")
+    def job() -> None:
+        run = current_run()
+        note("apart", "began", due=run.scheduled_time.timestamp(), node=run.task_id)
+        while Path("held").exists():
+            time.sleep(0.05)
+        note("apart", "ended", due=run.scheduled_time.timestamp(), node=run.task_id)
+"""
+
+
+class Cluster:
+    """Two nodes, each with a way of its own to the API."""
+
+    def __init__(self, project: Project, ways: dict[str, ApiProxy]) -> None:
+        self.project = project
+        self.ways = ways
+
+    @contextmanager
+    def agent(self, node: str) -> Iterator[Program]:
+        """Run a node."""
+        with self.project.agent(node, env={"PREFECT_API_URL": self.ways[node].api_url}) as program:
+            wait_until(lambda: "takes part through" in program.output(), PATIENCE, node)
+            yield program
+
+    @contextmanager
+    def cut(self, how: str, *nodes: str) -> Iterator[float]:
+        """Let the API fail nodes for the duration of the block; yields when that began."""
+        for node in nodes:
+            self.ways[node].is_silent = how == "silent"
+            self.ways[node].fault = lambda _: refusal(500)
+        try:
+            yield time.time()
+        finally:
+            for node in nodes:
+                self.ways[node].is_silent, self.ways[node].fault = False, None
+
+    def group(self) -> tuple[str | None, str]:
+        """Return who has the group, and why."""
+        (group,) = json.loads(self.project.taskadapter("status", "--pool", self.project.pool, "--json"))[
+            "groups"
+        ]
+        return group["holder"], group["reason"] or ""
+
+    def wait_for_holder(self, node: str | None) -> str:
+        """Wait until a node, or nobody, has the group, and return why."""
+        wait_until(lambda: self.group()[0] == node, PATIENCE, f"{node} to hold the group")
+        return self.group()[1]
+
+    def begun(self, more: int, node: str) -> list[Entry]:
+        """Return the ticks that have begun on a node, once there are so many more."""
+
+        def theirs() -> list[Entry]:
+            return [entry for entry in self.project.entries("apart", "began") if entry["node"] == node]
+
+        known = len(theirs())
+        wait_until(lambda: len(theirs()) >= known + more, PATIENCE, f"{more} more ticks on {node}")
+        return theirs()
+
+    def assert_each_once(self) -> None:
+        """Check that from the first tick to the last that has begun each has, and once."""
+        dues = sorted(entry["due"] for entry in self.project.entries("apart", "began"))
+        assert dues == [dues[0] + number for number in range(len(dues))]
+
+
+@pytest.fixture(scope="module")
+def cluster(project: Project, prefect: Prefect, prefect_api: PrefectServer) -> Iterator[Cluster]:
+    """The job, and the ways to it."""
+    ensure_work_pool(project.pool, Domain(liveness_check_interval=LEASE, heartbeat_frequency=0.5))
+    project.write("flows/apart.py", FLOWS)
+    project.deploy()
+    with ApiProxy(prefect_api.port).running() as one, ApiProxy(prefect_api.port).running() as other:
+        yield Cluster(project, {ONE: one, OTHER: other})
+
+
+@pytest.fixture(scope="module")
+def one(cluster: Cluster) -> Iterator[Program]:
+    """The node that is active at first."""
+    with cluster.agent(ONE) as node:
+        cluster.begun(2, ONE)
+        yield node
+
+
+@pytest.fixture(scope="module")
+def other(cluster: Cluster, one: Program) -> Iterator[Program]:
+    """Its standby."""
+    with cluster.agent(OTHER) as node:
+        yield node
+
+
+def wait_for_line(node: Program, line: str, times: int) -> None:
+    """Wait until a node has said something so many times."""
+    wait_until(lambda: node.output().count(line) >= times, PATIENCE, f"{line!r} in the log")
+
+
+@pytest.mark.parametrize("how", ["refuses", "silent"])
+def test_a_node_that_has_lost_its_way_to_the_api_leaves_its_group(
+    cluster: Cluster, one: Program, other: Program, how: str
+) -> None:
+    """The standby has it after a lease, and why; when the way is back the node stands by again."""
+    if cluster.group()[0] != ONE:
+        cluster.project.taskadapter("resign", "apart", "--pool", cluster.project.pool)
+        cluster.wait_for_holder(ONE)
+        cluster.begun(2, ONE)
+    times = one.output().count("takes part in its groups")
+    with cluster.cut(how, ONE) as since:
+        why = cluster.wait_for_holder(OTHER)
+        first = cluster.begun(3, OTHER)[-3]
+        assert f"node {ONE!r} gave it up: it cannot look for runs: " in why
+        print(f"{how}: the standby's first tick {first.at - since:.1f} s after the cut")
+    wait_for_line(one, "This node can run jobs again, and takes part in its groups.", times + 1)
+    assert (
+        one.output().count("This node cannot look for runs, and leaves its groups to others") == times + 1
+    )
+    cluster.project.taskadapter("resign", "apart", "--pool", cluster.project.pool)
+    cluster.wait_for_holder(ONE)
+    cluster.begun(2, ONE)
+    cluster.assert_each_once()
+
+
+def test_a_body_that_goes_on_may_end_first(cluster: Cluster, one: Program, other: Program) -> None:
+    """The group is not taken from it; what became of it is told when the way is back."""
+    held = cluster.project.folder / "held"
+    cluster.wait_for_holder(ONE)
+    held.touch()
+    times = one.output().count("and leaves its groups to others")
+    cluster.begun(1, ONE)
+    with cluster.cut("refuses", ONE):
+        wait_for_line(one, "and leaves its groups to others", times + 1)
+        time.sleep(2 * LEASE)  # nothing is to happen meanwhile
+        assert cluster.group()[0] == ONE
+        held.unlink()
+        cluster.wait_for_holder(OTHER)
+        cluster.begun(3, OTHER)
+    wait_for_line(one, "This node can run jobs again", times + 1)
+    entries = cluster.project.entries("apart")
+    ended = [entry["due"] for entry in entries if entry.what == "ended"]
+    begun = [entry["due"] for entry in entries if entry.what == "began"]
+    assert set(begun[:-3]) <= set(ended), "none was ended in the middle"
+    cluster.assert_each_once()
+
+
+def test_an_api_that_is_away_for_all_leaves_the_group_to_nobody(
+    cluster: Cluster, one: Program, other: Program
+) -> None:
+    """Nor does the group go around; when it is back some node runs every tick that waited."""
+    terms = [node.output().count("active for apart in term") for node in (one, other)]
+    with cluster.cut("refuses", ONE, OTHER):
+        cluster.wait_for_holder(None)
+        time.sleep(2 * LEASE)  # nothing is to happen meanwhile
+        assert cluster.group()[0] is None
+        assert [node.output().count("active for apart in term") for node in (one, other)] == terms
+    holder = wait_until(lambda: cluster.group()[0], PATIENCE, "somebody to hold the group")
+    cluster.begun(10, holder)
+    cluster.assert_each_once()
