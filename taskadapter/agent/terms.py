@@ -57,6 +57,7 @@ class Terms:
         # Tokens that were gained, and since when what former holders left is being put in order.
         self._gained: dict[Token, float] = {}
         self._has_gained = asyncio.Event()
+        self._cleaning: asyncio.Task[None] | None = None
 
     def hear(self, change: Gained | Lost | ResignAsked) -> None:
         """React to a token that is gained, lost, or asked for."""
@@ -66,6 +67,8 @@ class Terms:
                 self._has_gained.set()
             case Lost(token):
                 self._gained.pop(token, None)
+                if not self._gained and self._cleaning is not None:
+                    self._cleaning.cancel()
                 if self._membership.active.get(token.group_id) == token:
                     self._retire(token.group_id)
                 self._dispatcher.lose(token)
@@ -88,8 +91,9 @@ class Terms:
                 await self._has_gained.wait()
                 takeover, faults, told = self._new_takeover(), 0, ""
                 continue
+            self._lookout.want()  # it finds out whether the API answers this node
             try:
-                await takeover.clean_up(tokens)
+                await self._clean_up(takeover, tokens)
                 await self._be_active(tokens)
             except Exception as fault:  # noqa: BLE001 - whoever holds a token runs its jobs, or says why not
                 if str(fault) != told:
@@ -99,6 +103,16 @@ class Terms:
                 told, faults = str(fault), faults + 1
                 await self._give_up(tokens, told)
                 await asyncio.sleep(backoff(faults, LONGEST_BACKOFF_SECONDS))
+
+    async def _clean_up(self, takeover: Takeover, tokens: Collection[Token]) -> None:
+        """Put groups in order, as long as a token is held that was gained: a call may hang for minutes."""
+        cleaning = self._cleaning = asyncio.create_task(takeover.clean_up(tokens))
+        try:
+            await asyncio.wait([cleaning])
+        finally:
+            cleaning.cancel()
+        if not cleaning.cancelled():
+            cleaning.result()
 
     async def _be_active(self, tokens: Collection[Token]) -> None:
         """Run the jobs of groups that are in order."""
