@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.slow
 
-ONE, OTHER = "node-1", "node-2"
+ONE, OTHER, THIRD = "node-1", "node-2", "node-3"
 LEASE = 3.0
 
 FLOWS = """
@@ -110,7 +110,7 @@ def cluster(project: Project, prefect: Prefect, prefect_api: PrefectServer) -> I
     project.write("flows/apart.py", FLOWS)
     project.deploy()
     with ApiProxy(prefect_api.port).running() as one, ApiProxy(prefect_api.port).running() as other:
-        yield Cluster(project, {ONE: one, OTHER: other})
+        yield Cluster(project, {ONE: one, OTHER: other, THIRD: one})
 
 
 @pytest.fixture(scope="module")
@@ -192,4 +192,19 @@ def test_an_api_that_is_away_for_all_leaves_the_group_to_nobody(
         assert [node.output().count("active for apart in term") for node in (one, other)] == terms
     holder = wait_until(lambda: cluster.group()[0], PATIENCE, "somebody to hold the group")
     cluster.begun(10, holder)
+    cluster.assert_each_once()
+
+
+def test_a_takeover_that_hangs_is_left_to_another(cluster: Cluster, one: Program, other: Program) -> None:
+    """The standby is silent for the API, and does not know it when the holder dies."""
+    if cluster.group()[0] != ONE:
+        cluster.project.taskadapter("resign", "apart", "--pool", cluster.project.pool)
+    cluster.wait_for_holder(ONE)
+    with cluster.cut("silent", OTHER) as since:
+        one.kill()
+        cluster.wait_for_holder(OTHER)
+        with cluster.agent(THIRD):
+            cluster.wait_for_holder(THIRD)
+            print(f"taken from the one that hangs {time.time() - since:.1f} s after the cut")
+            cluster.begun(10, THIRD)
     cluster.assert_each_once()
