@@ -351,7 +351,7 @@ class MysqlConfig(Declaration):
 def _file(path: Path) -> Path:
     if path.name in {"", ":memory:"} or not str(path).isprintable():
         raise ValueError("must be a file, which agents can share; name one, such as tasks.db")
-    if path.parts[0] == "~" or path.parts[0].endswith(":"):
+    if path.parts[0].startswith("~") or path.parts[0].endswith(":"):
         raise ValueError(
             'must be the path of a file, written in full, without "~" or "sqlite:"; correct it'
         )

@@ -28,7 +28,6 @@ from taskadapter.errors import CoordinationError, TaskError, TokenLostError
 from taskadapter.execution import current, record
 from taskadapter.rules import retries, ticks
 
-TERMINATING = (ErrorPolicy.LOG_AND_TERMINATE, ErrorPolicy.TERMINATE)
 LOGGING = (ErrorPolicy.LOG_AND_TERMINATE, ErrorPolicy.LOG_AND_CONTINUE)
 
 NOT_THE_JOBS_OWN = (CoordinationError, TokenLostError)
@@ -213,15 +212,14 @@ class Attempts:
     def _fail(self, exc: Exception) -> None:
         """Enter the end of a run whose last attempt has failed, and apply the error policy to its job."""
         policy, attempts = self.policy.error_policy, self.current.attempt
-        terminates = policy in TERMINATING and not isinstance(exc, NOT_THE_JOBS_OWN)
-        # A run by hand ends nothing.
-        ends = terminates and (self.execution is None or self.is_tick)
-        reason = ticks.failed(self.current.count, policy) if ends else None
+        is_tick = self.execution is None or self.is_tick
+        is_own = not isinstance(exc, NOT_THE_JOBS_OWN)
+        reason = ticks.ended_by(self.current.count, policy, is_tick=is_tick) if is_own else None
         self._enter_end(None, "Failed", reason)
         if policy in LOGGING:
             retry = self.trigger.retry_config
             is_short = retry is not None and attempts <= retry.max_attempts
-            said = consequence(self._job() if ends else None, is_short=is_short)
+            said = consequence(self._job() if reason else None, is_short=is_short)
             self.log.error("Failed after %d attempt(s). %s The error: %s", attempts, said, _in_words(exc))
         if self.execution is not None and reason is not None:
             self.execution.ended = reason
@@ -287,9 +285,9 @@ def enter_end_of_engine(execution: current.Execution, state: State[Any], *, is_f
     assignment, entered = execution.assignment, execution.entered
     policy, reason = assignment.policy.error_policy, None
     is_ours = is_failure and assignment.trigger is not None
-    if is_ours and assignment.is_tick and policy in TERMINATING:
+    if is_ours:
         number = entered.number if isinstance(entered, Begun) else None
-        reason = ticks.failed(number or 1, policy)
+        reason = ticks.ended_by(number or 1, policy, is_tick=assignment.is_tick)
     record.enter_end(execution, None, state.type.value.capitalize(), reason)
     execution.ended = reason
     if is_ours and policy in LOGGING:

@@ -18,7 +18,7 @@ from uuid import UUID
 
 from prefect.states import Cancelled
 
-from taskadapter.declare.triggers import TriggerConfiguration, WaitingPolicy
+from taskadapter.declare.triggers import ErrorPolicy, TriggerConfiguration, WaitingPolicy
 from taskadapter.errors import DeclarationError
 
 if TYPE_CHECKING:
@@ -249,6 +249,18 @@ def skipped(reason: str) -> State[Any]:
 def ended_at(end_time: datetime) -> str:
     """Say that the job's time has passed."""
     return f"the schedule ended at {end_time.isoformat()}"
+
+
+def ended_by(number: int, policy: ErrorPolicy, *, is_tick: bool) -> str | None:
+    """Return why a job is over whose run has failed; None where it goes on.
+
+    Args:
+        number: which run of the job it was.
+        policy: the job's.
+        is_tick: whether it was one: what somebody has asked for ends nothing.
+    """
+    is_end = policy in {ErrorPolicy.LOG_AND_TERMINATE, ErrorPolicy.TERMINATE}
+    return failed(number, policy) if is_end and is_tick else None
 
 
 def failed(number: int, policy: str) -> str:

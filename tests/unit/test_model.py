@@ -272,7 +272,7 @@ def test_a_host_is_a_name_alone(config, host):
         assert config(host=good).host == good
 
 
-@pytest.mark.parametrize("path", ["~/x.db", "sqlite:///x.db", "/", "a\x00b", "."])
+@pytest.mark.parametrize("path", ["~/x.db", "~ada/x.db", "sqlite:///x.db", "/", "a\x00b", "."])
 def test_a_path_is_a_file(path):
     """A URL, a home that is another one on each node, or a folder is refused."""
     assert re.search("correct it|name one", message(SqliteConfig, path=path))
