@@ -11,6 +11,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable
+from collections.abc import Set as AbstractSet
 from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
@@ -46,6 +47,9 @@ TERMINATE_GRACE_SECONDS = 5.0
 
 JUST_READ_SECONDS = 0.5
 """A deployment that was read so shortly before is as it was."""
+
+SLOW_CLAIM_SECONDS = 5.0
+"""A claim that has had no answer for so long is a reason for a look."""
 
 PLENTY = 4
 """So many runs for each process are more than it begins before the agent looks again."""
@@ -133,6 +137,11 @@ class Dispatcher:
         """Start nothing more of what is known, or of some of it; what waits for its moment goes back."""
         self._queue.forget(which)
         self._tell(self._hand.those(which), runs.Dropped())
+
+    def retain(self, job_ids: AbstractSet[UUID]) -> None:
+        """Remember nothing of other jobs."""
+        self._queue.retain(job_ids)
+        self._refused = {id_: cause for id_, cause in self._refused.items() if id_ in job_ids}
 
     def _tell(self, those: Iterable[RunInHand], event: runs.Event) -> None:
         for run in those:
@@ -336,7 +345,7 @@ class Dispatcher:
         if run.life.deferred:
             self._queue.put_back(flow_run, time.monotonic())
             return
-        claim: OrchestrationResult[Any] = await self._client.set_flow_run_state(flow_run.id, Pending())
+        claim = await self._claim(flow_run)
         if claim.status is SetStateStatus.ACCEPT:
             run.meet(runs.Claimed())
             self._is_held_up = False
@@ -344,6 +353,15 @@ class Dispatcher:
             await self._runner.run(run, job)
         else:
             self._log.debug("Run %s is not to be had: %s", flow_run.name, claim.details)
+
+    async def _claim(self, flow_run: FlowRun) -> OrchestrationResult[Any]:
+        """Ask the API for a run; while it does not answer, a look finds out whether it answers at all."""
+        loop = asyncio.get_running_loop()
+        slow = loop.call_later(SLOW_CLAIM_SECONDS, self._look_for, News(Kind.WAITS, flow_run.id))
+        try:
+            return await self._client.set_flow_run_state(flow_run.id, Pending())
+        finally:
+            slow.cancel()
 
     async def _left_as_off(self, flow_run: FlowRun, job: DeployedJob) -> bool:
         """Leave a tick whose job is paused or over, and return whether it is: ask the API where it may be.

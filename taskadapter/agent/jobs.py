@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import Callable, Iterable
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from logging import Logger, LoggerAdapter
@@ -319,6 +321,12 @@ class Deployments:
         trigger = stored_trigger(deployment.job_variables)
         return trigger is not None and trigger.policy.on_takeover == "rerun"
 
+    def retain(self, job_ids: AbstractSet[UUID]) -> None:
+        """Remember nothing of other jobs: where many come and go, most of them are deleted by now."""
+        self._snapshots = {id_: snapshot for id_, snapshot in self._snapshots.items() if id_ in job_ids}
+        self._jobs = {id_: job for id_, job in self._jobs.items() if id_ in job_ids}
+        self._over &= job_ids
+
     def known(self, flow_run: FlowRun) -> DeployedJob | None:
         """Return the deployment of a run as it was last read, if it was."""
         return self._jobs.get(flow_run.deployment_id) if flow_run.deployment_id else None
@@ -353,9 +361,9 @@ class Deployments:
         self._tell(job, reason)
 
     async def _end(self, job: DeployedJob, reason: str) -> None:
+        tries = itertools.count()
         try:
-            await self.teller.until_told(lambda: self._stop_schedule(job))
-            await self.teller.until_told(lambda: self._skip_planned(job, reason))
+            await self.teller.until_told(lambda: self._put_away(job, reason, is_late=next(tries) > 0))
         except httpx.HTTPStatusError as refusal:
             self._log.error(
                 "Job %s is over, but Prefect refuses to show it as over: %s",
@@ -365,12 +373,25 @@ class Deployments:
         finally:
             del self._ending[job.deployment.id]
 
-    async def _stop_schedule(self, job: DeployedJob) -> None:
+    async def _put_away(self, job: DeployedJob, reason: str, *, is_late: bool) -> None:
+        """Stop a job's schedule, and skip what is planned of it, unless somebody has started it again.
+
+        Args:
+            job: as it was read before it ended.
+            reason: why it is over.
+            is_late: whether the API was told before, and did not answer.
+        """
         deployment = await self._client.read_deployment(job.deployment.id)
-        for schedule in deployment.schedules:
-            if schedule.slug == job.slug and schedule.active:
-                await self._client.update_deployment_schedule(deployment.id, schedule.id, active=False)
         self._snapshots.pop(deployment.id, None)
+        before = {schedule.id: schedule.updated for schedule in job.deployment.schedules}
+        for schedule in deployment.schedules:
+            if schedule.slug != job.slug or not schedule.active:
+                continue
+            if is_late and schedule.updated != before.get(schedule.id):
+                self._log.info("Job %s was started again before Prefect knew that it had ended.", job.name)
+                return
+            await self._client.update_deployment_schedule(deployment.id, schedule.id, active=False)
+        await self._skip_planned(job, reason)
 
     async def _skip_planned(self, job: DeployedJob, reason: str) -> None:
         for flow_run in await runs_of(self._client, [job.deployment.id], [StateType.SCHEDULED]):

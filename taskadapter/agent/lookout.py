@@ -323,9 +323,17 @@ class Lookout:
         self._deployed = {deployment.id: deployment for deployment in found}
         self._say_empty()
         await self._take_note(found)
+        self._forget_others()
         size = PoolSize.of(node.pool())
         self._hosts.limit = self._limit or size.worker_count or node.settings.worker_count
         self._looks.visited(asked)
+
+    def _forget_others(self) -> None:
+        """Have jobs forgotten that are the pool's no more, and of which nothing goes on."""
+        going_on = {run.deployment_id for run in self._hand.flow_runs if run.deployment_id is not None}
+        known = self._deployed.keys() | going_on
+        for part in (self._carry_over, self._deployments, self._dispatcher):
+            part.retain(known)
 
     def _say_empty(self) -> None:
         """Say once that there are no jobs, of an agent that was started before any was deployed."""

@@ -6,6 +6,7 @@ Moments of the clock on the wall are aware; `clock` is the monotonic one, in sec
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
+from collections.abc import Set as AbstractSet
 from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 from uuid import UUID
@@ -139,6 +140,11 @@ class Queue:
     def ran(self, job_id: UUID | None, seconds: float) -> None:
         """Take note of how long a run of a job has taken from the beginning of its body."""
         self._run_seconds[job_id] = seconds
+
+    def retain(self, job_ids: AbstractSet[UUID]) -> None:
+        """Remember nothing of how long other jobs take."""
+        self._load_seconds = {id_: seconds for id_, seconds in self._load_seconds.items() if id_ in job_ids}
+        self._run_seconds = {id_: seconds for id_, seconds in self._run_seconds.items() if id_ in job_ids}
 
     def may_follow(self, flow_run: FlowRun) -> bool:
         """Return whether a tick may be claimed while those before it go on, as far as its job allows.

@@ -29,6 +29,7 @@ from taskadapter.settings import TaskadapterSettings
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from collections.abc import Set as AbstractSet
 
     from prefect.client.orchestration import PrefectClient
     from prefect.client.schemas.objects import WorkPool
@@ -193,3 +194,7 @@ class CarryOver:
         if news:
             await asyncio.to_thread(store.see, database_url, news)
         self._seen |= {reading.job_id: reading.switches for reading in readings}
+
+    def retain(self, job_ids: AbstractSet[UUID]) -> None:
+        """Remember nothing of other deployments; what the row has is read again, should one come back."""
+        self._seen = {id_: switches for id_, switches in self._seen.items() if id_ in job_ids}

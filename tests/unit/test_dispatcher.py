@@ -21,7 +21,7 @@ from taskadapter.agent.queue import any_run
 from taskadapter.agent.runs import Life, Phase, Signal, give_back
 from taskadapter.coordination.messages import Token
 from taskadapter.errors import CoordinationError, DeclarationError
-from tests.unit.given import LOG, node, tick
+from tests.unit.given import LOG, node, tick, until
 
 
 def new_dispatcher(look_for: Any = lambda _: None) -> Any:
@@ -303,3 +303,20 @@ def test_only_the_holder_of_a_group_puts_its_runs_back(holder):
 
     asyncio.run(dispatcher._runner.give_back(run, give_back(run.life)))
     assert told == ([] if holder == "another one" else [run.flow_run.id])
+
+
+@pytest.mark.parametrize("is_slow", [True, False])
+def test_a_claim_without_an_answer_is_a_reason_for_a_look(monkeypatch, is_slow):
+    """Which finds out whether the API answers at all."""
+    monkeypatch.setattr(dispatcher_module, "SLOW_CLAIM_SECONDS", 0.0 if is_slow else 60.0)
+    news: list[News] = []
+    dispatcher, flow_run = new_dispatcher(news.append), tick(uuid4(), 1)
+
+    async def set_flow_run_state(*_: Any) -> str:
+        if is_slow:
+            await until(lambda: news)
+        return "the answer"
+
+    dispatcher._client = SimpleNamespace(set_flow_run_state=set_flow_run_state)
+    assert asyncio.run(dispatcher._claim(flow_run)) == "the answer"
+    assert news == ([News(Kind.WAITS, flow_run.id)] if is_slow else [])

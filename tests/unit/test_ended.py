@@ -8,9 +8,12 @@ from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
 
+import httpx
 import pytest
 
+from taskadapter.agent import jobs, telling
 from taskadapter.agent.jobs import OVER_ALREADY, Deployments
+from tests.unit.given import NOON, SECOND
 
 
 class Ending(Deployments):
@@ -50,3 +53,51 @@ def test_that_a_job_is_over_already_is_said_once(caplog, reasons, said):
         asyncio.run(go())
     assert [record.getMessage() for record in caplog.records] == said
     assert len(told) == len(said)
+
+
+class Api:
+    """Has a job with one schedule, and fails as often as it is told to."""
+
+    def __init__(self, *, failures: int = 0, is_touched: bool = False) -> None:
+        self.schedule = SimpleNamespace(id=uuid4(), slug="slug", active=True, updated=NOON)
+        self.deployment = SimpleNamespace(id=uuid4(), schedules=[self.schedule])
+        self.failures, self.is_touched = failures, is_touched
+
+    async def read_deployment(self, _: object) -> Any:
+        if self.failures:
+            self.failures -= 1
+            raise httpx.ConnectError("away")
+        moment = NOON + SECOND if self.is_touched else NOON
+        schedule = SimpleNamespace(**vars(self.schedule) | {"updated": moment})
+        return SimpleNamespace(id=self.deployment.id, schedules=[schedule])
+
+    async def update_deployment_schedule(self, _: object, __: object, *, active: bool) -> None:
+        self.schedule.active = active
+
+
+@pytest.mark.parametrize(
+    ("failures", "is_touched", "goes_on"),
+    [(0, False, False), (0, True, False), (3, False, False), (3, True, True)],
+    ids=["at once", "of an older reading", "after an outage", "and a restart during it"],
+)
+def test_a_job_that_was_started_again_is_not_put_away(monkeypatch, failures, is_touched, goes_on):
+    """Somebody has done that while this node waited for the API, to tell it of the end before."""
+    monkeypatch.setattr(telling, "RETRY_SECONDS", 0)
+    skipped: list[object] = []
+
+    async def runs_of(*what: object) -> list[Any]:
+        skipped.append(what)
+        return []
+
+    monkeypatch.setattr(jobs, "runs_of", runs_of)
+    api: Any = Api(failures=failures, is_touched=is_touched)
+    job: Any = SimpleNamespace(name="flow/job", slug="slug", deployment=api.deployment)
+
+    async def go() -> None:
+        deployments = Deployments(api, logging.getLogger("agent"))
+        deployments.end(job, "it failed")
+        await deployments.wait_for_ends()
+
+    asyncio.run(go())
+    assert api.schedule.active is goes_on
+    assert bool(skipped) is not goes_on

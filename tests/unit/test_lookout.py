@@ -106,6 +106,9 @@ class Agent:
 
     def use(self, _: object) -> None: ...
 
+    def retain(self, job_ids: Any) -> None:
+        self.retained = set(job_ids)
+
     async def get_scheduled_flow_runs_for_deployments(self, job_ids: Any, _: object) -> Any:
         return [run for run in self.runs if run.deployment_id in job_ids]
 
@@ -173,6 +176,23 @@ def test_a_pool_without_jobs_is_told_once(monkeypatch, caplog):
         agent.polls()
 
     assert caplog.messages == ["Work pool 'pool' has no jobs yet."]
+
+
+def test_jobs_that_are_gone_are_forgotten(monkeypatch):
+    """A program that schedules jobs, and unschedules them, has an agent that does not grow by it."""
+    found = [SimpleNamespace(id=OURS, created=None)]
+
+    async def deployments_of_pool(*_: object) -> list[Any]:
+        return found
+
+    async def nothing(*_: object) -> None: ...
+
+    monkeypatch.setattr(lookout, "deployments_of_pool", deployments_of_pool)
+    monkeypatch.setattr(Lookout, "_take_note", nothing)
+    agent, going_on = Agent(), uuid4()
+    agent.hand.flow_runs = [tick(going_on, 0), tick(OURS, 0)]
+    agent.polls()
+    assert agent.retained == {OURS, going_on}
 
 
 def test_jobs_and_queues_of_others_are_left_to_them():

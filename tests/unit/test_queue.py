@@ -177,3 +177,16 @@ def test_a_run_without_a_time_is_due_when_it_was_made():
 def test_a_job_that_was_never_loaded_is_claimed_a_second_ahead():
     """That much is enough for most."""
     assert Queue().claimed_at(tick(ONE, 5)) == NOON + timedelta(seconds=5) - CLAIM_AHEAD
+
+
+def test_of_other_jobs_nothing_is_remembered():
+    """How long its code takes to load is found out again, should one come back."""
+    queue = Queue()
+    for job in (ONE, OTHER):
+        queue.loaded(job, 4.0)
+        queue.ran(job, 1.0)
+    queue.retain({ONE})
+    ours, other = tick(ONE, 0), tick(OTHER, 0)
+    assert queue.claimed_at(ours) < queue.claimed_at(other)
+    assert queue.may_follow(ours)
+    assert not queue.may_follow(other)
