@@ -16,8 +16,8 @@ from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
-from prefect.client.schemas.objects import FlowRun
-from prefect.client.schemas.responses import OrchestrationResult, SetStateStatus
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.client.schemas.responses import SetStateStatus
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Crashed, Pending
 
@@ -50,6 +50,9 @@ JUST_READ_SECONDS = 0.5
 
 SLOW_CLAIM_SECONDS = 5.0
 """A claim that has had no answer for so long is a reason for a look."""
+
+CLAIMED_BY = "Claimed by {node}."
+"""What a run says that a node has claimed."""
 
 PLENTY = 4
 """So many runs for each process are more than it begins before the agent looks again."""
@@ -345,23 +348,35 @@ class Dispatcher:
         if run.life.deferred:
             self._queue.put_back(flow_run, time.monotonic())
             return
-        claim = await self._claim(flow_run)
-        if claim.status is SetStateStatus.ACCEPT:
+        if await self._claim(flow_run):
             run.meet(runs.Claimed())
             self._is_held_up = False
             self._timetable.settle(flow_run)
             await self._runner.run(run, job)
-        else:
-            self._log.debug("Run %s is not to be had: %s", flow_run.name, claim.details)
 
-    async def _claim(self, flow_run: FlowRun) -> OrchestrationResult[Any]:
-        """Ask the API for a run; while it does not answer, a look finds out whether it answers at all."""
+    async def _claim(self, flow_run: FlowRun) -> bool:
+        """Ask the API for a run, and return whether this node has it.
+
+        While there is no answer, a look finds out whether the API answers at all. One that is lost may have
+        been a yes: the run is Pending then, which no look lists, and says whose it is.
+        """
+        mine: State[Any] = Pending(message=CLAIMED_BY.format(node=self._node.name))
         loop = asyncio.get_running_loop()
         slow = loop.call_later(SLOW_CLAIM_SECONDS, self._look_for, News(Kind.WAITS, flow_run.id))
         try:
-            return await self._client.set_flow_run_state(flow_run.id, Pending())
+            claim = await self._client.set_flow_run_state(flow_run.id, mine)
+        except API_FAULTS:
+            self._queue.doubt(flow_run, time.monotonic())
+            raise
         finally:
             slow.cancel()
+        if claim.status is SetStateStatus.ABORT:
+            known = (await self._client.read_flow_run(flow_run.id)).state
+            if known is not None and (known.type, known.message) == (mine.type, mine.message):
+                return True
+        if claim.status is not SetStateStatus.ACCEPT:
+            self._log.debug("Run %s is not to be had: %s", flow_run.name, claim.details)
+        return claim.status is SetStateStatus.ACCEPT
 
     async def _left_as_off(self, flow_run: FlowRun, job: DeployedJob) -> bool:
         """Leave a tick whose job is paused or over, and return whether it is: ask the API where it may be.

@@ -68,6 +68,8 @@ class Queue:
         # How often the API has failed a run's claim, and those that wait for what it tells next.
         self._failures: dict[UUID, int] = {}
         self._held: set[UUID] = set()
+        # Runs whose claim had no answer, and when that was: they may be this node's.
+        self._doubtful: dict[UUID, tuple[float, FlowRun]] = {}
         self._load_seconds: dict[UUID | None, float] = {}
         self._run_seconds: dict[UUID | None, float] = {}
 
@@ -87,7 +89,10 @@ class Queue:
         self._returned = {run_id: when for run_id, when in self._returned.items() if when >= asked}
         through = {*taken, *self._through}
         returned = {id_: run for id_, run in self._upcoming.items() if id_ in self._returned}
-        self._upcoming = {run.id: run for run in runs if run.id not in through} | returned
+        doubtful = {id_: run for id_, (when, run) in self._doubtful.items() if when < asked}
+        self._doubtful = {id_: both for id_, both in self._doubtful.items() if id_ not in doubtful}
+        found = doubtful | {run.id: run for run in runs}
+        self._upcoming = {id_: run for id_, run in found.items() if id_ not in through} | returned
         known = self._upcoming.keys() | through
         self._tries = {id_: tries for id_, tries in self._tries.items() if id_ in known}
         self._failures = {id_: times for id_, times in self._failures.items() if id_ in known}
@@ -122,6 +127,10 @@ class Queue:
         self._held.add(flow_run.id)
         self.put_back(flow_run, clock)
         return True
+
+    def doubt(self, flow_run: FlowRun, clock: float) -> None:
+        """Have a run whose claim has had no answer asked for again; a look may not list it."""
+        self._doubtful[flow_run.id] = clock, flow_run
 
     def through(self, run_id: UUID, clock: float) -> None:
         """Take note that a run is over, unless it waits here again."""

@@ -16,6 +16,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import pytest
 from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate
 from prefect.client.schemas.objects import StateType
@@ -171,19 +172,28 @@ def test_what_a_dead_node_was_executing_is_marked(
 
 
 class Failing:
-    """Fails requests of one kind about a run so many times, with a status or with an answer of its own."""
+    """Fails requests of one kind about a run so many times, perhaps when they have been obeyed."""
 
     def __init__(
-        self, method: str, path: str, part: str = "", *, times: int = 1, status: int = 507
+        self,
+        method: str,
+        path: str,
+        part: str = "",
+        *,
+        times: int = 1,
+        status: int = 507,
+        is_obeyed: bool = False,
     ) -> None:
         self._kind = method, path, part.encode()
         self.left = times
         self._status = status
+        self._is_obeyed = is_obeyed
         self._run: FlowRun | None = None
+        self._api_url = ""
 
     def start(self, prefect: Prefect, run: FlowRun) -> None:
         """Start a run that is to start some time, and fail requests about it from now on."""
-        self._run = run
+        self._run, self._api_url = run, str(prefect.client.api_url)
         prefect.client.set_flow_run_state(run.id, Scheduled(), force=True)
 
     def __call__(self, request: Request) -> bytes | None:
@@ -192,6 +202,10 @@ class Failing:
         if not is_meant or not self.left or self._run is None or str(self._run.id) not in request.path:
             return None
         self.left -= 1
+        if self._is_obeyed:
+            kind = {"Content-Type": "application/json"}
+            url = httpx.URL(self._api_url).copy_with(path=request.path)
+            httpx.request(request.method, url, content=request.body, headers=kind).raise_for_status()
         return refusal(self._status)
 
 
@@ -230,6 +244,25 @@ def test_an_api_that_fails_loses_no_run_and_spoils_none(
     assert times_begun(project, "book-quick") == before + 1
     # Its agent may be killed before it has mended what was told wrong.
     assert not {"Failed", "Crashed"} & {state.name for state in prefect.history(run)}
+
+
+@pytest.mark.usefixtures("node")
+def test_a_claim_whose_answer_is_lost(project: Project, prefect: Prefect, api: ApiProxy) -> None:
+    """It is the node's all the same, which finds that out at once, and need not give it back first."""
+    api.fault = fault = Failing(*SET_STATE, '"PENDING"', is_obeyed=True)
+    try:
+        run = prefect.start("book-quick", state=some_time())
+        fault.start(prefect, run)
+        wait_until(lambda: completed(prefect, run), PATIENCE, f"run {run.name} to be Completed")
+    finally:
+        api.fault = None
+    assert fault.left == 0
+    assert [state.name for state in prefect.history(run)[1:]] == [
+        "Scheduled",
+        "Pending",
+        "Running",
+        "Completed",
+    ]
 
 
 @pytest.mark.usefixtures("node")

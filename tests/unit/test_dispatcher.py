@@ -11,6 +11,7 @@ import pytest
 from prefect.client.schemas.objects import StateType
 from prefect.client.schemas.responses import SetStateStatus
 from prefect.exceptions import ObjectNotFound
+from prefect.states import Pending, Running
 
 from taskadapter.agent import dispatcher as dispatcher_module
 from taskadapter.agent.dispatcher import Dispatcher
@@ -305,18 +306,69 @@ def test_only_the_holder_of_a_group_puts_its_runs_back(holder):
     assert told == ([] if holder == "another one" else [run.flow_run.id])
 
 
+class Api:
+    """Answers claims, and knows the state of the run."""
+
+    def __init__(self, *answers: Any, state: Any = None) -> None:
+        self.answers = [*answers]
+        self.state = state
+        self.asked: list[Any] = []
+
+    async def set_flow_run_state(self, _: UUID, state: Any) -> Any:
+        self.asked.append(state)
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        if callable(answer):
+            await until(answer)
+            answer = SetStateStatus.ACCEPT
+        return SimpleNamespace(status=answer, details=None)
+
+    async def read_flow_run(self, _: UUID) -> Any:
+        return SimpleNamespace(state=self.state)
+
+
+MINE: Any = Pending(message="Claimed by node-1.")
+
+
+@pytest.mark.parametrize(
+    ("answer", "state", "is_had"),
+    [
+        (SetStateStatus.ACCEPT, None, True),
+        (SetStateStatus.REJECT, MINE, False),
+        (SetStateStatus.ABORT, MINE, True),
+        (SetStateStatus.ABORT, Pending(message="Claimed by node-2."), False),
+        (SetStateStatus.ABORT, Pending(), False),
+        (SetStateStatus.ABORT, Running(), False),
+        (SetStateStatus.ABORT, None, False),
+    ],
+)
+def test_a_run_is_had_that_says_whose_it_is(answer, state, is_had):
+    """The answer to the claim may have been lost; Prefect's client asks again by itself."""
+    dispatcher = new_dispatcher()
+    dispatcher._client = Api(answer, state=state)
+    assert asyncio.run(dispatcher._claim(tick(uuid4(), 1))) is is_had
+    (asked,) = dispatcher._client.asked
+    assert (asked.type, asked.message) == (MINE.type, MINE.message)
+
+
+def test_a_claim_without_an_answer_is_made_again():
+    """Though no look lists the run any more, which may be this node's."""
+    dispatcher = new_dispatcher()
+    dispatcher._client = Api(httpx.ReadError("reset"))
+    run = dispatcher._hand.take(tick(uuid4(), 1), None)
+    dispatcher._decide = lambda run: dispatcher._claim(run.flow_run)
+    asyncio.run(dispatcher._handle(run))
+    dispatcher.found([], time.monotonic())
+    assert dispatcher._queue.first(any_run, 0.0) is run.flow_run
+
+
 @pytest.mark.parametrize("is_slow", [True, False])
-def test_a_claim_without_an_answer_is_a_reason_for_a_look(monkeypatch, is_slow):
+def test_a_claim_that_waits_for_an_answer_is_a_reason_for_a_look(monkeypatch, is_slow):
     """Which finds out whether the API answers at all."""
     monkeypatch.setattr(dispatcher_module, "SLOW_CLAIM_SECONDS", 0.0 if is_slow else 60.0)
     news: list[News] = []
     dispatcher, flow_run = new_dispatcher(news.append), tick(uuid4(), 1)
-
-    async def set_flow_run_state(*_: Any) -> str:
-        if is_slow:
-            await until(lambda: news)
-        return "the answer"
-
-    dispatcher._client = SimpleNamespace(set_flow_run_state=set_flow_run_state)
-    assert asyncio.run(dispatcher._claim(flow_run)) == "the answer"
+    dispatcher._client = Api((lambda: news) if is_slow else SetStateStatus.ACCEPT)
+    assert asyncio.run(dispatcher._claim(flow_run))
     assert news == ([News(Kind.WAITS, flow_run.id)] if is_slow else [])

@@ -190,3 +190,26 @@ def test_of_other_jobs_nothing_is_remembered():
     assert queue.claimed_at(ours) < queue.claimed_at(other)
     assert queue.may_follow(ours)
     assert not queue.may_follow(other)
+
+
+def test_what_was_perhaps_claimed_is_asked_for_after_the_next_look():
+    """Once, whether that lists it or not; an answer to a look from before says nothing of it."""
+    first, other = tick(ONE, 0), tick(OTHER, 1)
+    queue = queue_of(first, other, asked=1.0)
+    queue.take(first)
+    queue.doubt(first, clock=5.0)
+    queue.found([other], 4.0, ())
+    assert queue.first(any_run, 0.0) is other
+    queue.found([other], 6.0, ())
+    assert queue.first(any_run, 0.0) is first
+    queue.found([other], 7.0, ())
+    assert queue.first(any_run, 0.0) is other
+
+
+def test_what_was_perhaps_claimed_and_is_in_hand_is_not_asked_for():
+    """A look has found it since."""
+    first = tick(ONE, 0)
+    queue = queue_of()
+    queue.doubt(first, clock=5.0)
+    queue.found([], 6.0, {first.id})
+    assert queue.first(any_run, 0.0) is None
