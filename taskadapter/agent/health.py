@@ -12,8 +12,8 @@ from taskadapter.errors import CoordinationError, SchemaError
 
 if TYPE_CHECKING:
     from taskadapter.agent.hosts import HostPool
-    from taskadapter.agent.lookout import Lookout
     from taskadapter.agent.membership import Membership
+    from taskadapter.agent.sight import Sight
     from taskadapter.coordination.heartbeat import Vitals
 
 
@@ -42,18 +42,18 @@ class Health:
     Args:
         membership: its part in the groups.
         hosts: the processes.
-        lookout: its looks at the API.
+        sight: what its looks at the API come to.
     """
 
-    def __init__(self, membership: Membership, hosts: HostPool, lookout: Lookout) -> None:
+    def __init__(self, membership: Membership, hosts: HostPool, sight: Sight) -> None:
         self._membership = membership
         self._hosts = hosts
-        self._lookout = lookout
+        self._sight = sight
 
     def unmet(self) -> frozenset[Condition]:
         """Return the conditions that are not met now; may be called from any thread."""
         return unmet(
-            self._membership.vitals, self._lookout.fault, can_start_processes=self._hosts.broken_for == 0
+            self._membership.vitals, self._sight.fault, can_start_processes=self._hosts.broken_for == 0
         )
 
 

@@ -15,22 +15,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-import httpx
 from prefect.client.schemas.objects import FlowRun
 from prefect.exceptions import ObjectNotFound
 from pydantic import SecretStr
 
 from taskadapter.agent.hearing import Hearing, Kind, News
 from taskadapter.agent.looks import SHORTEST_PAUSE_SECONDS, Looks, Pace
-from taskadapter.agent.node import LONGEST_BACKOFF_SECONDS, Node, queue_of
+from taskadapter.agent.node import Node, queue_of
 from taskadapter.agent.switches import CarryOver
 from taskadapter.coordination import store
 from taskadapter.declare.attached import FETCH_CODE, file_of
 from taskadapter.declare.triggers import DEFAULT_QUEUE
 from taskadapter.errors import ApiUnavailableError, CoordinationError, TaskError
-from taskadapter.prefect_api.client import API_FAULTS, PAGE, backoff, in_words
+from taskadapter.prefect_api.client import API_FAULTS, PAGE, in_words
 from taskadapter.prefect_api.deployments import deployments_of, deployments_of_pool
-from taskadapter.prefect_api.faults import named
 from taskadapter.prefect_api.pool import PoolSize, working_dir_of
 from taskadapter.prefect_api.ticks import due
 
@@ -42,13 +40,8 @@ if TYPE_CHECKING:
     from taskadapter.agent.hosts import HostPool
     from taskadapter.agent.jobs import Deployments
     from taskadapter.agent.membership import Membership
+    from taskadapter.agent.sight import Sight
     from taskadapter.agent.timetable import Timetable
-
-SILENT_SECONDS = 15.0
-"""A look that has had no answer for so long is worth a line: Prefect's client waits for a minute."""
-
-DOUBT_SECONDS = 10.0
-"""How long another call may have no answer then, before the API is taken for away."""
 
 RETRY_SECONDS = 0.02
 """How long to wait before the API is asked again on behalf of somebody who waits for it."""
@@ -59,6 +52,7 @@ class Lookout:
 
     Args:
         node: the node.
+        sight: what the looks come to.
         membership: its part in the pool's groups.
         hosts: the processes; how many there may be, the pool says.
         deployments: what runs are runs of.
@@ -68,14 +62,12 @@ class Lookout:
         pace: how often to look.
         limit: how many runs at once the agent's command allows; None if it does not say.
         prefetch_seconds: how long before its time a run is to be known at least.
-
-    Attributes:
-        fault: what the last look failed with, or has no answer for; None if neither is so.
     """
 
     def __init__(
         self,
         node: Node,
+        sight: Sight,
         membership: Membership,
         hosts: HostPool,
         deployments: Deployments,
@@ -88,6 +80,7 @@ class Lookout:
         prefetch_seconds: float,
     ) -> None:
         self._node = node
+        self._sight = sight
         self._membership = membership
         self._hosts = hosts
         self._deployments = deployments
@@ -99,7 +92,7 @@ class Lookout:
         self._prefetch_seconds = prefetch_seconds
         self._looks = Looks()
         self._looking = asyncio.Lock()
-        self._hearing = Hearing(node.log, self._hear, lambda: self.is_api_away)
+        self._hearing = Hearing(node.log, self._hear, lambda: sight.is_api_away)
         self._listening: asyncio.Task[None] | None = None
         self._heard_pool: UUID | None = None
         self._carry_over = CarryOver()
@@ -112,29 +105,11 @@ class Lookout:
         self._had_jobs = False
         # Whether there was more to do than there was room for at the last look, and still is.
         self._had_plenty = False
-        self._faults = 0
-        self._is_silent = False
-        # When the first of the looks began that have failed since; None after one that has not.
-        self._blind_since: float | None = None
-        self.fault: Exception | None = None
 
     @property
     def hears(self) -> bool:
         """Whether the agent hears of what it cannot know ahead."""
         return self._hearing.hears
-
-    @property
-    def is_api_away(self) -> bool:
-        """Whether the API is known not to answer."""
-        return self._faults > 0 or self._is_silent
-
-    @property
-    def blind_for(self) -> float:
-        """For how many seconds it cannot be seen from here what is due, as `fault` says; 0 if it can.
-
-        That a look is slow, or that it is the coordination database that fails it, does not count.
-        """
-        return 0.0 if self._blind_since is None else time.monotonic() - self._blind_since
 
     def want(self) -> None:
         """Have a look made at once."""
@@ -169,68 +144,25 @@ class Lookout:
             return await self._look_once()
 
     async def _look_once(self) -> list[FlowRun]:
-        asked = time.monotonic()
-        silent = asyncio.get_running_loop().call_later(SILENT_SECONDS, self._tell_silence, asked)
-        try:
-            found = await self._look()
-        except (*API_FAULTS, TaskError) as fault:
-            await self._back_off(fault, in_words(fault), asked)
-            return []
-        except Exception as exc:
-            self._node.log.exception("Looking for runs failed.")
-            await self._back_off(exc, type(exc).__name__, asked)
-            return []
-        finally:
-            silent.cancel()
-        if self.is_api_away:
-            self._be_answered(time.monotonic() - asked)
+        with self._sight.looking() as asked:
+            try:
+                found = await self._look()
+            except Exception as fault:
+                words = in_words(fault)
+                if not isinstance(fault, (*API_FAULTS, TaskError)):
+                    self._node.log.exception("Looking for runs failed.")
+                    words = type(fault).__name__
+                await asyncio.sleep(self._sight.fail(fault, words, asked))
+                return []
+        if self._sight.succeed(asked):
+            # An API whose broker was away has told nothing, though the stream of its events was open.
+            self._looks.hear(None)
         self._dispatcher.found(found, asked)
         by_hand = {run.id: run.created for run in found if not run.auto_scheduled}
         self._hearing.compare(by_hand | {id_: deployed.created for id_, deployed in self._deployed.items()})
         self._had_plenty = self._dispatcher.has_plenty
         self._looks.looked(asked, self._enough_for())
         return found
-
-    def _tell_silence(self, asked: float) -> None:
-        """Say once that a look has had no answer, and let it go on: a slow server may still give one."""
-        if self.is_api_away:
-            return
-        self._is_silent = True
-        self._node.log.warning(
-            "Looking for runs has had no answer for %g s, and waits: %s, or the "
-            "coordination database, stands still or is slow.",
-            SILENT_SECONDS,
-            named(),
-        )
-        self._node.tasks.spawn(self._doubt(asked))
-
-    async def _doubt(self, asked: float) -> None:
-        """Take the API for away that does not answer another call either, during a look of some moment."""
-        seconds = SILENT_SECONDS + DOUBT_SECONDS
-        fault: Exception = httpx.TransportError(f"no call has had an answer for {seconds:g} s")
-        try:
-            async with asyncio.timeout(DOUBT_SECONDS):
-                await self._node.client.read_work_pool(self._node.work_pool)
-        except TimeoutError:
-            pass
-        except API_FAULTS as exc:
-            fault = exc
-        except ObjectNotFound:
-            return
-        else:
-            return
-        if self._is_silent and self._blind_since is None:
-            self.fault, self._blind_since = fault, asked
-
-    def _be_answered(self, seconds: float) -> None:
-        """Say that it is over that the API, or the database, did not answer."""
-        if self._faults:
-            self._node.log.info("Looking for runs succeeds again, after %d failures.", self._faults)
-        else:
-            self._node.log.info("Looking for runs has an answer, after %.0f s.", seconds)
-        self._faults, self._is_silent, self.fault, self._blind_since = 0, False, None, None
-        # An API whose broker was away has told nothing, though the stream of its events was open.
-        self._looks.hear(None)
 
     def _enough_for(self) -> float:
         """Return for how many seconds what a look has found is enough."""
@@ -247,28 +179,11 @@ class Lookout:
     def _pause(self) -> float:
         return self._pace.of_looks(hears=self.hears, is_busy=self._dispatcher.is_busy)
 
-    async def _back_off(self, fault: Exception, words: str, asked: float) -> None:
-        """Say once why, and wait longer each time.
-
-        Args:
-            fault: what a look has failed with.
-            words: the same in words.
-            asked: when that look began.
-        """
-        if not self._faults:
-            self._node.log.warning("Looking for runs failed, trying again: %s", words)
-        self._faults, self.fault = self._faults + 1, fault
-        if isinstance(fault, CoordinationError):
-            self._blind_since = None  # the API has answered before
-        elif self._blind_since is None:
-            self._blind_since = asked
-        await asyncio.sleep(backoff(self._faults, LONGEST_BACKOFF_SECONDS))
-
     async def _look(self) -> list[FlowRun]:
         # Has a paused job been resumed? Its missed ticks are late already.
         is_busy = self._dispatcher.is_busy and not self._timetable.held
         # A node that serves nothing now would ask nothing, and take that for an answer.
-        is_blind = self._blind_since is not None and not self._membership.served
+        is_blind = self._sight.blind_for > 0 and not self._membership.served
         if is_blind or self._looks.is_visit_due(self._pace.of_visits(hears=self.hears, is_busy=is_busy)):
             await self._visit()
         elif changed := self._looks.changed:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from taskadapter.agent.hosts import HostPool
     from taskadapter.agent.lookout import Lookout
     from taskadapter.agent.membership import Membership
+    from taskadapter.agent.sight import Sight
     from taskadapter.agent.takeover import Takeover
     from taskadapter.agent.timetable import Timetable
 
@@ -55,6 +56,7 @@ class Upkeep:
         timetable: knows which jobs are paused.
         hand: the runs that are taken.
         lookout: looks for runs.
+        sight: what its looks come to.
         new_takeover: returns what settles runs, on the database of now.
     """
 
@@ -66,6 +68,7 @@ class Upkeep:
         timetable: Timetable,
         hand: Hand,
         lookout: Lookout,
+        sight: Sight,
         new_takeover: Callable[[], Takeover],
     ) -> None:
         self._node = node
@@ -74,6 +77,7 @@ class Upkeep:
         self._timetable = timetable
         self._hand = hand
         self._lookout = lookout
+        self._sight = sight
         self._new_takeover = new_takeover
 
     def begin(self) -> None:
@@ -105,7 +109,7 @@ class Upkeep:
         """Return what this node cannot do that all runs need, and why; None if there is no such thing."""
         if self._hosts.broken_for > lease / 2:
             return "start processes", self._hosts.fault
-        if self._lookout.blind_for > lease and (fault := self._lookout.fault) is not None:
+        if self._sight.blind_for > lease and (fault := self._sight.fault) is not None:
             return "look for runs", in_words(fault)
         return None
 

@@ -42,6 +42,7 @@ from taskadapter.agent.looks import Pace
 from taskadapter.agent.membership import Membership
 from taskadapter.agent.node import Node, Share
 from taskadapter.agent.showing import Showing
+from taskadapter.agent.sight import Sight
 from taskadapter.agent.signals import at_a_signal
 from taskadapter.agent.succession import Succession
 from taskadapter.agent.takeover import Takeover
@@ -230,8 +231,10 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
             look_for=lambda news: self._lookout.look_for(news),
         )
         self._watch = Watch(node, self._hand, hears=lambda: self._lookout.hears)
+        sight = Sight(node)
         self._lookout = Lookout(
             node,
+            sight,
             self._membership,
             self._hosts,
             self._deployments,
@@ -257,9 +260,10 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
             self._timetable,
             self._hand,
             self._lookout,
+            sight,
             self._new_takeover,
         )
-        self._health = Health(self._membership, self._hosts, self._lookout)
+        self._health = Health(self._membership, self._hosts, sight)
         self._source = metrics.Source(
             self._work_pool_name, self._membership, self._hosts, self._hand, self._health
         )

@@ -13,11 +13,12 @@ import httpx
 import pytest
 from prefect.exceptions import ObjectNotFound
 
-from taskadapter.agent import lookout, looks
+from taskadapter.agent import lookout, looks, sight
 from taskadapter.agent.hearing import Hearing, Kind, News
 from taskadapter.agent.lookout import Lookout
 from taskadapter.agent.looks import Pace
 from taskadapter.agent.node import Share
+from taskadapter.agent.sight import Sight
 from taskadapter.agent.switches import CarryOver
 from taskadapter.declare.triggers import DEFAULT_QUEUE
 from taskadapter.errors import ApiUnavailableError, CoordinationError
@@ -73,8 +74,10 @@ class Agent:
         timetable: Any = Timetable()
         pool = SimpleNamespace(id=uuid4(), base_job_template={})
         mine = node(self, pool, self.share)
+        self.sight = Sight(mine)
         self.lookout = Lookout(
             mine,
+            self.sight,
             part,
             part,
             part,
@@ -147,7 +150,7 @@ def server(monkeypatch):
     monkeypatch.setattr(lookout, "deployments_of_pool", nothing)
     monkeypatch.setattr(lookout, "deployments_of", nothing)
     monkeypatch.setattr(Hearing, "listen", nothing)
-    monkeypatch.setattr(lookout, "backoff", lambda *_: 0.0)
+    monkeypatch.setattr(sight, "backoff", lambda *_: 0.0)
     return lists
 
 
@@ -244,14 +247,14 @@ def test_no_fault_ends_it_or_fills_the_log(fault, caplog):
 def test_a_look_without_an_answer_is_told_and_goes_on(monkeypatch, caplog):
     """A frozen server takes connections, and a client waits for a minute; told once, and its end."""
     caplog.set_level("INFO")
-    monkeypatch.setattr(lookout, "SILENT_SECONDS", 0.0)
+    monkeypatch.setattr(sight, "SILENT_SECONDS", 0.0)
     agent, answers = Agent(), asyncio.Event()
     agent.answers = answers
 
     async def go() -> None:
         look = asyncio.create_task(agent.lookout.poll())
         await until(lambda: caplog.messages)
-        assert agent.lookout.is_api_away
+        assert agent.sight.is_api_away
         answers.set()
         await look
 
@@ -260,14 +263,14 @@ def test_a_look_without_an_answer_is_told_and_goes_on(monkeypatch, caplog):
     begun, over = (record.getMessage() for record in of_looks(caplog))
     assert begun.startswith("Looking for runs has had no answer for 0 s")
     assert over.startswith("Looking for runs has an answer, after 0 s")
-    assert not agent.lookout.is_api_away
+    assert not agent.sight.is_api_away
     assert agent.asked[-1] == ("found",)
 
 
 def test_a_silence_that_ends_in_a_fault_is_over_with_it(monkeypatch, caplog):
     """That it succeeds again is told once."""
     caplog.set_level("INFO")
-    monkeypatch.setattr(lookout, "SILENT_SECONDS", 0.0)
+    monkeypatch.setattr(sight, "SILENT_SECONDS", 0.0)
     agent, answers = Agent(), asyncio.Event()
     agent.answers, agent.troubles = answers, [httpx.ReadTimeout("")]
 
@@ -276,7 +279,7 @@ def test_a_silence_that_ends_in_a_fault_is_over_with_it(monkeypatch, caplog):
         await until(lambda: caplog.messages)
         answers.set()
         await look
-        monkeypatch.setattr(lookout, "SILENT_SECONDS", PATIENCE_SECONDS)
+        monkeypatch.setattr(sight, "SILENT_SECONDS", PATIENCE_SECONDS)
         await agent.lookout.poll()
 
     asyncio.run(go())
@@ -302,11 +305,11 @@ def test_a_node_is_blind_that_has_no_answer_from_the_api(trouble, is_blind):
     agent = Agent()
     agent.troubles = [httpx.ConnectError("away"), trouble]
     agent.polls()
-    assert agent.lookout.blind_for > 0
+    assert agent.sight.blind_for > 0
     agent.polls()
-    assert (agent.lookout.blind_for > 0) is is_blind
+    assert (agent.sight.blind_for > 0) is is_blind
     agent.polls()
-    assert agent.lookout.blind_for == 0
+    assert agent.sight.blind_for == 0
 
 
 def test_a_node_that_serves_nothing_asks_whether_the_api_is_back():
@@ -320,9 +323,9 @@ def test_a_node_that_serves_nothing_asks_whether_the_api_is_back():
     agent.lookout._looks.visited(time.monotonic() + PATIENCE_SECONDS)  # a visit is not due by itself
     agent.lookout.want()
     agent.polls()
-    assert agent.lookout.blind_for > 0
+    assert agent.sight.blind_for > 0
     agent.polls()
-    assert agent.lookout.blind_for == 0
+    assert agent.sight.blind_for == 0
 
 
 @pytest.mark.parametrize(
@@ -337,8 +340,8 @@ def test_a_node_that_serves_nothing_asks_whether_the_api_is_back():
 )
 def test_a_look_without_an_answer_has_the_api_asked_otherwise(monkeypatch, answer, is_blind):
     """It may be slow, or it is the coordination database that the look waits for."""
-    monkeypatch.setattr(lookout, "SILENT_SECONDS", 0.0)
-    monkeypatch.setattr(lookout, "DOUBT_SECONDS", 0.0 if isinstance(answer, TimeoutError) else 9.0)
+    monkeypatch.setattr(sight, "SILENT_SECONDS", 0.0)
+    monkeypatch.setattr(sight, "DOUBT_SECONDS", 0.0 if isinstance(answer, TimeoutError) else 9.0)
     agent = Agent()
     agent.answers, asked = asyncio.Event(), asyncio.Event()
 
@@ -356,12 +359,12 @@ def test_a_look_without_an_answer_has_the_api_asked_otherwise(monkeypatch, answe
         await asked.wait()
         for _ in range(10):
             await asyncio.sleep(0.001)
-        assert (agent.lookout.blind_for > 0) is is_blind
-        assert (agent.lookout.fault is not None) is is_blind
+        assert (agent.sight.blind_for > 0) is is_blind
+        assert (agent.sight.fault is not None) is is_blind
         assert agent.answers is not None
         agent.answers.set()
         await look
-        assert agent.lookout.blind_for == 0
+        assert agent.sight.blind_for == 0
 
     asyncio.run(go())
 

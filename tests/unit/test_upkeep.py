@@ -42,14 +42,14 @@ class Agent:
         self.stands_back = False
         self.groups = frozenset({"group"})
         self.where = "database a.db"
-        # As hosts, a lookout, a timetable and a hand.
+        # As hosts, sight, a timetable and a hand.
         self.broken_for, self.blind_for, self.fault = 0.0, 0.0, "no memory"
         self.runs: list[RunInHand] = []
         self.held: set[Any] = set()
         self.ids: frozenset[Any] = frozenset()
         part: Any = self
         self.node = node()
-        self.upkeep = Upkeep(self.node, part, part, part, part, part, self.new_takeover)
+        self.upkeep = Upkeep(self.node, part, part, part, part, part, part, self.new_takeover)
 
     async def stand_back(self, but: frozenset[str], why: str) -> None:
         self.stands_back = True
