@@ -375,7 +375,7 @@ class Dispatcher:
             if known is not None and (known.type, known.message) == (mine.type, mine.message):
                 return True
         if claim.status is not SetStateStatus.ACCEPT:
-            self._log.debug("Run %s is not to be had: %s", flow_run.name, claim.details)
+            self._log.debug("Prefect's API refuses the claim of run %s: %s", flow_run.name, claim.details)
         return claim.status is SetStateStatus.ACCEPT
 
     async def _left_as_off(self, flow_run: FlowRun, job: DeployedJob) -> bool:
