@@ -365,15 +365,16 @@ class Dispatcher:
         slow = loop.call_later(SLOW_CLAIM_SECONDS, self._look_for, News(Kind.WAITS, flow_run.id))
         try:
             claim = await self._client.set_flow_run_state(flow_run.id, mine)
+            known = None
+            if claim.status is SetStateStatus.ABORT:
+                known = (await self._client.read_flow_run(flow_run.id)).state
         except API_FAULTS:
             self._queue.doubt(flow_run, time.monotonic())
             raise
         finally:
             slow.cancel()
-        if claim.status is SetStateStatus.ABORT:
-            known = (await self._client.read_flow_run(flow_run.id)).state
-            if known is not None and (known.type, known.message) == (mine.type, mine.message):
-                return True
+        if known is not None and (known.type, known.message) == (mine.type, mine.message):
+            return True
         if claim.status is not SetStateStatus.ACCEPT:
             self._log.debug("Prefect's API refuses the claim of run %s: %s", flow_run.name, claim.details)
         return claim.status is SetStateStatus.ACCEPT

@@ -293,9 +293,8 @@ class Lookout:
             if not self._node.share.serves(deployment.work_queue_name or DEFAULT_QUEUE):
                 continue
             folder = (deployment.job_variables or {}).get("working_dir") or default or deployment.path
-            file = file_of(deployment.entrypoint or "")
-            place = Path(folder or "").absolute()
-            if file is not None and not deployment.pull_steps and not (place / file).is_file():
+            file, place = file_of(deployment.entrypoint or ""), _absolute(Path(folder or ""))
+            if file is not None and not deployment.pull_steps and not _has(place, file):
                 lacking.setdefault(place, set()).add(str(file))
         for place, files in lacking.items():
             if files - self._lacking.get(place, set()):
@@ -358,3 +357,19 @@ class Lookout:
         self._timetable.add(found)
         # To list all deployments is dear, and many may join one after the other.
         self._looks.visited(asked)
+
+
+def _absolute(folder: Path) -> Path:
+    """Return the whole path of a folder, if the folder in which the agent was started is still there."""
+    try:
+        return folder.absolute()
+    except FileNotFoundError:
+        return folder
+
+
+def _has(folder: Path, file: Path) -> bool:
+    """Return whether a file is there, in a folder that this user may enter."""
+    try:
+        return (folder / file).is_file()
+    except OSError:
+        return False

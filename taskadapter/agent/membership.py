@@ -103,6 +103,8 @@ class Membership:
         # Groups that are known to be this pool's, and those that are another's.
         self._claimed: AbstractSet[str] = frozenset()
         self._foreign: dict[str, str] = {}
+        # Groups that are to be left once their runs have ended.
+        self._leaving: set[str] = set()
         self.stands_back = False
         # When it was first seen that another process has, or had, this node's name.
         self._waits_since = float("inf")
@@ -192,8 +194,10 @@ class Membership:
         found = await Queues.read(self._node.client, self._node.work_pool)
         self.queues, self.withheld = {*found.names}, found.withheld
         self._say_paused(found.closed)
-        names = {name for name in self.queues if self._node.share.serves(name)} - {DEFAULT_QUEUE}
         groups = self._groups
+        names = {name for name in self.queues if self._node.share.serves(name)} - {DEFAULT_QUEUE}
+        if groups is not None:
+            names |= groups.names & self._leaving
         # Whoever declares a new group may have declared another database or timing with it.
         if (
             groups is None
@@ -384,8 +388,13 @@ class Membership:
         """Take part again; the next visit does it."""
         self.stands_back = False
 
+    def is_to_leave(self, name: str) -> None:
+        """Keep a group that this node serves no longer until its runs have ended: then it is left."""
+        self._leaving.add(name)
+
     async def leave(self, name: str) -> None:
         """Stand by for a group no longer; returns when its token is released, if the database answers."""
+        self._leaving.discard(name)
         if self._groups is not None:
             await self._groups.leave(name)
 

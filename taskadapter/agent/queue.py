@@ -89,9 +89,9 @@ class Queue:
         self._returned = {run_id: when for run_id, when in self._returned.items() if when >= asked}
         through = {*taken, *self._through}
         returned = {id_: run for id_, run in self._upcoming.items() if id_ in self._returned}
-        doubtful = {id_: run for id_, (when, run) in self._doubtful.items() if when < asked}
-        self._doubtful = {id_: both for id_, both in self._doubtful.items() if id_ not in doubtful}
-        found = doubtful | {run.id: run for run in runs}
+        listed = {run.id: run for run in runs}
+        self._doubtful = {id_: both for id_, both in self._doubtful.items() if id_ not in listed}
+        found = {id_: run for id_, (when, run) in self._doubtful.items() if when < asked} | listed
         self._upcoming = {id_: run for id_, run in found.items() if id_ not in through} | returned
         known = self._upcoming.keys() | through
         self._tries = {id_: tries for id_, tries in self._tries.items() if id_ in known}
@@ -100,10 +100,12 @@ class Queue:
 
     def forget(self, which: Which = any_run) -> None:
         """Know nothing more of some runs, or of all."""
+        self._doubtful = {id_: both for id_, both in self._doubtful.items() if not which(both[1])}
         self._upcoming = {id_: run for id_, run in self._upcoming.items() if not which(run)}
 
     def take(self, flow_run: FlowRun) -> None:
         """Have a run wait here no longer."""
+        self._doubtful.pop(flow_run.id, None)
         del self._upcoming[flow_run.id]
 
     def put(self, flow_run: FlowRun) -> None:

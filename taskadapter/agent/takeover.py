@@ -123,7 +123,7 @@ class Takeover:
         outcome = ABANDONED if todo is Todo.SUSPEND else runs.outcome_of(known)
         if flow_run is not None and todo in {Todo.AGAIN, Todo.CRASH}:
             outcome = await self._tell(flow_run, entry, todo)
-        await asyncio.to_thread(store.end, self.database_url, entry.key, outcome)
+        await asyncio.to_thread(store.end_as_found, self.database_url, entry, outcome)
 
     async def _tell(self, flow_run: FlowRun, entry: Entry, todo: Todo) -> str:
         """Tell Prefect of an interrupted run, and return what is to be entered."""

@@ -147,7 +147,8 @@ class Terms:
         """Start nothing more of a group, let its runs end, and give its token to a standby."""
         self._retire(token.group_id)
         await self._drain(token.group_id)
-        self._membership.release(token.group_id)
+        if self._membership.holds(token):  # else it was lost meanwhile, and perhaps gained anew
+            self._membership.release(token.group_id)
 
     async def leave(self, queue: str | None, job_ids: Collection[UUID], drain_seconds: float) -> None:
         """Leave jobs to other nodes: begin nothing more of them, let what is running end, hand over.
@@ -157,6 +158,8 @@ class Terms:
             job_ids: the jobs.
             drain_seconds: how long runs may go on before they are ended.
         """
+        if queue is not None:
+            self._membership.is_to_leave(queue)
         self._node.share.give_up(queue, job_ids)
         self._timetable.leave_out(job_ids)
         if queue is not None:

@@ -209,6 +209,12 @@ def asked_key(flow_run_id: str, times: int) -> str:
     return f"{flow_run_id} {times}"
 
 
+def times_asked(key: str) -> int:
+    """Return how many times a flow run had been run whose key `asked_key` has returned."""
+    _, _, times = key.partition(" ")
+    return int(times or 0)  # the releases before the ledger had the run alone
+
+
 def moment(when: datetime) -> str:
     """Return an aware moment as the ledger has it: in UTC, of one length, so that texts sort as times."""
     return when.astimezone(UTC).isoformat(sep=" ", timespec="microseconds")

@@ -31,6 +31,7 @@ from taskadapter.coordination.executions import (
     Paused,
     Taken,
     moment,
+    times_asked,
 )
 from taskadapter.coordination.schema import ledger, node
 from taskadapter.coordination.tokens import require_token
@@ -70,6 +71,8 @@ def begin(connection: Connection, execution: Execution, owner: Owner, limits: Li
         job = progress.lock(connection, execution.job_id, limits.trigger_slug)
     if (row := _locked(connection, execution.key)) is not None:
         return _again(connection, row, job, execution, owner)
+    if execution.due is None and (rival := _rival(connection, execution)) is not None:
+        return Taken(rival)
     if job is not None and (refusal := _refusal(job, limits)) is not None:
         return refusal
     number = None if job is None else job.count + 1
@@ -83,6 +86,17 @@ def begin(connection: Connection, execution: Execution, owner: Owner, limits: Li
     if job is not None:
         progress.count(connection, job)
     return Begun(number)
+
+
+def _rival(connection: Connection, execution: Execution) -> Entry | None:
+    """Return an entry of the same run, which somebody has asked for, that goes on or was begun later.
+
+    A node that could not reach the database for a while may have had its run taken away, and put back.
+    """
+    columns, times = ledger.c, times_asked(execution.key)
+    others = _found(connection, and_(columns.flow_run_id == execution.flow_run_id, columns.due.is_(None)))
+    rivals = (other for other in others if other.outcome is None or times_asked(other.key) > times)
+    return next(rivals, None)
 
 
 def _refusal(job: JobRow, limits: Limits) -> Answer | None:
@@ -224,6 +238,17 @@ def dues(connection: Connection, job_ids: Collection[str], limit: int) -> dict[s
         for job_id, due in connection.execute(union_all(*parts)):
             found.setdefault(job_id, []).append(due)
     return {job_id: sorted(times, reverse=True) for job_id, times in found.items()}
+
+
+def end_as_found(connection: Connection, entry: Entry, outcome: str) -> None:
+    """Enter what an execution came to that was found open, unless it has ended, or begun again, since."""
+    columns = ledger.c
+    found = (
+        columns.execution == entry.key,
+        columns.incarnation == entry.incarnation,
+        columns.ended.is_(None),
+    )
+    connection.execute(update(ledger).where(*found).values(ended=database_now(), outcome=outcome))
 
 
 def end(connection: Connection, key: str, outcome: str, *, incarnation: str | None = None) -> bool:

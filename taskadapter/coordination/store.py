@@ -106,6 +106,13 @@ def end(database_url: str, key: str, outcome: str) -> None:
     ask(database_url, lambda connection: ledger.end(connection, key, outcome))
 
 
+def end_as_found(database_url: str, entry: Entry, outcome: str) -> None:
+    """Enter what an execution came to that was found open, unless it has ended, or begun again, since."""
+    from taskadapter.coordination import ledger
+
+    ask(database_url, lambda connection: ledger.end_as_found(connection, entry, outcome))
+
+
 def prune(database_url: str, seconds: float) -> None:
     """Forget the executions, and the jobs, that ended longer ago than so many seconds."""
     from taskadapter.coordination import ledger, progress

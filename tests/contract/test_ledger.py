@@ -18,6 +18,7 @@ from taskadapter.coordination.executions import (
     ABANDONED,
     Begun,
     Ended,
+    Entry,
     Execution,
     Limits,
     Owner,
@@ -62,10 +63,25 @@ def end(engine: Engine, execution: Execution, outcome: str, **options: str) -> b
         return ledger.end(connection, execution.key, outcome, **options)
 
 
+def asked(times: int) -> Execution:
+    """The execution of a run by hand that has been run so often."""
+    return Execution(asked_key(RUN, times), RUN, JOB)
+
+
 def outcomes(engine: Engine, *executions: Execution) -> list[str | None]:
     with transaction(engine) as connection:
         found = ledger.entries(connection, [execution.key for execution in executions])
     return [entry.outcome for entry in found]
+
+
+def found_by(engine: Engine, execution: Execution) -> list[Entry]:
+    with transaction(engine) as connection:
+        return ledger.entries(connection, [execution.key])
+
+
+def settle(engine: Engine, found: Entry, outcome: str) -> None:
+    with transaction(engine) as connection:
+        ledger.end_as_found(connection, found, outcome)
 
 
 class TestCount:
@@ -157,7 +173,23 @@ class TestOnce:
         """A person who has a run retried that has ended gets it."""
         begin(engine, ASKED)
         end(engine, ASKED, "Failed")
-        assert begin(engine, Execution(asked_key(RUN, 1), RUN, JOB)) == Begun(None)
+        assert begin(engine, asked(1)) == Begun(None)
+
+    @pytest.mark.parametrize("ended", [None, "Completed"])
+    def test_a_run_that_was_taken_away_does_not_begin(self, engine: Engine, ended: str | None) -> None:
+        """Its node could not reach the database; another one had it meanwhile, as one that had been run."""
+        begin(engine, asked(1))
+        if ended is not None:
+            end(engine, asked(1), ended)
+        answer = begin(engine, asked(0))
+        assert isinstance(answer, Taken)
+        assert answer.entry.key == asked_key(RUN, 1)
+        assert outcomes(engine, asked(0)) == []
+
+    def test_a_run_that_goes_on_does_not_begin_again(self, engine: Engine) -> None:
+        """Whoever makes Prefect take it for one that waits."""
+        begin(engine, asked(0))
+        assert isinstance(begin(engine, asked(1)), Taken)
 
     def test_what_was_abandoned_may_begin_again(self, engine: Engine) -> None:
         """An interrupted execution that is to be made again keeps its number, and begins once more."""
@@ -224,10 +256,35 @@ class TestEnd:
     def test_is_found_by_its_flow_run(self, engine: Engine) -> None:
         """The executions of a flow run are found too, the oldest first."""
         for times in range(2):
-            begin(engine, Execution(asked_key(RUN, times), RUN, JOB))
+            begin(engine, asked(times))
+            end(engine, asked(times), "Failed")
         with transaction(engine) as connection:
             found = ledger.entries(connection, [], [RUN])
         assert [entry.key for entry in found] == [asked_key(RUN, times) for times in range(2)]
+
+
+class TestEndAsFound:
+    """What another node enters of an execution whose own node is gone."""
+
+    @pytest.mark.parametrize("outcome", ["Crashed", ABANDONED])
+    def test_is_entered_once(self, engine: Engine, outcome: str) -> None:
+        """What has ended, or begun again, since it was found is left."""
+        begin(engine, tick(1))
+        (found,) = found_by(engine, tick(1))
+        for _ in range(2):
+            settle(engine, found, outcome)
+            assert outcomes(engine, tick(1)) == [outcome]
+        settle(engine, found, "Cancelled")
+        assert outcomes(engine, tick(1)) == [outcome]
+
+    def test_does_not_touch_what_has_begun_again(self, engine: Engine) -> None:
+        """Two nodes have found it; one has made it due again, and a third has begun it."""
+        begin(engine, tick(1))
+        (found,) = found_by(engine, tick(1))
+        settle(engine, found, ABANDONED)
+        begin(engine, tick(1), Owner("node-3", "incarnation-3"))
+        settle(engine, found, ABANDONED)
+        assert outcomes(engine, tick(1)) == [None]
 
 
 class TestGivenUp:

@@ -492,6 +492,19 @@ def warnings_about(monkeypatch: Any, caplog: Any, *found: Any, visits: int = 1) 
     return [record.getMessage() for record in caplog.records if "lacks" in record.getMessage()]
 
 
+@pytest.mark.parametrize("folder", ["a" * 300, "gone"])
+def test_a_folder_that_cannot_be_entered_lacks_its_code(monkeypatch, caplog, tmp_path, folder):
+    """It fails no look: most jobs of the pool are elsewhere."""
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    there = "" if folder == "gone" else f"/{folder}"
+    (told,) = warnings_about(
+        monkeypatch, caplog, deployed("job.py:job", job_variables={"working_dir": there})
+    )
+    assert "lacks job.py, and runs of it would crash here" in told
+
+
 def test_a_folder_that_lacks_code_is_named_once(monkeypatch, caplog, tmp_path):
     """All files of a folder in one line; what is there, or is fetched, is not named."""
     monkeypatch.chdir(tmp_path)

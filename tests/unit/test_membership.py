@@ -50,6 +50,9 @@ class Groups:
     def stand_by(self, names: Any, database_url: str) -> None:
         self.names, self.database_url = frozenset(names), database_url
 
+    async def leave(self, name: str) -> None:
+        self.names -= {name}
+
     def token(self, name: str) -> Token | None:
         return self.held.get(name)
 
@@ -208,6 +211,23 @@ def test_another_database_is_joined_anew(server):
     assert not second.is_stopped
     assert mine.database_url == second.database_url == "sqlite:////second.db"
     assert mine.domain == second.domain == server.domain
+
+
+def test_a_group_is_kept_until_its_runs_have_ended(server):
+    """The node serves it no longer, and a look meanwhile does not leave it: that would end the runs."""
+
+    async def scenario() -> list[Any]:
+        mine = await _looked(server, "group", "other")
+        mine.is_to_leave("group")
+        mine._node.share.give_up("group", [])
+        names = []
+        for _ in range(2):
+            await mine.refresh()
+            names.append(Groups.made[-1].names)
+            await mine.leave("group")
+        return names
+
+    assert asyncio.run(scenario()) == [{"group", "other"}, {"other"}]
 
 
 def test_a_node_that_stands_back_comes_forward_again(server):

@@ -193,7 +193,7 @@ def test_of_other_jobs_nothing_is_remembered():
 
 
 def test_what_was_perhaps_claimed_is_asked_for_after_the_next_look():
-    """Once, whether that lists it or not; an answer to a look from before says nothing of it."""
+    """Until it is taken, whether that lists it or not; a look from before says nothing of it."""
     first, other = tick(ONE, 0), tick(OTHER, 1)
     queue = queue_of(first, other, asked=1.0)
     queue.take(first)
@@ -203,6 +203,10 @@ def test_what_was_perhaps_claimed_is_asked_for_after_the_next_look():
     queue.found([other], 6.0, ())
     assert queue.first(any_run, 0.0) is first
     queue.found([other], 7.0, ())
+    assert queue.first(any_run, 0.0) is first, "there was no room for it"
+    queue.take(first)
+    queue.through(first.id, clock=8.0)
+    queue.found([other], 9.0, ())
     assert queue.first(any_run, 0.0) is other
 
 

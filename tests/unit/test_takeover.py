@@ -76,7 +76,7 @@ class Ledger:
         monkeypatch.setattr(store, "interrupted", lambda *_: list(self.open))
         monkeypatch.setattr(store, "orphaned", lambda *_: list(self.open))
         monkeypatch.setattr(store, "entries", lambda *_: list(self.entries.values()))
-        monkeypatch.setattr(store, "end", self.end)
+        monkeypatch.setattr(store, "end_as_found", self.end)
 
     @property
     def open(self) -> list[Entry]:
@@ -86,8 +86,8 @@ class Ledger:
     def outcomes(self) -> list[str | None]:
         return [entry.outcome for entry in self.entries.values()]
 
-    def end(self, _: object, key: str, outcome: str) -> None:
-        self.entries[key] = replace(self.entries[key], outcome=outcome)
+    def end(self, _: object, found: Entry, outcome: str) -> None:
+        self.entries[found.key] = replace(self.entries[found.key], outcome=outcome)
 
 
 def entry(run_id: UUID, outcome: str | None) -> Entry:

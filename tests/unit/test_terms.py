@@ -42,6 +42,9 @@ class Membership:
     def release(self, name: str) -> None:
         self.asked.append(("release", name))
 
+    def is_to_leave(self, name: str) -> None:
+        self.asked.append(("is to leave", name))
+
     async def leave(self, name: str) -> None:
         self.asked.append(("leave", name))
 
@@ -255,6 +258,23 @@ def test_a_handover_lets_runs_end_first(by):
     assert agent.asked == [("forget", "group"), ("drain", 30.0), ("release", "group")]
 
 
+def test_a_token_that_is_gained_anew_meanwhile_is_kept():
+    """It is the lost one that was asked for; what has begun under the new one goes on."""
+
+    async def scenario() -> Agent:
+        agent = Agent()
+        agent.membership.held = {FIRST}
+
+        async def drain(*_: object) -> None:
+            agent.membership.held = {LATER}
+
+        agent.drain = drain  # type: ignore[method-assign,assignment]
+        await agent.terms.hand_over(FIRST)
+        return agent
+
+    assert ("release", "group") not in asyncio.run(scenario()).asked
+
+
 def test_a_node_without_the_token_has_nothing_to_resign():
     """It hands nothing over."""
 
@@ -285,7 +305,11 @@ def test_leaving_is_of_jobs_or_of_a_whole_queue(queue):
     assert not agent.share.has_job_of(tick(job, 0))
     assert agent.share.has_job_of(tick(other, 0))
     assert agent.share.serves("group") is (queue is None)
-    assert (("leave", "group") in agent.asked) is (queue is not None)
+    if queue is not None:
+        kept, *_, left = agent.asked
+        assert (kept, left) == (("is to leave", "group"), ("leave", "group"))
+    else:
+        assert ("leave", "group") not in agent.asked
     assert agent.membership.active == ({"group": FIRST} if queue is None else {})
     assert ("drain", 3.0) in agent.asked
 
