@@ -204,6 +204,7 @@ class Deployments:
         client: connected to the API.
         log: the agent's.
         tell: hears of each job that is over, and why.
+        put_away: hears of each whose schedule has been stopped, of which Prefect tells nobody.
 
     Attributes:
         teller: tells the API what became of runs, until it knows.
@@ -214,10 +215,12 @@ class Deployments:
         client: PrefectClient,
         log: Logger | LoggerAdapter[Any],
         tell: Callable[[DeployedJob, str], None] = lambda *_: None,
+        put_away: Callable[[UUID], None] = lambda _: None,
     ) -> None:
         self._client = client
         self._log = log
         self._tell = tell
+        self._tell_put_away = put_away
         self.teller = Teller(client, log)
         self._snapshots: dict[UUID, Snapshot] = {}
         self._flow_names: dict[UUID, str] = {}
@@ -372,6 +375,8 @@ class Deployments:
             )
         finally:
             del self._ending[job.deployment.id]
+            # Seen to be off, it can be seen to be switched on again.
+            self._tell_put_away(job.deployment.id)
 
     async def _put_away(self, job: DeployedJob, reason: str, *, is_late: bool) -> None:
         """Stop a job's schedule, and skip what is planned of it, unless somebody has started it again.

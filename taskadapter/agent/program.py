@@ -137,8 +137,7 @@ class ProgramAgent:
             is_shared = part.queue in {other.queue for other in staying}
             await self._worker.leave(None if is_shared else part.queue, part.job_ids, drain_seconds)
             if is_shared and part.queue != DEFAULT_QUEUE:
-                # A node that runs all jobs of the group may take it, if there is one.
-                await self._worker.resign(part.queue)
+                self._worker.stopped(part.queue, part.job_ids)
             self._parts.discard(part)
             _settle(part.over, None)
 

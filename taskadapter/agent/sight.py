@@ -38,7 +38,13 @@ class Sight:
         self._is_silent = False
         # When the first of the looks began that have failed since; None after one that has not.
         self._blind_since: float | None = None
+        self._failing_since: float | None = None
         self.fault: Exception | None = None
+
+    @property
+    def failing_for(self) -> float:
+        """For how many seconds each look has failed, by the coordination database perhaps."""
+        return 0.0 if self._failing_since is None else time.monotonic() - self._failing_since
 
     @property
     def is_api_away(self) -> bool:
@@ -104,6 +110,7 @@ class Sight:
         """
         if not self._faults:
             self._node.log.warning("Looking for runs failed, trying again: %s", words)
+            self._failing_since = asked
         self._faults, self.fault = self._faults + 1, fault
         if isinstance(fault, CoordinationError):
             self._blind_since = None  # the API has answered before
@@ -123,5 +130,6 @@ class Sight:
         elif self._is_silent:
             seconds = time.monotonic() - asked
             self._node.log.info("Looking for runs has an answer, after %.0f s.", seconds)
-        self._faults, self._is_silent, self.fault, self._blind_since = 0, False, None, None
+        self._faults, self._is_silent, self.fault = 0, False, None
+        self._blind_since = self._failing_since = None
         return was_away

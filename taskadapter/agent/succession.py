@@ -9,8 +9,9 @@ at fault itself, and a database that fails all of them is waited for.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
+from uuid import UUID
 
 from taskadapter.coordination import store
 from taskadapter.coordination.messages import NAMED, Token
@@ -21,6 +22,12 @@ if TYPE_CHECKING:
     from taskadapter.agent.membership import Membership
     from taskadapter.agent.node import Node
     from taskadapter.execution import protocol
+
+AGAIN_SECONDS = 2.0
+"""How often it is seen whether a group can be left of which this node does not run all jobs."""
+
+STOPPED = "a listener of its program has stopped"
+"""Why it does not."""
 
 
 class Succession:
@@ -50,19 +57,43 @@ class Succession:
         if domain is not None and wait.seconds >= domain.liveness_check_interval:
             self._node.tasks.spawn(self.pass_on(run, wait.fault))
 
-    async def pass_on(self, run: RunInHand, fault: str) -> bool:
-        """Hand over the group of a run that this node cannot run, and return whether that is done.
+    def stopped(self, queue: str, job_ids: Collection[UUID]) -> None:
+        """Hand over a group of which this node does not run some jobs any more, as long as that is so.
 
-        It is not done while other runs of the group go on here, which a handover would end.
+        Args:
+            queue: the group.
+            job_ids: the jobs.
         """
-        if run.token is None:
-            return False
-        async with self._one_at_a_time:
-            if self._handed_over.get(run.token.group_id) == run.token:
-                return True
-            return await self._pass_on(run, run.token, fault)
+        self._node.tasks.spawn(self._leave_to_whole_ones(queue, frozenset(job_ids)))
 
-    async def _pass_on(self, run: RunInHand, token: Token, fault: str) -> bool:
+    async def _leave_to_whole_ones(self, queue: str, job_ids: frozenset[UUID]) -> None:
+        share = self._node.share
+        while share.serves(queue) and job_ids & share.left_out:
+            if (token := self._membership.token(queue)) is not None:
+                await self.leave(token, "This node does not run all jobs of a group", STOPPED)
+            await asyncio.sleep(AGAIN_SECONDS)
+
+    async def pass_on(self, run: RunInHand, fault: str) -> bool:
+        """Hand over the group of a run that this node cannot run, and return whether that is done."""
+        what = f"Run {run.flow_run.name} cannot go on here"
+        return run.token is not None and await self.leave(run.token, what, fault)
+
+    async def leave(self, token: Token, what: str, fault: str) -> bool:
+        """Hand over a group of which this node cannot run all, and return whether that is done.
+
+        It is not done while runs of the group go on here, which a handover would end.
+
+        Args:
+            token: the group's.
+            what: what this node cannot do.
+            fault: why.
+        """
+        async with self._one_at_a_time:
+            if self._handed_over.get(token.group_id) == token:
+                return True
+            return await self._leave(token, what, fault)
+
+    async def _leave(self, token: Token, what: str, fault: str) -> bool:
         domain, url = self._membership.domain, self._membership.database_url
         if domain is None:
             return False
@@ -78,8 +109,8 @@ class Succession:
             return False
         self._handed_over[token.group_id] = token
         self._node.log.warning(
-            "Run %s cannot go on here, and group %s goes to a standby (%s): %s",
-            run.flow_run.name,
+            "%s, and group %s goes to a standby (%s): %s",
+            what,
             token.group_id,
             listed(able, NAMED),
             fault,

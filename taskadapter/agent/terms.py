@@ -137,12 +137,6 @@ class Terms:
 
     # --- handing over -----------------------------------------------------------------------------
 
-    async def resign(self, queue: str) -> None:
-        """Hand a group over, if this node holds its token, to one that runs all of its jobs."""
-        token = self._membership.token(queue)
-        if token is not None:
-            await self.hand_over(token)
-
     async def hand_over(self, token: Token) -> None:
         """Start nothing more of a group, let its runs end, and give its token to a standby."""
         self._retire(token.group_id)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from taskadapter.agent.lookout import Lookout
     from taskadapter.agent.membership import Membership
     from taskadapter.agent.sight import Sight
+    from taskadapter.agent.succession import Succession
     from taskadapter.agent.takeover import Takeover
     from taskadapter.agent.timetable import Timetable
 
@@ -57,6 +58,7 @@ class Upkeep:
         hand: the runs that are taken.
         lookout: looks for runs.
         sight: what its looks come to.
+        succession: which nodes may be able to do what this one cannot.
         new_takeover: returns what settles runs, on the database of now.
     """
 
@@ -69,6 +71,7 @@ class Upkeep:
         hand: Hand,
         lookout: Lookout,
         sight: Sight,
+        succession: Succession,
         new_takeover: Callable[[], Takeover],
     ) -> None:
         self._node = node
@@ -78,6 +81,7 @@ class Upkeep:
         self._hand = hand
         self._lookout = lookout
         self._sight = sight
+        self._succession = succession
         self._new_takeover = new_takeover
 
     def begin(self) -> None:
@@ -92,6 +96,7 @@ class Upkeep:
 
     async def _look_after_ability(self) -> None:
         """Leave the groups to others while this node can run no jobs, and take part again after that."""
+        tried = 0.0
         while True:
             await asyncio.sleep(ABLE_SECONDS)
             domain = self._membership.domain
@@ -104,6 +109,18 @@ class Upkeep:
                 self._node.log.info("This node can run jobs again, and takes part in its groups.")
                 self._membership.come_forward()
                 self._lookout.want_visit()  # which takes part again
+            elif self._sight.failing_for > max(domain.liveness_check_interval, tried):
+                await self._leave_unseen()
+                tried = self._sight.failing_for + domain.liveness_check_interval
+            if self._sight.failing_for == 0:
+                tried = 0.0
+
+    async def _leave_unseen(self) -> None:
+        """Leave groups whose runs the database does not let this node look for."""
+        fault = self._sight.fault
+        for token in list(self._membership.active.values()):
+            if fault is not None:
+                await self._succession.leave(token, "This node cannot look for runs", in_words(fault))
 
     def _lack(self, lease: float) -> tuple[str, str] | None:
         """Return what this node cannot do that all runs need, and why; None if there is no such thing."""

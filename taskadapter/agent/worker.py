@@ -35,6 +35,7 @@ from taskadapter.agent import events, metrics
 from taskadapter.agent.dispatcher import Dispatcher
 from taskadapter.agent.hand import Hand
 from taskadapter.agent.health import Health
+from taskadapter.agent.hearing import Kind, News
 from taskadapter.agent.hosts import HostPool
 from taskadapter.agent.jobs import Deployments, WarmBackupJobConfiguration, WarmBackupVariables
 from taskadapter.agent.lookout import Lookout
@@ -214,10 +215,16 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         )
         self._showing = Showing(node, self._membership)
         self._deployments = Deployments(
-            node.client, node.log, lambda job, reason: events.job_ended(node, job, reason)
+            node.client,
+            node.log,
+            lambda job, reason: events.job_ended(node, job, reason),
+            lambda job_id: self._lookout.look_for(News(Kind.DEPLOYMENT, job_id)),
         )
         self._timetable = Timetable(node.client, node.log, self._entered)
         self._hand = Hand(self._deployments.known)
+        self._succession = Succession(
+            node, self._membership, self._hand, lambda token: self._terms.hear(ResignAsked(token))
+        )
         self._dispatcher = Dispatcher(
             node,
             self._membership,
@@ -225,9 +232,7 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
             self._deployments,
             self._timetable,
             self._hand,
-            Succession(
-                node, self._membership, self._hand, lambda token: self._terms.hear(ResignAsked(token))
-            ),
+            self._succession,
             look_for=lambda news: self._lookout.look_for(news),
         )
         self._watch = Watch(node, self._hand, hears=lambda: self._lookout.hears)
@@ -261,6 +266,7 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
             self._hand,
             self._lookout,
             sight,
+            self._succession,
             self._new_takeover,
         )
         self._health = Health(self._membership, self._hosts, sight)
@@ -379,9 +385,9 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         """
         await self._terms.leave(queue, job_ids, drain_seconds)
 
-    async def resign(self, queue: str) -> None:
-        """Hand a group over, if this node holds its token, to one that runs all of its jobs."""
-        await self._terms.resign(queue)
+    def stopped(self, queue: str, job_ids: Collection[UUID]) -> None:
+        """Hand a group over of which this node does not run some jobs any more."""
+        self._succession.stopped(queue, job_ids)
 
     async def run(
         self,

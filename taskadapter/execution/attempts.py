@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import time
 from collections.abc import Iterator
@@ -230,6 +231,10 @@ class Attempts:
         """Return the job's name as commands know it: its deployment's, or the flow's in a direct call."""
         return self.name if self.execution is None else self.execution.assignment.deployment_name
 
+    def _process(self) -> str | None:
+        """Return where this process is, if an agent has made it, as Prefect's workers write it."""
+        return None if self.execution is None else f"{self.execution.assignment.node}:{os.getpid()}"
+
     def announce_wait(self, seconds: float, exc: Exception) -> None:
         """Show in the UI that the next attempt is to come, in so many seconds, and why.
 
@@ -257,7 +262,11 @@ class Attempts:
                     # Keeps every worker's poll from seeing a scheduled run in what waits here.
                     policy = self.flow_run.empirical_policy
                     policy = policy.model_copy(update={"retry_type": "in_process"})
-                    client.update_flow_run(self.flow_run.id, empirical_policy=policy)
+                    # With a process that Prefect knows of, one that is cancelled meanwhile is Cancelling,
+                    # of which its node hears, and not Cancelled, of which it would not.
+                    client.update_flow_run(
+                        self.flow_run.id, empirical_policy=policy, infrastructure_pid=self._process()
+                    )
                 answer = client.set_flow_run_state(self.flow_run.id, state)
                 # It took less time than the announcement before: the retry is not due yet for the API.
                 while isinstance(answer.details, StateWaitDetails):

@@ -38,6 +38,8 @@ class Execution:
     """Returns whether the agent wants the run back, unless its body has begun."""
     ended: str | None = None
     """Why the job is over for all nodes, once it is."""
+    has_waited: bool = False
+    """Whether it has waited for the database, which is no fault of the job's."""
 
     @property
     def has_begun(self) -> bool:

@@ -239,6 +239,8 @@ def _conclude(
     match execution.entered:
         case None if _is_users(fault):
             return _crashed(fault)
+        case None if _has_timed_out(state):
+            return protocol.Dropped()  # it has waited for the database for so long
         case None:
             is_told = _is_told(state) and not _is_crashed(state)
             return protocol.Told() if is_told else protocol.Untold()
@@ -246,7 +248,8 @@ def _conclude(
             is_told = _is_told(state) and not _was_spoilt(execution, state)
             end = state if is_told else execution.untold
             if end is not None and execution.outcome is None:
-                is_failure = end.is_failed() and not _is_api_fault(end)
+                is_own = not (execution.has_waited and _has_timed_out(end)) and not _is_api_fault(end)
+                is_failure = end.is_failed() and is_own
                 with contextlib.suppress(CoordinationError, TokenLostError):
                     enter_end_of_engine(execution, end, is_failure=is_failure)
             return (protocol.Told if is_told else protocol.Untold)(ended=execution.ended)
@@ -280,14 +283,22 @@ def _is_crashed(state: State[Any] | None) -> bool:
     return state is not None and state.is_crashed()
 
 
+def _has_timed_out(state: State[Any] | None) -> bool:
+    """Return whether the flow has taken longer than its timeout allows."""
+    return state is not None and state.is_failed() and state.name == "TimedOut"
+
+
 def _is_users(fault: BaseException | None) -> bool:
     """Return whether it is a mistake in the flow that its body was not reached, and not an API's fault."""
     return isinstance(fault, Exception) and not isinstance(fault, API_FAULTS)
 
 
 def _was_spoilt(execution: current.Execution, state: State[Any] | None) -> bool:
-    """Return whether the engine took for the body's failure that the API could not be told of its end."""
-    return execution.outcome == "Completed" and _is_api_fault(state)
+    """Return whether the engine took for the body's failure what has failed after its end.
+
+    The API could not be told of it; or to enter it took more than was left of the timeout.
+    """
+    return execution.outcome == "Completed" and (_is_api_fault(state) or _has_timed_out(state))
 
 
 def _is_api_fault(state: State[Any] | None) -> bool:

@@ -5,9 +5,11 @@ For a job of a group each transaction begins by locking the token, and is refuse
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from typing import TYPE_CHECKING, TypeVar
 
@@ -195,7 +197,8 @@ def _answer(execution: Execution, question: Callable[[Connection], T]) -> T:
     assignment, faults, since = execution.assignment, set[str](), time.monotonic()
     while True:
         try:
-            answer = store.ask(assignment.database_url.get_secret_value(), question)
+            with _timeout_stands_still():
+                answer = store.ask(assignment.database_url.get_secret_value(), question)
         except _FAULTS as fault:
             require_trust(assignment)
             if not execution.has_begun and execution.is_dropped():
@@ -207,11 +210,27 @@ def _answer(execution: Execution, question: Callable[[Connection], T]) -> T:
             # Nobody can enter an end while it is away, and another node would take the run for interrupted.
             if not execution.has_begun or not isinstance(fault, DatabaseUnavailableError):
                 execution.tell(protocol.Waits(fault=str(fault), seconds=time.monotonic() - since))
-            time.sleep(store.RETRY_SECONDS)
+            execution.has_waited = True
+            with _timeout_stands_still():
+                time.sleep(store.RETRY_SECONDS)
         else:
             if faults:
                 execution.tell(protocol.Answered())
             return answer
+
+
+@contextmanager
+def _timeout_stands_still() -> Iterator[None]:
+    """Let what the database takes not count for the timeout of a flow, which Prefect sets as an alarm."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    left, interval = signal.setitimer(signal.ITIMER_REAL, 0.0)
+    try:
+        yield
+    finally:
+        if left:
+            signal.setitimer(signal.ITIMER_REAL, left, interval)
 
 
 @lru_cache(maxsize=1)

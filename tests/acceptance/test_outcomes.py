@@ -11,7 +11,8 @@ import pytest
 from prefect.client.schemas.objects import StateType
 from prefect.states import Cancelling, Scheduled
 
-from tests.acceptance.project import Prefect, Project, due, is_alive, state_of
+from deployments.local import wait_until
+from tests.acceptance.project import PATIENCE, Prefect, Project, due, is_alive, state_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -135,6 +136,14 @@ STOPPED = """
         finally:
             note("async-cancelled", "cleaned up")
         note("async-cancelled", "finished")
+
+    @Listener(
+        trigger=TriggerConfiguration(interval=86_400),
+        retry_config=RetryConfiguration(max_attempts=3, retry_interval=3_600),
+    ).service("retry-cancelled", on_cancellation=hook("retry-cancelled", "hook"))
+    def retry_cancelled() -> None:
+        note("retry-cancelled", "began")
+        raise ValueError("not now")
 
     patient = Listener(
         trigger=TriggerConfiguration(interval=2, max_count=2),
@@ -382,6 +391,18 @@ def test_a_cancelled_run_is_interrupted(project: Project, prefect: Prefect, job:
     assert finished.pid != began.pid
     assert not is_alive(began.pid)
     assert len(prefect.wait_for_runs(job, "Completed", count=1)) == 1
+
+
+def test_a_run_that_is_cancelled_between_two_attempts(project: Project, prefect: Prefect) -> None:
+    """There is no further one: it does not wait for that, and its hook runs."""
+    (began,) = project.wait_for("retry-cancelled", "began")
+    (run,) = prefect.wait_for_runs("retry-cancelled", "AwaitingRetry", count=1)
+    prefect.client.set_flow_run_state(run.id, Cancelling())
+
+    assert state_of(prefect.wait_for_end(run)).name == "Cancelled"
+    project.wait_for("retry-cancelled", "hook")
+    wait_until(lambda: not is_alive(began.pid), PATIENCE, "its process to end")
+    assert project.entries("retry-cancelled", "began") == [began]
 
 
 @pytest.mark.parametrize("job", ["timed-out", "async-timed-out"])

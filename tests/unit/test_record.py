@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -136,3 +139,32 @@ def test_who_has_lost_the_token_waits_no_longer(monkeypatch):
     with pytest.raises(TokenLostError):
         record.begin(given.execution)
     assert given.told == []
+
+
+def test_the_timeout_of_a_flow_stands_still_for_the_database(monkeypatch):
+    """Prefect sets an alarm: a body that has to wait has as much time left as before."""
+    given = Given(monkeypatch, AWAY, AWAY)
+    monkeypatch.setattr(store, "RETRY_SECONDS", 0.2)
+    rung: list[float] = []
+    before = signal.signal(signal.SIGALRM, lambda *_: rung.append(time.monotonic()))
+    try:
+        began = time.monotonic()
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        assert record.begin(given.execution) == Begun(1)
+        assert (rung, given.execution.has_waited) == ([], True)
+        while not rung:
+            assert time.monotonic() < began + 10.0
+            time.sleep(0.01)
+        assert rung[0] >= began + 0.5
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_a_timeout_that_is_not_set_is_not_set_by_that(monkeypatch):
+    """Nor is one touched in another thread, where there is none."""
+    given = Given(monkeypatch, AWAY)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(record.begin, given.execution).result() == Begun(1)
+    assert record.begin(given.execution) == Begun(1)
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)

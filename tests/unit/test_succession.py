@@ -10,6 +10,7 @@ from uuid import uuid4
 
 import pytest
 
+from taskadapter.agent import succession
 from taskadapter.agent.hand import Hand
 from taskadapter.agent.runs import Life, Phase
 from taskadapter.agent.succession import Succession
@@ -18,7 +19,7 @@ from taskadapter.coordination.messages import Token
 from taskadapter.errors import DatabaseUnavailableError
 from taskadapter.execution import protocol
 from taskadapter.prefect_api.pool import Domain
-from tests.unit.given import node, tick
+from tests.unit.given import node, tick, until
 
 TOKEN = Token("group", "node-1", 7)
 
@@ -38,6 +39,7 @@ class Given:
             domain=Domain(liveness_check_interval=30),
             database_url="sqlite://",
             holds=lambda token: token in self.held,
+            token=lambda name: next((token for token in self.held if token.group_id == name), None),
         )
         monkeypatch.setattr(store, "successors", self._successors)
         monkeypatch.setattr(store, "give_up_tokens", lambda *given: self.entered.append(given[1:]))
@@ -124,3 +126,28 @@ def test_a_run_waits_for_the_database_for_a_lease(monkeypatch, seconds, handed):
 
     asyncio.run(wait())
     assert given.handed == handed
+
+
+def test_a_group_is_left_of_which_a_listener_has_stopped(monkeypatch):
+    """As soon as nothing of it goes on and there is a node for it; not when the listener is there again."""
+    monkeypatch.setattr(succession, "AGAIN_SECONDS", 0)
+    given, job = Given(monkeypatch), uuid4()
+    share = given.node.share
+    share.give_up(None, [job])
+    given.run.life = Life(Phase.BEGUN)
+
+    async def scenario() -> None:
+        given.succession.stopped(TOKEN.group_id, [job])
+        for change in (lambda: None, lambda: setattr(given, "able", ["node-2"])):
+            change()
+            await asyncio.sleep(0.05)
+            assert given.handed == []
+        given.run.meet(protocol.Settled())
+        await until(lambda: given.handed)
+        given.held.clear()
+        await asyncio.sleep(0.05)
+        share.take_up(None, [job])
+        await until(lambda: not given.node.tasks._running)
+
+    asyncio.run(scenario())
+    assert given.handed == [TOKEN]

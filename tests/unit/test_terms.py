@@ -238,18 +238,14 @@ def test_the_loss_of_an_earlier_term_leaves_the_later_one():
     assert agent.asked == [("lose", FIRST)]
 
 
-@pytest.mark.parametrize("by", ["request", "program"])
-def test_a_handover_lets_runs_end_first(by):
-    """Whoever asks for it: nothing begins, what runs may end, and then the token goes."""
+def test_a_handover_lets_runs_end_first():
+    """Nothing begins, what runs may end, and then the token goes."""
 
     async def scenario() -> Agent:
         agent = Agent()
         agent.membership.held = {FIRST}
         agent.membership.active["group"] = FIRST
-        if by == "request":
-            agent.terms.hear(ResignAsked(FIRST))
-        else:
-            await agent.terms.resign("group")
+        agent.terms.hear(ResignAsked(FIRST))
         await until(lambda: len(agent.asked) > 2)
         return agent
 
@@ -273,17 +269,6 @@ def test_a_token_that_is_gained_anew_meanwhile_is_kept():
         return agent
 
     assert ("release", "group") not in asyncio.run(scenario()).asked
-
-
-def test_a_node_without_the_token_has_nothing_to_resign():
-    """It hands nothing over."""
-
-    async def scenario() -> Agent:
-        agent = Agent()
-        await agent.terms.resign("group")
-        return agent
-
-    assert asyncio.run(scenario()).asked == []
 
 
 @pytest.mark.parametrize("queue", [None, "group"])

@@ -17,6 +17,7 @@ from taskadapter.agent.hearing import Kind, News
 from taskadapter.agent.runs import Life, Phase
 from taskadapter.agent.upkeep import RESUMED_LOOKS, Upkeep
 from taskadapter.coordination import store
+from taskadapter.coordination.messages import Token
 from taskadapter.declare.triggers import DEFAULT_QUEUE
 from taskadapter.errors import CoordinationError
 from taskadapter.execution import protocol
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 JOB = uuid4()
+TOKEN = Token("group", "node-1", 1)
 
 
 class Agent:
@@ -40,16 +42,22 @@ class Agent:
         self.database_url = "sqlite://"
         self.served = [DEFAULT_QUEUE, "group"]
         self.stands_back = False
+        self.active = {"group": TOKEN}
         self.groups = frozenset({"group"})
         self.where = "database a.db"
         # As hosts, sight, a timetable and a hand.
         self.broken_for, self.blind_for, self.fault = 0.0, 0.0, "no memory"
+        self.failing_for = 0.0
         self.runs: list[RunInHand] = []
         self.held: set[Any] = set()
         self.ids: frozenset[Any] = frozenset()
         part: Any = self
         self.node = node()
-        self.upkeep = Upkeep(self.node, part, part, part, part, part, part, self.new_takeover)
+        self.upkeep = Upkeep(self.node, part, part, part, part, part, part, part, self.new_takeover)
+
+    async def leave(self, token: Token, what: str, fault: str) -> bool:
+        self.asked.append(("leave", token, what, fault))
+        return False
 
     async def stand_back(self, but: frozenset[str], why: str) -> None:
         self.stands_back = True
@@ -172,6 +180,31 @@ def test_a_node_that_sees_nothing_stands_back_after_a_lease():
 
     said = "it cannot look for runs: refused"
     assert standing(run(scenario)) == [("stand back", "group", said), ("stand back", said)]
+
+
+def test_a_node_that_the_database_lets_see_nothing_leaves_its_groups_to_those_that_may():
+    """It takes its heartbeats all the same; once for each lease, for there may be no such node."""
+
+    async def scenario(agent: Agent) -> None:
+        agent.fault = CoordinationError("permission denied")  # type: ignore[assignment]
+        for seconds in (10.0, 10.1, 20.0, 20.2, 0.0, 10.1):
+            agent.failing_for = seconds
+            await agent.passes()
+            agent.asked.append(("after", seconds))
+
+    asked = [what for what in run(scenario).asked if what[0] in {"leave", "after"}]
+    left = ("leave", TOKEN, "This node cannot look for runs", "permission denied")
+    assert asked == [
+        ("after", 10.0),
+        left,
+        ("after", 10.1),
+        ("after", 20.0),
+        left,
+        ("after", 20.2),
+        ("after", 0.0),
+        left,
+        ("after", 10.1),
+    ]
 
 
 def test_a_group_is_left_when_nothing_of_it_goes_on():

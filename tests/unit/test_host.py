@@ -1,0 +1,64 @@
+"""What the process of a run says of its end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from prefect.client.schemas.objects import State
+from prefect.states import Cancelled, Completed, Failed
+
+from taskadapter.coordination.executions import Begun
+from taskadapter.execution import host, protocol
+from taskadapter.execution.current import Execution
+from tests.unit.test_hosts import ASSIGNMENT
+
+TIMED_OUT: State[Any] = Failed(name="TimedOut", message="Flow run exceeded timeout of 2.0 second(s)")
+
+
+def execution(*, outcome: str | None = None, has_waited: bool = False) -> Execution:
+    """A run whose body has begun, and has come to something, or not."""
+    return Execution(ASSIGNMENT, entered=Begun(1), outcome=outcome, has_waited=has_waited)
+
+
+@pytest.fixture
+def failures(monkeypatch):
+    """Of each end that is entered for the engine, whether it counts as the job's failure."""
+    found: list[bool] = []
+    monkeypatch.setattr(host, "enter_end_of_engine", lambda *_, is_failure: found.append(is_failure))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("state", "has_waited", "counts"),
+    [
+        (TIMED_OUT, False, True),
+        (TIMED_OUT, True, False),
+        (Failed(message="boom"), True, True),
+        (Cancelled(), False, False),
+    ],
+    ids=["too slow", "the database was", "its own error", "cancelled"],
+)
+def test_what_is_the_jobs_own_failure(failures, state, has_waited, counts):
+    """Not that it had to wait for the database: the timeout of an async one goes on meanwhile."""
+    assert host._conclude(execution(has_waited=has_waited), state, None) == protocol.Told()
+    assert failures == [counts]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "state", "end"),
+    [
+        ("Completed", Completed(), protocol.Told()),
+        ("Completed", TIMED_OUT, protocol.Untold()),
+        ("Failed", TIMED_OUT, protocol.Told()),
+    ],
+)
+def test_a_body_that_has_succeeded_is_not_too_slow(failures, outcome, state, end):
+    """To enter that took more than was left: what is entered is told."""
+    assert host._conclude(execution(outcome=outcome), state, None) == end
+    assert failures == []
+
+
+def test_what_was_too_slow_before_its_body_is_given_back():
+    """Nothing has begun."""
+    assert host._conclude(Execution(ASSIGNMENT), TIMED_OUT, None) == protocol.Dropped()
