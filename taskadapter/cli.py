@@ -66,7 +66,7 @@ def render(
             raise TaskError(f"{output} cannot be written: {error.strerror}.") from error
         print(f"Wrote {output}. To deploy it:")
         print(f"  prefect --no-prompt deploy --prefect-file {output} --all")
-    elif not output.exists() or output.read_text(encoding="utf-8") != text:
+    elif not rendering.is_up_to_date(output, text):
         raise TaskError(f"{output} is not what {flows}/ declares; run `taskadapter render`.")
 
 

@@ -21,6 +21,7 @@ from prefect.utilities.callables import parameter_schema
 from taskadapter.declare.jobs import JobId
 from taskadapter.declare.triggers import DEFAULT_QUEUE
 from taskadapter.listener import Listener
+from taskadapter.prefect_api import private
 from taskadapter.prefect_api.client import api_client
 from taskadapter.prefect_api.deployments import DETACHED, TAG
 from taskadapter.prefect_api.locks import lock
@@ -66,6 +67,8 @@ async def prepare(
             deployed = await _make_alone(client, job, job, _schedule(interval, first_tick, slug))
         elif deployed is not None:
             await _end_earlier_triggers(client, deployed, slug)
+            if deployed.paused and private.is_being_deployed():
+                private.keep_paused(deployed.flow_id, deployed.name)
     known = None if deployed is None else _anchor(deployed, slug)
     return {"first_tick": (known or first_tick).isoformat()}
 

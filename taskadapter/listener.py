@@ -325,6 +325,7 @@ class Listener:
             self._refuse_namesakes([declared.name])
         self.services[declared.name] = declared
         _with_services.add(self)
+        listeners.add(self)  # a module that another one has imported before may have made it
 
     def _refuse_namesakes(self, names: Iterable[str]) -> None:
         """Refuse services that are, by their names, the deployments of another listener that runs here."""

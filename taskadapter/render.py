@@ -65,6 +65,14 @@ def render(flows: Path, file: Path) -> str:
     return HEADER.format(flows=flows, file=file) + yaml.safe_dump(content, sort_keys=False, width=100)
 
 
+def is_up_to_date(file: Path, text: str) -> bool:
+    """Return whether a file has a text."""
+    try:
+        return file.read_text(encoding="utf-8") == text
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
 def _once_each(found: list[tuple[Listener, Declared]]) -> list[tuple[Listener, Declared]]:
     """Return the jobs by name; one whose module another one imports is declared twice, and is one."""
     places = {(declared.name, entrypoint(declared)): (on, declared) for on, declared in found}
@@ -108,7 +116,8 @@ def _refuse_duplicates(found: Iterable[Declared]) -> None:
 
 def _entry(listener: Listener, declared: Declared) -> dict[str, Any]:
     slug = ticks.slug(listener.trigger)
-    _refuse_templates(declared, description(declared), declared.initial_state)
+    texts = declared.name, listener.group_id, listener.work_pool, description(declared)
+    _refuse_templates(declared, *texts, declared.initial_state)
     entry: dict[str, Any] = {
         "name": declared.name,
         "entrypoint": entrypoint(declared),

@@ -6,8 +6,8 @@ front of its name; the others may be called anywhere, also while an event loop i
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any, ClassVar, cast
@@ -34,7 +34,7 @@ from taskadapter.errors import TaskError
 from taskadapter.execution import flow as flows
 from taskadapter.pools import aensure_work_pool
 from taskadapter.prefect_api.client import api_client, run_sync
-from taskadapter.prefect_api.deployments import TAG, jobs_of_pool
+from taskadapter.prefect_api.deployments import TAG, jobs_of_pool, trigger_of
 from taskadapter.prefect_api.pool import PoolSize
 from taskadapter.prefect_api.ticks import create_tick, remake_ticks, remove_ticks, unfinished
 from taskadapter.rules import ticks
@@ -336,6 +336,9 @@ def pause_all_jobs(*, work_pool: str | None = None) -> None:
 
     Args:
         work_pool: by default the one that the settings name.
+
+    Raises:
+        TaskError: there is no pool of the name that was given.
     """
     run_sync(apause_all_jobs(work_pool=work_pool))
 
@@ -343,8 +346,7 @@ def pause_all_jobs(*, work_pool: str | None = None) -> None:
 async def apause_all_jobs(*, work_pool: str | None = None) -> None:
     """Do what `pause_all_jobs` does, from async code."""
     async with api_client() as client:
-        for deployment in await jobs_of_pool(client, _pool(work_pool)):
-            await _pause(client, deployment)
+        await _each_job(client, work_pool, _pause)
 
 
 def resume_all_jobs(*, work_pool: str | None = None) -> None:
@@ -352,6 +354,9 @@ def resume_all_jobs(*, work_pool: str | None = None) -> None:
 
     Args:
         work_pool: by default the one that the settings name.
+
+    Raises:
+        TaskError: there is no pool of the name that was given.
     """
     run_sync(aresume_all_jobs(work_pool=work_pool))
 
@@ -359,8 +364,27 @@ def resume_all_jobs(*, work_pool: str | None = None) -> None:
 async def aresume_all_jobs(*, work_pool: str | None = None) -> None:
     """Do what `resume_all_jobs` does, from async code."""
     async with api_client() as client:
-        for deployment in await jobs_of_pool(client, _pool(work_pool)):
-            await switches.resume(client, deployment)
+        await _each_job(client, work_pool, switches.resume)
+
+
+async def _each_job(
+    client: PrefectClient,
+    work_pool: str | None,
+    switch: Callable[[PrefectClient, DeploymentResponse], Awaitable[None]],
+) -> None:
+    """Switch all jobs of a work pool, but for those that are deleted meanwhile.
+
+    Raises:
+        TaskError: there is no pool of the name that was given.
+    """
+    if work_pool is not None:
+        try:
+            await client.read_work_pool(work_pool)
+        except ObjectNotFound:
+            raise TaskError(f"there is no work pool {work_pool!r}; correct its name.") from None
+    for deployment in await jobs_of_pool(client, _pool(work_pool)):
+        with suppress(ObjectNotFound):
+            await switch(client, deployment)
 
 
 async def _pause(client: PrefectClient, deployment: DeploymentResponse) -> None:
@@ -409,7 +433,11 @@ async def aget_running_jobs(*, work_pool: str | None = None) -> list[JobId]:
     async with api_client() as client:
         jobs = await jobs_of_pool(client, _pool(work_pool))
         recurring = {
-            job.id: [schedule.active for schedule in job.schedules if ticks.is_slug(schedule.slug)]
+            job.id: [
+                schedule.active and not switches.has_ended(trigger_of(job))
+                for schedule in job.schedules
+                if ticks.is_slug(schedule.slug)
+            ]
             for job in jobs
         }
         waiting = await unfinished(client, [job_id for job_id, ours in recurring.items() if not ours])

@@ -17,9 +17,12 @@ from prefect.types.names import BANNED_CHARACTERS
 from taskadapter.declare import attached
 from taskadapter.declare.base import shown
 from taskadapter.declare.jobs import Job, Service, dump_state
-from taskadapter.declare.triggers import LONGEST_NAME, TriggerConfiguration
+from taskadapter.declare.triggers import DOTS, LONGEST_NAME, TriggerConfiguration
 from taskadapter.errors import DeclarationError, closest, in_a_line, listed
 from taskadapter.execution import flow as flows
+
+BANNED = (*BANNED_CHARACTERS, "?", "#")
+"""What Prefect refuses in a name, and what cuts one short where it is part of an address."""
 
 _OPTIONS = inspect.signature(Flow.__init__).parameters.keys() - {"self", "fn", "name"}
 """What `prefect.flow` takes besides the name, which a service has from its listener."""
@@ -212,14 +215,15 @@ def check_name(name: str, what: str) -> None:
     """Refuse a text that Prefect does not accept as a name, of a service or a job.
 
     Raises:
-        DeclarationError: it is blank, longer than 255 characters, or holds a character that is banned or
-            cannot be printed.
+        DeclarationError: it is blank, longer than 255 characters, a path, or holds a character that is
+            banned or cannot be printed.
     """
-    is_banned = any(character in name for character in BANNED_CHARACTERS)
+    is_banned = name in DOTS or any(character in name for character in BANNED)
     if is_banned or not name.strip() or not name.isprintable() or len(name) > LONGEST_NAME:
         raise DeclarationError(
             f"{shown(name)} is no name for a {what}: it must have 1 to {LONGEST_NAME} printable "
-            f"characters, not all blank, none of them one of {' '.join(BANNED_CHARACTERS)}; choose another."
+            f"characters, not all blank nor only dots, none of them one of {' '.join(BANNED)}; "
+            "choose another."
         )
 
 

@@ -16,7 +16,14 @@ from prefect.client.schemas.objects import WorkPool
 
 from taskadapter.agent import metrics
 from taskadapter.coordination.board import DeadlineBoard
-from taskadapter.coordination.messages import Gained, Lost, Refused, ResignAsked, Token
+from taskadapter.coordination.messages import (
+    NOT_ASKED_FOR,
+    Gained,
+    Lost,
+    Refused,
+    ResignAsked,
+    Token,
+)
 from taskadapter.execution.scratch import Scratch
 from taskadapter.prefect_api.pool import Domain
 
@@ -65,18 +72,19 @@ class Groups:
         self._deadlines = DeadlineBoard.create(self.board)
         self._heartbeat: Heartbeat | None = None
 
-    def stand_by(self, names: Iterable[str], database_url: str) -> None:
+    def stand_by(self, names: Iterable[str], database_url: str, why: str = NOT_ASKED_FOR) -> None:
         """Stand by for exactly these groups from now on; the first time, begin to show life.
 
         Args:
             names: the groups.
             database_url: the coordination database.
+            why: for what reason others are left.
         """
         wanted, known = frozenset(names), self.names
         self.names = wanted
         if self._heartbeat is not None:
             if wanted != known:
-                self._heartbeat.join(wanted)
+                self._heartbeat.join(wanted, why)
             return
         from taskadapter.coordination.heartbeat import Heartbeat
 

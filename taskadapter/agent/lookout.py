@@ -149,7 +149,9 @@ class Lookout:
                 found = await self._look()
             except Exception as fault:
                 words = in_words(fault)
-                if not isinstance(fault, (*API_FAULTS, TaskError)):
+                if isinstance(fault, ObjectNotFound):
+                    words = f"work pool {self._node.work_pool!r} is gone from Prefect; deploy again"
+                elif not isinstance(fault, (*API_FAULTS, TaskError)):
                     self._node.log.exception("Looking for runs failed.")
                     words = type(fault).__name__
                 await asyncio.sleep(self._sight.fail(fault, words, asked))

@@ -106,6 +106,7 @@ class Membership:
         # Groups that are to be left once their runs have ended.
         self._leaving: set[str] = set()
         self.stands_back = False
+        self._given_up: list[Token] = []
         # When it was first seen that another process has, or had, this node's name.
         self._waits_since = float("inf")
 
@@ -380,13 +381,18 @@ class Membership:
             return
         tokens = [token for name in groups.names - but if (token := groups.token(name)) is not None]
         if tokens:
+            self._given_up += tokens
             with suppress(CoordinationError):  # then they are left without a word
                 await asyncio.to_thread(store.give_up_tokens, self.database_url, tokens, why)
-        groups.stand_by(groups.names & but, self.database_url)
+        groups.stand_by(groups.names & but, self.database_url, why)
 
-    def come_forward(self) -> None:
-        """Take part again; the next visit does it."""
+    async def come_forward(self) -> None:
+        """Take part again; the next visit does it. Why groups were given up does not hold any more."""
         self.stands_back = False
+        given_up, self._given_up = self._given_up, []
+        if given_up:
+            with suppress(CoordinationError):  # then it is no successor for five minutes
+                await asyncio.to_thread(store.give_up_tokens, self.database_url, given_up, None)
 
     def is_to_leave(self, name: str) -> None:
         """Keep a group that this node serves no longer until its runs have ended: then it is left."""

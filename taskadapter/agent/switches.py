@@ -105,7 +105,7 @@ async def restart(client: PrefectClient, deployment: DeploymentResponse) -> str:
         raise TaskError(
             f"job {job!r} has ended ({why}), and has no schedule; schedule, or deploy, it again."
         )
-    if _has_passed(trigger):
+    if has_ended(trigger):
         raise TaskError(f"job {job!r} has ended ({why}); declare a later end_time, and deploy it.")
     # That it is off is seen first: it is from when it is switched on that ticks are owed.
     if own.active:
@@ -131,7 +131,7 @@ def why_over(deployment: DeploymentResponse, row: JobRow | None) -> str | None:
         return row.ended
     if trigger is not None and _is_exhausted(trigger, row):
         return ticks.exhausted(trigger.max_count)
-    if trigger is not None and trigger.end_time is not None and _has_passed(trigger):
+    if trigger is not None and trigger.end_time is not None and has_ended(trigger):
         return ticks.ended_at(trigger.end_time)
     is_off = not is_on(deployment) or (row is not None and row.ended is not None)
     return SWITCHED_OFF if is_off else None
@@ -141,8 +141,9 @@ def _is_exhausted(trigger: TriggerConfiguration, row: JobRow | None) -> bool:
     return row is not None and 0 < trigger.max_count <= row.count
 
 
-def _has_passed(trigger: TriggerConfiguration) -> bool:
-    return trigger.end_time is not None and trigger.end_time < datetime.now(UTC)
+def has_ended(trigger: TriggerConfiguration | None) -> bool:
+    """Return whether the end of a trigger has passed, if it has one."""
+    return trigger is not None and trigger.end_time is not None and trigger.end_time < datetime.now(UTC)
 
 
 async def detach(job_id: UUID, reason: str) -> None:

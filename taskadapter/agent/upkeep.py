@@ -107,7 +107,7 @@ class Upkeep:
                 await self._stand_back(*lack)
             elif self._membership.stands_back:
                 self._node.log.info("This node can run jobs again, and takes part in its groups.")
-                self._membership.come_forward()
+                await self._membership.come_forward()
                 self._lookout.want_visit()  # which takes part again
             elif self._sight.failing_for > max(domain.liveness_check_interval, tried):
                 await self._leave_unseen()

@@ -21,6 +21,7 @@ from taskadapter.coordination.board import NEVER, clock
 from taskadapter.coordination.courier import Courier
 from taskadapter.coordination.lease import Lease, step
 from taskadapter.coordination.messages import (
+    NOT_ASKED_FOR,
     Abandon,
     Answered,
     Extended,
@@ -154,9 +155,9 @@ class Heartbeat:
         self._events.put(StopAsked())
         return self._stopped.wait(timeout)
 
-    def join(self, group_ids: Collection[str]) -> None:
-        """Stand by for exactly these groups from now on; tokens of others are released."""
-        self._events.put(Joined(frozenset(group_ids)))
+    def join(self, group_ids: Collection[str], why: str = NOT_ASKED_FOR) -> None:
+        """Stand by for exactly these groups from now on; tokens of others are released, for a reason."""
+        self._events.put(Joined(frozenset(group_ids), why))
 
     def release(self, group_id: str) -> None:
         """Hand a group over, its runs having ended. For a while the node leaves it to others."""

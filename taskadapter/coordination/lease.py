@@ -189,8 +189,8 @@ def step(lease: Lease, event: Event, now: float) -> Step:
             done = _failed(done, event, now)
         case Hint(group_id) if group_id in lease.group_ids:
             done = done.then(replace(done.lease, hinted=True))
-        case Joined(group_ids):
-            done = _joined(done, group_ids, now)
+        case Joined(group_ids, why):
+            done = _joined(done, group_ids, now, why)
         case ReleaseAsked(group_id):
             done = _release(done, [group_id], now, "handed over", leaves=False)
         case StopAsked():
@@ -232,8 +232,8 @@ def _lose_all(done: Step, reason: str) -> Step:
     return done
 
 
-def _joined(done: Step, group_ids: frozenset[str], now: float) -> Step:
-    done = _release(done, sorted(done.lease.group_ids - group_ids), now, "not asked for any more")
+def _joined(done: Step, group_ids: frozenset[str], now: float, why: str) -> Step:
+    done = _release(done, sorted(done.lease.group_ids - group_ids), now, why)
     # The node's entry names its groups.
     return done.then(replace(done.lease, group_ids=group_ids, registered=False, next_beat=now))
 

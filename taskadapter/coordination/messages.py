@@ -47,6 +47,9 @@ FOREIGN_GROUP = (
 )
 """What is said of a group that two work pools of one database name."""
 
+NOT_ASKED_FOR = "not asked for any more"
+"""Why a group is left whose queue is gone, or is served no longer."""
+
 NAMED = 3
 """How many groups a line of the log names; it counts the others."""
 
@@ -200,9 +203,10 @@ class Hint:
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """The node stands by for exactly these groups from now on."""
+    """The node stands by for exactly these groups from now on; `why` is the reason why it leaves others."""
 
     group_ids: frozenset[str]
+    why: str = NOT_ASKED_FOR
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,8 +71,8 @@ def successors(database_url: str, group_id: str, within: float) -> list[str]:
     return ask(database_url, lambda connection: read_successors(connection, group_id, within))
 
 
-def give_up_tokens(database_url: str, held: Collection[Token], reason: str) -> None:
-    """Enter why this node cannot run the jobs of groups, and leaves them to other ones."""
+def give_up_tokens(database_url: str, held: Collection[Token], reason: str | None) -> None:
+    """Enter why this node cannot run the jobs of groups, and leaves them to others; None: it can again."""
     from taskadapter.coordination import tokens
 
     ask(database_url, lambda connection: tokens.give_up(connection, held, reason))

@@ -362,10 +362,13 @@ def release(connection: Connection, tokens: Iterable[Token]) -> tuple[Token, ...
     return released
 
 
-def give_up(connection: Connection, tokens: Collection[Token], reason: str) -> None:
-    """Enter why a holder leaves groups to other nodes, which it cannot run: who has one next says so."""
+def give_up(connection: Connection, tokens: Collection[Token], reason: str | None) -> None:
+    """Enter why a holder leaves groups to other nodes, which it cannot run: who has one next says so.
+
+    With None for a reason, it can again: it is no worse a successor than others.
+    """
     mine = update(tenure).where(_of(tokens, tenure))
-    connection.execute(mine.values(given_up=storable(reason)[:255]))
+    connection.execute(mine.values(given_up=None if reason is None else storable(reason)[:255]))
 
 
 def request_resign(connection: Connection, group_id: str) -> Token:

@@ -22,8 +22,11 @@ _MARK = ".as_service."
 def entrypoint(place: str, name: str) -> str:
     """Return where the flow of a service is found whose class is at ``place``.
 
-    A dot and a colon separate the parts of an entrypoint; those of the name are written otherwise.
+    A dot and a colon separate the parts of an entrypoint; those of the name are written otherwise. So is an
+    underline at its beginning, for attributes that are none of the flows have such names.
     """
+    if name.startswith("_"):
+        name = f"%5F{name[1:]}"
     return place + _MARK + name.replace(".", "%2E").replace(":", "%3A")
 
 

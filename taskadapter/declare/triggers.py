@@ -57,6 +57,9 @@ _MIN_HEARTBEATS = 3
 _MOST = 1_000_000_000
 """More than a job can do in a lifetime, and less than an integer of a database holds."""
 
+DOTS = {".", ".."}
+"""Names that are a part of a path, to whoever asks for what they name."""
+
 LONGEST_NAME = 255
 """Characters of a name, of a group, a node, a service or a pool."""
 
@@ -141,10 +144,11 @@ def _max_concurrent(count: int) -> int:
 
 
 def _identifier(text: str) -> str:
-    if not text.strip() or len(text) > LONGEST_NAME or "/" in text or "%" in text or not text.isprintable():
+    is_banned = text in DOTS or any(character in text for character in "/%?#")
+    if is_banned or not text.strip() or len(text) > LONGEST_NAME or not text.isprintable():
         raise ValueError(
-            f'must have 1 to {LONGEST_NAME} printable characters, not all blank, none of them "/" or "%" '
-            f"(this one has {len(text)}); choose another name"
+            f"must have 1 to {LONGEST_NAME} printable characters, not all blank nor only dots, none of "
+            f'them "/", "%", "?" or "#" (this one has {len(text)}); choose another name'
         )
     return text
 

@@ -130,6 +130,8 @@ def _as_flow(
             try:
                 with attempts.attempt():
                     result = body(subject, args, kwargs)
+                    if inspect.iscoroutine(result):  # a decorator that is not async has hidden what it is
+                        result = asyncio.run(result)
             except Exception as exc:
                 if (wait := attempts.failed(exc)) is None:
                     raise

@@ -55,6 +55,8 @@ def in_words(fault: Exception) -> str:
         return "the API's answer makes no sense"
     if isinstance(fault, httpx.TransportError):
         return unreachable(fault)
+    if isinstance(fault, ObjectNotFound):
+        return "it is gone from Prefect"
     return in_a_line(str(fault)) or type(fault).__name__
 
 

@@ -113,6 +113,29 @@ def name_run(flow_run_id: UUID, name: str) -> None:
         kind.update_flow_run = naming(kind.update_flow_run)  # type: ignore[method-assign]
 
 
+_paused: set[tuple[UUID, str]] = set()
+
+
+def keep_paused(flow_id: UUID, name: str) -> None:
+    """Have ``prefect deploy`` leave a deployment paused, in this process: it resumes what it deploys anew.
+
+    Args:
+        flow_id: the deployment's flow.
+        name: the deployment's name.
+    """
+    create = PrefectClient.create_deployment
+    if not _paused:
+
+        @functools.wraps(create)
+        async def creating(self: PrefectClient, flow_id: UUID, name: str, **options: Any) -> UUID:
+            if (flow_id, name) in _paused:
+                options["paused"] = True
+            return await create(self, flow_id, name, **options)
+
+        PrefectClient.create_deployment = creating  # type: ignore[method-assign,assignment]
+    _paused.add((flow_id, name))
+
+
 def is_being_deployed() -> bool:
     """Return whether ``prefect deploy`` is what imports the flows of this process.
 

@@ -637,6 +637,28 @@ def test_prefect_deploy_of_a_changed_trigger(
     assert (after.active, after.schedule.interval) == (True, timedelta(hours=2))
 
 
+@pytest.mark.parametrize("interval", [3600, 7200])
+def test_prefect_deploy_of_a_paused_job(
+    prefect_api: PrefectServer,
+    prefect_client: SyncPrefectClient,
+    name: str,
+    tmp_path: Path,
+    interval: int,
+) -> None:
+    """It stays paused, whatever is changed; others are deployed as ever."""
+    project(tmp_path, name, POOL, interval=3600)
+    assert prefect(prefect_api, tmp_path, "deploy", "--all").returncode == 0
+    prefect_client.pause_deployment(deployed(prefect_client, name).id)
+    project(tmp_path, name, POOL, interval=interval)
+    run = prefect(prefect_api, tmp_path, "deploy", "--all")
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert deployed(prefect_client, name).paused is True
+    assert schedule_of(prefect_client, name).schedule.interval == timedelta(seconds=interval)
+    prefect_client.resume_deployment(deployed(prefect_client, name).id)
+    assert prefect(prefect_api, tmp_path, "deploy", "--all").returncode == 0
+    assert deployed(prefect_client, name).paused is False
+
+
 def test_prefect_deploy_of_an_existing_flow(
     prefect_api: PrefectServer, prefect_client: SyncPrefectClient, tmp_path: Path
 ) -> None:

@@ -112,6 +112,11 @@ async def fail_twice_async() -> str:
     return fail_twice()
 
 
+def hidden() -> object:
+    """As a decorator that knows nothing of async makes it."""
+    return fail_twice_async()
+
+
 def fail() -> None:
     look()
     raise ConnectionError("no answer")
@@ -170,7 +175,7 @@ def test_a_direct_call_is_not_counted(name: str) -> None:
     assert [job(), job(), job()] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("source", [fail_twice, fail_twice_async])
+@pytest.mark.parametrize("source", [fail_twice, fail_twice_async, hidden])
 def test_a_direct_call_is_retried(prefect_client: SyncPrefectClient, name: str, source: object) -> None:
     """Retries are made inside the one flow run, each with its number, and show as its states."""
     assert call(name, source) == "recovered"

@@ -48,16 +48,20 @@ from taskadapter import (
     resume_job,
     schedule_job_recur_by_frequency,
     schedule_one_time_job,
+    scheduler,
     unschedule_job,
 )
 from taskadapter.deploy import deploy
 from taskadapter.execution.flow import job_flow
 from taskadapter.pools import ensure_work_pool
+from taskadapter.prefect_api.deployments import jobs_of_pool
 from taskadapter.prefect_api.pool import Domain, PoolSize
 from taskadapter.rules.ticks import ONE_TIME, is_tick, slug, tick_key
 from tests.pages import blocks
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from prefect.client.orchestration import SyncPrefectClient
     from prefect.client.schemas.objects import FlowRun, State
     from prefect.client.schemas.responses import DeploymentResponse
@@ -570,6 +574,40 @@ def test_unscheduling_twice(prefect_client: SyncPrefectClient, pool: str) -> Non
 @pytest.mark.usefixtures("prefect_client")
 def test_an_unknown_pool_has_no_jobs(pool: str) -> None:
     """Asking makes no pool, and is no error."""
+    assert get_running_jobs(work_pool=pool) == []
+
+
+@pytest.mark.parametrize("switch", [pause_all_jobs, resume_all_jobs])
+@pytest.mark.usefixtures("prefect_client")
+def test_all_jobs_of_a_pool_that_is_not_there(switch: Callable[..., None]) -> None:
+    """Somebody has mistyped its name, and would take the jobs for paused."""
+    with pytest.raises(TaskError, match="there is no work pool 'nope'"):
+        switch(work_pool="nope")
+
+
+def test_a_job_that_vanishes_while_all_are_paused(
+    prefect_client: SyncPrefectClient, pool: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others are paused all the same."""
+    gone, stays = (schedule_job_recur_by_frequency(HELLO, 3600, work_pool=pool, name=n) for n in "ab")
+    listed = jobs_of_pool
+
+    async def list_and_delete(*pool_of: Any) -> Any:
+        found = sorted(await listed(*pool_of), key=lambda job: job.name)
+        prefect_client.delete_deployment(gone.id)
+        return found
+
+    monkeypatch.setattr(scheduler, "jobs_of_pool", list_and_delete)
+    pause_all_jobs(work_pool=pool)
+    assert deployment(prefect_client, stays).paused is True
+
+
+def test_a_job_whose_end_has_passed_is_not_running(prefect_client: SyncPrefectClient, pool: str) -> None:
+    """Also where no agent was up to switch its schedule off."""
+    end = datetime.now(UTC) + timedelta(seconds=2)
+    job = schedule_job_recur_by_frequency(HELLO, 3600, work_pool=pool, end_time=end)
+    assert get_running_jobs(work_pool=pool) == [job]
+    wait_until(lambda: datetime.now(UTC) > end, 10, "the end")
     assert get_running_jobs(work_pool=pool) == []
 
 

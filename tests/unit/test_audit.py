@@ -1,5 +1,6 @@
 """What is told of ticks that are due and have not begun."""
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
@@ -39,6 +40,18 @@ def test_a_tick_is_waiting_however_late_it_is():
 def test_ticks_that_wait_are_told_up_to_some_number():
     """A job of every second that has waited for a year is not told tick by tick."""
     assert told(0, now=31_536_000, last=2) == [("waiting", 1, 31_535_999.0), ("waiting", 2, 31_535_998.0)]
+
+
+def test_nothing_waits_beyond_the_end(monkeypatch):
+    """Its schedule is switched off when an agent finds that, and perhaps there is none."""
+    ends = NOON + timedelta(seconds=3)
+    plan = replace(PLAN, trigger=TriggerConfiguration(interval=1, end_time=ends))
+    monkeypatch.setattr(audit, "plan_of", lambda _: plan)
+    lines = list(not_begun(plan, {moment(NOON)}, NOON, NOON + timedelta(seconds=9), 50))
+    assert [line.due for line in lines] == [moment(NOON + timedelta(seconds=n)) for n in (1, 2, 3)]
+    shown = [Line(moment(NOON + timedelta(seconds=1)), WAITING)]
+    more = not_shown(None, shown, 1, NOON + timedelta(seconds=9))
+    assert more == (2, moment(ends))
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,8 @@ class Groups:
         self.is_stopped = False
         self.made.append(self)
 
-    def stand_by(self, names: Any, database_url: str) -> None:
+    def stand_by(self, names: Any, database_url: str, why: str = "") -> None:
+        self.why = why
         self.names, self.database_url = frozenset(names), database_url
 
     async def leave(self, name: str) -> None:
@@ -243,8 +244,10 @@ def test_a_node_that_stands_back_comes_forward_again(server):
     assert server.given_up == []
     asyncio.run(mine.stand_back(frozenset(), "no memory"))
     assert groups.names == frozenset()
+    assert groups.why == "no memory"
     assert server.given_up == [([TOKEN], "no memory")]
-    mine.come_forward()
+    asyncio.run(mine.come_forward())
+    assert server.given_up[1:] == [([TOKEN], None)], "it is no worse a successor than others"
     asyncio.run(mine.refresh())
     assert groups.names == {"group", "other"}
     assert mine.may_run(tick(uuid4(), 0))

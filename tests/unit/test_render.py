@@ -206,7 +206,7 @@ def test_flow_modules_need_not_agree_about_the_node(project):
     assert {entry["name"] for entry in rendered()["deployments"]} == {"one", "two"}
 
 
-@pytest.mark.parametrize("name", ["ten", "counts to 10", "v1.2", "a:b"])
+@pytest.mark.parametrize("name", ["ten", "counts to 10", "v1.2", "a:b", "_cls", "__x"])
 def test_prefect_finds_the_flow_of_an_attached_instance(project, name):
     """The entrypoint leads to a flow of the service's name, also where its class asks for values."""
     (project / "library.py").write_text(
@@ -437,6 +437,20 @@ def test_the_command_writes_the_file(project, monkeypatch, capsys):
     assert yaml.safe_load((project / FILE).read_text())["deployments"][0]["name"] == "inbox"
 
 
+@pytest.mark.parametrize("what", ["a folder", "no text"])
+def test_check_of_what_is_no_such_file(project, monkeypatch, capsys, what):
+    """It is not what is declared, whatever it is."""
+    module(project, "inbox.py", INBOX)
+    if what == "a folder":
+        (project / FILE).mkdir(parents=True)
+    else:
+        (project / "deployments").mkdir()
+        (project / FILE).write_bytes(b"\xff\xfe")
+    listeners.clear()
+    status, _, said = command(monkeypatch, capsys, "render", "--check")
+    assert (status, said.partition(" is not")[0]) == (1, "taskadapter: deployments/prefect.yaml")
+
+
 @pytest.mark.parametrize("state", ["current", "stale", "missing"])
 def test_check(project, monkeypatch, capsys, state):
     """`--check` exits with 0 when the file is up to date, else 1 and the remedy; it never writes."""
@@ -489,3 +503,32 @@ def test_a_module_that_another_imports(project):
     (project / FLOWS / "again.py").write_text("import jobs\n")
 
     assert [entry["name"] for entry in rendered()["deployments"]] == ["inbox"]
+
+
+def test_modules_that_share_an_imported_listener(project):
+    """Each of them declares a job on it; it is made when the first of them imports it."""
+    (project / "common.py").write_text(
+        "from taskadapter import *\nshared = Listener(trigger=TriggerConfiguration(interval=2))\n"
+    )
+    (project / FLOWS).mkdir()
+    for name in ("one", "two"):
+        text = f"from common import shared\n@shared.service({name!r})\ndef {name}(): ...\n"
+        (project / FLOWS / f"{name}.py").write_text(text)
+
+    assert [entry["name"] for entry in rendered()["deployments"]] == ["one", "two"]
+
+
+@pytest.mark.parametrize("where", ["name", "group"])
+def test_a_template_in_a_name_is_refused(project, where):
+    """The job would have another name, or no group."""
+    name = "{{ x }}" if where == "name" else "job"
+    backup = "WarmBackupConfig(group_id='{{ x }}')" if where == "group" else None
+    body = f"""
+        on = Listener(trigger=on.trigger, warm_backup_config={backup})
+        @on.service({name!r})
+        def job(): ...
+    """
+    module(project, "job.py", body)
+
+    with pytest.raises(DeclarationError, match=r"\{\{ x \}\}.*template"):
+        render(FLOWS, FILE)

@@ -69,7 +69,7 @@ class Agent:
     def those(self, which: Any) -> list[RunInHand]:
         return [run for run in self.runs if which(run.flow_run)]
 
-    def come_forward(self) -> None:
+    async def come_forward(self) -> None:
         self.stands_back = False
         self.asked.append(("come forward",))
 
