@@ -68,7 +68,7 @@ async def prepare(
         elif deployed is not None:
             await _end_earlier_triggers(client, deployed, slug)
             if deployed.paused and private.is_being_deployed():
-                private.keep_paused(deployed.flow_id, deployed.name)
+                private.keep_paused(deployed.id)
     known = None if deployed is None else _anchor(deployed, slug)
     return {"first_tick": (known or first_tick).isoformat()}
 

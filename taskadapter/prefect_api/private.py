@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from prefect import flow_engine
 from prefect._internal import control_listener
 from prefect.client.orchestration import PrefectClient, SyncPrefectClient
+from prefect.client.schemas.actions import DeploymentUpdate
 from prefect.exceptions import Abort
 
 from taskadapter.prefect_api.client import API_FAULTS, in_words
@@ -113,27 +114,26 @@ def name_run(flow_run_id: UUID, name: str) -> None:
         kind.update_flow_run = naming(kind.update_flow_run)  # type: ignore[method-assign]
 
 
-_paused: set[tuple[UUID, str]] = set()
+_paused: set[UUID] = set()
 
 
-def keep_paused(flow_id: UUID, name: str) -> None:
-    """Have ``prefect deploy`` leave a deployment paused, in this process: it resumes what it deploys anew.
+def keep_paused(deployment_id: UUID) -> None:
+    """Have ``prefect deploy`` leave a deployment paused, in this process: it resumes what it changes.
 
     Args:
-        flow_id: the deployment's flow.
-        name: the deployment's name.
+        deployment_id: the deployment.
     """
-    create = PrefectClient.create_deployment
+    update = PrefectClient.update_deployment
+
+    @functools.wraps(update)
+    async def updating(self: PrefectClient, deployment_id: UUID, deployment: DeploymentUpdate) -> None:
+        if deployment_id in _paused:
+            deployment.paused = True
+        await update(self, deployment_id, deployment)
+
     if not _paused:
-
-        @functools.wraps(create)
-        async def creating(self: PrefectClient, flow_id: UUID, name: str, **options: Any) -> UUID:
-            if (flow_id, name) in _paused:
-                options["paused"] = True
-            return await create(self, flow_id, name, **options)
-
-        PrefectClient.create_deployment = creating  # type: ignore[method-assign,assignment]
-    _paused.add((flow_id, name))
+        PrefectClient.update_deployment = updating  # type: ignore[method-assign,assignment]
+    _paused.add(deployment_id)
 
 
 def is_being_deployed() -> bool:
