@@ -25,7 +25,7 @@ from taskadapter.agent.telling import Teller
 from taskadapter.declare.triggers import TaskPolicy, TriggerConfiguration
 from taskadapter.errors import DeclarationError
 from taskadapter.execution.assignment import Workspace
-from taskadapter.prefect_api.client import API_FAULTS
+from taskadapter.prefect_api.client import API_FAULTS, in_words
 from taskadapter.prefect_api.deployments import deployments_of, flow_names, stored_trigger
 from taskadapter.prefect_api.ticks import runs_of
 from taskadapter.rules import ticks
@@ -371,7 +371,7 @@ class Deployments:
             self._log.error(
                 "Job %s is over, but Prefect refuses to show it as over: %s",
                 job.name,
-                refusal,
+                in_words(refusal),
             )
         finally:
             del self._ending[job.deployment.id]

@@ -125,7 +125,10 @@ class Teller:
                 if not _is_for_good(refusal):
                     raise
                 self._log.warning(
-                    "Prefect's API refuses state %s of run %s: %s", state.name, flow_run.name, refusal
+                    "Prefect's API refuses state %s of run %s: %s",
+                    state.name,
+                    flow_run.name,
+                    in_words(refusal),
                 )
             else:
                 return answer is not None and answer.status is SetStateStatus.ACCEPT

@@ -96,11 +96,9 @@ class Terms:
                 await self._clean_up(takeover, tokens)
                 await self._be_active(tokens)
             except Exception as fault:  # noqa: BLE001 - whoever holds a token runs its jobs, or says why not
-                if str(fault) != told:
-                    self._node.log.warning(
-                        "Taking over %s failed, trying again: %s", _names(tokens), in_words(fault)
-                    )
-                told, faults = str(fault), faults + 1
+                if (words := in_words(fault)) != told:
+                    self._node.log.warning("Taking over %s failed, trying again: %s", _names(tokens), words)
+                told, faults = words, faults + 1
                 await self._give_up(tokens, told)
                 await asyncio.sleep(backoff(faults, LONGEST_BACKOFF_SECONDS))
 

@@ -25,7 +25,7 @@ from prefect.utilities.asyncutils import run_coro_as_sync
 from pydantic import ValidationError
 
 from taskadapter.errors import ApiUnavailableError, TaskError, in_a_line
-from taskadapter.prefect_api.faults import FAULTS, UNSET, explain, unreachable
+from taskadapter.prefect_api.faults import FAULTS, UNSET, explain, unreachable, without_users
 
 T = TypeVar("T")
 
@@ -57,7 +57,7 @@ def in_words(fault: Exception) -> str:
         return unreachable(fault)
     if isinstance(fault, ObjectNotFound):
         return "it is gone from Prefect"
-    return in_a_line(str(fault)) or type(fault).__name__
+    return without_users(in_a_line(str(fault))) or type(fault).__name__
 
 
 def backoff(failures: int, longest: float) -> float:

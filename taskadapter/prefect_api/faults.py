@@ -31,6 +31,11 @@ def shown(url: str | None) -> str:
     return re.sub(r"^(\w+://)?.*@", r"\1", url or "")
 
 
+def without_users(text: str) -> str:
+    """Return a text without the users and passwords that may be in URLs of it."""
+    return re.sub(r"://[^/@\s]*@", "://", text)
+
+
 def named() -> str:
     """Return the API that the settings name, as a sentence about it begins."""
     url = shown(get_current_settings().api.url)

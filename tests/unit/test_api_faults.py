@@ -29,6 +29,16 @@ def test_a_fault_names_the_api(fault, words):
     assert said.startswith(f"Prefect's API at http://there:4200/api {words}")
 
 
+def test_no_user_of_the_api_is_shown():
+    """httpx names the whole URL of what was refused."""
+    url = httpx.URL("http://me:secret@there:4200/api/x")
+    answer = httpx.Response(404, request=httpx.Request("GET", url))
+    fault = httpx.HTTPStatusError(
+        f"Client error '404' for url '{url}'", request=answer.request, response=answer
+    )
+    assert in_words(fault) == "Client error '404' for url 'http://there:4200/api/x'"
+
+
 def test_other_faults_have_their_own_words():
     """In one line; one without words has its name."""
     assert in_words(OSError("a\n b")) == "a b"
