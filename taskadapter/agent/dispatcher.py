@@ -292,9 +292,9 @@ class Dispatcher:
             self._news.set()
 
     async def _leave_as_gone(self, flow_run: FlowRun) -> None:
-        """Say why a run is gone, and delete a planned one whose deployment is, as Prefect does with others.
+        """Say why a run is gone, and delete a tick whose deployment is, as Prefect does with others.
 
-        Its scheduler was planning some at the moment in which the deployment was deleted.
+        Its scheduler, or an agent, was making it at the moment in which the deployment was deleted.
         """
         job_id, why = flow_run.deployment_id, PLANNED_ANEW
         with contextlib.suppress(ObjectNotFound, *API_FAULTS):  # else the next look finds it again
@@ -303,7 +303,7 @@ class Dispatcher:
                     await self._client.read_deployment(job_id)
             except ObjectNotFound:
                 why = "its deployment was deleted"
-                if flow_run.auto_scheduled and not flow_run.run_count:
+                if ticks.is_tick(flow_run) and not flow_run.run_count:
                     await self._client.delete_flow_run(flow_run.id)
         # A job that is planned anew has perhaps a dozen such runs.
         now, told_at = time.monotonic(), self._told_gone.get(job_id, float("-inf"))

@@ -22,7 +22,8 @@ from taskadapter.agent.queue import any_run
 from taskadapter.agent.runs import Life, Phase, Signal, give_back
 from taskadapter.coordination.messages import Token
 from taskadapter.errors import CoordinationError, DeclarationError
-from tests.unit.given import LOG, node, tick, until
+from taskadapter.rules.ticks import tick_key
+from tests.unit.given import JOB, LOG, NOON, node, tick, until
 
 
 def new_dispatcher(look_for: Any = lambda _: None) -> Any:
@@ -139,12 +140,17 @@ class Client:
 
 
 @pytest.mark.parametrize(
-    ("has_deployment", "planned", "is_deleted"),
-    [(False, True, True), (False, False, False), (True, True, False)],
-    ids=["planned too late", "by hand", "of a job that is there"],
+    ("has_deployment", "kind", "is_deleted"),
+    [
+        (False, {"auto_scheduled": True}, True),
+        (False, {"idempotency_key": tick_key(JOB, JOB, NOON)}, True),
+        (False, {}, False),
+        (True, {"auto_scheduled": True}, False),
+    ],
+    ids=["planned too late", "made too late", "by hand", "of a job that is there"],
 )
-def test_a_run_that_is_gone_is_a_reason_to_look_at_its_job(has_deployment, planned, is_deleted, caplog):
-    """Somebody may have deleted that: what Prefect's scheduler was planning of it then goes, too.
+def test_a_run_that_is_gone_is_a_reason_to_look_at_its_job(has_deployment, kind, is_deleted, caplog):
+    """Somebody may have deleted that: what the scheduler, or an agent, was making of it then goes, too.
 
     Or the job was planned anew, as after each deploy: of many runs one line is enough.
     """
@@ -152,13 +158,16 @@ def test_a_run_that_is_gone_is_a_reason_to_look_at_its_job(has_deployment, plann
     news: list[News] = []
     dispatcher = new_dispatcher(news.append)
     dispatcher._client = client = Client(has_deployment)
-    run = dispatcher._hand.take(tick(uuid4(), 1, planned=planned), None)
+    job_id = uuid4()
+    run, another = (
+        dispatcher._hand.take(tick(job_id, seconds, planned=False).model_copy(update=kind), None)
+        for seconds in (1, 2)
+    )
 
     async def decide(_):
         raise ObjectNotFound(ValueError("gone"))
 
     dispatcher._decide = decide
-    another = dispatcher._hand.take(tick(run.flow_run.deployment_id, 2, planned=planned), None)
     for gone in (run, another):
         asyncio.run(dispatcher._handle(gone))
 
