@@ -84,12 +84,6 @@ def history(engine: Engine, deployment: DeploymentResponse, last: int) -> list[L
     return sorted(lines, key=lambda line: line.due or "", reverse=True)
 
 
-def _until(plan: Plan, now: datetime) -> datetime:
-    """Return until when ticks of a job are due by now: no longer than its trigger says."""
-    end = plan.trigger.end_time
-    return now if end is None else min(now, ticks.in_utc(end))
-
-
 def not_shown(
     deployment: DeploymentResponse, lines: list[Line], last: int, now: datetime | None = None
 ) -> tuple[int, str] | None:
@@ -106,7 +100,7 @@ def not_shown(
     if plan is None or len(waiting) < last:
         return None
     interval = timedelta(seconds=plan.interval)
-    until = _until(plan, now or datetime.now(UTC))
+    until = plan.until(now or datetime.now(UTC))
     more = (until - datetime.fromisoformat(waiting[0])) // interval
     newest = datetime.fromisoformat(waiting[0]) + more * interval
     return (more, moment(newest)) if more > 0 else None
@@ -154,7 +148,7 @@ def not_begun(
         now: until when they are due.
         last: how many of those that wait, the oldest first.
     """
-    now = _until(plan, now)
+    now = plan.until(now)
     latest = datetime.fromisoformat(max(dues))
     for tick in ticks.between(plan.anchor, plan.interval, after=since, until=min(latest, now)):
         if moment(tick) not in dues:

@@ -63,6 +63,11 @@ class Plan:
     trigger: TriggerConfiguration = field(compare=False)
     created: datetime = field(compare=False)
 
+    def until(self, moment: datetime) -> datetime:
+        """Return until when its ticks are due by a moment: no longer than its trigger says."""
+        end = self.trigger.end_time
+        return moment if end is None else min(moment, ticks.in_utc(end))
+
 
 @dataclass
 class Line:
@@ -94,8 +99,7 @@ class Line:
 
     def owed(self, until: datetime) -> list[datetime]:
         """Return the ticks until then that are not settled, oldest first, as many as are made ahead."""
-        end = self.plan.trigger.end_time
-        until = until if end is None else min(until, end)
+        until = self.plan.until(until)
         if self.plan.trigger.policy.waiting_policy is not WaitingPolicy.WAIT:
             ignored = timedelta(seconds=SHOWN * self.plan.interval)
             self.through = max(self.through, until - ignored)
@@ -104,8 +108,7 @@ class Line:
 
     def unplanned(self, after: datetime, until: datetime, known: Collection[datetime]) -> datetime | None:
         """Return the first tick in a span of time that nobody has planned, settled ones aside."""
-        end = self.plan.trigger.end_time
-        until = until if end is None else min(until, end)
+        until = self.plan.until(until)
         after = max(after, self.through)
         own = ticks.between(self.plan.anchor, self.plan.interval, after=after, until=until)
         return next((tick for tick in own if tick not in known and tick not in self.settled), None)
