@@ -17,7 +17,7 @@ from prefect.types.names import BANNED_CHARACTERS
 from taskadapter.declare import attached
 from taskadapter.declare.base import shown
 from taskadapter.declare.jobs import Job, Service, dump_state
-from taskadapter.declare.triggers import DOTS, LONGEST_NAME, TriggerConfiguration
+from taskadapter.declare.triggers import LONGEST_NAME, TriggerConfiguration, is_name
 from taskadapter.errors import DeclarationError, closest, in_a_line, listed
 from taskadapter.execution import flow as flows
 
@@ -218,8 +218,7 @@ def check_name(name: str, what: str) -> None:
         DeclarationError: it is blank, longer than 255 characters, a path, or holds a character that is
             banned or cannot be printed.
     """
-    is_banned = name in DOTS or any(character in name for character in BANNED)
-    if is_banned or not name.strip() or not name.isprintable() or len(name) > LONGEST_NAME:
+    if not is_name(name, BANNED):
         raise DeclarationError(
             f"{shown(name)} is no name for a {what}: it must have 1 to {LONGEST_NAME} printable "
             f"characters, not all blank nor only dots, none of them one of {' '.join(BANNED)}; "

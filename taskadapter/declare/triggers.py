@@ -5,7 +5,7 @@ import ipaddress
 import math
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from decimal import Decimal
 from enum import StrEnum
@@ -44,6 +44,7 @@ __all__ = [
     "WaitingPolicy",
     "WarmBackupConfig",
     "WorkerPoolConfiguration",
+    "is_name",
 ]
 
 DEFAULT_QUEUE = "default"
@@ -56,9 +57,6 @@ DURATION_IN_A_FILE = "must be a number of seconds; write 2.5"
 _MIN_HEARTBEATS = 3
 _MOST = 1_000_000_000
 """More than a job can do in a lifetime, and less than an integer of a database holds."""
-
-DOTS = {".", ".."}
-"""Names that are a part of a path, to whoever asks for what they name."""
 
 LONGEST_NAME = 255
 """Characters of a name, of a group, a node, a service or a pool."""
@@ -143,9 +141,20 @@ def _max_concurrent(count: int) -> int:
     return count
 
 
+def is_name(text: str, banned: Iterable[str]) -> bool:
+    """Return whether a text may be a name, which Prefect's API has as a part of an address.
+
+    Args:
+        text: the text.
+        banned: characters that it may not have.
+    """
+    is_path = text in {".", ".."}
+    is_legible = bool(text.strip()) and text.isprintable() and len(text) <= LONGEST_NAME
+    return is_legible and not is_path and not any(character in text for character in banned)
+
+
 def _identifier(text: str) -> str:
-    is_banned = text in DOTS or any(character in text for character in "/%?#")
-    if is_banned or not text.strip() or len(text) > LONGEST_NAME or not text.isprintable():
+    if not is_name(text, "/%?#"):
         raise ValueError(
             f"must have 1 to {LONGEST_NAME} printable characters, not all blank nor only dots, none of "
             f'them "/", "%", "?" or "#" (this one has {len(text)}); choose another name'
