@@ -243,12 +243,9 @@ def dues(connection: Connection, job_ids: Collection[str], limit: int) -> dict[s
 def end_as_found(connection: Connection, entry: Entry, outcome: str) -> None:
     """Enter what an execution came to that was found open, unless it has ended, or begun again, since."""
     columns = ledger.c
-    found = (
-        columns.execution == entry.key,
-        columns.incarnation == entry.incarnation,
-        columns.ended.is_(None),
+    _enter_outcome(
+        connection, entry.key, outcome, columns.incarnation == entry.incarnation, columns.ended.is_(None)
     )
-    connection.execute(update(ledger).where(*found).values(ended=database_now(), outcome=outcome))
 
 
 def end(connection: Connection, key: str, outcome: str, *, incarnation: str | None = None) -> bool:
@@ -266,9 +263,14 @@ def end(connection: Connection, key: str, outcome: str, *, incarnation: str | No
     unsettled: ColumnElement[bool] = columns.ended.is_(None)
     if incarnation is not None:
         unsettled = or_(unsettled, columns.incarnation == incarnation)
+    return _enter_outcome(connection, key, outcome, unsettled)
+
+
+def _enter_outcome(connection: Connection, key: str, outcome: str, *where: ColumnElement[bool]) -> bool:
+    """Enter what an execution came to if its row is so, and return whether it was."""
     written = connection.execute(
         update(ledger)
-        .where(columns.execution == key, unsettled)
+        .where(ledger.c.execution == key, *where)
         .values(ended=database_now(), outcome=outcome)
     )
     return bool(written.rowcount)

@@ -187,38 +187,6 @@ def fenced(connection: Connection) -> None:
     fence(connection, token, deadline(execution.assignment) - clock())
 
 
-def _answer(execution: Execution, question: Callable[[Connection], T]) -> T:
-    """Ask until the database answers: its faults are not the job's, and end with the node's trust.
-
-    Raises:
-        NotWantedError: the agent wants the run back meanwhile, and its body has not begun.
-        TokenLostError: the node has lost the token.
-    """
-    assignment, faults, since = execution.assignment, set[str](), time.monotonic()
-    while True:
-        try:
-            with _timeout_stands_still():
-                answer = store.ask(assignment.database_url.get_secret_value(), question)
-        except _FAULTS as fault:
-            require_trust(assignment)
-            if not execution.has_begun and execution.is_dropped():
-                raise NotWantedError(f"{assignment.flow_run.name} is given back: {fault}") from fault
-            if str(fault) not in faults:
-                log = flow_run_logger(assignment.flow_run)
-                log.warning("Waiting for the coordination database: %s", fault)
-            faults.add(str(fault))
-            # Nobody can enter an end while it is away, and another node would take the run for interrupted.
-            if not execution.has_begun or not isinstance(fault, DatabaseUnavailableError):
-                execution.tell(protocol.Waits(fault=str(fault), seconds=time.monotonic() - since))
-            execution.has_waited = True
-            with _timeout_stands_still():
-                time.sleep(store.RETRY_SECONDS)
-        else:
-            if faults:
-                execution.tell(protocol.Answered())
-            return answer
-
-
 @contextmanager
 def _timeout_stands_still() -> Iterator[None]:
     """Let what the database takes not count for the timeout of a flow, which Prefect sets as an alarm."""
@@ -231,6 +199,37 @@ def _timeout_stands_still() -> Iterator[None]:
     finally:
         if left:
             signal.setitimer(signal.ITIMER_REAL, left, interval)
+
+
+@_timeout_stands_still()
+def _answer(execution: Execution, question: Callable[[Connection], T]) -> T:
+    """Ask until the database answers: its faults are not the job's, and end with the node's trust.
+
+    Raises:
+        NotWantedError: the agent wants the run back meanwhile, and its body has not begun.
+        TokenLostError: the node has lost the token.
+    """
+    assignment, faults, since = execution.assignment, set[str](), time.monotonic()
+    while True:
+        try:
+            answer = store.ask(assignment.database_url.get_secret_value(), question)
+        except _FAULTS as fault:
+            require_trust(assignment)
+            if not execution.has_begun and execution.is_dropped():
+                raise NotWantedError(f"{assignment.flow_run.name} is given back: {fault}") from fault
+            if str(fault) not in faults:
+                log = flow_run_logger(assignment.flow_run)
+                log.warning("Waiting for the coordination database: %s", fault)
+            faults.add(str(fault))
+            # Nobody can enter an end while it is away, and another node would take the run for interrupted.
+            if not execution.has_begun or not isinstance(fault, DatabaseUnavailableError):
+                execution.tell(protocol.Waits(fault=str(fault), seconds=time.monotonic() - since))
+            execution.has_waited = True
+            time.sleep(store.RETRY_SECONDS)
+        else:
+            if faults:
+                execution.tell(protocol.Answered())
+            return answer
 
 
 @lru_cache(maxsize=1)

@@ -123,15 +123,15 @@ def keep_paused(deployment_id: UUID) -> None:
     Args:
         deployment_id: the deployment.
     """
-    update = PrefectClient.update_deployment
-
-    @functools.wraps(update)
-    async def updating(self: PrefectClient, deployment_id: UUID, deployment: DeploymentUpdate) -> None:
-        if deployment_id in _paused:
-            deployment.paused = True
-        await update(self, deployment_id, deployment)
-
     if not _paused:
+        update = PrefectClient.update_deployment
+
+        @functools.wraps(update)
+        async def updating(self: PrefectClient, deployment_id: UUID, deployment: DeploymentUpdate) -> None:
+            if deployment_id in _paused:
+                deployment.paused = True
+            await update(self, deployment_id, deployment)
+
         PrefectClient.update_deployment = updating  # type: ignore[method-assign,assignment]
     _paused.add(deployment_id)
 
