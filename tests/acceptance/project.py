@@ -142,6 +142,12 @@ class Project:
         """Run our own command."""
         return self.run(Path(prefect_command()).with_name("taskadapter"), *args, env=env)
 
+    def groups(self, env: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
+        """Return what `taskadapter status` shows of the groups of its pool."""
+        return list(
+            json.loads(self.taskadapter("status", "--pool", self.pool, "--json", env=env))["groups"]
+        )
+
     def render(self) -> None:
         """Run `taskadapter render` as the README says, for plain `prefect deploy --all` in the folder."""
         self.taskadapter("render", "--output", "prefect.yaml")

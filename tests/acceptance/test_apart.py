@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -77,9 +76,7 @@ class Cluster:
 
     def group(self) -> tuple[str | None, str]:
         """Return who has the group, and why."""
-        (group,) = json.loads(self.project.taskadapter("status", "--pool", self.project.pool, "--json"))[
-            "groups"
-        ]
+        (group,) = self.project.groups()
         return group["holder"], group["reason"] or ""
 
     def wait_for_holder(self, node: str | None) -> str:

@@ -233,13 +233,7 @@ def test_an_api_that_fails_loses_no_run_and_spoils_none(
 ) -> None:
     """Wherever on its way the API fails a run: its body runs, once, and it is Completed."""
     before = times_begun(project, "book-quick")
-    api.fault = fault
-    try:
-        run = prefect.start("book-quick", state=some_time())
-        fault.start(prefect, run)
-        wait_until(lambda: completed(prefect, run), PATIENCE, f"run {run.name} to be Completed")
-    finally:
-        api.fault = None
+    run = completed_despite(fault, prefect, api)
     assert fault.left == 0
     assert times_begun(project, "book-quick") == before + 1
     # Its agent may be killed before it has mended what was told wrong.
@@ -247,15 +241,10 @@ def test_an_api_that_fails_loses_no_run_and_spoils_none(
 
 
 @pytest.mark.usefixtures("node")
-def test_a_claim_whose_answer_is_lost(project: Project, prefect: Prefect, api: ApiProxy) -> None:
+def test_a_claim_whose_answer_is_lost(prefect: Prefect, api: ApiProxy) -> None:
     """It is the node's all the same, which finds that out at once, and need not give it back first."""
-    api.fault = fault = Failing(*SET_STATE, '"PENDING"', is_obeyed=True)
-    try:
-        run = prefect.start("book-quick", state=some_time())
-        fault.start(prefect, run)
-        wait_until(lambda: completed(prefect, run), PATIENCE, f"run {run.name} to be Completed")
-    finally:
-        api.fault = None
+    fault = Failing(*SET_STATE, '"PENDING"', is_obeyed=True)
+    run = completed_despite(fault, prefect, api)
     assert fault.left == 0
     assert [state.name for state in prefect.history(run)[1:]] == [
         "Scheduled",
@@ -286,6 +275,18 @@ def test_an_end_that_cannot_be_told_at_once(project: Project, prefect: Prefect, 
         client.delete_deployment(deployment)
     assert fault.left == 0
     assert [entry.what for entry in project.entries("book-untold")] == ["began", "completed"]
+
+
+def completed_despite(fault: Failing, prefect: Prefect, api: ApiProxy) -> FlowRun:
+    """Return a run of the quick job that has met a fault, and is Completed."""
+    api.fault = fault
+    try:
+        run = prefect.start("book-quick", state=some_time())
+        fault.start(prefect, run)
+        wait_until(lambda: completed(prefect, run), PATIENCE, f"run {run.name} to be Completed")
+    finally:
+        api.fault = None
+    return run
 
 
 def some_time() -> State[Any]:
@@ -476,8 +477,7 @@ def test_a_node_that_can_start_no_process_leaves_its_groups(
     prefect.client.create_work_queue(group, work_pool_name=project.pool)
 
     def holder() -> str:
-        status = json.loads(project.taskadapter("status", "--pool", project.pool, "--json"))
-        return next((one["holder"] for one in status["groups"] if one["group_id"] == group), "")
+        return next((one["holder"] for one in project.groups() if one["group_id"] == group), "")
 
     wait_until(lambda: holder() == "book-1", PATIENCE, "the group to be held")
     with project.agent("book-6"):

@@ -88,7 +88,7 @@ class Cluster:
 
     def holder(self) -> tuple[str | None, int]:
         """Return who has the group, and in which term."""
-        (group,) = json.loads(self.taskadapter("status", "--pool", self.project.pool, "--json"))["groups"]
+        (group,) = self.project.groups(self.env("node-1"))
         return group["holder"], group["term"]
 
     def wait_for_holder(self, node: str) -> int:

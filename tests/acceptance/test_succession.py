@@ -70,7 +70,7 @@ def whole(broken: Program, project: Project) -> Iterator[Program]:
 
 def holder(project: Project) -> tuple[str | None, int]:
     """Return who has the group, and in which term."""
-    (group,) = json.loads(project.taskadapter("status", "--pool", project.pool, "--json"))["groups"]
+    (group,) = project.groups()
     return group["holder"], group["term"]
 
 
