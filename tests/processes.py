@@ -10,14 +10,19 @@ import psutil
 if TYPE_CHECKING:
     import signal
 
+NURSERY = "taskadapter.execution.nursery"
+
 
 def nurseries(pid: int) -> list[psutil.Process]:
-    """Return the processes below one that fork others."""
-    return [
-        child
-        for child in psutil.Process(pid).children()
-        if "taskadapter.execution.nursery" in child.cmdline()
-    ]
+    """Return the processes below one that fork others, without those that are just ending."""
+    return [child for child in psutil.Process(pid).children() if NURSERY in _command(child)]
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return list(process.cmdline())
+    except psutil.NoSuchProcess:
+        return []
 
 
 def catches(pid: int, number: signal.Signals) -> bool:

@@ -261,7 +261,23 @@ class Dispatcher:
         if self._timetable.is_held(flow_run):
             return False
         job, siblings = self._deployments.known(flow_run), self._hand.siblings(flow_run)
-        return job is None or job.max_concurrent is None or len(siblings) < job.max_concurrent + behind
+        if job is None:
+            return True
+        if self._ends_too_soon(flow_run, job):
+            return False
+        return job.max_concurrent is None or len(siblings) < job.max_concurrent + behind
+
+    def _ends_too_soon(self, flow_run: FlowRun, job: DeployedJob) -> bool:
+        """Return whether a tick from after the end of its job would end it before all others have begun.
+
+        Prefect deletes what is planned of a schedule that is switched off, and what waits is skipped.
+        """
+        tick, end = ticks.tick_of(flow_run), None if job.trigger is None else job.trigger.end_time
+        if tick is None or end is None or tick <= end:
+            return False
+        others = self._hand.siblings(flow_run)
+        is_before = any(other.tick < tick and not other.life.has_begun for other in others)
+        return is_before or self._timetable.owes(flow_run.deployment_id, end)
 
     async def _handle(self, run: RunInHand) -> None:
         try:
@@ -428,8 +444,9 @@ class Dispatcher:
         match judgement.verdict:
             case Verdict.EARLY:
                 await self._client.delete_flow_run(run.flow_run.id)
+            case Verdict.END if self._ends_too_soon(run.flow_run, job):
+                self._queue.put(run.flow_run)
             case Verdict.END:
-                # Ticks before this one are in hand, perhaps, and are to run.
                 self._deployments.end(job, judgement.reason)
                 self._timetable.end(job.deployment.id)
             case Verdict.SKIP:

@@ -199,6 +199,11 @@ class Timetable:
         if line is not None and (tick := ticks.tick_of(flow_run)) is not None:
             line.settle(tick)
 
+    def owes(self, job_id: UUID | None, until: datetime) -> bool:
+        """Return whether a tick of a job until some moment is still to be claimed, skipped or ended."""
+        line = self._lines.get(job_id) if job_id else None
+        return line is not None and bool(line.owed(until))
+
     async def complete(
         self,
         found: list[FlowRun],

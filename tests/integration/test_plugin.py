@@ -8,13 +8,13 @@ import subprocess
 import sys
 from importlib.metadata import entry_points
 
-import psutil
 import pytest
 from prefect.workers.base import BaseWorker
 
 from taskadapter.agent.program import ProgramAgent
 from taskadapter.agent.worker import WarmBackupWorker
 from taskadapter.execution import protocol
+from tests.processes import nurseries
 
 
 def in_a_fresh_interpreter(script):
@@ -61,8 +61,7 @@ def test_an_agent_that_cannot_start_leaves_no_process():
     agent = ProgramAgent("no-server", "node-1", "default")
     asyncio.run(agent.gone())
 
-    children = psutil.Process().children(recursive=True)
-    assert [child.pid for child in children if "taskadapter.execution.nursery" in child.cmdline()] == []
+    assert nurseries(os.getpid()) == []
 
 
 def test_importing_the_worker_is_cheap():

@@ -21,6 +21,7 @@ from taskadapter.agent.jobs import Deployments
 from taskadapter.agent.queue import any_run
 from taskadapter.agent.runs import Life, Phase, Signal, give_back
 from taskadapter.coordination.messages import Token
+from taskadapter.declare.triggers import TriggerConfiguration
 from taskadapter.errors import CoordinationError, DeclarationError
 from taskadapter.rules.ticks import tick_key
 from tests.unit.given import JOB, LOG, NOON, node, tick, until
@@ -74,10 +75,11 @@ def test_a_run_that_is_put_back_has_its_successors_given_back():
     assert [run.life.deferred for run in (*runs, by_hand)] == [False, True, False, False]
 
 
-def choosing(limit, max_concurrent=1):
+def choosing(limit, max_concurrent: int | None = 1, **trigger: Any):
     """A dispatcher with so much room, of jobs that allow so many runs at once, and its queue."""
     dispatcher = new_dispatcher()
-    job: Any = SimpleNamespace(trigger="ours", max_concurrent=max_concurrent)
+    declared = TriggerConfiguration(**({"interval": 1} | trigger))
+    job: Any = SimpleNamespace(trigger=declared, max_concurrent=max_concurrent)
     dispatcher._deployments = SimpleNamespace(is_ending=lambda _: False, known=lambda _: job)
     dispatcher._hand = Hand(lambda _: job)
     dispatcher._membership = SimpleNamespace(may_run=lambda _: True)
@@ -123,6 +125,43 @@ def test_what_can_begin_goes_first():
     dispatcher._hosts.limit = 2
     assert dispatcher._choose(time.monotonic())[0] is None
     assert [run.life.deferred for run in runs] == [False, True]
+
+
+def test_a_tick_after_the_end_waits_for_those_before_it():
+    """It ends its job, and Prefect deletes what it has of that: a busy agent takes many ticks at once."""
+    dispatcher = choosing(limit=9, max_concurrent=None, end_time=NOON)
+    owed = True
+    dispatcher._timetable.owes = lambda *_: owed
+    last, after = tick(JOB, 0), tick(JOB, 1)
+    run = dispatcher._hand.take(last, None)
+
+    assert not dispatcher._may_start(after), "the last one is not claimed yet"
+    owed = False
+    assert not dispatcher._may_start(after), "nor has it begun"
+    run.life = Life(Phase.BEGUN)
+    assert dispatcher._may_start(after)
+    owed = True
+    assert not dispatcher._may_start(after), "one was lost, and is to be made anew"
+
+
+def test_a_tick_after_the_end_waits_also_if_its_job_was_not_known():
+    """As of those that an agent takes first: it ends nothing then, and is in the queue again."""
+    dispatcher = choosing(limit=9, max_concurrent=None, end_time=NOON)
+    job = dispatcher._deployments.known(None)
+    ended: list[str] = []
+    dispatcher._deployments.end = lambda _, reason: ended.append(reason)
+    job.deployment = SimpleNamespace(id=JOB)
+    dispatcher._node = SimpleNamespace(pool=lambda: SimpleNamespace(base_job_template={}))
+    dispatcher._timetable = SimpleNamespace(
+        fell_into_pause=lambda _: False, owes=lambda *_: False, end=lambda _: None
+    )
+    last, after = (dispatcher._hand.take(tick(JOB, seconds), None) for seconds in (0, 1))
+
+    assert asyncio.run(dispatcher._left_as_judged(after, job))
+    assert (ended, dispatcher._queue.firsts()) == ([], [after.flow_run])
+    last.life = Life(Phase.BEGUN)
+    assert asyncio.run(dispatcher._left_as_judged(after, job))
+    assert ended == ["the schedule ended at 2030-01-01T12:00:00+00:00"]
 
 
 class Client:

@@ -16,7 +16,20 @@ from taskadapter.agent.timetable import Timetable
 from taskadapter.coordination.executions import Entered
 from taskadapter.declare.triggers import TriggerConfiguration
 from taskadapter.rules.ticks import slug, tick_of
-from tests.unit.given import JOB, NOON, SECOND, at, line, plan
+from tests.unit.given import JOB, NOON, SECOND, at, line, plan, tick
+
+
+def test_what_is_owed_until_the_end():
+    """A tick is, until it is settled; of a job that is not known nothing is."""
+    timetable: Any = Timetable(None, logging.getLogger("test"), None)
+    timetable._lines = {JOB: line(end_time=NOON + 5 * SECOND)}
+
+    assert timetable.owes(JOB, NOON + 9 * SECOND)
+    timetable.settle(tick(JOB, 5))
+    assert timetable.owes(JOB, NOON + 9 * SECOND), "the one before it"
+    timetable.settle(tick(JOB, 0))
+    assert not timetable.owes(JOB, NOON + 9 * SECOND)
+    assert not timetable.owes(None, NOON)
 
 
 class Api:
