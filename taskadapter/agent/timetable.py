@@ -308,6 +308,9 @@ class Timetable:
         if is_crashed and not await self._has_begun(line.deployment_id, tick):
             await self._teller.put_back(run, tick)
             return await self._client.read_flow_run(run.id)
+        if _is_stranded(run) and not await self._has_begun(line.deployment_id, tick):
+            await self._client.delete_flow_run(run.id)
+            return await create_tick(self._client, line.deployment_id, line.plan.schedule_id, tick)
         line.settle(tick)
         return None
 
@@ -375,9 +378,20 @@ class Timetable:
             )
             for run in runs:
                 job_id, tick = run.deployment_id, ticks.tick_of(run)
-                if job_id in left and tick is not None and ticks.is_of(run, schedule_ids[job_id]):
+                if job_id not in left or tick is None or _is_stranded(run):
+                    continue
+                if ticks.is_of(run, schedule_ids[job_id]):
                     last.setdefault(job_id, tick)
             if len(runs) < PAGE:
                 break
             left -= {run.deployment_id for run in runs}
         return last
+
+
+def _is_stranded(flow_run: FlowRun) -> bool:
+    """Return whether a run was claimed on a queue that somebody has deleted since.
+
+    No takeover finds it, and put back it would be in no queue.
+    """
+    is_claimed = flow_run.state_type in {StateType.PENDING, StateType.RUNNING}
+    return is_claimed and flow_run.work_queue_id is None

@@ -78,7 +78,11 @@ async def nothing_begun(jobs: Collection[UUID]) -> dict[UUID, Entered]:
 
 
 def complete(
-    job: UUID, *, found: list[FlowRun] | None = None, entered: list[datetime] | None = None
+    job: UUID,
+    *,
+    found: list[FlowRun] | None = None,
+    entered: list[datetime] | None = None,
+    queues: list[str] = QUEUES,
 ) -> list[FlowRun]:
     """What a new agent makes of what it finds."""
 
@@ -89,7 +93,7 @@ def complete(
         async with get_client() as client:
             timetable = Timetable(client, logging.getLogger("test"), in_the_ledger)
             timetable.learn([await client.read_deployment(job)])
-            return await timetable.complete(found or [], QUEUES, [], now := datetime.now(UTC), now)
+            return await timetable.complete(found or [], queues, [], now := datetime.now(UTC), now)
 
     return asyncio.run(look())
 
@@ -193,6 +197,31 @@ def test_a_job_that_moves_takes_its_late_ticks_along(prefect_client: SyncPrefect
     left = {run.id for run in planned(prefect_client, job, 1)} & {run.id for run in [claimed, *waiting]}
     assert left == {claimed.id}
     assert [run.id for run in complete(job)] == [run.id for run in moved]
+
+
+@pytest.mark.parametrize("has_begun", [False, True])
+@pytest.mark.parametrize("goes_on", [False, True], ids=["all claimed", "one waits"])
+def test_what_was_claimed_on_a_queue_that_is_deleted_is_made_anew(
+    prefect_client: SyncPrefectClient, job: UUID, has_begun: bool, goes_on: bool
+) -> None:
+    """Its node is gone, no takeover finds it in a queue, and its body has not begun: else it is settled."""
+    update = DeploymentUpdate(work_pool_name=POOL, work_queue_name=uuid.uuid4().hex)
+    prefect_client.update_deployment(job, update)
+    queues = [update.work_queue_name or ""]
+    due = complete(job, queues=queues)
+    assert len(due) == 5
+    for run in due[: 4 if goes_on else 5]:
+        prefect_client.set_flow_run_state(run.id, Pending())
+    for queue in prefect_client.read_work_queues(work_pool_name=POOL):
+        if queue.name in queues:
+            prefect_client.delete_work_queue_by_id(queue.id)
+    prefect_client.update_deployment(job, update)
+
+    begun = [tick for run in due if (tick := ticks.tick_of(run)) is not None][: 2 if has_begun else 0]
+    found = complete(job, queues=queues, entered=begun[::-1])
+
+    assert hours(found, anchor_of(prefect_client, job)) == [0, 1, 2, 3, 4][len(begun) :]
+    assert {run.work_queue_id for run in found} == {prefect_client.read_deployment(job).work_queue_id}
 
 
 def test_a_schedule_that_was_edited_in_the_ui_holds(prefect_client: SyncPrefectClient, job: UUID) -> None:
