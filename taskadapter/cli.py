@@ -79,24 +79,25 @@ def status(
 ) -> None:
     """Show the groups, who is active for them, and the nodes."""
     from taskadapter.coordination.engines import transaction
+    from taskadapter.coordination.faults import where
     from taskadapter.coordination.overview import read_status
 
     shared = _shared(pool)
-    domain = shared.domain
+    domain, place = shared.domain, where(shared.engine.url)
 
     def read() -> Status:
         with transaction(shared.engine) as connection:
             return read_status(connection, shared.name)
 
     if as_json:
-        print(json.dumps(tables.status_as_json(read(), domain), indent=2))
+        print(json.dumps(tables.status_as_json(read(), domain, place), indent=2))
     elif not watch:
-        Console().print(tables.status(read(), domain))
+        Console().print(tables.status(read(), domain, place))
     else:
-        with Live(tables.status(read(), domain), auto_refresh=False) as live:
+        with Live(tables.status(read(), domain, place), auto_refresh=False) as live:
             while True:
                 time.sleep(domain.heartbeat_frequency)
-                live.update(tables.status(read(), domain), refresh=True)
+                live.update(tables.status(read(), domain, place), refresh=True)
 
 
 @app.command

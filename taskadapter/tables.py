@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pendulum
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -23,8 +24,8 @@ UUID_WIDTH = 36
 """The id of a run can be copied whole."""
 
 
-def status(now: Status, domain: Domain) -> Group:
-    """Return the groups, who is active for them and who would take over, and the nodes."""
+def status(now: Status, domain: Domain, place: str) -> Group:
+    """Return the groups, who is active for them and who would take over, the nodes, and where that is."""
     lease = domain.liveness_check_interval
     groups, others = _table("Groups", "group", "active", "standing by", "why"), now.standing_by(lease)
     for group in now.groups:
@@ -41,10 +42,10 @@ def status(now: Status, domain: Domain) -> Group:
         age = _time(node.last_seen_age)
         seen = f"{age} ago\nup for {_time(node.up_for)}" if lives else f"silent for {age}"
         nodes.add_row(node.task_id, "\n".join(roles), f"{node.host}\n{node.pid}", seen)
-    return Group(groups, nodes)
+    return Group(groups, nodes, Text(f"As {place} has it."))
 
 
-def status_as_json(now: Status, domain: Domain) -> dict[str, object]:
+def status_as_json(now: Status, domain: Domain, place: str) -> dict[str, object]:
     """Return the same for a program; ages are in seconds."""
     lease = domain.liveness_check_interval
     others = now.standing_by(lease)
@@ -53,7 +54,7 @@ def status_as_json(now: Status, domain: Domain) -> dict[str, object]:
         for group in now.groups
     ]
     nodes = [asdict(node) | {"lives": node.lives(lease)} for node in now.nodes]
-    return {"groups": groups, "nodes": nodes}
+    return {"database": place, "groups": groups, "nodes": nodes}
 
 
 def ledger(lines: Iterable[Line]) -> Table:

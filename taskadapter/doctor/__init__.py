@@ -80,5 +80,6 @@ async def _database(settings: TaskadapterSettings, seen: server.Seen | None) -> 
         return [*named, error(fault)], Facts()
     except FAULTS as fault:
         return [*named, error(explain(fault, is_prefect=True))], Facts()
-    found, facts = look_at_database(url, source, seen)
+    is_named = settings.database_url is not None or Domain.of(pool).database is not None
+    found, facts = look_at_database(url, source, seen, is_named=is_named)
     return [*named, *found], facts

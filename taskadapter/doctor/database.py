@@ -20,7 +20,8 @@ from taskadapter.doctor.findings import Finding, error, ok, warning
 from taskadapter.doctor.late import look_at_late
 from taskadapter.doctor.pool import groups_of, liveness_of, start_command
 from taskadapter.errors import CoordinationError, SchemaError
-from taskadapter.prefect_api.workers import polled_ago, strangers
+from taskadapter.prefect_api.workers import polled_ago, polls, strangers
+from taskadapter.settings import PREFIX
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import Worker
@@ -54,13 +55,16 @@ class Facts:
     lasts: Mapping[str, datetime] = field(default_factory=dict)
 
 
-def look_at_database(url: str, source: str, seen: Seen | None) -> tuple[list[Finding], Facts]:
+def look_at_database(
+    url: str, source: str, seen: Seen | None, *, is_named: bool = True
+) -> tuple[list[Finding], Facts]:
     """Say what is wrong with a database, and with the groups and nodes in it; return what was read, too.
 
     Args:
         url: with its password.
         source: where it is named.
         seen: the work pool; None where the server cannot be asked.
+        is_named: whether pool or settings name it; else it is this machine's own, and perhaps no node's.
     """
     try:
         engine = open_engine(url)
@@ -68,6 +72,8 @@ def look_at_database(url: str, source: str, seen: Seen | None) -> tuple[list[Fin
         return [error(f"{source}: {fault}")], Facts()
     try:
         facts = _read(engine, seen)
+        if not is_named and seen is not None and (others := _others(seen.workers, facts.status)):
+            return [_not_named(engine, others)], Facts()
         found = list(_findings(engine, facts, seen))
         if seen is not None and facts.lasts:
             found += look_at_late(engine, seen, facts.jobs, facts.lasts)
@@ -168,6 +174,21 @@ def _silent(seen: Seen, groups: list[str], status: Status) -> Iterator[Finding]:
                 f"host {node.host!r}): it was killed, stands still, or does not reach the database; see "
                 "its log and its machine, and start it again"
             )
+
+
+def _others(workers: list[Worker], status: Status) -> list[Worker]:
+    """Return the workers that poll a pool, where no node of it is in the database."""
+    nodes = {node.task_id for node in status.nodes}
+    others = strangers(workers, nodes)
+    return others if nodes.isdisjoint(worker.name for worker in workers if polls(worker)) else []
+
+
+def _not_named(engine: Engine, others: list[Worker]) -> Finding:
+    names = ", ".join(sorted(worker.name for worker in others))
+    return error(
+        f"the database of {names} is not named here, nor in the work pool, and what is told of it would be "
+        f"this machine's own, {where(engine.url)}; set {PREFIX}DATABASE_URL as it is set for them"
+    )
 
 
 def _strangers(workers: list[Worker], status: Status) -> Iterator[Finding]:

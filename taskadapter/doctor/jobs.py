@@ -54,7 +54,7 @@ def look_at_jobs(
 
 def _failed(job: DeploymentResponse, why: str) -> Iterator[Finding]:
     if ticks.is_failure(why):
-        yield warning(
+        yield error(
             f"job {job.name!r} is over: {why}; see that run's log, mend the job, and start it again with "
             f"`taskadapter restart {shlex.quote(job.name)}`"
         )
@@ -120,7 +120,7 @@ def _rest(job: DeploymentResponse) -> Iterator[Finding]:
         yield error(f"job {job.name!r} has no entrypoint, and no node can load its flow; deploy it again")
     limit = job.global_concurrency_limit
     if limit is not None and limit.active and limit.limit == 0:
-        yield warning(
+        yield error(
             f"job {job.name!r} has a concurrency limit of 0, and its runs wait; "
             f"`prefect gcl update {limit.name} --limit 1`"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from taskadapter.agent.plans import plan_of
@@ -12,7 +13,7 @@ from taskadapter.coordination import ledger
 from taskadapter.coordination.engines import transaction
 from taskadapter.coordination.executions import SKIPPED
 from taskadapter.declare.triggers import TaskPolicy
-from taskadapter.doctor.findings import Finding, warning
+from taskadapter.doctor.findings import Finding, ok, warning
 from taskadapter.prefect_api.pool import PoolSize, Queues
 from taskadapter.rules import ticks
 
@@ -35,6 +36,9 @@ LEAST_SECONDS = 2.0
 
 LAST = 3
 """How many ticks in a row must have begun late: one alone may have met a takeover."""
+
+CATCH_UP = 5
+"""So many ticks in a row that began less late, each, are no chance."""
 
 NOT_ENDED = {RUNNING, WAITING, MISSING, SKIPPED}
 """The outcomes of ticks whose body has not begun, or goes on."""
@@ -94,6 +98,11 @@ def _begin_late(lates: Sequence[float], bound: float) -> bool:
     return len(lates) >= LAST and min(lates[:LAST]) >= bound
 
 
+def _catch_up(lates: Sequence[float]) -> bool:
+    """Return whether the last ticks, the newest first, each began less late than the one before it."""
+    return len(lates) == CATCH_UP and all(newer < older for newer, older in pairwise(lates))
+
+
 def _may_be_late(job: DeploymentResponse, lasts: Mapping[str, datetime]) -> bool:
     """Return whether a tick after the last one that is entered has been due for long."""
     plan, last = plan_of(job), lasts.get(str(job.id))
@@ -115,18 +124,25 @@ def of_lines(job: DeploymentResponse, lines: list[Line], bound: float) -> Iterat
     longest = max((line.late or 0.0 for line in waiting), default=0.0)
     begins = f"job {job.name!r}: no tick has begun for {longest:.0f} s, and {len(waiting)} wait"
     running = next((line for line in lines if line.outcome == RUNNING and line.due is not None), None)
-    ended = [line for line in lines if line.due is not None and line.outcome not in NOT_ENDED][:LAST]
+    ended = [line for line in lines if line.due is not None and line.outcome not in NOT_ENDED]
+    lates, ended = [line.late or 0.0 for line in ended[:CATCH_UP]], ended[:LAST]
     is_behind = longest >= LATE_SECONDS
     if is_behind and running is not None and _goes_on_for(running) >= LATE_SECONDS:
         yield warning(
             f"{begins}; the run of {running.due} goes on, on {running.node}: if it hangs, `prefect "
             f"flow-run cancel {running.flow_run}`, and give the service timeout_seconds="
         )
-    elif _begin_late([line.late or 0.0 for line in ended], bound):
+    elif _begin_late(lates, bound):
         wait = f", and {len(waiting)} wait" if waiting else ""
+        if _catch_up(lates):
+            yield ok(
+                f"job {job.name!r} makes up for what it has missed: its last {CATCH_UP} ticks began "
+                f"{max(lates):.0f} s and then {min(lates):.0f} s after their time{wait}"
+            )
+            return
         yield warning(
             f"job {job.name!r} is late each time: its last {LAST} ticks began up to "
-            f"{max(line.late or 0.0 for line in ended):.0f} s after their time{wait}; "
+            f"{max(lates[:LAST]):.0f} s after their time{wait}; "
             f"{_why_late(job, ended)}"
         )
     elif is_behind:

@@ -48,9 +48,15 @@ def look_at_pool(seen: Seen, living: Collection[str]) -> Iterator[Finding]:
     if pool.type != WarmBackupWorker.type:
         yield error(OTHER_TYPE.format(name=pool.name, type=pool.type))
         return
-    found = [*_template(pool), *_timing(pool), *_closed("work-pool", pool), *_queues(seen.queues, pool)]
+    has_jobs = bool(seen.jobs or seen.others)
+    found = [
+        *_template(pool),
+        *_timing(pool),
+        *_closed("work-pool", pool, is_used=has_jobs),
+        *_queues(seen),
+    ]
     yield from found or [ok(f"work pool {pool.name!r} is of type {pool.type!r}")]
-    if (seen.jobs or seen.others) and not any(worker.status == "ONLINE" for worker in seen.workers):
+    if has_jobs and not any(worker.status == "ONLINE" for worker in seen.workers):
         yield _not_polled(seen, living)
 
 
@@ -110,19 +116,22 @@ def liveness_of(pool: WorkPool) -> float:
         return Domain().liveness_check_interval
 
 
-def _queues(queues: list[WorkQueue], pool: WorkPool) -> Iterator[Finding]:
-    for queue in sorted(queues, key=lambda queue: queue.name):
-        yield from _closed("work-queue", queue, f" --pool {shlex.quote(pool.name)}")
+def _queues(seen: Seen) -> Iterator[Finding]:
+    option = f" --pool {shlex.quote(seen.pool.name)}"
+    for queue in sorted(seen.queues, key=lambda queue: queue.name):
+        yield from _closed("work-queue", queue, option, is_used=queue.name in seen.used)
 
 
-def _closed(kind: str, found: WorkPool | WorkQueue, option: str = "") -> Iterator[Finding]:
-    """Say that a pool, or a queue, lets nothing through."""
+def _closed(
+    kind: str, found: WorkPool | WorkQueue, option: str = "", *, is_used: bool
+) -> Iterator[Finding]:
+    """Say that a pool, or a queue, lets nothing through; nothing waits for it where no job is in it."""
     what = f"{kind.replace('-', ' ')} {found.name!r}"
-    of = f"{shlex.quote(found.name)}{option}"
+    of, said = f"{shlex.quote(found.name)}{option}", error if is_used else warning
     if found.is_paused:
-        yield warning(f"{what} is paused, and its jobs wait; `prefect {kind} resume {of}`")
+        yield said(f"{what} is paused, and its jobs wait; `prefect {kind} resume {of}`")
     if found.concurrency_limit == 0:
-        yield warning(
+        yield said(
             f"{what} has a concurrency limit of 0, and its jobs wait; "
             f"`prefect {kind} clear-concurrency-limit {of}`"
         )

@@ -27,12 +27,12 @@ def polled_ago(worker: Worker) -> float | None:
     return None if last is None else max(0.0, (datetime.now(UTC) - last).total_seconds())
 
 
+def polls(worker: Worker) -> bool:
+    """Return whether a worker polls its pool; Prefect takes one that was stopped for online for longer."""
+    age, every = polled_ago(worker) or 0.0, worker.heartbeat_interval_seconds or POLL_SECONDS
+    return worker.status == "ONLINE" and age <= 1.5 * every
+
+
 def strangers(workers: Collection[Worker], nodes: Collection[str]) -> list[Worker]:
     """Return the workers that poll a pool now and are not among the nodes of its database."""
-
-    def polls(worker: Worker) -> bool:
-        # Prefect takes one that was stopped for online for a while longer.
-        age, every = polled_ago(worker) or 0.0, worker.heartbeat_interval_seconds or POLL_SECONDS
-        return worker.status == "ONLINE" and age <= 1.5 * every
-
     return [worker for worker in workers if worker.name not in nodes and polls(worker)]

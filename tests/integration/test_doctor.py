@@ -41,6 +41,7 @@ from taskadapter.pools import ensure_work_pool
 from taskadapter.prefect_api.deployments import trigger_of
 from taskadapter.prefect_api.pool import Domain
 from taskadapter.rules import ticks
+from taskadapter.settings import TaskadapterSettings
 from tests.api_proxy import ApiProxy, Request, refusal
 from tests.integration.test_scheduler import HELLO
 
@@ -201,7 +202,7 @@ def test_a_job_that_is_late_each_time(
     lines = [audit.Line("2030-01-01T00:00:04", audit.WAITING, late=0.5)]
     lines += [
         audit.Line(
-            f"2030-01-01T00:00:0{3 - k}", "Completed", number=3 - k, late=28.0 + k, took=took, node="node-1"
+            f"2030-01-01T00:00:0{3 - k}", "Completed", number=3 - k, late=30.0 - k, took=took, node="node-1"
         )
         for k in range(3)
     ]
@@ -211,6 +212,20 @@ def test_a_job_that_is_late_each_time(
     assert "is late each time: its last 3 ticks began up to 30 s after their time, and 1 wait" in found.text
     assert remedy in found.text
     assert [*late.of_lines(job, lines, 28.5)] == []
+
+
+def test_a_job_that_makes_up_for_what_it_has_missed() -> None:
+    """Each of its last ticks began less late than the one before it, and nothing is to be done."""
+    job: Any = SimpleNamespace(name="behind")
+    lines = [
+        audit.Line(f"2030-01-01T00:00:0{9 - k}", "Completed", late=28.0 + k, took=0.1, node="node-1")
+        for k in range(5)
+    ]
+
+    (found,) = late.of_lines(job, lines, 5.0)
+
+    assert found.level is doctor.Level.OK
+    assert "its last 5 ticks began 32 s and then 28 s after their time" in found.text
 
 
 def test_a_job_is_found_late_by_its_ledger(
@@ -530,13 +545,13 @@ def a_setting_that_is_refused(system: System) -> None:
 # The work pool and its queues.
 
 
-@breaks("warning", "work pool '{pool}' is paused", "`prefect work-pool resume {pool}`")
+@breaks("error", "work pool '{pool}' is paused", "`prefect work-pool resume {pool}`")
 def a_pool_that_is_paused(system: System) -> None:
     system.change_pool(is_paused=True)
 
 
 @breaks(
-    "warning",
+    "error",
     "work pool '{pool}' has a concurrency limit of 0",
     "`prefect work-pool clear-concurrency-limit {pool}`",
 )
@@ -544,15 +559,13 @@ def a_pool_that_lets_nothing_run(system: System) -> None:
     system.change_pool(concurrency_limit=0)
 
 
-@breaks(
-    "warning", f"work queue '{GROUP}' is paused", f"`prefect work-queue resume {GROUP} --pool {{pool}}`"
-)
+@breaks("error", f"work queue '{GROUP}' is paused", f"`prefect work-queue resume {GROUP} --pool {{pool}}`")
 def a_group_that_is_paused(system: System) -> None:
     system.change_queue(GROUP, is_paused=True)
 
 
 @breaks(
-    "warning",
+    "error",
     "work queue 'default' has a concurrency limit of 0",
     "`prefect work-queue clear-concurrency-limit default --pool {pool}`",
 )
@@ -613,7 +626,7 @@ def a_job_without_its_trigger(system: System) -> None:
 
 
 @breaks(
-    "warning",
+    "error",
     "job '{service}' is over: run 3 failed, and the error policy is TERMINATE",
     "`taskadapter restart {service}`",
 )
@@ -661,7 +674,7 @@ def a_schedule_of_an_earlier_trigger(system: System) -> None:
     system.client.create_deployment_schedules(system.job.id, planned, slug="every-60s-01234567")
 
 
-@breaks("warning", "job '{service}' has a concurrency limit of 0", "`prefect gcl update deployment:")
+@breaks("error", "job '{service}' has a concurrency limit of 0", "`prefect gcl update deployment:")
 def a_job_that_may_not_run(system: System) -> None:
     system.change_job(concurrency_limit=1)
     limit = system.job.global_concurrency_limit
@@ -669,6 +682,19 @@ def a_job_that_may_not_run(system: System) -> None:
 
 
 # The database.
+
+
+@breaks(
+    "error",
+    "the database of node-1, node-2 is not named here, nor in the work pool",
+    f"set {SETTING}DATABASE_URL as it is set for them",
+)
+def a_shell_without_the_setting(system: System) -> None:
+    system.patch.delenv(f"{SETTING}DATABASE_URL")
+    old = f"sqlite:///{system.folder / 'old.db'}"
+    with open_engine(old).connect() as connection:
+        create_missing(connection)
+    system.patch.setattr(TaskadapterSettings, "default_database_url", lambda _: old)
 
 
 @breaks(

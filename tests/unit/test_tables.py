@@ -14,6 +14,7 @@ from taskadapter.coordination.overview import GroupStatus, NodeStatus, Status
 from taskadapter.prefect_api.pool import Domain
 
 LONG = "orders-of-all-customers-in-northern-europe-" + "x" * 40
+PLACE = "database tasks.db"
 DOMAIN = Domain(liveness_check_interval=30)
 
 
@@ -61,7 +62,7 @@ def test_the_status_says_who_is_active_and_who_would_take_over():
         (group(resign_requested=True), group("idle", None)),
         (node("node-1", "group"), node("node-2", "group", "idle")),
     )
-    text = shown(tables.status(now, DOMAIN))
+    text = shown(tables.status(now, DOMAIN, PLACE))
 
     for part in (
         "in term 7",
@@ -70,9 +71,10 @@ def test_the_status_says_who_is_active_and_who_would_take_over():
         "asked to hand over",
         "nobody",
         "group: active",
+        f"As {PLACE} has it.",
     ):
         assert part in text
-    found = tables.status_as_json(now, DOMAIN)["groups"]
+    found = tables.status_as_json(now, DOMAIN, PLACE)["groups"]
     assert isinstance(found, list)
     assert [one["standing_by"] for one in found] == [["node-2"], ["node-2"]]
     assert [one["expires_in"] for one in found] == [28.5, None]
@@ -84,20 +86,20 @@ def test_a_node_that_is_silent_stands_by_for_nothing():
         (group(heartbeat_age=36.9),),
         (node("node-1", "group", age=36.9), node("node-2", "group", age=48), node("node-3", "group")),
     )
-    text = shown(tables.status(now, DOMAIN))
+    text = shown(tables.status(now, DOMAIN, PLACE))
 
     for part in ("expired 6.9 s ago", "group: was active", "silent for 48.0 s", "group: gone"):
         assert part in text
     assert text.count("up for") == 1
     assert text.count("standby") == 1
-    found: Any = tables.status_as_json(now, DOMAIN)
+    found: Any = tables.status_as_json(now, DOMAIN, PLACE)
     assert found["groups"][0]["standing_by"] == ["node-3"]
     assert [one["lives"] for one in found["nodes"]] == [False, False, True]
 
 
 def test_a_node_of_ballerinas_is_active_too():
     """Of it the database knows less."""
-    text = shown(tables.status(Status((group(held_for=None, reason=None),), ()), DOMAIN))
+    text = shown(tables.status(Status((group(held_for=None, reason=None),), ()), DOMAIN, PLACE))
     assert "in term 7" in text
     assert "for " not in text
 
@@ -105,7 +107,7 @@ def test_a_node_of_ballerinas_is_active_too():
 def test_nothing_is_cut_on_a_screen_of_eighty_columns():
     """However long names are."""
     now = Status((group(LONG, f"node-{LONG}"),), (node(f"node-{LONG}", LONG),))
-    text = shown(tables.status(now, DOMAIN))
+    text = shown(tables.status(now, DOMAIN, PLACE))
 
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= 80
