@@ -565,7 +565,7 @@ def a_group_that_is_paused(system: System) -> None:
 
 
 @breaks(
-    "error",
+    "warning",
     "work queue 'default' has a concurrency limit of 0",
     "`prefect work-queue clear-concurrency-limit default --pool {pool}`",
 )
