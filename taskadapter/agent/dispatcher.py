@@ -132,6 +132,11 @@ class Dispatcher:
         return bool(self._queue or self._hand)
 
     @property
+    def queues(self) -> frozenset[str]:
+        """The queues of the runs that are taken, and not over."""
+        return frozenset(queue_of(run.flow_run) for run in self._hand)
+
+    @property
     def has_plenty(self) -> bool:
         """Whether there is much more to run, now or soon, than there is room for."""
         return len(self._queue) > PLENTY * self._hosts.limit
@@ -168,14 +173,17 @@ class Dispatcher:
     async def _until_gone(self, those: list[RunInHand], seconds: float) -> None:
         wait = asyncio.timeout(seconds)
         self._waits.add(wait)
-        with contextlib.suppress(TimeoutError):
+        try:
             async with wait:
                 while any(run in self._hand for run in those):
                     await asyncio.wait(
                         self._handling or [asyncio.create_task(asyncio.sleep(0.1))],
                         return_when=asyncio.FIRST_COMPLETED,
                     )
-        self._waits.discard(wait)
+        except TimeoutError:
+            pass
+        finally:
+            self._waits.discard(wait)
 
     def hurry(self) -> None:
         """End the runs that are being waited for, now, and wait no longer than they take to end."""
@@ -301,6 +309,7 @@ class Dispatcher:
             await self._crash_as_declared(run.flow_run, in_words(fault))
         except Exception as exc:  # noqa: BLE001 - one run's trouble must not end the agent
             self._log.exception("Run %s could not be run, and is marked Crashed.", run.flow_run.name)
+            self._timetable.settle(run.flow_run)
             await self._teller.report(run.flow_run, Crashed(message=f"{exc}"))
         finally:
             self._hand.put_down(run)
@@ -335,6 +344,7 @@ class Dispatcher:
         if self._refused.get(flow_run.deployment_id) != cause:
             self._refused[flow_run.deployment_id] = cause
             self._log.error(REFUSED, *cause)
+        self._timetable.settle(flow_run)
         await self._teller.report(flow_run, Crashed(message=REFUSED % cause))
 
     async def _decide(self, run: RunInHand) -> None:
@@ -448,7 +458,7 @@ class Dispatcher:
                 self._queue.put(run.flow_run)
             case Verdict.END:
                 self._deployments.end(job, judgement.reason)
-                self._timetable.end(job.deployment.id)
+                self._timetable.end(job.deployment.id, job.slug)
             case Verdict.SKIP:
                 await self._runner.skip(run, job, judgement.reason)
         return judgement.verdict is not Verdict.RUN

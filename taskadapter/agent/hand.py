@@ -12,7 +12,7 @@ from uuid import UUID
 from prefect.client.schemas.objects import FlowRun
 
 from taskadapter.agent import runs
-from taskadapter.agent.queue import Which, due
+from taskadapter.agent.queue import Which, any_run, due
 from taskadapter.agent.runs import Life
 from taskadapter.coordination.messages import Token
 from taskadapter.rules import ticks
@@ -153,10 +153,11 @@ class Hand:
             if run.host is not None and self.is_its_turn(run):
                 run.host.go()
 
-    def call_off(self, job_id: UUID, reason: str) -> None:
-        """Have no tick of a job begin any more, which is over; one that was claimed is Skipped."""
+    def call_off(self, job_id: UUID, reason: str, which: Which = any_run) -> None:
+        """Have no tick of a job begin any more, or none of some; one that was claimed is Skipped."""
         for run in self.those(lambda run: run.deployment_id == job_id and ticks.is_tick(run)):
-            run.meet(runs.CalledOff(reason))
+            if which(run.flow_run):
+                run.meet(runs.CalledOff(reason))
 
     def cancel(self, run_id: UUID) -> None:
         """End a run that is to be cancelled, if it is going on here."""

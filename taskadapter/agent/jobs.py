@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -164,6 +164,14 @@ class DeployedJob:
     def slug(self) -> str | None:
         """The slug of the trigger's schedule."""
         return None if self.trigger is None else ticks.slug(self.trigger)
+
+    def has_planned(self, flow_run: FlowRun) -> bool:
+        """Return whether a run is a tick of the trigger's schedule, and not of another trigger's."""
+        return any(
+            ticks.is_of(flow_run, schedule.id)
+            for schedule in self.deployment.schedules
+            if schedule.slug == self.slug
+        )
 
     @property
     def policy(self) -> TaskPolicy:
@@ -396,12 +404,19 @@ class Deployments:
                 self._log.info("Job %s was started again before Prefect knew that it had ended.", job.name)
                 return
             await self._client.update_deployment_schedule(deployment.id, schedule.id, active=False)
-        await self._skip_planned(job, reason)
+        # It may have been deployed with another trigger, with which it goes on.
+        await self._skip_planned(
+            deployment, [one.id for one in deployment.schedules if one.slug != job.slug], reason
+        )
 
-    async def _skip_planned(self, job: DeployedJob, reason: str) -> None:
-        for flow_run in await runs_of(self._client, [job.deployment.id], [StateType.SCHEDULED]):
+    async def _skip_planned(
+        self, deployment: DeploymentResponse, others: Collection[UUID], reason: str
+    ) -> None:
+        """Show as skipped what is planned of a job, but not by some of its schedules."""
+        for flow_run in await runs_of(self._client, [deployment.id], [StateType.SCHEDULED]):
+            is_others = any(ticks.is_of(flow_run, schedule_id) for schedule_id in others)
             # One that waits for its next attempt is Scheduled too.
-            if ticks.is_tick(flow_run) and flow_run.run_count == 0:
+            if ticks.is_tick(flow_run) and flow_run.run_count == 0 and not is_others:
                 await self.teller.skip(flow_run, reason)
 
     async def wait_for_ends(self) -> None:

@@ -22,7 +22,7 @@ from pydantic import SecretStr
 from taskadapter.agent.hearing import Hearing, Kind, News
 from taskadapter.agent.looks import SHORTEST_PAUSE_SECONDS, Looks, Pace
 from taskadapter.agent.node import Node, queue_of
-from taskadapter.agent.switches import CarryOver
+from taskadapter.agent.switches import carry_over
 from taskadapter.coordination import store
 from taskadapter.declare.attached import FETCH_CODE, file_of
 from taskadapter.declare.triggers import DEFAULT_QUEUE
@@ -95,7 +95,6 @@ class Lookout:
         self._hearing = Hearing(node.log, self._hear, lambda: sight.is_api_away)
         self._listening: asyncio.Task[None] | None = None
         self._heard_pool: UUID | None = None
-        self._carry_over = CarryOver()
         # The pool's deployments, as they were last looked at, and jobs of runs that are none of them.
         self._deployed: dict[UUID, DeploymentResponse] = {}
         self._gone: set[UUID] = set()
@@ -249,7 +248,7 @@ class Lookout:
         """Have jobs forgotten that are the pool's no more, and of which nothing goes on."""
         going_on = {run.deployment_id for run in self._hand.flow_runs if run.deployment_id is not None}
         known = self._deployed.keys() | going_on
-        for part in (self._carry_over, self._deployments, self._dispatcher):
+        for part in (self._deployments, self._dispatcher):
             part.retain(known)
 
     def _say_empty(self) -> None:
@@ -278,8 +277,8 @@ class Lookout:
     async def _take_note(self, news: Collection[DeploymentResponse]) -> None:
         """Carry over what has changed in some deployments, and see what all jobs are to do."""
         url = self._membership.database_url
-        await self._carry_over.look(url, news)
         if news:
+            await carry_over(url, news)
             self._hosts.use(SecretStr(url))
         left_out = self._node.share.left_out
         found = [deployment for id_, deployment in self._deployed.items() if id_ not in left_out]
@@ -354,7 +353,7 @@ class Lookout:
             return
         await self._membership.add(queue)
         found = await deployments_of(self._node.client, job_ids)
-        await self._carry_over.look(self._membership.database_url, found)
+        await carry_over(self._membership.database_url, found)
         self._deployed |= {deployment.id: deployment for deployment in found}
         self._timetable.add(found)
         # To list all deployments is dear, and many may join one after the other.

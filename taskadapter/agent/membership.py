@@ -24,6 +24,7 @@ from taskadapter.coordination import store
 from taskadapter.coordination.messages import (
     FOREIGN_GROUP,
     NAMED,
+    STOPPING,
     Gained,
     Lost,
     Refused,
@@ -318,6 +319,7 @@ class Membership:
     async def _claim(self, names: AbstractSet[str]) -> AbstractSet[str]:
         """Return those of some groups that are this pool's, for good, and say which are another's."""
         if names <= self._claimed:
+            self._claimed = names  # one that is deleted, and made again, may be another pool's by then
             return names
         url, pool = self.database_url, self._node.work_pool
         foreign = await asyncio.to_thread(store.claim_groups, url, pool, names)
@@ -393,6 +395,11 @@ class Membership:
         if given_up:
             with suppress(CoordinationError):  # then it is no successor for five minutes
                 await asyncio.to_thread(store.give_up_tokens, self.database_url, given_up, None)
+
+    def keep_only(self, names: AbstractSet[str]) -> None:
+        """Leave all other groups to other nodes: this one stops."""
+        if self._groups is not None:
+            self._groups.stand_by(self._groups.names & names, self.database_url, STOPPING)
 
     def is_to_leave(self, name: str) -> None:
         """Keep a group that this node serves no longer until its runs have ended: then it is left."""

@@ -72,6 +72,7 @@ class ProgramAgent:
         )
         self._parts: set[Part] = set()
         self._turn = asyncio.Lock()
+        self._leaving: set[asyncio.Task[None]] = set()
         self._log = get_logger("taskadapter")
         has_loop = threading.Event()
         # The thread must see the settings of whoever starts it, a test's temporary ones included.
@@ -95,6 +96,7 @@ class ProgramAgent:
             self._log.error("Agent %r has ended: %s", self.name, failure)
             self._log.debug("This was its error.", exc_info=True)
         self.is_stopping = True
+        has_loop.set()  # whoever waits for one that there is none of hears of its end
         with _guard:
             if _agents.get(self.work_pool) is self:
                 del _agents[self.work_pool]
@@ -121,8 +123,16 @@ class ProgramAgent:
             return True
 
     async def _leave(self, parts: Collection[Part], drain_seconds: float) -> None:
-        async with self._turn:
-            await self._take_off([part for part in parts if part in self._parts], drain_seconds)
+        """Take parts off, also when nobody waits for that any more: half of it would leave them idle."""
+
+        async def leave() -> None:
+            async with self._turn:
+                await self._take_off([part for part in parts if part in self._parts], drain_seconds)
+
+        leaving = asyncio.create_task(leave())
+        self._leaving.add(leaving)
+        leaving.add_done_callback(self._leaving.discard)
+        await asyncio.shield(leaving)
 
     async def _take_off(self, parts: Collection[Part], drain_seconds: float) -> None:
         """Take parts off; those of the last ones are over when the agent has ended."""

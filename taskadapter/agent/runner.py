@@ -28,6 +28,8 @@ from taskadapter.prefect_api.pool import PoolSize
 from taskadapter.rules import ticks
 
 if TYPE_CHECKING:
+    from prefect.client.schemas.objects import FlowRun
+
     from taskadapter.agent.jobs import DeployedJob, Deployments
     from taskadapter.agent.membership import Membership
     from taskadapter.agent.node import Node
@@ -267,10 +269,18 @@ class Runner:
             await self._hosts.clear(str(run.flow_run.id))
 
     def _end_job(self, job: DeployedJob, reason: str) -> None:
-        """End a job for all nodes; its ticks that are claimed, but have not begun, do not begin."""
+        """End a job for all nodes; its ticks that are claimed, but have not begun, do not begin.
+
+        With another trigger, with which it was deployed meanwhile, it goes on.
+        """
         self._deployments.end(job, reason)
-        self._timetable.end(job.deployment.id)
-        self._hand.call_off(job.deployment.id, reason)
+        self._timetable.end(job.deployment.id, job.slug)
+
+        def is_its_own(run: FlowRun) -> bool:
+            now = self._deployments.known(run)
+            return now is None or now.slug == job.slug or not now.has_planned(run)
+
+        self._hand.call_off(job.deployment.id, reason, is_its_own)
 
     async def skip(self, run: RunInHand, job: DeployedJob, reason: str) -> None:
         """Skip a tick that is too late for its policy, or whose job is over; say so if the policy asks."""

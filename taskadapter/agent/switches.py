@@ -1,7 +1,7 @@
 """Whether a job is paused or over: switches in the job's row, which runs read, and in Prefect.
 
 What our commands switch, they switch in the row first, and then in Prefect. What somebody switches in
-Prefect's UI, the agents carry over to the row as soon as they see it (`CarryOver`).
+Prefect's UI, the agents carry over to the row as soon as they see it (`carry_over`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from taskadapter.settings import TaskadapterSettings
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from collections.abc import Set as AbstractSet
 
     from prefect.client.orchestration import PrefectClient
     from prefect.client.schemas.objects import WorkPool
@@ -175,27 +174,23 @@ async def _database_of(pool: WorkPool | None) -> str:
     return settings.default_database_url() if pool is None else await Domain.of(pool).database_url(settings)
 
 
-class CarryOver:
-    """Carries over to the jobs' rows what somebody has changed in Prefect."""
+async def carry_over(database_url: str, deployments: Iterable[DeploymentResponse]) -> None:
+    """Carry over to the jobs' rows what somebody has changed in Prefect since anybody has looked.
 
-    def __init__(self) -> None:
-        self._seen: dict[UUID, Switches] = {}
+    A row says what was seen last: other agents see changes too, and our commands make some.
 
-    async def look(self, database_url: str, deployments: Iterable[DeploymentResponse]) -> None:
-        """Compare what was read with what was seen last, here or by another agent.
+    Raises:
+        CoordinationError: the database failed; the same call may be repeated.
+    """
+    readings = [reading_of(deployment) for deployment in deployments]
+    if not readings:
+        return
+    seen = await asyncio.to_thread(store.seen, database_url, [reading.job_id for reading in readings])
+    news = [reading for reading in readings if _is_news(reading.switches, seen[reading.job_id])]
+    if news:
+        await asyncio.to_thread(store.see, database_url, news)
 
-        Raises:
-            CoordinationError: the database failed; the same call may be repeated.
-        """
-        readings = [reading_of(deployment) for deployment in deployments]
-        unknown = [reading.job_id for reading in readings if reading.job_id not in self._seen]
-        if unknown:
-            self._seen |= await asyncio.to_thread(store.seen, database_url, unknown)
-        news = [reading for reading in readings if self._seen[reading.job_id] != reading.switches]
-        if news:
-            await asyncio.to_thread(store.see, database_url, news)
-        self._seen |= {reading.job_id: reading.switches for reading in readings}
 
-    def retain(self, job_ids: AbstractSet[UUID]) -> None:
-        """Remember nothing of other deployments; what the row has is read again, should one come back."""
-        self._seen = {id_: switches for id_, switches in self._seen.items() if id_ in job_ids}
+def _is_news(now: Switches, seen: Switches) -> bool:
+    """Return whether a reading has something that is not seen; its plan, where it has one."""
+    return (now.paused, now.on) != (seen.paused, seen.on) or now.plan not in {"", seen.plan}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from uuid import UUID
 
 from taskadapter.agent.node import LONGEST_BACKOFF_SECONDS, Node, queue_of
+from taskadapter.agent.queue import Which, any_run
 from taskadapter.coordination.messages import NAMED, Gained, Lost, ResignAsked, Token
 from taskadapter.errors import listed
 from taskadapter.prefect_api.client import backoff, in_words
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from taskadapter.agent.membership import Membership
     from taskadapter.agent.takeover import Takeover
     from taskadapter.agent.timetable import Timetable
+
+PAUSE_SECONDS = 0.1
+"""How long to wait between two looks which groups have a run that goes on."""
 
 
 class Terms:
@@ -165,11 +169,22 @@ class Terms:
         if queue is not None:
             await self._membership.leave(queue)
 
-    async def let_go(self) -> None:
-        """Let the runs of all groups end: the node is to leave them all."""
+    async def let_go(self, which: Which = any_run) -> None:
+        """Let runs end, and leave each group to others as soon as none of it goes on here, or if none does.
+
+        Args:
+            which: the runs; those of all groups are among them.
+        """
         for name in list(self._membership.active):
             self._retire(name)
-            await self._drain(name)
+        draining = asyncio.create_task(self._dispatcher.drain(self._node.settings.drain_seconds, which))
+        try:
+            while not draining.done():
+                self._membership.keep_only(self._dispatcher.queues)
+                await asyncio.wait([draining], timeout=PAUSE_SECONDS)
+        finally:
+            draining.cancel()
+        draining.result()
 
     def _retire(self, name: str) -> None:
         """Be active for a group no longer."""

@@ -8,6 +8,7 @@ policy says.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
@@ -43,6 +44,9 @@ from taskadapter.rules import ticks
 
 NEW = timedelta(seconds=5)
 """The history of a schedule that was made so shortly before is not asked for."""
+
+WITHDRAWN = "Its deployment has moved to another queue."
+"""What a run says that is about to be deleted, and made anew."""
 
 
 class Timetable:
@@ -161,9 +165,16 @@ class Timetable:
         known = self._deployments.keys() | self._ended.keys()
         return {run.deployment_id for run in found if run.deployment_id is not None} - known
 
-    def end(self, deployment_id: UUID) -> None:
-        """Take note that a job is over: none of its ticks is owed any more."""
-        deployment = self._deployments.get(deployment_id)
+    def end(self, deployment_id: UUID, slug: str | None) -> None:
+        """Take note that a job is over: none of its ticks is owed any more.
+
+        Args:
+            deployment_id: the job.
+            slug: of the trigger with which it is; deployed with another one since, it goes on.
+        """
+        deployment, plan = self._deployments.get(deployment_id), self._plans.get(deployment_id)
+        if plan is not None and ticks.slug(plan.trigger) != slug:
+            return
         self._ended.setdefault(deployment_id, None if deployment is None else switched_on_at(deployment))
         self.leave_out([deployment_id])
 
@@ -309,7 +320,7 @@ class Timetable:
             await self._teller.put_back(run, tick)
             return await self._client.read_flow_run(run.id)
         if _is_stranded(run) and not await self._has_begun(line.deployment_id, tick):
-            await self._client.delete_flow_run(run.id)
+            await self._delete(run)
             return await create_tick(self._client, line.deployment_id, line.plan.schedule_id, tick)
         line.settle(tick)
         return None
@@ -324,11 +335,17 @@ class Timetable:
         the late ones where they are. Perhaps nobody looks there any more; and were they claimed from
         here, a takeover would not find them.
         """
-        claim: OrchestrationResult[Any] = await self._client.set_flow_run_state(run.id, Pending())
+        claim: OrchestrationResult[Any] = await self._client.set_flow_run_state(
+            run.id, Pending(message=WITHDRAWN)
+        )
         if claim.status is not SetStateStatus.ACCEPT:
             return False
-        await self._client.delete_flow_run(run.id)
+        await self._delete(run)
         return True
+
+    async def _delete(self, run: FlowRun) -> None:
+        with contextlib.suppress(ObjectNotFound):  # another agent was quicker
+            await self._client.delete_flow_run(run.id)
 
     async def _open_lines(self, queues: Collection[str]) -> None:
         """Begin the lines of the jobs that have none yet, or a stale one."""
@@ -389,9 +406,10 @@ class Timetable:
 
 
 def _is_stranded(flow_run: FlowRun) -> bool:
-    """Return whether a run was claimed on a queue that somebody has deleted since.
+    """Return whether a run is claimed, and no takeover is to find it.
 
-    No takeover finds it, and put back it would be in no queue.
+    Somebody has deleted its queue since; or it was to be withdrawn, and that had no answer.
     """
-    is_claimed = flow_run.state_type in {StateType.PENDING, StateType.RUNNING}
-    return is_claimed and flow_run.work_queue_id is None
+    if flow_run.state is None or flow_run.state.type not in {StateType.PENDING, StateType.RUNNING}:
+        return False
+    return flow_run.work_queue_id is None or flow_run.state.message == WITHDRAWN

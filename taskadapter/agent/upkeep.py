@@ -83,6 +83,7 @@ class Upkeep:
         self._sight = sight
         self._succession = succession
         self._new_takeover = new_takeover
+        self._going_on: list[asyncio.Task[None]] = []
 
     def begin(self) -> None:
         """Do all of it from now on."""
@@ -92,7 +93,12 @@ class Upkeep:
             self._look_after_claimed,
             self._look_for_strangers,
         ):
-            self._node.tasks.keep_up(work)
+            self._going_on.append(self._node.tasks.keep_up(work))
+
+    def end(self) -> None:
+        """Do nothing of it any more: the node stops."""
+        for work in self._going_on:
+            work.cancel()
 
     async def _look_after_ability(self) -> None:
         """Leave the groups to others while this node can run no jobs, and take part again after that."""

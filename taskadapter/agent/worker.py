@@ -41,7 +41,7 @@ from taskadapter.agent.jobs import Deployments, WarmBackupJobConfiguration, Warm
 from taskadapter.agent.lookout import Lookout
 from taskadapter.agent.looks import Pace
 from taskadapter.agent.membership import Membership
-from taskadapter.agent.node import Node, Share
+from taskadapter.agent.node import Node, Share, queue_of
 from taskadapter.agent.showing import Showing
 from taskadapter.agent.sight import Sight
 from taskadapter.agent.signals import at_a_signal
@@ -185,7 +185,7 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         self._put_together()
         self._dispatching = self._tasks.keep_up(self._dispatcher.dispatch)
         self._tasks.keep_up(self._watch.watch)
-        self._tasks.keep_up(self._terms.take_over)
+        self._taking_over = self._tasks.keep_up(self._terms.take_over)
         self._tasks.keep_up(self._showing.go_on)
         self._upkeep.begin()
         private.count_requests(self.client, metrics.REQUESTS.labels(self._work_pool_name).inc)
@@ -211,7 +211,7 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
             node,
             is_only=self._is_only,
             tell=self._on_change,
-            let_go=lambda: self._terms.let_go(),
+            let_go=lambda: self._terms.let_go(lambda run: queue_of(run) != DEFAULT_QUEUE),
         )
         self._showing = Showing(node, self._membership)
         self._deployments = Deployments(
@@ -314,12 +314,14 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
             await self._dispatcher.finish()
         metrics.hide(self._source)
         self._dispatching.cancel()
+        self._taking_over.cancel()
+        self._upkeep.end()
         self._dispatcher.forget()
         with at_a_signal(self.hurry):
             await self._stop(*exc_info)
 
     async def _stop(self, *exc_info: Any) -> None:
-        await self._dispatcher.drain(self._settings.drain_seconds)
+        await self._terms.let_go()
         await self._deployments.wait_for_ends()
         await self._membership.stop()
         self._tasks.cancel()

@@ -107,6 +107,8 @@ class DeadlineBoard:
         (deadline,) = _DEADLINE.unpack_from(self._memory, slot + _DEADLINE_AT)
         (term,) = _TERM.unpack_from(self._memory, slot + _TERM_AT)
         (again,) = _DEADLINE.unpack_from(self._memory, slot + _DEADLINE_AT)
+        if self._memory[slot : slot + len(_UNUSED)] != _digest(token.group_id):
+            return NEVER  # the slot is another group's by now
         return float(min(deadline, again)) if term == token.term else NEVER
 
     def close(self) -> None:
@@ -133,13 +135,23 @@ class DeadlineBoard:
         return self._slots.get(group_id)
 
     def _claim(self, group_id: str) -> int:
-        for slot in range(0, len(self._memory), _SLOT.size):
-            if self._memory[slot : slot + len(_UNUSED)] == _UNUSED:
-                self._memory[slot : slot + len(_UNUSED)] = _digest(group_id)
-                self._slots[group_id] = slot
-                return slot
-        capacity = len(self._memory) // _SLOT.size
-        raise ValueError(f"group {group_id!r} has no room on a board for {capacity} groups")
+        slot = self._free()
+        if slot is None:
+            capacity = len(self._memory) // _SLOT.size
+            raise ValueError(f"group {group_id!r} has no room on a board for {capacity} groups")
+        self._slots = {name: other for name, other in self._slots.items() if other != slot}
+        self._memory[slot : slot + len(_UNUSED)] = _digest(group_id)
+        self._slots[group_id] = slot
+        return slot
+
+    def _free(self) -> int | None:
+        """Return a slot that is unused, or else one whose token was taken down."""
+        slots = range(0, len(self._memory), _SLOT.size)
+        unused = (slot for slot in slots if self._memory[slot : slot + len(_UNUSED)] == _UNUSED)
+        down = (
+            slot for slot in slots if _DEADLINE.unpack_from(self._memory, slot + _DEADLINE_AT)[0] == NEVER
+        )
+        return next(unused, next(down, None))
 
 
 def _digest(group_id: str) -> bytes:

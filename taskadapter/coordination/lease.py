@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from taskadapter.coordination.messages import (
     NAMED,
+    STOPPING,
     Abandon,
     Acquire,
     Acquired,
@@ -194,7 +195,7 @@ def step(lease: Lease, event: Event, now: float) -> Step:
         case ReleaseAsked(group_id):
             done = _release(done, [group_id], now, "handed over", leaves=False)
         case StopAsked():
-            done = _release(done, sorted(lease.group_ids), now, "stopping")
+            done = _release(done, sorted(lease.group_ids), now, STOPPING)
             done = done.then(replace(done.lease, stopping=True, next_beat=now, faults=0))
         case _:
             pass

@@ -50,6 +50,9 @@ FOREIGN_GROUP = (
 NOT_ASKED_FOR = "not asked for any more"
 """Why a group is left whose queue is gone, or is served no longer."""
 
+STOPPING = "stopping"
+"""Why a node that stops leaves its groups."""
+
 NAMED = 3
 """How many groups a line of the log names; it counts the others."""
 

@@ -20,7 +20,7 @@ from taskadapter.coordination.dialects import database_now, ensure_rows, seconds
 from taskadapter.coordination.executions import SWITCHED_OFF, Switches
 from taskadapter.coordination.schema import job_progress
 from taskadapter.coordination.tokens import require_token
-from taskadapter.errors import CoordinationError, DatabaseUnavailableError
+from taskadapter.errors import DatabaseUnavailableError, TaskError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -247,7 +247,7 @@ def load_state(connection: Connection, job_id: str) -> dict[str, Any] | None:
     """Return the state that was saved last, or None if there is none.
 
     Raises:
-        CoordinationError: the row holds something else than a JSON object.
+        TaskError: the row holds something else than a JSON object.
     """
     columns = job_progress.c
     text = connection.execute(select(columns.state).where(columns.job_id == job_id)).scalar()
@@ -258,7 +258,7 @@ def load_state(connection: Connection, job_id: str) -> dict[str, Any] | None:
     except ValueError:
         state = None
     if not isinstance(state, dict):
-        raise CoordinationError(
+        raise TaskError(
             f"taskadapter_job.state of job {job_id} is not a JSON object; repair the row, or set "
             "its state to NULL to start again from the declaration"
         )

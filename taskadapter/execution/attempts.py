@@ -12,12 +12,11 @@ from datetime import UTC, datetime, timedelta
 from logging import Logger, LoggerAdapter
 from typing import Any
 
-import httpx
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
 from prefect.client.schemas.responses import SetStateStatus, StateWaitDetails
 from prefect.context import FlowRunContext
-from prefect.exceptions import Abort
+from prefect.exceptions import Abort, ObjectNotFound
 from prefect.logging import get_run_logger
 from prefect.logging.loggers import flow_run_logger
 from prefect.states import AwaitingRetry, Retrying
@@ -27,6 +26,7 @@ from taskadapter.declare.jobs import JobId, Service
 from taskadapter.declare.triggers import ErrorPolicy, TriggerConfiguration
 from taskadapter.errors import CoordinationError, TaskError, TokenLostError
 from taskadapter.execution import current, record
+from taskadapter.prefect_api.client import API_FAULTS
 from taskadapter.rules import retries, ticks
 
 LOGGING = (ErrorPolicy.LOG_AND_TERMINATE, ErrorPolicy.LOG_AND_CONTINUE)
@@ -272,7 +272,7 @@ class Attempts:
                 while isinstance(answer.details, StateWaitDetails):
                     time.sleep(answer.details.delay_seconds)
                     answer = client.set_flow_run_state(self.flow_run.id, state)
-        except httpx.HTTPError as fault:
+        except (*API_FAULTS, ObjectNotFound) as fault:
             self.log.warning("Prefect's API could not be told of state %s: %s", state.name, fault)
             return
         if answer.status is not SetStateStatus.ACCEPT:

@@ -19,14 +19,7 @@ from taskadapter.coordination import store
 from taskadapter.coordination.board import DeadlineBoard, clock
 from taskadapter.coordination.executions import Begun, Limits, Taken
 from taskadapter.declare.jobs import Service, dump_state, load_state
-from taskadapter.errors import (
-    AccessDeniedError,
-    CoordinationError,
-    DatabaseUnavailableError,
-    SchemaError,
-    TaskError,
-    TokenLostError,
-)
+from taskadapter.errors import CoordinationError, DatabaseUnavailableError, TaskError, TokenLostError
 from taskadapter.execution import current, protocol
 from taskadapter.execution.assignment import Assignment
 
@@ -37,9 +30,6 @@ if TYPE_CHECKING:
     from taskadapter.execution.current import Execution
 
 T = TypeVar("T")
-
-_FAULTS = (DatabaseUnavailableError, AccessDeniedError, SchemaError)
-"""What a database raises that is away, or refuses for now: it is waited for."""
 
 
 class NotWantedError(Exception):
@@ -213,7 +203,7 @@ def _answer(execution: Execution, question: Callable[[Connection], T]) -> T:
     while True:
         try:
             answer = store.ask(assignment.database_url.get_secret_value(), question)
-        except _FAULTS as fault:
+        except CoordinationError as fault:  # away, or refusing: also in words that are not known here
             require_trust(assignment)
             if not execution.has_begun and execution.is_dropped():
                 raise NotWantedError(f"{assignment.flow_run.name} is given back: {fault}") from fault

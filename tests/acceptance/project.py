@@ -57,6 +57,11 @@ def note(job, what, **details):
         os.write(file, json.dumps(entry, default=str).encode() + b"\\n")
     finally:
         os.close(file)
+
+def noted(job, what):
+    with open({file!r}) as file:
+        entries = map(json.loads, file)
+        return sum(entry["job"] == job and entry["what"] == what for entry in entries)
 """
 
 _DEPLOY = """

@@ -58,12 +58,12 @@ TIMED = """
 
 OVERLAPPING = """
     import time
-    from ledger import note
+    from ledger import note, noted
     from taskadapter import Listener, Service, TaskPolicy, TriggerConfiguration, current_run
 
-    def slow(name, seconds=1.5):
+    def slow(name):
         note(name, "began", due=current_run().scheduled_time.timestamp())
-        time.sleep(seconds)
+        time.sleep(1.5)
         note(name, "ended")
 
     free = Listener(trigger=TriggerConfiguration(interval=1, max_count=3))
@@ -73,7 +73,11 @@ OVERLAPPING = """
 
     @free.service("overlapping")
     def overlapping() -> None:
-        slow("overlapping", 6)
+        note("overlapping", "began")
+        end = time.monotonic() + 100
+        while noted("overlapping", "began") < 2 and time.monotonic() < end:
+            time.sleep(0.1)
+        note("overlapping", "ended")
 
     @single.service("single")
     def one_at_a_time() -> None:

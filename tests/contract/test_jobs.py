@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
 import pytest
+from prefect.client.schemas.objects import DeploymentSchedule
+from prefect.client.schemas.responses import DeploymentResponse
+from prefect.client.schemas.schedules import IntervalSchedule
 from sqlalchemy import Engine, select, update
 from sqlalchemy.pool import QueuePool
 
+from taskadapter.agent.switches import carry_over, reading_of
 from taskadapter.coordination import store
 from taskadapter.coordination.engines import open_engine, transaction
 from taskadapter.coordination.executions import Switches
@@ -30,7 +37,9 @@ from taskadapter.coordination.progress import (
     seen,
 )
 from taskadapter.coordination.schema import job_progress, metadata
-from taskadapter.errors import CoordinationError, DatabaseUnavailableError, TokenLostError
+from taskadapter.declare.triggers import TriggerConfiguration
+from taskadapter.errors import DatabaseUnavailableError, TaskError, TokenLostError
+from taskadapter.rules import ticks
 from tests.contract.entering import JOB, TOKEN, Row, count_one, hold, row_of, take_over
 
 if TYPE_CHECKING:
@@ -84,7 +93,7 @@ class TestState:
             save_state(connection, JOB, {})
             connection.execute(update(job_progress).values(state="[1]"))
         with (
-            pytest.raises(CoordinationError, match="repair the row"),
+            pytest.raises(TaskError, match="repair the row"),
             transaction(engine) as connection,
         ):
             load_state(connection, JOB)
@@ -152,6 +161,55 @@ def test_a_job_that_freezes_in_a_transaction_keeps_nobody_from_taking_over(
     store._engine(prepared_url).dispose()
     with transaction(engine) as connection:
         assert load_state(connection, JOB) is None
+
+
+def read_from_prefect(*, paused: bool, on: bool, second: int) -> DeploymentResponse:
+    """Return a job as Prefect has it, changed last in that second."""
+    trigger = TriggerConfiguration(interval=60)
+    updated = datetime(2030, 1, 1, 12, 0, second, tzinfo=UTC)
+    schedule = DeploymentSchedule(
+        id=UUID(int=2),
+        deployment_id=UUID(JOB),
+        schedule=IntervalSchedule(interval=timedelta(seconds=60), anchor_date=updated.replace(second=0)),
+        slug=ticks.slug(trigger),
+        active=on,
+    )
+    return DeploymentResponse(
+        id=UUID(JOB),
+        name="job",
+        flow_id=UUID(int=3),
+        paused=paused,
+        updated=updated,
+        schedules=[schedule],
+        job_variables={"trigger": trigger.model_dump(mode="json")},
+        labels={},
+    )
+
+
+def test_what_is_switched_in_prefect_between_two_visits_is_carried_over(
+    prepared_url: str, engine: Engine
+) -> None:
+    """Also where an agent has seen it so before, and one of our commands has switched it back since."""
+
+    def visit(second: int) -> Row | None:
+        found = read_from_prefect(paused=False, on=True, second=second)
+        asyncio.run(carry_over(prepared_url, [found]))
+        with transaction(engine) as connection:
+            return row_of(connection, JOB)
+
+    def command(second: int, *, paused: bool = False, on: bool = True) -> None:
+        """Switch the row, then Prefect, and take note of that, as our commands do."""
+        store.pause(prepared_url, UUID(JOB), paused=paused)
+        store.end_job(prepared_url, UUID(JOB), None if on else "it was unscheduled")
+        found = read_from_prefect(paused=paused, on=on, second=second)
+        store.see(prepared_url, [reading_of(found)])
+
+    assert visit(0) == (False, None)
+    command(1, paused=True)
+    assert visit(0) == (True, None), "an answer from before that"
+    assert visit(2) == (False, None)
+    command(3, on=False)
+    assert visit(4) == (False, None)
 
 
 class TestSwitches:

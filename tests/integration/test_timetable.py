@@ -18,7 +18,7 @@ from prefect.states import Pending
 
 from deployments.local import wait_until
 from taskadapter.agent.plans import MADE_AHEAD
-from taskadapter.agent.switches import CarryOver, reading_of
+from taskadapter.agent.switches import carry_over, reading_of
 from taskadapter.agent.timetable import Timetable
 from taskadapter.coordination import store
 from taskadapter.coordination.executions import Entered
@@ -115,7 +115,7 @@ class Node:
             async with get_client() as client:
                 timetable = Timetable(client, logging.getLogger("test"), entered)
                 deployment = await client.read_deployment(self.job)
-                await CarryOver().look(self.database, [deployment])
+                await carry_over(self.database, [deployment])
                 timetable.learn([deployment])
                 return await timetable.complete([], QUEUES, [], now := datetime.now(UTC), now)
 

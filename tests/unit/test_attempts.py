@@ -1,17 +1,21 @@
 """What a run says and enters when it has failed, by its last attempt or by Prefect's engine."""
 
+import logging
 from datetime import UTC, datetime
+from json import JSONDecodeError
 from typing import Any
 from uuid import uuid4
 
+import httpx
 import pytest
 from prefect.client.schemas.objects import FlowRun, State
+from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled, Failed
 
 from taskadapter.coordination.executions import Begun
 from taskadapter.declare.triggers import TaskPolicy, TriggerConfiguration
 from taskadapter.errors import TokenLostError
-from taskadapter.execution import record
+from taskadapter.execution import attempts, record
 from taskadapter.execution.attempts import consequence, enter_end_of_engine
 from taskadapter.execution.current import Execution
 from tests.unit.test_hosts import ASSIGNMENT
@@ -108,3 +112,30 @@ class TestAnEndOfTheEngine:
         with pytest.raises(TokenLostError):
             enter_end_of_engine(run, TIMED_OUT, is_failure=True)
         assert run.ended is None
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        httpx.ConnectError("away"),
+        JSONDecodeError("Expecting value", "<html>", 0),
+        ObjectNotFound(httpx.ConnectError("404")),
+    ],
+    ids=["no answer", "a page of a proxy's", "not found"],
+)
+def test_no_answer_of_the_api_ends_the_attempts(monkeypatch, caplog, fault):
+    """That the next one is to come, or begins, is shown in the UI where that is possible."""
+
+    class Client:
+        def __enter__(self) -> Any:
+            raise fault
+
+        def __exit__(self, *_: object) -> None: ...
+
+    monkeypatch.setattr(attempts, "get_client", lambda **_: Client())
+    given: Any = object.__new__(attempts.Attempts)
+    given.flow_run, given.log = execution().assignment.flow_run, logging.getLogger("run")
+
+    given.announce_retry()
+
+    assert caplog.messages == [f"Prefect's API could not be told of state Retrying: {fault}"]

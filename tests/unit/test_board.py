@@ -90,3 +90,18 @@ def test_has_room_for_its_capacity(path: Path) -> None:
         with pytest.raises(ValueError, match="2 groups"):
             board.write(TOKEN, 5.0)
         assert board.read(Token("group-1", "node-1", 1)) == 5.0
+
+
+def test_a_place_that_is_not_needed_any_more_is_anothers(path: Path) -> None:
+    """In a long life there are more groups than at one time; a reader does not take one for another."""
+    first, second, third = (Token(f"group-{number}", "node-1", 1) for number in range(3))
+    with DeadlineBoard.create(path, capacity=2) as board, DeadlineBoard.open(path) as reader:
+        for token in (first, second):
+            board.write(token, 5.0)
+        assert reader.read(first) == 5.0
+        board.write(first, NEVER)
+        board.write(third, 7.0)
+        assert [reader.read(token) for token in (first, second, third)] == [NEVER, 5.0, 7.0]
+        board.write(second, NEVER)
+        board.write(first, 9.0)
+        assert [board.read(token) for token in (first, second, third)] == [9.0, NEVER, 7.0]

@@ -150,10 +150,10 @@ def test_a_tick_after_the_end_waits_also_if_its_job_was_not_known():
     job = dispatcher._deployments.known(None)
     ended: list[str] = []
     dispatcher._deployments.end = lambda _, reason: ended.append(reason)
-    job.deployment = SimpleNamespace(id=JOB)
+    job.deployment, job.slug = SimpleNamespace(id=JOB), "slug"
     dispatcher._node = SimpleNamespace(pool=lambda: SimpleNamespace(base_job_template={}))
     dispatcher._timetable = SimpleNamespace(
-        fell_into_pause=lambda _: False, owes=lambda *_: False, end=lambda _: None
+        fell_into_pause=lambda _: False, owes=lambda *_: False, end=lambda *_: None
     )
     last, after = (dispatcher._hand.take(tick(JOB, seconds), None) for seconds in (0, 1))
 
@@ -222,6 +222,8 @@ def test_a_run_that_is_gone_is_a_reason_to_look_at_its_job(has_deployment, kind,
 def test_a_job_that_was_edited_into_nonsense_is_told_once(caplog):
     """In one line, with the job's name and the remedy, which its crashed runs have as well."""
     dispatcher, job_id, told = new_dispatcher(), uuid4(), []
+    settled: list[Any] = []  # else they would be made due again, as what an engine has crashed
+    dispatcher._timetable = SimpleNamespace(settle=settled.append)
     faults = ["interval=-1", "interval=-1", "interval=-2", None, "interval=-2"]
 
     async def job_of(*_):
@@ -245,6 +247,7 @@ def test_a_job_that_was_edited_into_nonsense_is_told_once(caplog):
     assert not any(record.exc_info for record in caplog.records)
     assert [state.message for state in told] == [words.format(n) for n in (-1, -1, -2, -2)]
     assert {state.type for state in told} == {StateType.CRASHED}
+    assert len(settled) == len(told)
 
 
 @pytest.mark.parametrize(("now", "is_left"), [(5, True), (2, False), (None, False)])

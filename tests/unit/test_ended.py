@@ -13,7 +13,8 @@ import pytest
 
 from taskadapter.agent import jobs, telling
 from taskadapter.agent.jobs import OVER_ALREADY, Deployments
-from tests.unit.given import NOON, SECOND
+from taskadapter.rules import ticks
+from tests.unit.given import NOON, SECOND, tick
 
 
 class Ending(Deployments):
@@ -62,6 +63,7 @@ class Api:
         self.schedule = SimpleNamespace(id=uuid4(), slug="slug", active=True, updated=NOON)
         self.deployment = SimpleNamespace(id=uuid4(), schedules=[self.schedule])
         self.failures, self.is_touched = failures, is_touched
+        self.others: list[Any] = []
 
     async def read_deployment(self, _: object) -> Any:
         if self.failures:
@@ -69,7 +71,7 @@ class Api:
             raise httpx.ConnectError("away")
         moment = NOON + SECOND if self.is_touched else NOON
         schedule = SimpleNamespace(**vars(self.schedule) | {"updated": moment})
-        return SimpleNamespace(id=self.deployment.id, schedules=[schedule])
+        return SimpleNamespace(id=self.deployment.id, schedules=[schedule, *self.others])
 
     async def update_deployment_schedule(self, _: object, __: object, *, active: bool) -> None:
         self.schedule.active = active
@@ -101,3 +103,34 @@ def test_a_job_that_was_started_again_is_not_put_away(monkeypatch, failures, is_
     asyncio.run(go())
     assert api.schedule.active is goes_on
     assert bool(skipped) is not goes_on
+
+
+def test_what_is_planned_of_another_trigger_is_not_skipped(monkeypatch):
+    """A run has ended its job that began before the job was deployed anew, with another trigger."""
+    api: Any = Api()
+    api.others = [SimpleNamespace(id=uuid4(), slug="another", active=True, updated=NOON)]
+    job_id, skipped = api.deployment.id, list[Any]()
+    old, new = (
+        tick(job_id, 5).model_copy(update={"idempotency_key": ticks.tick_key(job_id, schedule.id, NOON)})
+        for schedule in (api.schedule, *api.others)
+    )
+
+    async def runs_of(*_: object) -> list[Any]:
+        return [old, new]
+
+    async def skip(run: Any, _: str) -> None:
+        skipped.append(run)
+
+    monkeypatch.setattr(jobs, "runs_of", runs_of)
+    job: Any = SimpleNamespace(name="flow/job", slug="slug", deployment=api.deployment)
+
+    async def go() -> None:
+        deployments = Deployments(api, logging.getLogger("agent"))
+        monkeypatch.setattr(deployments.teller, "skip", skip)
+        deployments.end(job, "it failed")
+        await deployments.wait_for_ends()
+
+    asyncio.run(go())
+    assert not api.schedule.active
+    assert api.others[0].active
+    assert skipped == [old]

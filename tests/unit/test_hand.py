@@ -136,6 +136,9 @@ def test_a_job_that_is_over_has_its_ticks_called_off():
     hand.call_off(job_id, "it is over")
 
     assert [run.life.called_off for run in runs] == ["it is over", None, None]
+    planned_anew = hand.take(tick(job_id, 9), None)
+    hand.call_off(job_id, "it is over", lambda run: run is not planned_anew.flow_run)
+    assert planned_anew.life.called_off is None
 
 
 def test_siblings_are_of_the_same_job():

@@ -19,7 +19,6 @@ from taskadapter.agent.lookout import Lookout
 from taskadapter.agent.looks import Pace
 from taskadapter.agent.node import Share
 from taskadapter.agent.sight import Sight
-from taskadapter.agent.switches import CarryOver
 from taskadapter.declare.triggers import DEFAULT_QUEUE
 from taskadapter.errors import ApiUnavailableError, CoordinationError
 from tests.unit.given import PATIENCE_SECONDS, node, tick, until
@@ -479,7 +478,7 @@ def warnings_about(monkeypatch: Any, caplog: Any, *found: Any, visits: int = 1) 
     async def look(*_: object) -> None: ...
 
     monkeypatch.setattr(lookout, "deployments_of_pool", deployments)
-    monkeypatch.setattr(CarryOver, "look", look)
+    monkeypatch.setattr(lookout, "carry_over", look)
     agent = Agent()
 
     async def go() -> None:

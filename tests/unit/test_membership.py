@@ -179,6 +179,22 @@ def test_a_group_whose_other_pool_is_gone_is_taken(server):
     assert stood_by_for(server) == {"group", "other"}
 
 
+def test_a_group_that_was_another_pools_meanwhile_is_not_joined_again(server):
+    """Its queue was deleted here, and that pool has taken it for good before it was made again."""
+
+    async def scenario() -> None:
+        mine = new_membership(server)
+        await mine.refresh()
+        server.queues.discard("other")
+        await mine.refresh()
+        server.queues.add("other")
+        server.foreign, server.other_pools = {"other": "their-pool"}, {("other", "their-pool")}
+        await mine.refresh()
+
+    asyncio.run(scenario())
+    assert Groups.made[-1].names == {"group"}
+
+
 def test_a_new_group_is_joined_without_a_look_at_the_others(server):
     """As a listener does that is started after others."""
 

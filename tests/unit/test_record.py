@@ -11,12 +11,18 @@ import pytest
 
 from taskadapter.coordination import ledger, store
 from taskadapter.coordination.executions import Begun, Entry, Taken
-from taskadapter.errors import AccessDeniedError, DatabaseUnavailableError, TokenLostError
+from taskadapter.errors import (
+    AccessDeniedError,
+    CoordinationError,
+    DatabaseUnavailableError,
+    TokenLostError,
+)
 from taskadapter.execution import protocol, record
 from taskadapter.execution.current import Execution
 from tests.unit.test_hosts import ASSIGNMENT
 
 DENIED = AccessDeniedError("permission denied for table taskadapter_ledger")
+BROKEN = CoordinationError("could not read block 0 in file: Input/output error")
 AWAY = DatabaseUnavailableError("no answer")
 
 
@@ -51,13 +57,13 @@ def test_nothing_is_told_of_a_database_that_answers(monkeypatch):
 
 def test_the_agent_hears_why_a_body_waits_and_when_it_need_not_any_more(monkeypatch, caplog):
     """A fault that lasts is a line of the log once; the agent hears for how long it has."""
-    given = Given(monkeypatch, AWAY, AWAY, DENIED)
+    given = Given(monkeypatch, AWAY, AWAY, DENIED, BROKEN)
     assert record.begin(given.execution) == Begun(1)
-    assert given.waits == [str(AWAY), str(AWAY), str(DENIED)]
+    assert given.waits == [str(AWAY), str(AWAY), str(DENIED), str(BROKEN)]
     seconds = [step.seconds for step in given.told if isinstance(step, protocol.Waits)]
     assert seconds == sorted(seconds)
     assert given.told[-1] == protocol.Answered()
-    assert len(given.told) == 4
+    assert len(given.told) == 5
 
 
 def test_who_waits_gives_the_run_back_when_it_is_asked_to(monkeypatch):

@@ -12,6 +12,7 @@ from taskadapter.agent import terms
 from taskadapter.agent.node import Share
 from taskadapter.agent.terms import Terms
 from taskadapter.coordination.messages import Gained, Lost, ResignAsked, Token
+from taskadapter.declare.triggers import DEFAULT_QUEUE
 from taskadapter.prefect_api.pool import Domain
 from tests.unit.given import node, tick, until
 
@@ -45,6 +46,10 @@ class Membership:
     def is_to_leave(self, name: str) -> None:
         self.asked.append(("is to leave", name))
 
+    def keep_only(self, names: frozenset[str]) -> None:
+        if ("keep", *names) not in self.asked:
+            self.asked.append(("keep", *names))
+
     async def leave(self, name: str) -> None:
         self.asked.append(("leave", name))
 
@@ -58,6 +63,7 @@ class Agent:
         self.membership = Membership(lease, self.asked)
         self.share = Share()
         self.is_left: Any = None
+        self.going_on: set[str] = set()
         membership: Any = self.membership
         part: Any = self
         self.terms = Terms(node(share=self.share), membership, part, part, part, lambda: part)
@@ -81,6 +87,11 @@ class Agent:
 
     async def drain(self, seconds: float, _: object) -> None:
         self.asked.append(("drain", seconds))
+        await until(lambda: not self.going_on)
+
+    @property
+    def queues(self) -> frozenset[str]:
+        return frozenset(self.going_on)
 
     async def poll(self) -> None:
         self.asked.append(("poll", *self.membership.active))
@@ -299,18 +310,28 @@ def test_leaving_is_of_jobs_or_of_a_whole_queue(queue):
     assert ("drain", 3.0) in agent.asked
 
 
-def test_all_groups_are_let_go_before_their_database_changes():
-    """Under another database no token of the former one counts."""
+def test_each_group_is_let_go_as_soon_as_its_runs_have_ended(monkeypatch):
+    """A node that stops keeps none of which nothing goes on: others run its jobs by then."""
+    monkeypatch.setattr(terms, "PAUSE_SECONDS", 0.001)
 
     async def scenario() -> Agent:
         agent = Agent()
-        agent.membership.active |= {"one": FIRST, "two": LATER}
-        await agent.terms.let_go()
+        agent.membership.active |= {"idle": FIRST, "busy": LATER}
+        agent.going_on = {"busy", DEFAULT_QUEUE}
+        going = asyncio.create_task(agent.terms.let_go())
+        for queue in (DEFAULT_QUEUE, "busy"):
+            await until(lambda: ("keep", *agent.going_on) in agent.asked)
+            agent.going_on.discard(queue)
+        await going
         return agent
 
     agent = asyncio.run(scenario())
     assert agent.membership.active == {}
-    assert agent.asked == [("forget", "one"), ("drain", 30.0), ("forget", "two"), ("drain", 30.0)]
+    first, *rest = [set(kept) for what, *kept in agent.asked if what == "keep"]
+    assert first == {"busy", DEFAULT_QUEUE}
+    assert rest[0] == {"busy"}
+    assert agent.asked[:2] == [("forget", "idle"), ("forget", "busy")]
+    assert agent.asked.count(("drain", 30.0)) == 1
 
 
 def test_many_groups_are_named_as_far_as_there_is_room(caplog):

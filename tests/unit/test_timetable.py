@@ -10,7 +10,10 @@ from uuid import UUID, uuid4
 import httpx
 import pytest
 from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.responses import SetStateStatus
+from prefect.states import Scheduled
 
+from taskadapter.agent import timetable as timetable_module
 from taskadapter.agent.plans import MADE_AT_ONCE
 from taskadapter.agent.timetable import Timetable
 from taskadapter.coordination.executions import Entered
@@ -164,6 +167,66 @@ def test_where_more_is_due_than_is_listed_each_job_has_its_turn():
     assert timetable.is_cut
 
 
+def test_a_job_that_has_ended_goes_on_with_another_trigger():
+    """A run of the former one has ended it, which went on when the job was deployed anew."""
+    timetable: Any = Timetable(None, logging.getLogger("test"), None)
+    timetable._plans, timetable._lines = {JOB: plan()}, {JOB: line()}
+    timetable.end(JOB, slug(TriggerConfiguration(interval=7)))
+    assert timetable.owes(JOB, NOON)
+    timetable.end(JOB, slug(TriggerConfiguration(interval=5)))
+    assert not timetable.owes(JOB, NOON)
+
+
+class Withdrawing:
+    """An API whose answers to a withdrawal are lost, so many times."""
+
+    def __init__(self, *, lost: int) -> None:
+        self.lost, self.deleted = lost, 0
+        self.run = FlowRun(
+            id=uuid4(), flow_id=JOB, deployment_id=JOB, work_queue_id=uuid4(), state=Scheduled()
+        )
+
+    async def create_tick(self, *_: object) -> FlowRun:
+        if self.deleted:
+            return FlowRun(id=uuid4(), flow_id=JOB, deployment_id=JOB, work_queue_id=JOB, state=Scheduled())
+        return self.run
+
+    async def read_deployment(self, _: object) -> Any:
+        return SimpleNamespace(work_queue_id=JOB)
+
+    async def set_flow_run_state(self, _: object, state: Any) -> Any:
+        self.run.state = state
+        return SimpleNamespace(status=SetStateStatus.ACCEPT)
+
+    async def delete_flow_run(self, _: object) -> None:
+        if self.lost:
+            self.lost -= 1
+            raise httpx.ReadTimeout("no answer")
+        self.deleted += 1
+
+
+@pytest.mark.parametrize("has_begun", [False, True])
+def test_a_tick_is_not_lost_that_was_being_withdrawn(monkeypatch, has_begun):
+    """It waited on the former queue of its job; claimed, and not deleted, it would be nobody's."""
+
+    async def entered(jobs):
+        return dict.fromkeys(jobs, Entered(dues=(NOON,) if has_begun else ()))
+
+    api = Withdrawing(lost=1)
+    timetable: Any = Timetable(None, logging.getLogger("test"), entered)
+    timetable._client, job = api, line()
+    timetable._lines = {JOB: job}
+    monkeypatch.setattr(timetable_module, "create_tick", api.create_tick)
+
+    with pytest.raises(httpx.ReadTimeout):
+        asyncio.run(timetable._make(job, NOON))
+    found = asyncio.run(timetable._make(job, NOON))
+
+    assert (found is None) is has_begun
+    assert api.deleted == (0 if has_begun else 1)
+    assert timetable.owes(JOB, NOON) is not has_begun
+
+
 def test_a_job_that_has_ended_is_over_until_somebody_switches_it_on():
     """What was read before Prefect was told of its end shows it as active; a later switch counts."""
     timetable: Any = Timetable(None, logging.getLogger("test"), None)
@@ -182,12 +245,12 @@ def test_a_job_that_has_ended_is_over_until_somebody_switches_it_on():
         return timetable.jobs_of(["group"])
 
     assert jobs(0) == [JOB]
-    timetable.end(JOB)
-    timetable.end(JOB)  # by a run, and by a judgement
+    timetable.end(JOB, slug(trigger))
+    timetable.end(JOB, slug(trigger))  # by a run, and by a judgement
     assert jobs(0) == []
     assert jobs(0) == []
     assert jobs(9) == [JOB]
-    timetable.end(JOB)
+    timetable.end(JOB, slug(trigger))
     assert jobs(9) == []
     assert jobs(10, active=False) == [JOB], "it is seen to be off, and has no plan"
     assert jobs(11) == [JOB]
