@@ -110,7 +110,14 @@ class Terms:
         """Put groups in order, as long as a token is held that was gained: a call may hang for minutes."""
         cleaning = self._cleaning = asyncio.create_task(takeover.clean_up(tokens))
         try:
-            await asyncio.wait([cleaning])
+            if not (await asyncio.wait([cleaning], timeout=self._lease))[0]:
+                self._node.log.warning(
+                    "Taking over %s takes longer than %g s: what former holders left is being settled, and "
+                    "Prefect's API or the database is slow.",
+                    _names([*tokens]),
+                    self._lease,
+                )
+                await asyncio.wait([cleaning])
         finally:
             cleaning.cancel()
         if not cleaning.cancelled():
@@ -127,15 +134,18 @@ class Terms:
 
     async def _give_up(self, tokens: Collection[Token], reason: str) -> None:
         """Leave those groups to other nodes that could not be taken over within a lease."""
-        domain = self._membership.domain
-        lease = 0.0 if domain is None else domain.liveness_check_interval
         for token in tokens:
-            if time.monotonic() - self._gained.get(token, float("inf")) > lease:
+            if time.monotonic() - self._gained.get(token, float("inf")) > self._lease:
                 del self._gained[token]
                 self._node.log.warning(
                     "Giving group %s back, for another node to take over: %s", token.group_id, reason
                 )
                 await self.hand_over(token)
+
+    @property
+    def _lease(self) -> float:
+        domain = self._membership.domain
+        return 0.0 if domain is None else domain.liveness_check_interval
 
     # --- handing over -----------------------------------------------------------------------------
 

@@ -151,6 +151,25 @@ def test_no_trouble_keeps_a_group_idle(trouble, caplog):
     assert "Taking over group group failed, trying again: " in caplog.text
 
 
+def test_what_takes_longer_than_a_lease_is_said(caplog):
+    """Until then no job of the group runs anywhere, though a node is active by what the database says."""
+
+    async def scenario() -> Agent:
+        agent = Agent(lease=0.001)
+        agent.gain(FIRST)
+
+        async def clean_up(tokens: list[Token]) -> None:
+            await until(lambda: caplog.messages)
+
+        agent.clean_up = clean_up  # type: ignore[method-assign]
+        await agent.take_over(lambda: agent.membership.active)
+        return agent
+
+    assert asyncio.run(scenario()).membership.active == {"group": FIRST}
+    (said,) = caplog.messages
+    assert said.startswith("Taking over group group takes longer than 0.001 s: what former holders left")
+
+
 def test_what_cannot_be_put_in_order_is_given_back(caplog):
     """After a lease: another node may be able to."""
 
