@@ -38,7 +38,7 @@ class DeclarationError(TaskError, ValueError):
 
 
 class ApiUnavailableError(TaskError):
-    """Prefect's API did not answer; the same call may succeed later."""
+    """Prefect's API did not answer, failed, or refused this machine; the same call may succeed later."""
 
 
 class CoordinationError(TaskError):

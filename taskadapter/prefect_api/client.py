@@ -41,6 +41,9 @@ PAGE = 200
 API_FAULTS = (httpx.HTTPError, ValidationError, JSONDecodeError)
 """What Prefect's client raises when the API does not answer, refuses, or does not make sense."""
 
+_REFUSED = {httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN, httpx.codes.TOO_MANY_REQUESTS}
+"""What is answered to whoever asks, whatever is asked; so is that the server fails."""
+
 
 def is_gone(fault: Exception) -> bool:
     """Return whether there is no such thing: methods of the client raise one or the other fault then."""
@@ -99,13 +102,19 @@ async def api_client() -> AsyncIterator[PrefectClient]:
     """Yield a client for the duration of the block.
 
     Raises:
-        ApiUnavailableError: the API did not answer a call that was made in it.
+        ApiUnavailableError: the API did not answer a call that was made in it, refuses whoever makes it,
+            or fails.
     """
     try:
         async with get_client() as client:
             yield client
     except (httpx.TransportError, httpx.InvalidURL) as fault:
         raise ApiUnavailableError(f"{explain(fault, is_prefect=False)}.") from None
+    except httpx.HTTPStatusError as refusal:
+        code = refusal.response.status_code
+        if code not in _REFUSED and code < httpx.codes.INTERNAL_SERVER_ERROR:
+            raise
+        raise ApiUnavailableError(f"{explain(refusal, is_prefect=True)}.") from None
 
 
 @contextmanager
