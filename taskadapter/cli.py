@@ -19,7 +19,7 @@ from rich.live import Live
 from rich.text import Text
 
 from taskadapter import tables
-from taskadapter.errors import TaskError, in_a_line, listed
+from taskadapter.errors import ApiUnavailableError, TaskError, in_a_line, listed
 
 if TYPE_CHECKING:
     from prefect.client.schemas.responses import DeploymentResponse
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
     from taskadapter.coordination.overview import Status
     from taskadapter.prefect_api.pool import Domain
+
+WITHOUT_API = "This is by the database alone, and by the timing of a pool that declares none."
+"""What is said of an answer that was to begin with the work pool."""
 
 app = App(name="taskadapter", help="Periodic Prefect jobs, each on exactly one of several machines.")
 database = App(name="db", help="The tables of the coordination database.")
@@ -265,19 +268,20 @@ class _Shared(NamedTuple):
 
 
 def _shared(pool: str | None, *, makes_it: bool = False) -> _Shared:
-    """Return what a pool's nodes share.
+    """Return what a pool's nodes share; while the API does not answer, by this machine's settings.
 
     Args:
         pool: the pool's name; None for the settings' one.
         makes_it: whether a SQLite file that is not there is to be made.
 
     Raises:
-        TaskError: there is no such pool, or no such database.
+        TaskError: there is no such pool, or no such database; or the API does not answer, and no setting
+            names the database.
     """
     from taskadapter.agent.worker import WarmBackupWorker
     from taskadapter.coordination.engines import open_engine, would_make_file
     from taskadapter.coordination.faults import where
-    from taskadapter.prefect_api.client import server_client
+    from taskadapter.prefect_api.client import AWAY, server_client
     from taskadapter.prefect_api.pool import NO_POOL, OTHER_TYPE, Domain
     from taskadapter.settings import TaskadapterSettings
 
@@ -295,7 +299,14 @@ def _shared(pool: str | None, *, makes_it: bool = False) -> _Shared:
             domain = Domain.of(found)
             return domain, await domain.database_url(settings)
 
-    domain, url = asyncio.run(read())
+    try:
+        domain, url = asyncio.run(read())
+    except ApiUnavailableError as fault:
+        if settings.database_url is None or not isinstance(fault.__cause__, AWAY):
+            raise
+        # At night, and the database has the answer.
+        domain, url = Domain(), settings.database_url.get_secret_value()
+        print(f"taskadapter: {fault} {WITHOUT_API}", file=sys.stderr)
     engine = open_engine(url)
     if not makes_it and would_make_file(engine.url):
         raise TaskError(

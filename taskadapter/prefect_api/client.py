@@ -41,6 +41,9 @@ PAGE = 200
 API_FAULTS = (httpx.HTTPError, ValidationError, JSONDecodeError)
 """What Prefect's client raises when the API does not answer, refuses, or does not make sense."""
 
+AWAY = (httpx.NetworkError, httpx.TimeoutException, httpx.RemoteProtocolError)
+"""What becomes of a question to an API that is away: its address may be right."""
+
 _REFUSED = {httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN, httpx.codes.TOO_MANY_REQUESTS}
 """What is answered to whoever asks, whatever is asked; so is that the server fails."""
 

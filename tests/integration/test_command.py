@@ -13,7 +13,7 @@ import pytest
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from deployments.local import environment
+from deployments.local import environment, free_port
 from taskadapter import cli, schedule_job_recur_by_frequency
 from taskadapter.coordination import nodes, store, tokens
 from taskadapter.coordination.engines import open_engine, transaction
@@ -113,6 +113,27 @@ def test_an_address_that_is_none(command: Command, address: str, words: str) -> 
     """It is named, with what is wrong with it."""
     with temporary_settings({PREFECT_API_URL: address}):
         assert f"PREFECT_API_URL={address} {words}" in command("status")
+
+
+def test_the_database_answers_while_the_api_does_not(
+    pool: str,
+    database: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Who is active is what somebody wants to know then; that the rest is not known is said."""
+    take_part(database, pool, "group", "node-1", "node-2")
+    monkeypatch.setattr("sys.argv", ["taskadapter", "status", "--pool", pool, "--json"])
+    away = {PREFECT_API_URL: f"http://127.0.0.1:{free_port()}/api"}
+    with temporary_settings(away), pytest.raises(SystemExit) as ended:
+        cli.main()
+
+    assert not ended.value.code
+    shown = capsys.readouterr()
+    (group,) = json.loads(shown.out)["groups"]
+    assert (group["holder"], group["standing_by"]) == ("node-1", ["node-2"])
+    assert "does not answer" in shown.err
+    assert shown.err.endswith(f"{cli.WITHOUT_API}\n")
 
 
 def test_a_pool_that_is_not_there(prefect_client: SyncPrefectClient, pool: str, command: Command) -> None:
