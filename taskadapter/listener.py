@@ -8,11 +8,12 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Self, cast
+from uuid import UUID
 
 import httpx
 from prefect import Flow
@@ -291,7 +292,8 @@ class Listener:
             service: the service's name, or the instance that was attached.
 
         Raises:
-            TaskError: there is no such service, or it could not be unscheduled.
+            TaskError: there is no such service, or it could not be unscheduled; then it is still attached,
+                and the same call may be repeated.
         """
         run_sync(self.adetach(service))
 
@@ -299,15 +301,24 @@ class Listener:
         """Do what `detach` does, from async code."""
         name = self._name_of(service)
         if self._agent is not None and self._part is not None and self.is_started:
-            job_id = self._part.jobs[name]
-            await self._agent.call_off(job_id, REASON)
-            await switches.detach(job_id, REASON)
-            # Now it is known to be off: what Prefect's scheduler was planning meanwhile is skipped.
-            await self._agent.look_again(self._part)
+            await self._unschedule(self._agent, self._part, self._part.jobs[name])
             del self._part.jobs[name]
         del self.services[name]
         if not self.services:
             _with_services.discard(self)
+
+    async def _unschedule(self, agent: ProgramAgent, part: Part, job_id: UUID) -> None:
+        """Have nothing of a job begin any more; where that fails, this agent runs it as before."""
+        try:
+            await agent.call_off(job_id, REASON)
+            await switches.detach(job_id, REASON)
+            # Now it is known to be off: what Prefect's scheduler was planning meanwhile is skipped.
+            await agent.look_again(part)
+        except BaseException:
+            # No other node would run it: this one holds their group's token.
+            with suppress(TaskError):
+                await agent.look_again(part)
+            raise
 
     def _name_of(self, service: str | Service) -> str:
         for name, declared in self.services.items():

@@ -154,9 +154,10 @@ async def detach(job_id: UUID, reason: str) -> None:
     async with api_client() as client:
         with contextlib.suppress(ObjectNotFound):
             deployment = await client.read_deployment(job_id)
+            await end(client, deployment, reason)
+            # Only now: where that has failed, the job may go on, and the same call is repeated.
             tags = [*deployment.tags, *({DETACHED} - set(deployment.tags))]
             await client.update_deployment(job_id, DeploymentUpdate(tags=tags))
-            await end(client, deployment, reason)
 
 
 async def _take_note(client: PrefectClient, url: str, job_id: UUID) -> None:

@@ -5,6 +5,8 @@ import gc
 import inspect
 import re
 from typing import Any
+from unittest.mock import AsyncMock
+from uuid import UUID, uuid4
 
 import pytest
 from prefect import Flow, task
@@ -23,8 +25,9 @@ from taskadapter import (
     TriggerConfiguration,
     WarmBackupConfig,
 )
+from taskadapter.agent.program import Part
 from taskadapter.declare.registry import listeners
-from taskadapter.errors import DeclarationError
+from taskadapter.errors import DatabaseUnavailableError, DeclarationError
 from taskadapter.listener import refuse_disagreement
 
 RETRY = RetryConfiguration(max_attempts=1, retry_interval=1)
@@ -553,6 +556,45 @@ def test_detach_of_an_unknown_name():
 
     with pytest.raises(TaskError, match=r"no service 'job-2' is attached; there are \['job-1'\]"):
         on.detach("job-2")
+
+
+class Agent:
+    """What a listener that is started has of its agent: which of its jobs that runs."""
+
+    def __init__(self, *job_ids: UUID) -> None:
+        self.runs = {*job_ids}
+
+    async def call_off(self, job_id, _reason):
+        self.runs.discard(job_id)
+
+    async def look_again(self, part):
+        self.runs |= part.job_ids
+
+
+def started(*names):
+    """A listener that runs some services, and its agent."""
+    on = listener()
+    for name in names:
+        on.service(name)(Counter)
+    on._part = Part("default", None, {name: uuid4() for name in names})
+    on._agent = Agent(*on._part.job_ids)
+    return on, on._agent
+
+
+def test_a_detach_that_fails_changes_nothing(monkeypatch):
+    """The service is still attached, and runs on this node as before; the same call may be repeated."""
+    on, agent = started("job-1", "job-2")
+    before = agent.runs.copy()
+    detaching = AsyncMock(side_effect=DatabaseUnavailableError("it does not answer"))
+    monkeypatch.setattr("taskadapter.listener.switches.detach", detaching)
+
+    with pytest.raises(DatabaseUnavailableError):
+        on.detach("job-1")
+    assert ([*on.services], agent.runs) == (["job-1", "job-2"], before)
+
+    detaching.side_effect = None
+    on.detach("job-1")
+    assert ([*on.services], [*on._part.jobs]) == (["job-2"], ["job-2"])
 
 
 # --- start and stop, as far as they need no server ------------------------------------------------

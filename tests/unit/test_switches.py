@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
+from unittest.mock import AsyncMock
 from uuid import UUID
 
 import pytest
@@ -11,10 +14,12 @@ from prefect.client.schemas.objects import DeploymentSchedule
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.schedules import IntervalSchedule
 
+from taskadapter.agent import switches
 from taskadapter.agent.switches import why_over
 from taskadapter.coordination.executions import SWITCHED_OFF
 from taskadapter.coordination.progress import JobRow
 from taskadapter.declare.triggers import TriggerConfiguration
+from taskadapter.errors import DatabaseUnavailableError
 from taskadapter.rules import ticks
 
 FAILED = ticks.failed(3, "TERMINATE")
@@ -68,3 +73,20 @@ def test_what_a_failure_says():
     assert ticks.is_failure(FAILED)
     assert not ticks.is_failure(SWITCHED_OFF)
     assert not ticks.is_failure(ticks.exhausted(3))
+
+
+def test_a_detach_that_fails_leaves_no_tag(monkeypatch):
+    """A job that goes on is not said to be detached; the same call, repeated, ends it and says so."""
+    client = AsyncMock()
+    client.read_deployment.return_value, _ = deployed()
+    ending = AsyncMock(side_effect=DatabaseUnavailableError("it does not answer"))
+    monkeypatch.setattr(switches, "api_client", lambda: nullcontext(client))
+    monkeypatch.setattr(switches, "end", ending)
+
+    with pytest.raises(DatabaseUnavailableError):
+        asyncio.run(switches.detach(UUID(int=1), "detached"))
+    client.update_deployment.assert_not_awaited()
+
+    ending.side_effect = None
+    asyncio.run(switches.detach(UUID(int=1), "detached"))
+    assert client.update_deployment.await_args.args[1].tags == ["detached"]
