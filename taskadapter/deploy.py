@@ -22,7 +22,7 @@ from taskadapter.declare.jobs import JobId
 from taskadapter.declare.triggers import DEFAULT_QUEUE
 from taskadapter.listener import Listener
 from taskadapter.prefect_api import private
-from taskadapter.prefect_api.client import api_client
+from taskadapter.prefect_api.client import API_FAULTS, api_client
 from taskadapter.prefect_api.deployments import DETACHED, TAG
 from taskadapter.prefect_api.locks import lock
 from taskadapter.prefect_api.ticks import create_tick
@@ -167,7 +167,8 @@ async def _deploy(client: PrefectClient, listener: Listener, declared: Declared)
     anchor = listener.trigger.start_time or now
     done = await put(client, declared, wanted_of(declared, listener.work_pool, listener.group_id), anchor)
     if done.has_new_schedule:
-        await make_first_tick(client, done.job_id, ticks.slug(listener.trigger), anchor, now)
+        with suppress(*API_FAULTS):  # then an agent makes it: the job is there, and nodes run it
+            await make_first_tick(client, done.job_id, ticks.slug(listener.trigger), anchor, now)
     return done.job_id
 
 

@@ -37,7 +37,7 @@ from taskadapter.declare.triggers import (
     TriggerConfiguration,
     WarmBackupConfig,
 )
-from taskadapter.errors import DeclarationError, TaskError
+from taskadapter.errors import CoordinationError, DeclarationError, TaskError
 from taskadapter.execution.current import execution
 from taskadapter.pools import aensure_work_pool
 from taskadapter.prefect_api import private
@@ -264,7 +264,8 @@ class Listener:
         Raises:
             DeclarationError: the name is taken or none that Prefect accepts, or what is attached is no
                 service, or its class cannot be imported by its name.
-            TaskError: it could not be deployed; then it is not attached.
+            TaskError: it could not be deployed; then it is not attached. Or the agent has ended since; then
+                it is.
         """
         declared = service_of_instance(service, name, self.trigger)
         self._add(declared)
@@ -409,18 +410,24 @@ class Listener:
         refuse_disagreement([self, *(other for other in listeners if other.is_started)])
 
     async def _bring_up(self, name: str) -> None:
-        """Deploy a service that was declared on this listener after its start, and run it at once."""
+        """Deploy a service that was declared on this listener after its start, and run it at once.
+
+        Once it is deployed it is attached, whatever fails after that: nodes run it, and `detach` takes it
+        off. Its deployment is not deleted again, which another program may have found meanwhile.
+        """
         from taskadapter.deploy import deploy
 
         part, agent = self._part, self._agent
         if part is None or agent is None:
             return
         try:
-            part.jobs |= {name: job_id.id for name, job_id in (await deploy(self, [name])).items()}
-            await agent.look_again(part)
+            jobs = await deploy(self, [name])
         except BaseException:
             del self.services[name]
             raise
+        part.jobs[name] = jobs[name].id
+        with suppress(CoordinationError):  # then the next look will see it
+            await agent.look_again(part)
 
     def graceful_stop(self) -> None:
         """Start no tick of its services here any more, let the running ones finish, then hand over.

@@ -4,10 +4,12 @@ import functools
 import gc
 import inspect
 import re
+from contextlib import nullcontext
 from typing import Any
 from unittest.mock import AsyncMock
 from uuid import UUID, uuid4
 
+import httpx
 import pytest
 from prefect import Flow, task
 from prefect.settings import PREFECT_SERVER_SERVICES_SCHEDULER_MAX_RUNS, temporary_settings
@@ -27,6 +29,7 @@ from taskadapter import (
 )
 from taskadapter.agent.program import Part
 from taskadapter.declare.registry import listeners
+from taskadapter.deploy import Put
 from taskadapter.errors import DatabaseUnavailableError, DeclarationError
 from taskadapter.listener import refuse_disagreement
 
@@ -558,6 +561,9 @@ def test_detach_of_an_unknown_name():
         on.detach("job-2")
 
 
+UNAVAILABLE = DatabaseUnavailableError("it does not answer")
+
+
 class Agent:
     """What a listener that is started has of its agent: which of its jobs that runs."""
 
@@ -571,30 +577,60 @@ class Agent:
         self.runs |= part.job_ids
 
 
-def started(*names):
-    """A listener that runs some services, and its agent."""
+@pytest.fixture
+def started(monkeypatch):
+    """A listener that runs two services, until the test is over."""
+    monkeypatch.setattr("taskadapter.deploy.api_client", lambda: nullcontext(None))
+    monkeypatch.setattr(Listener, "aensure_work_pool", AsyncMock())
     on = listener()
-    for name in names:
+    for name in ("job-1", "job-2"):
         on.service(name)(Counter)
-    on._part = Part("default", None, {name: uuid4() for name in names})
+    on._part = Part("default", None, {name: uuid4() for name in on.services})
     on._agent = Agent(*on._part.job_ids)
-    return on, on._agent
+    yield on
+    on._part.over.set_result(None)
 
 
-def test_a_detach_that_fails_changes_nothing(monkeypatch):
+def test_a_detach_that_fails_changes_nothing(started, monkeypatch):
     """The service is still attached, and runs on this node as before; the same call may be repeated."""
-    on, agent = started("job-1", "job-2")
-    before = agent.runs.copy()
-    detaching = AsyncMock(side_effect=DatabaseUnavailableError("it does not answer"))
+    before = started._agent.runs.copy()
+    detaching = AsyncMock(side_effect=UNAVAILABLE)
     monkeypatch.setattr("taskadapter.listener.switches.detach", detaching)
 
     with pytest.raises(DatabaseUnavailableError):
-        on.detach("job-1")
-    assert ([*on.services], agent.runs) == (["job-1", "job-2"], before)
+        started.detach("job-1")
+    assert [*started.services] == ["job-1", "job-2"]
+    assert started._agent.runs == before
 
     detaching.side_effect = None
-    on.detach("job-1")
-    assert ([*on.services], [*on._part.jobs]) == (["job-2"], ["job-2"])
+    started.detach("job-1")
+    assert [*started.services] == [*started._part.jobs] == ["job-2"]
+
+
+def test_an_attach_that_is_not_deployed(started, monkeypatch):
+    """Nothing is attached, and the same call may be repeated."""
+    monkeypatch.setattr("taskadapter.deploy.put", AsyncMock(side_effect=UNAVAILABLE))
+
+    for _ in range(2):
+        with pytest.raises(DatabaseUnavailableError):
+            started.attach(Counter(), "job-3")
+    assert [*started.services] == [*started._part.jobs] == ["job-1", "job-2"]
+
+
+@pytest.mark.parametrize("fault", ["no first tick", "no database"])
+def test_an_attach_that_fails_when_it_is_deployed(started, monkeypatch, fault):
+    """Nodes run it by now: it is attached, and can be detached; the agent sees to what has failed."""
+    job_id = uuid4()
+    monkeypatch.setattr("taskadapter.deploy.put", AsyncMock(return_value=Put(job_id, False, True, True)))
+    first_tick = AsyncMock(side_effect=httpx.ReadTimeout("") if fault == "no first tick" else None)
+    monkeypatch.setattr("taskadapter.deploy.make_first_tick", first_tick)
+    if fault == "no database":
+        started._agent.look_again = AsyncMock(side_effect=UNAVAILABLE)
+
+    started.attach(Counter(), "job-3")
+
+    assert [*started.services] == ["job-1", "job-2", "job-3"]
+    assert started._part.jobs["job-3"] == job_id
 
 
 # --- start and stop, as far as they need no server ------------------------------------------------
