@@ -1,9 +1,9 @@
-"""Which of a pool's jobs are behind, or always late, and why."""
+"""Which of a pool's jobs fail each time, are behind, or always late, and why."""
 
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import TYPE_CHECKING
 
 from taskadapter.agent.plans import plan_of
@@ -11,9 +11,9 @@ from taskadapter.agent.switches import why_over
 from taskadapter.audit import MISSING, RUNNING, WAITING, history
 from taskadapter.coordination import ledger
 from taskadapter.coordination.engines import transaction
-from taskadapter.coordination.executions import SKIPPED
+from taskadapter.coordination.executions import ABANDONED, SKIPPED
 from taskadapter.declare.triggers import TaskPolicy
-from taskadapter.doctor.findings import Finding, ok, warning
+from taskadapter.doctor.findings import Finding, error, ok, warning
 from taskadapter.prefect_api.pool import PoolSize, Queues
 from taskadapter.rules import ticks
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine
 
     from taskadapter.audit import Line
+    from taskadapter.coordination.executions import Past
     from taskadapter.coordination.progress import JobRow
     from taskadapter.doctor.server import Seen
 
@@ -35,7 +36,10 @@ LEAST_SECONDS = 2.0
 """A tick that begins this much after its time is not late, however short the pool's waiting time is."""
 
 LAST = 3
-"""How many ticks in a row must have begun late: one alone may have met a takeover."""
+"""How many ticks in a row must have begun late, or failed: one alone may have met a takeover."""
+
+LOOKED_AT = 20
+"""How many executions of each job are looked at for that: of some the tick is skipped, and some go on."""
 
 CATCH_UP = 5
 """So many ticks in a row that began less late, each, are no chance."""
@@ -50,7 +54,7 @@ MOST = 100
 def look_at_late(
     engine: Engine, seen: Seen, rows: Mapping[str, JobRow], lasts: Mapping[str, datetime]
 ) -> Iterator[Finding]:
-    """Say which jobs go on and have a tick that has been waiting for long, or begin late each time.
+    """Say which jobs go on and fail each time, have a tick that has been waiting for long, or are late.
 
     Args:
         engine: of the coordination database.
@@ -71,9 +75,11 @@ def look_at_late(
         and why_over(job, rows.get(str(job.id))) is None
     ]
     with transaction(engine) as connection:
-        always_late = {job.id for job in going_on if _is_always_late(connection, job, bound)}
-    for job in going_on:
-        if job.id in always_late or _may_be_late(job, lasts):
+        settled = [_settled(connection, job) for job in going_on]
+    for job, past in zip(going_on, settled, strict=True):
+        if len(failed := list(takewhile(_has_failed, past))) >= LAST:
+            yield _fails(job, failed)
+        elif _begin_late([one.late or 0.0 for one in past], bound) or _may_be_late(job, lasts):
             yield from of_lines(job, history(engine, job, MOST), bound)
 
 
@@ -82,15 +88,26 @@ def bound_of(pool: WorkPool) -> float:
     return max(PoolSize.of(pool).waiting_time, LEAST_SECONDS)
 
 
-def _is_always_late(connection: Connection, job: DeploymentResponse, bound: float) -> bool:
-    """Return whether the last ticks that have ended began late, each of them."""
-    past = ledger.history(connection, str(job.id), 2 * LAST)
-    lates = [
-        one.late or 0.0
-        for one in past
-        if one.entry.due is not None and one.entry.outcome not in (None, SKIPPED)
-    ]
-    return _begin_late(lates, bound)
+def _settled(connection: Connection, job: DeploymentResponse) -> list[Past]:
+    """Return the last ticks of a job whose body has ended, the newest first."""
+    past = ledger.history(connection, str(job.id), LOOKED_AT)
+    open_ones = (None, SKIPPED, ABANDONED)
+    return [one for one in past if one.entry.due is not None and one.entry.outcome not in open_ones]
+
+
+def _has_failed(past: Past) -> bool:
+    return past.entry.outcome in {"Failed", "Crashed"}
+
+
+def _fails(job: DeploymentResponse, failed: list[Past]) -> Finding:
+    """Say that the last ticks of a job, the newest first, have all failed."""
+    outcomes = " or ".join(sorted({one.entry.outcome or "" for one in failed}))
+    last, reason = failed[0].entry, failed[0].reason
+    return error(
+        f"job {job.name!r} fails each time: its last {len(failed)} ticks are {outcomes}, the last one on "
+        f"{last.task_id}{f' ({reason})' if reason else ''}; see its log, `prefect flow-run logs "
+        f"{last.flow_run_id}`, mend the job, and deploy it again"
+    )
 
 
 def _begin_late(lates: Sequence[float], bound: float) -> bool:

@@ -1,0 +1,88 @@
+"""What doctor says of a pool's jobs, by their rows and their ledger."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from datetime import UTC, datetime
+from types import SimpleNamespace
+from typing import Any
+from uuid import UUID
+
+import pytest
+from prefect.client.schemas.objects import WorkPool
+from prefect.client.schemas.responses import DeploymentResponse
+
+from taskadapter.coordination.executions import Entry, Past
+from taskadapter.doctor import late
+from taskadapter.doctor.findings import Level
+
+POOL = WorkPool(name="pool", type="warm-backup", default_queue_id=UUID(int=3))
+JOB = DeploymentResponse(id=UUID(int=1), name="job", flow_id=UUID(int=2), labels={})
+CAUSE = "The flow could not be loaded: ModuleNotFoundError: No module named 'gone'"
+
+
+def past(n: int, outcome: str | None, *, is_tick: bool = True, lateness: float = 0.0) -> Past:
+    """An execution; the first, with the highest number, is the newest."""
+    due = f"2030-01-01T00:00:{n:02}" if is_tick else None
+    entry = Entry(f"tick {n}", f"run-{n}", str(JOB.id), due, n, None, "node-1", None, "first", outcome)
+    return Past(entry, lateness, 1.0, 1.0, CAUSE if outcome == "Crashed" else None)
+
+
+@pytest.fixture
+def said(monkeypatch):
+    """What is said of a job that goes on, by its last executions."""
+
+    def of(*executions: Past) -> list[tuple[Level, str]]:
+        monkeypatch.setattr(late, "transaction", lambda _: nullcontext())
+        monkeypatch.setattr("taskadapter.coordination.ledger.history", lambda *_: list(executions))
+        monkeypatch.setattr(
+            late, "of_lines", lambda *_: [SimpleNamespace(level=Level.WARNING, text="late")]
+        )
+        monkeypatch.setattr(late, "history", lambda *_: [])
+        seen: Any = SimpleNamespace(pool=POOL, queues=[], jobs=[JOB])
+        engine: Any = None
+        found = late.look_at_late(engine, seen, {}, {str(JOB.id): datetime.now(UTC)})
+        return [(finding.level, finding.text) for finding in found]
+
+    return of
+
+
+def test_a_job_that_fails_each_time(said):
+    """That is an error, though its ticks begin on time; how late they were is not told besides."""
+    for lateness in (0.0, 99.0):
+        ticks = [past(9 - n, "Failed", lateness=lateness) for n in range(4)]
+        assert said(*ticks, past(1, "Completed")) == [
+            (
+                Level.ERROR,
+                "job 'job' fails each time: its last 4 ticks are Failed, the last one on node-1; see "
+                "its log, `prefect flow-run logs run-9`, mend the job, and deploy it again.",
+            )
+        ]
+
+
+def test_why_a_job_crashes_each_time(said):
+    """The ledger knows it; skipped ticks, runs by hand and what goes on do not count."""
+    ((level, text),) = said(
+        past(9, None),
+        past(8, "Skipped"),
+        past(7, "Crashed"),
+        past(6, "Abandoned"),
+        past(5, "Completed", is_tick=False),
+        past(4, "Failed"),
+        past(3, "Crashed"),
+    )
+    assert level is Level.ERROR
+    assert f"its last 3 ticks are Crashed or Failed, the last one on node-1 ({CAUSE}); see its" in text
+    assert "`prefect flow-run logs run-7`" in text
+
+
+def test_a_job_that_fails_at_times(said):
+    """One that has had no three in a row, or has recovered since, is well."""
+    assert said(past(9, "Failed"), past(8, "Crashed")) == []
+    assert said(past(9, "Completed"), *(past(n, "Failed") for n in (8, 7, 6))) == []
+    assert said(past(9, "Failed"), past(8, "Completed"), past(7, "Failed"), past(6, "Failed")) == []
+
+
+def test_a_job_that_is_late_each_time(said):
+    """Its last ticks began late, each of them, and completed."""
+    assert said(*(past(n, "Completed", lateness=9.0) for n in (9, 8, 7))) == [(Level.WARNING, "late")]
