@@ -8,7 +8,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from taskadapter.agent.plans import plan_of
-from taskadapter.agent.switches import reading_of, why_over
+from taskadapter.agent.switches import is_paused, reading_of, why_over
 from taskadapter.coordination import ledger, progress
 from taskadapter.coordination.engines import transaction
 from taskadapter.coordination.executions import moment
@@ -117,7 +117,7 @@ def standing(engine: Engine, deployment: DeploymentResponse) -> str | None:
         row = progress.read(connection, {job_id: slug}).get(job_id)
     if (why := why_over(deployment, row)) is not None:
         return f"over: {why}"
-    return "paused" if deployment.paused or (row is not None and row.paused) else None
+    return "paused" if is_paused(deployment, row) else None
 
 
 def _line(past: Past) -> Line:

@@ -136,6 +136,11 @@ def why_over(deployment: DeploymentResponse, row: JobRow | None) -> str | None:
     return SWITCHED_OFF if is_off else None
 
 
+def is_paused(deployment: DeploymentResponse, row: JobRow | None) -> bool:
+    """Return whether a job is paused, in Prefect or in its row alone: each keeps it from running."""
+    return deployment.paused or (row is not None and row.paused)
+
+
 def _is_exhausted(trigger: TriggerConfiguration, row: JobRow | None) -> bool:
     return row is not None and 0 < trigger.max_count <= row.count
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from prefect.client.schemas.schedules import IntervalSchedule
 
-from taskadapter.agent.switches import why_over
+from taskadapter.agent.switches import is_paused, why_over
 from taskadapter.doctor.findings import Finding, error, ok, warning
 from taskadapter.errors import DeclarationError
 from taskadapter.prefect_api.deployments import DETACHED, stored_trigger
@@ -36,19 +36,31 @@ def look_at_jobs(
     if not jobs and not others:
         yield warning("the pool has no jobs; deploy some")
         return
-    over = {}
+    over, paused = {}, []
     for job in jobs:
+        row = rows.get(str(job.id))
         yield from _trigger(job)
         yield from _rest(job)
-        if (why := why_over(job, rows.get(str(job.id)))) is not None:
+        if (why := why_over(job, row)) is not None:
             over[job.name] = why
             yield from _failed(job, why)
-    paused = sorted(job.name for job in jobs if job.paused and job.name not in over)
+        elif is_paused(job, row):
+            paused.append(job)
     yield ok(_in_numbers(len(jobs) - len(over) - len(paused), over, others))
-    if paused:
+    yield from _paused(sorted(job.name for job in paused if job.paused))
+    for job in paused:
+        if not job.paused:
+            yield warning(
+                f"job {job.name!r} is paused in the database, and Prefect was not told: it is not run, and "
+                "shows as active; call taskadapter.pause_job again, or taskadapter.resume_job"
+            )
+
+
+def _paused(names: list[str]) -> Iterator[Finding]:
+    if names:
         yield warning(
-            f"paused, and not run until somebody resumes {'it' if len(paused) == 1 else 'them'}: "
-            f"{', '.join(paused)}; switch a deployment on in the UI, or call taskadapter.resume_job"
+            f"paused, and not run until somebody resumes {'it' if len(names) == 1 else 'them'}: "
+            f"{', '.join(names)}; switch a deployment on in the UI, or call taskadapter.resume_job"
         )
 
 

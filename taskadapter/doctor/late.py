@@ -7,7 +7,7 @@ from itertools import pairwise, takewhile
 from typing import TYPE_CHECKING
 
 from taskadapter.agent.plans import plan_of
-from taskadapter.agent.switches import why_over
+from taskadapter.agent.switches import is_paused, why_over
 from taskadapter.audit import MISSING, RUNNING, WAITING, history
 from taskadapter.coordination import ledger
 from taskadapter.coordination.engines import transaction
@@ -69,7 +69,7 @@ def look_at_late(
     going_on = [
         job
         for job in seen.jobs
-        if not job.paused
+        if not is_paused(job, rows.get(str(job.id)))
         and job.work_queue_name not in closed
         and str(job.id) in lasts
         and why_over(job, rows.get(str(job.id))) is None

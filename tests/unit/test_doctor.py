@@ -13,8 +13,10 @@ from prefect.client.schemas.objects import WorkPool
 from prefect.client.schemas.responses import DeploymentResponse
 
 from taskadapter.coordination.executions import Entry, Past
+from taskadapter.coordination.progress import JobRow
 from taskadapter.doctor import late
 from taskadapter.doctor.findings import Level
+from taskadapter.doctor.jobs import look_at_jobs
 
 POOL = WorkPool(name="pool", type="warm-backup", default_queue_id=UUID(int=3))
 JOB = DeploymentResponse(id=UUID(int=1), name="job", flow_id=UUID(int=2), labels={})
@@ -32,7 +34,7 @@ def past(n: int, outcome: str | None, *, is_tick: bool = True, lateness: float =
 def said(monkeypatch):
     """What is said of a job that goes on, by its last executions."""
 
-    def of(*executions: Past) -> list[tuple[Level, str]]:
+    def of(*executions: Past, row: JobRow | None = None) -> list[tuple[Level, str]]:
         monkeypatch.setattr(late, "transaction", lambda _: nullcontext())
         monkeypatch.setattr("taskadapter.coordination.ledger.history", lambda *_: list(executions))
         monkeypatch.setattr(
@@ -41,7 +43,8 @@ def said(monkeypatch):
         monkeypatch.setattr(late, "history", lambda *_: [])
         seen: Any = SimpleNamespace(pool=POOL, queues=[], jobs=[JOB])
         engine: Any = None
-        found = late.look_at_late(engine, seen, {}, {str(JOB.id): datetime.now(UTC)})
+        rows = {} if row is None else {str(JOB.id): row}
+        found = late.look_at_late(engine, seen, rows, {str(JOB.id): datetime.now(UTC)})
         return [(finding.level, finding.text) for finding in found]
 
     return of
@@ -86,3 +89,27 @@ def test_a_job_that_fails_at_times(said):
 def test_a_job_that_is_late_each_time(said):
     """Its last ticks began late, each of them, and completed."""
     assert said(*(past(n, "Completed", lateness=9.0) for n in (9, 8, 7))) == [(Level.WARNING, "late")]
+
+
+PAUSED = JobRow(str(JOB.id), "", 3, 3, paused=True, ended=None)
+
+
+def test_a_job_that_is_paused_in_its_row_alone(said):
+    """It does not count as scheduled, nor as late: the switch in Prefect says nothing of it."""
+    texts = [finding.text for finding in look_at_jobs([JOB], 0, {str(JOB.id): PAUSED})]
+
+    assert texts[-2:] == [
+        "0 jobs are scheduled.",
+        "job 'job' is paused in the database, and Prefect was not told: it is not run, and shows as "
+        "active; call taskadapter.pause_job again, or taskadapter.resume_job.",
+    ]
+    assert said(*(past(n, "Completed", lateness=9.0) for n in (9, 8, 7)), row=PAUSED) == []
+
+
+def test_a_job_that_is_paused_in_prefect_too():
+    """One sentence names all of them."""
+    paused = JOB.model_copy(update={"paused": True})
+
+    for rows in ({}, {str(JOB.id): PAUSED}):
+        (found,) = (one for one in look_at_jobs([paused], 0, rows) if "paused" in one.text)
+        assert found.text.startswith("paused, and not run until somebody resumes it: job; switch a")
