@@ -142,9 +142,12 @@ def ledger(
 ) -> None:
     """Show what a job has executed: when, where, how late, and which ticks between them are missing."""
     from taskadapter.audit import history, not_shown, standing
+    from taskadapter.declare.triggers import MOST
 
     if last < 1:
         raise TaskError(f"--last={last}: must be at least 1.")
+    if last > MOST:
+        raise TaskError(f"--last={last}: must be at most {MOST}; choose a smaller number.")
     deployment = asyncio.run(_find(job))
     engine = _shared(deployment.work_pool_name).engine
     lines = history(engine, deployment, last)

@@ -55,7 +55,7 @@ DURATION_IN_A_FILE = "must be a number of seconds; write 2.5"
 """The rule of a duration, in a program and in a file."""
 
 _MIN_HEARTBEATS = 3
-_MOST = 1_000_000_000
+MOST = 1_000_000_000
 """More than a job can do in a lifetime, and less than an integer of a database holds."""
 
 LONGEST_NAME = 255
@@ -95,8 +95,8 @@ def _interval(seconds: float) -> float:
 
 
 def _at_most(count: int) -> int:
-    if count > _MOST:
-        raise ValueError(f"must be at most {_MOST}; choose a smaller number")
+    if count > MOST:
+        raise ValueError(f"must be at most {MOST}; choose a smaller number")
     return count
 
 

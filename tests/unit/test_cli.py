@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from taskadapter import cli
+from taskadapter import TaskError, cli
 
 
 @pytest.mark.parametrize(
@@ -26,3 +26,17 @@ def test_what_it_does_not_take_is_told_in_a_line(monkeypatch, capsys, arguments,
     assert shown.err.startswith(f"taskadapter: {said}")
     assert shown.err.endswith("See `taskadapter --help`.\n")
     assert shown.out == ""
+
+
+@pytest.mark.parametrize(
+    ("last", "said"),
+    [
+        (0, "--last=0: must be at least 1."),
+        (10**20, f"--last={10**20}: must be at most 1000000000; choose a smaller number."),
+    ],
+)
+def test_how_many_executions_can_be_asked_for(last, said):
+    """No fewer than one, and no more than an integer of a database holds; nothing is read for others."""
+    with pytest.raises(TaskError) as refused:
+        cli.ledger("job", last=last)
+    assert str(refused.value) == said
