@@ -71,10 +71,21 @@ async def resume(client: PrefectClient, deployment: DeploymentResponse) -> None:
     await _take_note(client, url, deployment.id)
 
 
-async def end(client: PrefectClient, deployment: DeploymentResponse, reason: str) -> None:
-    """Let nothing of a job begin any more, whatever its trigger, until somebody switches it on again."""
+async def end(
+    client: PrefectClient, deployment: DeploymentResponse, reason: str, *, stays: bool = False
+) -> None:
+    """Let nothing of a job begin any more, until somebody switches it on again.
+
+    Args:
+        client: connected to the API.
+        deployment: the job.
+        reason: why it is over.
+        stays: whether its deployment does: then count and state are kept, and with another trigger it goes
+            on; else they are forgotten after a while.
+    """
     url = await _database_of(await _pool_of(client, deployment))
-    await asyncio.to_thread(store.end_job, url, deployment.id, reason)
+    slug = reading_of(deployment).trigger_slug if stays else None
+    await asyncio.to_thread(store.end_job, url, deployment.id, reason, slug)
     await switch_off(client, deployment, reason)
     await _take_note(client, url, deployment.id)
 
@@ -159,7 +170,7 @@ async def detach(job_id: UUID, reason: str) -> None:
     async with api_client() as client:
         with contextlib.suppress(ObjectNotFound):
             deployment = await client.read_deployment(job_id)
-            await end(client, deployment, reason)
+            await end(client, deployment, reason, stays=True)
             # Only now: where that has failed, the job may go on, and the same call is repeated.
             tags = [*deployment.tags, *({DETACHED} - set(deployment.tags))]
             await client.update_deployment(job_id, DeploymentUpdate(tags=tags))

@@ -188,9 +188,11 @@ def see(connection: Connection, job_id: str, trigger_slug: str, now: Switches, u
     }
     if now.paused != before.paused:
         values["paused"] = int(now.paused)
-    if now.on != before.on:
-        reason = None if now.on else SWITCHED_OFF
-        values |= {"ended": row.ended or reason if reason else None, "ended_trigger": trigger_slug}
+    if now.on and not before.on:
+        values |= {"ended": None, "ended_trigger": None}
+    elif before.on and not now.on and _as_of(row, trigger_slug).ended is None:
+        # Else it is known better why it is over, and with which trigger.
+        values |= {"ended": SWITCHED_OFF, "ended_trigger": trigger_slug}
     if (now.on and not before.on) or _is_edited(before.plan, now.plan):
         values["opened"] = updated
     _write(connection, job_id, values)
@@ -206,7 +208,10 @@ def _switches(row: Row[Any]) -> Switches:
 
 
 def prune(connection: Connection, seconds: float) -> None:
-    """Forget jobs that ended, whatever their trigger, longer ago than so many seconds."""
+    """Forget jobs that ended, whatever their trigger, longer ago than so many seconds.
+
+    Their deployments are gone. Where one stays, as that of a detached service, its job ends with a trigger.
+    """
     columns = job_progress.c
     is_over = and_(columns.ended.is_not(None), columns.ended_trigger.is_(None))
     connection.execute(delete(job_progress).where(is_over, seconds_since(columns.updated) > seconds))

@@ -284,6 +284,36 @@ class TestSwitches:
         assert look(engine, "2", paused=True, on=False) == Row(paused=True, ended="failed")
         assert look(engine, "3") == Row(paused=False, ended=None)
 
+    def test_why_a_job_is_over_is_known_better(self, engine: Engine) -> None:
+        """That its schedule is switched off then changes neither the reason nor for which trigger it is."""
+        with transaction(engine) as connection:
+            end(connection, JOB, "unscheduled")
+        assert look(engine, "1", on=False) == Row(paused=False, ended="unscheduled")
+        assert count_one(engine, "every-3s") == "Ended"
+        with transaction(engine) as connection:
+            prune(connection, -1)
+            assert row_of(connection, JOB) is None
+
+    def test_an_end_with_another_trigger_is_no_reason(self, engine: Engine) -> None:
+        """A job that went on with a new trigger is over as its schedule was switched off."""
+        with transaction(engine) as connection:
+            end(connection, JOB, "it failed", "every-3s")
+        assert look(engine, "1", on=False) == Row(paused=False, ended="its schedule was switched off")
+        assert count_one(engine) == "Ended"
+
+    @pytest.mark.parametrize("was_on", [True, False])
+    def test_what_is_detached_is_not_forgotten(self, engine: Engine, was_on: bool) -> None:
+        """It ends with its trigger, over before or not: its deployment stays, and so does its state."""
+        look(engine, "1", on=was_on)
+        with transaction(engine) as connection:
+            save_state(connection, JOB, {"i": 1})
+            end(connection, JOB, "detached", "every-2s")
+        assert look(engine, "2", on=False) == Row(paused=False, ended="detached")
+        with transaction(engine) as connection:
+            prune(connection, -1)
+            assert load_state(connection, JOB) == {"i": 1}
+        assert look(engine, "3") == Row(paused=False, ended=None)
+
     def test_an_older_reading_changes_nothing(self, engine: Engine) -> None:
         """What was read before a change, and comes after it, is no change back."""
         assert look(engine, "2", paused=True) == Row(paused=True, ended=None)

@@ -6,7 +6,7 @@ import asyncio
 from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
-from unittest.mock import AsyncMock
+from unittest.mock import AsyncMock, Mock
 from uuid import UUID
 
 import pytest
@@ -89,4 +89,20 @@ def test_a_detach_that_fails_leaves_no_tag(monkeypatch):
 
     ending.side_effect = None
     asyncio.run(switches.detach(UUID(int=1), "detached"))
+    assert ending.await_args.kwargs == {"stays": True}
     assert client.update_deployment.await_args.args[1].tags == ["detached"]
+
+
+@pytest.mark.parametrize("stays", [True, False])
+def test_with_which_trigger_a_job_is_over(monkeypatch, stays):
+    """One whose deployment stays is with its own, and so not forgotten; one that is deleted with any."""
+    job, declared = deployed()
+    client, ended = AsyncMock(), Mock()
+    client.read_deployment.return_value = job
+    monkeypatch.setattr(switches, "switch_off", AsyncMock())
+    monkeypatch.setattr("taskadapter.coordination.store.end_job", ended)
+    monkeypatch.setattr("taskadapter.coordination.store.see", Mock())
+
+    asyncio.run(switches.end(client, job, "a reason", stays=stays))
+
+    assert ended.call_args.args[1:] == (job.id, "a reason", ticks.slug(declared) if stays else None)
