@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -19,11 +19,11 @@ from prefect.logging import get_logger
 from prefect.utilities.callables import parameter_schema
 
 from taskadapter.declare.jobs import JobId
-from taskadapter.declare.triggers import DEFAULT_QUEUE
+from taskadapter.declare.triggers import DEFAULT_QUEUE, TriggerConfiguration
 from taskadapter.listener import Listener
 from taskadapter.prefect_api import private
 from taskadapter.prefect_api.client import API_FAULTS, api_client
-from taskadapter.prefect_api.deployments import DETACHED, TAG
+from taskadapter.prefect_api.deployments import DETACHED, TAG, trigger_of
 from taskadapter.prefect_api.locks import lock
 from taskadapter.prefect_api.ticks import create_tick
 from taskadapter.rules import ticks
@@ -231,16 +231,17 @@ async def put(
                 flow_id = await client.create_flow(declared.flow)
                 job_id = await client.create_deployment(flow_id, declared.name, schedules=planned, **wanted)
                 return Put(job_id, False, True, bool(planned))
-    return await _change(client, deployed, wanted, planned, slug)
+    return await _change(client, deployed, declared, wanted, planned)
 
 
 async def _change(
     client: PrefectClient,
     deployed: DeploymentResponse,
+    declared: Declared,
     wanted: dict[str, Any],
     planned: list[DeploymentScheduleCreate],
-    slug: str,
 ) -> Put:
+    slug = ticks.slug(declared.trigger)
     await _end_earlier_triggers(client, deployed, slug)
     differs = any(getattr(deployed, field) != value for field, value in wanted.items())
     if deployed.work_pool_name not in (None, wanted["work_pool_name"]):
@@ -252,12 +253,35 @@ async def _change(
             wanted["work_pool_name"],
             deployed.work_pool_name,
         )
+    _say_how_trigger_differs(deployed, declared)
     if differs:
         await client.update_deployment(deployed.id, DeploymentUpdate(**wanted))
     # After that: agents know a job's schedule by its trigger, which is among these fields.
     lacks = bool(planned) and not has_schedule(deployed, slug)
     is_ours = lacks and await _add_schedules(client, deployed.id, planned)
     return Put(deployed.id, True, differs or lacks, is_ours)
+
+
+def _say_how_trigger_differs(deployed: DeploymentResponse, declared: Declared) -> None:
+    """Say that a job's count begins anew: that is easily done unawares, with a start computed from now."""
+    before, now = trigger_of(deployed), declared.trigger
+    if before is None or ticks.slug(before) == ticks.slug(now):
+        return
+    names = [name for name in ticks.COUNTED_BY if getattr(before, name) != getattr(now, name)]
+    _log.warning(
+        "Job %s is counted from one again, for it was deployed with %s, and has %s now.",
+        deployed.name,
+        _values(before, names),
+        _values(now, names),
+    )
+
+
+def _values(trigger: TriggerConfiguration, names: Iterable[str]) -> str:
+    """Return some fields of a trigger as a message has them; a moment as a declaration may write it."""
+    values = ((name, getattr(trigger, name)) for name in names)
+    return ", ".join(
+        f"{name}={value.isoformat() if isinstance(value, datetime) else value}" for name, value in values
+    )
 
 
 async def _add_schedules(

@@ -58,6 +58,10 @@ class Judgement:
     reason: str = ""
 
 
+COUNTED_BY = ("interval", "max_count", "start_time", "end_time")
+"""The fields of a trigger with which its executions are counted: others may change."""
+
+
 def slug(trigger: TriggerConfiguration) -> str:
     """Name the trigger's schedule, readable and unique to its content.
 
@@ -65,7 +69,7 @@ def slug(trigger: TriggerConfiguration) -> str:
     paused or not, and its count goes on. Another interval, start, end or maximum is another slug: a new
     schedule, counted from one.
     """
-    content = (trigger.interval, trigger.max_count, trigger.start_time, trigger.end_time)
+    content = [getattr(trigger, name) for name in COUNTED_BY]
     digest = hashlib.sha256(repr(tuple(map(_canonical, content))).encode()).hexdigest()[:8]
     times = "" if trigger.max_count == -1 else f"-{trigger.max_count}-times"
     return f"every-{trigger.interval:g}s{times}-{digest}".replace(".", "-").replace("+", "")

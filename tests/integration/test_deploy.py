@@ -277,6 +277,22 @@ def test_a_job_that_another_pool_had_is_named(
     assert deployed(prefect_client, name).work_pool_name == f"{POOL}-two"
 
 
+def test_a_trigger_that_is_another_one_is_named(
+    prefect_client: SyncPrefectClient, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The count begins anew, unawares where a start is computed from now; what differs is told."""
+    for minute in (0, 0, 7):
+        start = datetime(2020, 1, 1, 12, minute, tzinfo=UTC)
+        on = Listener(trigger=TriggerConfiguration(interval=60, start_time=start), work_pool=POOL)
+        on.service(name)(check_inbox)
+        asyncio.run(deploy(on))
+
+    assert caplog.messages == [
+        f"Job {name} is counted from one again, for it was deployed with "
+        "start_time=2020-01-01T12:00:00+00:00, and has start_time=2020-01-01T12:07:00+00:00 now."
+    ]
+
+
 def test_the_work_pool_is_made(prefect_client: SyncPrefectClient, name: str) -> None:
     """The first deploy makes the work pool, of our type, and its runs are scheduled on it."""
     on = Listener(trigger=TRIGGER, work_pool=f"pool-of-{name}")
