@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -148,35 +149,86 @@ def place_of(source: Any) -> str:
 
     Raises:
         DeclarationError: it has no name in its module by which a node could import it, or is of no file,
-            or of the script that is run and that lies outside.
+            or of one outside that nodes could not import by its module's name.
     """
-    if "<" in source.__qualname__:
+    name, file = source.__qualname__, _file_of(source)
+    if "<" in name:
         raise DeclarationError(
-            f"{source.__qualname__} in {_file_of(source)} cannot be deployed: nodes import what "
-            "they run, and cannot import a lambda, nor what is defined inside a function. Define it at "
-            "module level."
+            f"{name} in {file} cannot be deployed: nodes import what they run, and cannot import a lambda, "
+            "nor what is defined inside a function. Define it at module level."
         )
-    file = _file_of(source)
-    here = Path.cwd().resolve()
-    if file.is_relative_to(here) and not file.is_relative_to(Path(sys.prefix).resolve()):
-        return f"{file.relative_to(here).as_posix()}:{source.__qualname__}"
-    if source.__module__ == "__main__":
-        raise DeclarationError(
-            f"{source.__qualname__} in {file} cannot be deployed from {here}: nodes import what they run, "
-            "and this script lies outside the working directory. Start it in the project's folder, or move "
-            "the definition to a module that the nodes can import."
-        )
-    return f"{source.__module__}:{source.__qualname__}"
+    _require_own_name(source, file)
+    here, module = Path.cwd().resolve(), source.__module__
+    if (place := _place_in(here, file)) is not None:
+        return f"{place.as_posix()}:{name}"
+    if module != "__main__" and _origin(module, here) == file.resolve():
+        return f"{module}:{name}"
+    what = "this script lies outside the working directory"
+    if module != "__main__":
+        what = f"from there its module {module} is not found"
+    raise DeclarationError(
+        f"{name} in {file} cannot be deployed from {here}: nodes import what they run, and {what}. Start "
+        "it in the project's folder, or move the definition to a module that the nodes can import."
+    )
 
 
 def _file_of(source: Any) -> Path:
+    """Return the file that a function or class is defined in, by the path under which it was found.
+
+    A decorator may have put another function in its place, which is of the decorator's file.
+    """
     try:
-        return Path(inspect.getfile(source)).resolve()
+        return Path(inspect.getfile(inspect.unwrap(source))).absolute()
     except (OSError, TypeError) as error:
         raise DeclarationError(
             f"{source.__qualname__} cannot be deployed: nodes import what they run, and it is in no file. "
             "Define it in a module of the project."
         ) from error
+
+
+def _require_own_name(source: Any, file: Path) -> None:
+    """Refuse a function that was decorated under another name than its own: nodes import it by that."""
+    inner = inspect.unwrap(source)
+    found = getattr(sys.modules.get(source.__module__), source.__qualname__, None)
+    if found is inner is not source:
+        raise DeclarationError(
+            f"{source.__qualname__} in {file} cannot be deployed as it was decorated elsewhere: nodes "
+            "import it by its name, and find it undecorated. Decorate it where it is defined, or define a "
+            "function that calls it."
+        )
+
+
+def _place_in(here: Path, file: Path) -> Path | None:
+    """Return the path of a file from a folder; None for what is outside, or installed.
+
+    A link in the folder is in it, wherever it leads to: so Kubernetes mounts the files of a ConfigMap.
+    """
+    installed = Path(sys.prefix).resolve()
+    for path in (file, file.resolve()):
+        for folder in path.parents:
+            if (known := folder.resolve()) == installed:
+                return None
+            if known == here:
+                return path.relative_to(folder)
+    return None
+
+
+def _origin(module: str, here: Path) -> Path | None:
+    """Return the file of a module as a process finds it that is started in a folder; None for none.
+
+    That has not the folder of the script that runs here.
+    """
+    script = Path(getattr(sys.modules["__main__"], "__file__", None) or "none").resolve().parent
+    folders = [str(here), *sys.path]
+    if own := [at for at in sys.path if Path(at).resolve() == script]:
+        folders.remove(own[0])
+    path: Sequence[str] | None = folders
+    spec = None
+    for name in accumulate(module.split("."), "{}.{}".format):
+        found = (finder.find_spec(name, path) for finder in sys.meta_path)
+        spec = next(filter(None, found), None) if path else None
+        path = spec.submodule_search_locations if spec else None
+    return Path(spec.origin).resolve() if spec and spec.origin else None
 
 
 def check_service(name: object, options: dict[str, Any]) -> None:

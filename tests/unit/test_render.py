@@ -219,6 +219,90 @@ def test_prefect_finds_the_flow_of_an_attached_instance(project, name):
     assert (flow.name, attached.place_of(deployment(name)["entrypoint"])) == (name, "library.py:Counter")
 
 
+TIMED = """
+from functools import wraps
+
+def timed(fn):
+    @wraps(fn)
+    def call(*args, **kwargs):
+        return fn(*args, **kwargs)
+    return call
+"""
+
+
+@pytest.mark.parametrize("where", ["lib", "."])
+def test_a_decorated_function_is_named_where_it_is_defined(project, where):
+    """Not where its decorator is, which may be in the project or elsewhere."""
+    folder = project / where if where == "lib" else project.parent / f"{project.name}-util"
+    folder.mkdir()
+    (folder / "timing.py").write_text(TIMED)
+    sys.path.append(str(folder))
+    module(
+        project, "inbox.py", "from timing import timed\n" + dedent(INBOX).replace(")\n", ")\n@timed\n", 1)
+    )
+
+    assert deployment("inbox")["entrypoint"] == "flows/inbox.py:check_inbox"
+    assert load_flow_from_entrypoint(deployment("inbox")["entrypoint"]).name == "inbox"
+
+
+def test_what_is_decorated_under_another_name_is_refused(project):
+    """Nodes would import the function without its decorator."""
+    (project / "library.py").write_text("def check(): ...\n" + TIMED)
+    module(project, "inbox.py", "import library\njob = on.service('inbox')(library.timed(library.check))\n")
+
+    with pytest.raises(
+        DeclarationError, match=r"check in .*library\.py .*find it undecorated\. Decorate it"
+    ):
+        rendered()
+
+
+def test_a_linked_module_is_named_by_its_place_in_the_project(project):
+    """So Kubernetes mounts the files of a ConfigMap; where they lead to changes with each version."""
+    module(project, "inbox.py", INBOX)
+    module(project, "counter.py", COUNTER)
+    for name, at in (
+        ("inbox.py", project / "..2026"),
+        ("counter.py", project.parent / f"{project.name}-x"),
+    ):
+        at.mkdir()
+        (project / FLOWS / name).rename(at / name)
+        (project / FLOWS / name).symlink_to(at / name)
+
+    assert deployment("inbox")["entrypoint"] == "flows/inbox.py:check_inbox"
+    assert deployment("counter")["entrypoint"] == "flows/counter.py:Counter"
+
+
+def test_a_project_that_is_reached_through_a_link(project):
+    """What is imported by way of the link lies in the project all the same."""
+    link = project.parent / f"{project.name}-link"
+    link.symlink_to(project)
+    sys.path.append(str(link / "lib"))
+    (project / "lib").mkdir()
+    (project / "lib" / "checks.py").write_text("def check(): ...\n")
+    module(project, "inbox.py", "from checks import check\non.service('inbox')(check)\n")
+
+    assert deployment("inbox")["entrypoint"] == "lib/checks.py:check"
+
+
+@pytest.mark.parametrize("is_found", [True, False])
+def test_a_module_outside_of_the_project_is_one_that_nodes_find(project, is_found):
+    """It is named as a module, which is refused where it is none that they could import by that name."""
+    folder = project.parent / f"{project.name}-outside"
+    (folder / "checks").mkdir(parents=True)
+    (folder / "checks" / "inbox.py").write_text("def check(): ...\n")
+    sys.path.append(str(folder))
+    forget = "" if is_found else f"import sys; sys.path.remove({str(folder)!r})\n"
+    module(project, "job.py", f"from checks.inbox import check\n{forget}on.service('inbox')(check)\n")
+
+    if is_found:
+        assert deployment("inbox")["entrypoint"] == "checks.inbox:check"
+    else:
+        with pytest.raises(
+            DeclarationError, match=r"check in .* from there its module checks\.inbox is not"
+        ):
+            rendered()
+
+
 @pytest.mark.parametrize(
     "body",
     [

@@ -215,6 +215,19 @@ def test_a_class_of_a_script_that_lies_elsewhere_is_refused(tmp_path: Path) -> N
     assert "outside the working directory" in said
 
 
+def test_a_class_of_a_module_beside_such_a_script_is_refused(tmp_path: Path) -> None:
+    """That script alone has the module in its path."""
+    (tmp_path / "elsewhere").mkdir()
+    module, script = tmp_path / "greetings.py", tmp_path / "script.py"
+    module.write_text(SCRIPT.partition("try:")[0])
+    script.write_text(f"from greetings import *\ntry:{SCRIPT.partition('try:')[2]}")
+
+    said = run_python(script, cwd=tmp_path / "elsewhere")
+
+    assert f"Greeting in {module} cannot be deployed from {tmp_path / 'elsewhere'}" in said
+    assert "its module greetings is not found" in said
+
+
 def test_a_class_of_no_file_is_refused(tmp_path: Path) -> None:
     """What was typed in at a prompt is none that the nodes could find."""
     assert "Greeting cannot be deployed: nodes import" in run_python("-c", SCRIPT, cwd=tmp_path)
