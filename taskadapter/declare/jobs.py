@@ -7,16 +7,18 @@ import json
 import re
 from abc import abstractmethod
 from dataclasses import dataclass
+from functools import lru_cache
 from types import FunctionType
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast, get_args, get_origin
 from uuid import UUID
 
-from pydantic import BaseModel, ConfigDict, PydanticUserError, Secret, create_model
+from pydantic import BaseModel, ConfigDict, PydanticUserError, Secret, ValidationError, create_model
 from pydantic.json_schema import GenerateJsonSchema
-from pydantic_core import PydanticSerializationError
+from pydantic_core import PydanticSerializationError, SchemaValidator, core_schema
 
 from taskadapter.declare.attached import AsService
-from taskadapter.declare.base import Validated, named_only, shown
+from taskadapter.declare.base import Validated, in_our_words, named_only, shown
+from taskadapter.declare.likeness import same, written
 from taskadapter.errors import DeclarationError
 
 if TYPE_CHECKING:
@@ -82,7 +84,8 @@ class Executable(Validated, metaclass=_Declared):
 
     Declaring a class raises `DeclarationError` if it has no usable `execute`, an `__init__` that does
     not take its fields by name, a field whose type has no JSON form, or a field that holds a secret.
-    Constructing an instance raises it if a value has no JSON form. Private attributes (`_cache`) are
+    Constructing an instance raises it if a value has no JSON form, or would not come back from it the
+    same. Private attributes (`_cache`) are
     neither checked nor stored.
     """
 
@@ -161,7 +164,8 @@ def dump_state(executable: Executable) -> dict[str, Any]:
     """Return the fields of a service, or of a job, as JSON values, by name.
 
     Raises:
-        DeclarationError: a field holds a value that has no JSON form, or not its declared type.
+        DeclarationError: a field holds a value that has no JSON form, or not its declared type, or that
+            would come back from JSON as another one.
     """
     return _to_json(executable)
 
@@ -181,22 +185,75 @@ def load_state(service_class: type[ServiceT], data: Mapping[str, Any]) -> Servic
 
 
 def _to_json(executable: Executable) -> dict[str, Any]:
-    """Dump field by field, so that an error can name the field."""
+    """Dump the fields, and refuse those that would not come back from it as they are."""
     data: dict[str, Any] = {}
     for name in type(executable).model_fields:
-        try:
-            dumped = executable.model_dump(
-                mode="json", include={name}, round_trip=True, by_alias=False, warnings="error"
-            )
-            json.dumps(dumped, allow_nan=False)
-        except (PydanticSerializationError, ValueError, TypeError, RecursionError) as error:
-            reason = str(error).splitlines()[-1].strip()
-            raise DeclarationError(
-                f"{type(executable).__name__}: {name} holds a value that cannot be kept as JSON "
-                f"({reason}); give it a JSON value, or keep it in a private attribute, _{name}"
-            ) from None
-        data |= dumped
+        data |= _dumped(executable, name)
+    _require_the_same(executable, _loaded(type(executable), data), data)
     return data
+
+
+def _dumped(executable: Executable, name: str) -> dict[str, Any]:
+    """Dump a field alone, so that an error can name it; what is in it, by the names that load it."""
+    alias = type(executable).model_fields[name].serialization_alias
+    try:
+        dumped = executable.model_dump(
+            mode="json", include={name}, round_trip=True, by_alias=True, warnings="error"
+        )
+        json.dumps(dumped, allow_nan=False)
+    except (PydanticSerializationError, ValueError, TypeError, RecursionError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise DeclarationError(
+            f"{type(executable).__name__}: {name} holds a value that cannot be kept as JSON "
+            f"({reason}); give it a JSON value, or keep it in a private attribute, _{name}"
+        ) from None
+    return {name if key == alias else key: value for key, value in dumped.items()}
+
+
+def _loaded(cls: type[Executable], data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that are loaded from JSON values."""
+    known = {name: data[name] for name in cls.model_fields if name in data}
+    try:
+        fields, *_ = _field_loader(cls).validate_json(json.dumps(known))
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        name, *inside = map(str, fault["loc"])
+        reason = ": ".join(filter(None, [".".join(inside), in_our_words(fault["msg"])]))
+        raise DeclarationError(
+            f"{cls.__name__}: {name} holds a value that cannot be loaded again from JSON ({reason}); "
+            f"declare a type that loads what it writes, or keep it in a private attribute, _{name}"
+        ) from None
+    return cast("dict[str, Any]", fields)
+
+
+@lru_cache
+def _field_loader(cls: type[Executable]) -> SchemaValidator:
+    """Return what loads the fields of a class alone: its constructor may do more, and is run once."""
+    schema: Any = cls.__pydantic_core_schema__
+    definitions = schema.get("definitions", [])
+    config = core_schema.CoreConfig()
+    while schema["type"] != "model-fields":
+        config = schema.get("config", config)
+        if schema["type"] == "definition-ref":
+            schema = next(known for known in definitions if known["ref"] == schema["schema_ref"])
+        else:
+            schema = schema["schema"]
+    schema = core_schema.definitions_schema(schema, definitions)
+    return SchemaValidator(schema, {**config, "loc_by_alias": False})
+
+
+def _require_the_same(executable: Executable, loaded: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+    cls, again = type(executable), executable.model_copy(update=dict(loaded))
+    for name in cls.model_fields:
+        given, back = getattr(executable, name), loaded[name]
+        if same(given, back) and _dumped(again, name).get(name) == data.get(name):
+            continue
+        was, is_now = written(given), written(back)
+        as_what, example = (f"another {was}", "") if was == is_now else (is_now, f", such as {was}")
+        raise DeclarationError(
+            f"{cls.__name__}: {name} holds {was}, and would come back from JSON as {as_what}; declare a "
+            f"type that loads what it writes{example}, or keep it in a private attribute, _{name}"
+        )
 
 
 def _require_execute(cls: type[Executable]) -> None:
@@ -257,6 +314,11 @@ def _require_json_fields(cls: type[Executable]) -> None:
             "at run time, before the class"
         )
     fields = cls.model_fields.items()
+    if left_out := [name for name, field in fields if field.exclude]:
+        raise DeclarationError(
+            f"{cls.__name__}.{left_out[0]} has exclude=True, and would be lost after each run; remove "
+            f"that, or make it a private attribute, _{left_out[0]}"
+        )
     faults = {name: fault for name, field in fields if (fault := _field_fault(name, field))}
     secrets = [name for name, fault in faults.items() if fault == "secret"]
     if secrets:

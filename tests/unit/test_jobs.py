@@ -4,18 +4,39 @@ import json
 import threading
 from abc import abstractmethod
 from collections import defaultdict
-from datetime import UTC, datetime
-from typing import Any
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
 from uuid import UUID
+from zoneinfo import ZoneInfo
 
 import pytest
-from pydantic import Field, PrivateAttr, Secret, SecretStr
+from pydantic import (
+    BaseModel,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    PrivateAttr,
+    Secret,
+    SecretStr,
+    WithJsonSchema,
+    model_validator,
+)
 
 from taskadapter.declare.jobs import Job, JobId, Service, dump_state, load_state
-from taskadapter.declare.triggers import PostgresqlConfig
+from taskadapter.declare.triggers import PostgresqlConfig, TriggerConfiguration
 from taskadapter.errors import DeclarationError
+from taskadapter.execution.flow import job_flow
 
 LOCK: Any = type(threading.Lock())
+NOON = datetime(2026, 11, 26, 12, tzinfo=UTC)
+
+
+class LogLevel(Enum):
+    LOW = 1
 
 
 class Greeting(Job):
@@ -225,6 +246,149 @@ def test_value_without_json(value):
         text = message(make, extra=value)
         assert "Counter: extra holds a value that cannot be kept as JSON" in text
         assert "keep it in a private attribute, _extra" in text
+
+
+class Plain:
+    def __init__(self, a):
+        self.a = a
+
+
+OF_PLAIN = (
+    PlainValidator(lambda value: value if isinstance(value, Plain) else Plain(value)),
+    PlainSerializer(lambda plain: plain.a),
+    WithJsonSchema({}),
+)
+
+
+class Nested(BaseModel):
+    a: int = Field(0, alias="A")
+    nested: "Nested | None" = None
+    hidden: int = Field(0, exclude=True)
+    _cache: int = 0
+
+
+class Split(BaseModel):
+    a: int = Field(validation_alias="in", serialization_alias="out")
+
+
+@dataclass
+class Pair:
+    of: Decimal
+    at: datetime
+
+
+BERLIN = ZoneInfo("Europe/Berlin")
+TWICE = datetime(2024, 10, 27, 2, 30, tzinfo=BERLIN)
+"""In the hour that is repeated, which no other zone's time is equal to."""
+
+
+@pytest.mark.parametrize(
+    ("annotation", "value", "parts"),
+    [
+        (dict, {1: 2, 3: None}, ["holds dict[int, int | None]", "as dict[str, int | None]"]),
+        (Any, NOON, ["holds datetime", "as str", "such as datetime"]),
+        (list[Any], [[NOON]], ["holds list[list[datetime]]", "as list[list[str]]"]),
+        (Any, (1, 2), ["holds tuple[int, ...]", "as list[int]"]),
+        (Any, {"a"}, ["holds set[str]", "as list[str]"]),
+        (Any, Nested(A=1), ["holds Nested", "as dict[str, int | None]"]),
+        (Nested, Nested(hidden=1), ["holds Nested, and would come back from JSON as another Nested; "]),
+        (Split, Split(**{"in": 1}), ["cannot be loaded again from JSON (in: Field required)"]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("base", [Job, Service])
+def test_what_would_not_come_back_the_same(base, annotation, value, parts):
+    """It is refused at once, and not by each run after the first."""
+    text = message(declare(base, annotation), x=value)
+    assert text.startswith("Declared: x holds ")
+    assert "; declare a type that loads what it writes" in text
+    assert text.endswith("or keep it in a private attribute, _x")
+    assert [part for part in parts if part not in text] == [], text
+
+
+@pytest.mark.parametrize(
+    ("annotation", "value"),
+    [
+        (dict[int, int], {1: 2}),
+        (set[datetime], {NOON}),
+        (tuple[int, str], (1, "a")),
+        (frozenset[tuple[int, ...]], {(1, 2)}),
+        (datetime, TWICE),
+        (list[datetime], [TWICE]),
+        (float, 0.1 + 0.2),
+        (Annotated[Decimal, Field(allow_inf_nan=True)], Decimal("NaN")),
+        (timedelta, -timedelta(days=9999, microseconds=1)),
+        (Nested, Nested(A=1, nested=Nested(A=2))),
+        (list[Nested], [Nested(A=1)]),
+        (Pair, Pair(Decimal("1.10"), TWICE)),
+        (Annotated[Any, *OF_PLAIN], Plain(1)),
+        (list[Annotated[Any, *OF_PLAIN]], [Plain(1)]),
+        (Any, {"a": [1, 2.5, None, True, "x"]}),
+        (bytes, b"abc"),
+        (Path, Path("a/b")),
+        (LogLevel, LogLevel.LOW),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("base", [Job, Service])
+def test_what_comes_back_the_same(base, annotation, value):
+    """Of the type that is declared; also where its == does not know it again."""
+    cls = declare(base, annotation)
+    state = json.loads(json.dumps(dump_state(cls(x=value))))
+    assert type(load_state(cls, state).x) is type(cls(x=value).x)
+    assert dump_state(load_state(cls, state)) == state
+    if base is Job:  # as Prefect hands its parameters over
+        flow = job_flow(cls, "declared", TriggerConfiguration(interval=1))
+        assert dump_state(cls(**flow.validate_parameters(state))) == state
+
+
+def test_state_that_would_not_come_back_is_found_when_it_is_saved():
+    """What the class is told at first need not be what it holds later."""
+    counter = Counter(extra={})
+    counter.extra[5] = NOON
+    text = message(dump_state, counter)
+    assert "extra holds dict[int, datetime], and would come back from JSON as dict[str, str]" in text
+
+
+def test_a_constructor_is_called_once():
+    """What else it does, or what Pydantic calls after it, is no matter of what comes back."""
+    calls = []
+
+    class Prepared(Counter):
+        def __init__(self, **fields):
+            calls.append("init")
+            super().__init__(**fields)
+
+        def model_post_init(self, _):
+            calls.append("post")
+            self.i += 1
+
+    assert dump_state(Prepared(i=4))["i"] == 5
+    assert calls == ["init", "post"]
+
+
+def test_a_class_that_holds_its_like():
+    """Pydantic keeps the fields of such a class elsewhere."""
+    chain = Chain(i=1, rest=Chain(i=2))
+    assert load_state(Chain, dump_state(chain)) == chain
+
+
+class Chain(Service):
+    i: int
+    rest: "Chain | None" = None
+
+    @model_validator(mode="after")
+    def positive(self):
+        return self
+
+    def execute(self): ...
+
+
+@pytest.mark.parametrize("base", [Job, Service])
+def test_a_field_that_is_left_out(base):
+    """It would be lost; a private attribute says so."""
+    text = message(declare, base, int, x=Field(0, exclude=True))
+    assert text.startswith("Declared.x has exclude=True, and would be lost after each run; remove that, ")
 
 
 def test_service_assignment_is_validated():
