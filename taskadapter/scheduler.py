@@ -13,9 +13,10 @@ from decimal import Decimal
 from typing import Any, ClassVar, cast
 from uuid import UUID, uuid4
 
+from prefect import Flow
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.responses import DeploymentResponse
-from prefect.exceptions import ObjectNotFound
+from prefect.exceptions import ObjectNotFound, ParameterBindError, ParameterTypeError
 from prefect.utilities.slugify import slugify
 
 from taskadapter.agent import switches
@@ -29,12 +30,13 @@ from taskadapter.declare.triggers import (
     WarmBackupConfig,
     WorkerPoolConfiguration,
 )
-from taskadapter.deploy import find, has_schedule, make_first_tick, put, wanted_of
-from taskadapter.errors import TaskError
+from taskadapter.deploy import Put, find, has_schedule, make_first_tick, put, wanted_of
+from taskadapter.errors import ApiUnavailableError, TaskError, in_a_line
 from taskadapter.execution import flow as flows
 from taskadapter.pools import aensure_work_pool
-from taskadapter.prefect_api.client import api_client, run_sync
+from taskadapter.prefect_api.client import API_FAULTS, api_client, is_gone, run_sync
 from taskadapter.prefect_api.deployments import TAG, jobs_of_pool, trigger_of
+from taskadapter.prefect_api.faults import explain
 from taskadapter.prefect_api.pool import PoolSize
 from taskadapter.prefect_api.ticks import create_tick, remake_ticks, remove_ticks, unfinished
 from taskadapter.rules import ticks
@@ -247,8 +249,21 @@ def _declare(job: Job, trigger: TriggerConfiguration, name: str | None) -> Decla
     if name is None:
         name = f"{slugify(cls.__name__)}-{uuid4().hex[:8]}"
     _check_name(name, "name", "job")
-    flow = flows.job_flow(cls, cls.__name__, trigger)
-    return Declared(name, flow, cls, trigger, parameters=dump_state(job))
+    flow, fields = flows.job_flow(cls, cls.__name__, trigger), dump_state(job)
+    _require_accepted(flow, fields)
+    return Declared(name, flow, cls, trigger, parameters=fields)
+
+
+def _require_accepted(flow: Flow[..., Any], fields: dict[str, Any]) -> None:
+    """Refuse fields that Prefect would refuse as the parameters of each run."""
+    try:
+        flow.validate_parameters(fields)
+    except (ParameterTypeError, ParameterBindError) as fault:
+        reason = in_a_line(str(fault)).removeprefix("Flow run received invalid parameters: - ")
+        raise TaskError(
+            f"{flow.name} cannot be scheduled, for Prefect does not take its fields as JSON has them "
+            f"({reason}); declare types that load what they write, without strict=True."
+        ) from None
 
 
 async def _put_once(client: PrefectClient, declared: Declared, wanted: dict[str, Any]) -> UUID:
@@ -257,7 +272,8 @@ async def _put_once(client: PrefectClient, declared: Declared, wanted: dict[str,
     if done.was_there and done.has_changed:
         await remove_ticks(client, done.job_id)
     when = cast("datetime", declared.trigger.start_time)
-    await create_tick(client, done.job_id, ticks.ONCE, when)
+    async with _or_nothing(client, done):
+        await create_tick(client, done.job_id, ticks.ONCE, when)
     return done.job_id
 
 
@@ -272,8 +288,34 @@ async def _put_recurring(client: PrefectClient, declared: Declared, wanted: dict
             if schedule.slug == slug:
                 await remake_ticks(client, done.job_id, schedule.id)
     if done.has_new_schedule:
-        await make_first_tick(client, done.job_id, slug, anchor, now)
+        async with _or_nothing(client, done):
+            await make_first_tick(client, done.job_id, slug, anchor, now)
     return done.job_id
+
+
+@asynccontextmanager
+async def _or_nothing(client: PrefectClient, done: Put) -> AsyncIterator[None]:
+    """Delete a job that was made here if what is still to do fails, or is cancelled: nobody has its id.
+
+    Raises:
+        ApiUnavailableError: the API has refused what was asked, or does not make sense.
+    """
+    try:
+        yield
+    except BaseException as fault:
+        stays = "" if done.was_there else await _unmade(client, done.job_id)
+        if not isinstance(fault, API_FAULTS):
+            raise
+        raise ApiUnavailableError(f"{explain(fault, is_prefect=True)}{stays}.") from fault
+
+
+async def _unmade(client: PrefectClient, job_id: UUID) -> str:
+    """Delete a job, and return what to say if that has failed, too."""
+    try:
+        await client.delete_deployment(job_id)
+    except (*API_FAULTS, ObjectNotFound) as fault:
+        return "" if is_gone(fault) else f"; job {job_id} was made all the same: unschedule it"
+    return ""
 
 
 # --- pausing and ending ---------------------------------------------------------------------------

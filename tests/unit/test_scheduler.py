@@ -9,9 +9,13 @@ import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Annotated, Any
+from uuid import UUID, uuid4
 
+import httpx
 import pytest
+from pydantic import Field
 
 import taskadapter
 from deployments.local import environment
@@ -22,6 +26,7 @@ from taskadapter import (
     Service,
     TaskError,
     TaskPolicy,
+    TriggerConfiguration,
     ZoneOffset,
     aschedule_one_time_job,
     configure_worker_pool,
@@ -29,8 +34,12 @@ from taskadapter import (
     resume_job,
     schedule_job_recur_by_frequency,
     schedule_one_time_job,
+    scheduler,
     unschedule_job,
 )
+from taskadapter.deploy import Put
+from taskadapter.errors import ApiUnavailableError
+from taskadapter.rules.ticks import slug
 
 PROJECT = Path(__file__).parents[2]
 PAST = datetime(2020, 1, 1, tzinfo=UTC)
@@ -239,6 +248,103 @@ def run_python(*args: Any, cwd: Path) -> str:
     run = subprocess.run([sys.executable, *args], cwd=cwd, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return run.stdout
+
+
+class At(Job):
+    at: Annotated[datetime, Field(strict=True)] = NOON
+
+    def execute(self) -> None: ...
+
+
+def test_fields_that_prefect_would_refuse_at_each_run() -> None:
+    """A strict datetime is none in JSON; no server is asked."""
+    for message in (
+        refusal(schedule_one_time_job, At(), NOON),
+        refusal(schedule_job_recur_by_frequency, At(), 5),
+    ):
+        assert message.startswith("At cannot be scheduled, for Prefect does not take its fields")
+        assert "(at: Input should be a valid datetime)" in message
+
+
+class Api:
+    """Has no job, makes one, and fails at its tick."""
+
+    def __init__(self, fault: BaseException, *, is_lost: bool = False) -> None:
+        self.fault, self.is_lost, self.deleted = fault, is_lost, list[UUID]()
+
+    async def read_deployment(self, job_id: UUID) -> Any:
+        schedule = SimpleNamespace(id=uuid4(), slug=self.slug)
+        return SimpleNamespace(id=job_id, paused=False, schedules=[schedule])
+
+    async def create_flow_run_from_deployment(self, *_: Any, **__: Any) -> None:
+        raise self.fault
+
+    async def delete_deployment(self, job_id: UUID) -> None:
+        if self.is_lost:
+            raise httpx.ConnectError("refused")
+        self.deleted.append(job_id)
+
+    async def put(self, _: Any, declared: Any, *__: Any) -> Put:
+        self.slug = slug(declared.trigger)
+        return Put(JOB, self.was_there, True, True)
+
+    was_there = False
+
+
+JOB = uuid4()
+ASKED = httpx.Request("POST", "http://127.0.0.1:9/api/deployments/1/create_flow_run")
+
+
+def answered(status: int) -> httpx.HTTPStatusError:
+    return httpx.HTTPStatusError("no", request=ASKED, response=httpx.Response(status, request=ASKED))
+
+
+@pytest.mark.parametrize("put_it", ["_put_once", "_put_recurring"])
+@pytest.mark.parametrize(
+    ("fault", "raised"),
+    [
+        (answered(409), ApiUnavailableError),
+        (answered(503), ApiUnavailableError),
+        (httpx.ReadError("lost"), ApiUnavailableError),
+        (asyncio.CancelledError(), asyncio.CancelledError),
+    ],
+    ids=["refused", "not ready", "lost", "cancelled"],
+)
+class TestATickThatCannotBeMade:
+    """Nobody has the id of the job: it is deleted, unless it was there before."""
+
+    def put(self, monkeypatch: Any, api: Any, put_it: str, raised: type[BaseException]) -> str:
+        monkeypatch.setattr(scheduler, "put", api.put)
+        trigger = TriggerConfiguration(interval=5, start_time=datetime.now(UTC) + timedelta(seconds=5))
+        declared: Any = SimpleNamespace(trigger=trigger)
+        monkeypatch.setattr(scheduler, "remake_ticks", nothing)
+        monkeypatch.setattr(scheduler, "remove_ticks", nothing)
+        with pytest.raises(raised) as told:
+            asyncio.run(getattr(scheduler, put_it)(api, declared, {}))
+        return str(told.value)
+
+    def test_of_a_new_job(self, monkeypatch: Any, put_it: str, fault: Any, raised: Any) -> None:
+        api = Api(fault)
+        said = self.put(monkeypatch, api, put_it, raised)
+        assert api.deleted == [JOB]
+        assert "was made all the same" not in said
+
+    def test_of_one_that_was_there(self, monkeypatch: Any, put_it: str, fault: Any, raised: Any) -> None:
+        api = Api(fault)
+        api.was_there = True
+        self.put(monkeypatch, api, put_it, raised)
+        assert api.deleted == []
+
+    def test_where_it_cannot_be_deleted(
+        self, monkeypatch: Any, put_it: str, fault: Any, raised: Any
+    ) -> None:
+        said = self.put(monkeypatch, Api(fault, is_lost=True), put_it, raised)
+        assert raised is asyncio.CancelledError or said.endswith(
+            f"; job {JOB} was made all the same: unschedule it."
+        )
+
+
+async def nothing(*_: Any) -> None: ...
 
 
 # --- the two forms --------------------------------------------------------------------------------
