@@ -127,7 +127,8 @@ async def _end_planned(client: PrefectClient, job_id: UUID, reason: str) -> None
     """Have nothing more of a job begin: what is claimed is Skipped, what is not is deleted."""
     for flow_run in await runs_of(client, [job_id], [StateType.PENDING, StateType.SCHEDULED]):
         if flow_run.state_type is StateType.PENDING:
-            await client.set_flow_run_state(flow_run.id, ticks.skipped(reason), force=True)
+            with contextlib.suppress(ObjectNotFound):  # the run's, which is not that the job is gone
+                await client.set_flow_run_state(flow_run.id, ticks.skipped(reason), force=True)
         elif flow_run.state_name != "AwaitingRetry":  # that one has begun
             await _delete(client, flow_run)
 

@@ -4,8 +4,11 @@ import asyncio
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 from typing import Any
+from uuid import uuid4
 
 import pytest
+from prefect.client.schemas.objects import StateType
+from prefect.exceptions import ObjectNotFound
 
 from taskadapter.prefect_api import ticks
 
@@ -52,3 +55,24 @@ def test_all_until_a_moment_are_listed(monkeypatch, queues, listed, until):
 
     assert [run.next_scheduled_start_time for run in runs] == [after(at) for at in listed]
     assert after(max(listed)) <= moment <= after(until)
+
+
+def test_a_run_that_is_deleted_while_its_job_is_ended():
+    """It is the run that is gone, and not the job: what else is planned is ended."""
+    gone, other = (SimpleNamespace(id=name, state_type=StateType.PENDING) for name in ("gone", "other"))
+    ended = []
+
+    class Ending:
+        async def read_flow_runs(self, **_):
+            return [gone, other]
+
+        async def set_flow_run_state(self, run_id, *_, **__):
+            if run_id == "gone":
+                raise ObjectNotFound(Exception())
+            ended.append(run_id)
+
+    api: Any = Ending()
+    deployment: Any = SimpleNamespace(id=uuid4(), schedules=[])
+    asyncio.run(ticks.switch_off(api, deployment, "over"))
+
+    assert ended == ["other"]
