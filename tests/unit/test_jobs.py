@@ -220,7 +220,6 @@ def test_field_type_without_json(base, annotation):
         dict[str, Secret[int]],
         PostgresqlConfig,
     ],
-    ids=str,
 )
 def test_secret_field(base, annotation):
     """A secret, however deep, is refused as a field, with the places to load it from."""
@@ -294,7 +293,6 @@ TWICE = datetime(2024, 10, 27, 2, 30, tzinfo=BERLIN)
         (Nested, Nested(hidden=1), ["holds Nested, and would come back from JSON as another Nested; "]),
         (Split, Split(**{"in": 1}), ["cannot be loaded again from JSON (in: Field required)"]),
     ],
-    ids=str,
 )
 @pytest.mark.parametrize("base", [Job, Service])
 def test_what_would_not_come_back_the_same(base, annotation, value, parts):
@@ -328,7 +326,6 @@ def test_what_would_not_come_back_the_same(base, annotation, value, parts):
         (Path, Path("a/b")),
         (LogLevel, LogLevel.LOW),
     ],
-    ids=str,
 )
 @pytest.mark.parametrize("base", [Job, Service])
 def test_what_comes_back_the_same(base, annotation, value):
