@@ -398,7 +398,7 @@ class Membership:
 
     def keep_only(self, names: AbstractSet[str]) -> None:
         """Leave all other groups to other nodes: this one stops."""
-        if self._groups is not None:
+        if self._groups is not None and self._groups.names - names:
             self._groups.stand_by(self._groups.names & names, self.database_url, STOPPING)
 
     def is_to_leave(self, name: str) -> None:
