@@ -12,11 +12,11 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from collections.abc import Set as AbstractSet
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-from prefect.client.schemas.objects import FlowRun, State
+from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.responses import SetStateStatus
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Crashed, Pending
@@ -39,6 +39,7 @@ from taskadapter.errors import CoordinationError, DeclarationError
 from taskadapter.prefect_api.client import API_FAULTS, in_words
 from taskadapter.prefect_api.deployments import is_on
 from taskadapter.prefect_api.pool import PoolSize
+from taskadapter.prefect_api.ticks import runs_of
 from taskadapter.rules import ticks
 from taskadapter.rules.ticks import Verdict
 
@@ -50,6 +51,9 @@ JUST_READ_SECONDS = 0.5
 
 SLOW_CLAIM_SECONDS = 5.0
 """A claim that has had no answer for so long is a reason for a look."""
+
+NOT_BEGUN = [StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING]
+"""What Prefect may have of a run whose body has not begun: its engine says Running before that."""
 
 CLAIMED_BY = "Claimed by {node}."
 """What a run says that a node has claimed."""
@@ -269,23 +273,7 @@ class Dispatcher:
         if self._timetable.is_held(flow_run):
             return False
         job, siblings = self._deployments.known(flow_run), self._hand.siblings(flow_run)
-        if job is None:
-            return True
-        if self._ends_too_soon(flow_run, job):
-            return False
-        return job.max_concurrent is None or len(siblings) < job.max_concurrent + behind
-
-    def _ends_too_soon(self, flow_run: FlowRun, job: DeployedJob) -> bool:
-        """Return whether a tick from after the end of its job would end it before all others have begun.
-
-        Prefect deletes what is planned of a schedule that is switched off, and what waits is skipped.
-        """
-        tick, end = ticks.tick_of(flow_run), None if job.trigger is None else job.trigger.end_time
-        if tick is None or end is None or tick <= end:
-            return False
-        others = self._hand.siblings(flow_run)
-        is_before = any(other.tick < tick and not other.life.has_begun for other in others)
-        return is_before or self._timetable.owes(flow_run.deployment_id, end)
+        return job is None or job.max_concurrent is None or len(siblings) < job.max_concurrent + behind
 
     async def _handle(self, run: RunInHand) -> None:
         try:
@@ -454,14 +442,31 @@ class Dispatcher:
         match judgement.verdict:
             case Verdict.EARLY:
                 await self._client.delete_flow_run(run.flow_run.id)
-            case Verdict.END if self._ends_too_soon(run.flow_run, job):
+            case Verdict.END if await self._is_owed_before(run):
                 self._queue.put(run.flow_run)
+                self._queue.try_later(run.flow_run.id, time.monotonic())
             case Verdict.END:
                 self._deployments.end(job, judgement.reason)
                 self._timetable.end(job.deployment.id, job.slug)
             case Verdict.SKIP:
                 await self._runner.skip(run, job, judgement.reason)
         return judgement.verdict is not Verdict.RUN
+
+    async def _is_owed_before(self, run: RunInHand) -> bool:
+        """Return whether earlier ticks of a run's job are still to begin, here or on another node.
+
+        When the job ends Prefect deletes what is planned of it, and the ledger refuses what is claimed.
+        """
+        job_id, siblings = run.flow_run.deployment_id, self._hand.siblings(run.flow_run)
+        assert job_id is not None  # noqa: S101 - a tick has one
+        if any(other.tick < run.tick and not other.life.has_begun for other in siblings):
+            return True
+        if self._timetable.owes(job_id, run.tick - timedelta.resolution):
+            return True
+        begun = {other.flow_run.id for other in siblings if other.life.has_begun}
+        left = await runs_of(self._client, [job_id], NOT_BEGUN)
+        dues = [ticks.tick_of(one) for one in left if one.id not in begun]
+        return any(due is not None and due < run.tick for due in dues)
 
     async def run_now(self, flow_run: FlowRun) -> None:
         """Run a run that something other than a poll has claimed."""

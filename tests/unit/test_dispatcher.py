@@ -75,11 +75,10 @@ def test_a_run_that_is_put_back_has_its_successors_given_back():
     assert [run.life.deferred for run in (*runs, by_hand)] == [False, True, False, False]
 
 
-def choosing(limit, max_concurrent: int | None = 1, **trigger: Any):
+def choosing(limit, max_concurrent=1):
     """A dispatcher with so much room, of jobs that allow so many runs at once, and its queue."""
     dispatcher = new_dispatcher()
-    declared = TriggerConfiguration(**({"interval": 1} | trigger))
-    job: Any = SimpleNamespace(trigger=declared, max_concurrent=max_concurrent)
+    job: Any = SimpleNamespace(trigger="ours", max_concurrent=max_concurrent)
     dispatcher._deployments = SimpleNamespace(is_ending=lambda _: False, known=lambda _: job)
     dispatcher._hand = Hand(lambda _: job)
     dispatcher._membership = SimpleNamespace(may_run=lambda _: True)
@@ -127,41 +126,40 @@ def test_what_can_begin_goes_first():
     assert [run.life.deferred for run in runs] == [False, True]
 
 
-def test_a_tick_after_the_end_waits_for_those_before_it():
-    """It ends its job, and Prefect deletes what it has of that: a busy agent takes many ticks at once."""
-    dispatcher = choosing(limit=9, max_concurrent=None, end_time=NOON)
-    owed = True
-    dispatcher._timetable.owes = lambda *_: owed
-    last, after = tick(JOB, 0), tick(JOB, 1)
-    run = dispatcher._hand.take(last, None)
-
-    assert not dispatcher._may_start(after), "the last one is not claimed yet"
-    owed = False
-    assert not dispatcher._may_start(after), "nor has it begun"
-    run.life = Life(Phase.BEGUN)
-    assert dispatcher._may_start(after)
-    owed = True
-    assert not dispatcher._may_start(after), "one was lost, and is to be made anew"
-
-
-def test_a_tick_after_the_end_waits_also_if_its_job_was_not_known():
-    """As of those that an agent takes first: it ends nothing then, and is in the queue again."""
-    dispatcher = choosing(limit=9, max_concurrent=None, end_time=NOON)
-    job = dispatcher._deployments.known(None)
+@pytest.mark.parametrize("before", ["in hand", "to be made", "another node's", "begun", "none"])
+def test_a_tick_after_the_end_waits_for_those_before_it(monkeypatch, before):
+    """It ends its job, and what has not begun by then never does: a busy agent takes many ticks at once."""
+    dispatcher = new_dispatcher()
     ended: list[str] = []
     dispatcher._deployments.end = lambda _, reason: ended.append(reason)
-    job.deployment, job.slug = SimpleNamespace(id=JOB), "slug"
+    trigger = TriggerConfiguration(interval=1, end_time=NOON)
+    job: Any = SimpleNamespace(trigger=trigger, slug="slug", deployment=SimpleNamespace(id=JOB))
     dispatcher._node = SimpleNamespace(pool=lambda: SimpleNamespace(base_job_template={}))
     dispatcher._timetable = SimpleNamespace(
-        fell_into_pause=lambda _: False, owes=lambda *_: False, end=lambda *_: None
+        fell_into_pause=lambda _: False, owes=lambda *_: before == "to be made", end=lambda *_: None
     )
-    last, after = (dispatcher._hand.take(tick(JOB, seconds), None) for seconds in (0, 1))
+    after = dispatcher._hand.take(tick(JOB, 1), None)
+    at_prefect = [tick(JOB, 1), tick(JOB, 2), tick(JOB, -9, planned=False)]
+    if before in {"in hand", "begun"}:
+        last = dispatcher._hand.take(tick(JOB, 0), None)
+        last.life = Life(Phase.BEGUN if before == "begun" else Phase.CLAIMED)
+        at_prefect.append(last.flow_run)
+    if before == "another node's":
+        at_prefect.append(tick(JOB, 0))
 
+    async def runs_of(*_: object) -> list[Any]:
+        return at_prefect
+
+    monkeypatch.setattr(dispatcher_module, "runs_of", runs_of)
     assert asyncio.run(dispatcher._left_as_judged(after, job))
-    assert (ended, dispatcher._queue.firsts()) == ([], [after.flow_run])
-    last.life = Life(Phase.BEGUN)
-    assert asyncio.run(dispatcher._left_as_judged(after, job))
-    assert ended == ["the schedule ended at 2030-01-01T12:00:00+00:00"]
+
+    if before in {"begun", "none"}:
+        assert ended == ["the schedule ended at 2030-01-01T12:00:00+00:00"]
+    else:
+        assert ended == []
+        assert dispatcher._queue.firsts() == [after.flow_run]
+        assert dispatcher._queue.first(any_run, time.monotonic()) is None, "not at once again"
+        assert dispatcher._queue.first(any_run, time.monotonic() + 15) is after.flow_run
 
 
 class Client:
