@@ -46,7 +46,7 @@ from taskadapter.prefect_api.pool import Domain, password_of
 from taskadapter.services import (
     Declarable,
     Declared,
-    check_name,
+    check_pool,
     check_service,
     named,
     service_of,
@@ -83,7 +83,7 @@ class ListenerConfiguration(Declaration):
     @classmethod
     def _is_a_name(cls, name: str | None) -> str | None:
         if name is not None:
-            check_name(name, "work pool")
+            check_pool(name)
         return name
 
     @model_validator(mode="after")

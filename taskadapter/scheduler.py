@@ -40,7 +40,7 @@ from taskadapter.prefect_api.faults import explain
 from taskadapter.prefect_api.pool import PoolSize
 from taskadapter.prefect_api.ticks import create_tick, remake_ticks, remove_ticks, unfinished
 from taskadapter.rules import ticks
-from taskadapter.services import Declared, check_name
+from taskadapter.services import Declared, check_name, check_pool
 from taskadapter.settings import TaskadapterSettings, check_interval
 
 When = Civil | datetime | str
@@ -248,7 +248,7 @@ def _declare(job: Job, trigger: TriggerConfiguration, name: str | None) -> Decla
     cls = type(job)
     if name is None:
         name = f"{slugify(cls.__name__)}-{uuid4().hex[:8]}"
-    _check_name(name, "name", "job")
+    check_name(_text(name, "name"), "job")
     flow, fields = flows.job_flow(cls, cls.__name__, trigger), dump_state(job)
     _require_accepted(flow, fields)
     return Declared(name, flow, cls, trigger, parameters=fields)
@@ -516,11 +516,11 @@ async def aconfigure_worker_pool(
 def _pool(name: str | None) -> str:
     if name is None:
         return TaskadapterSettings().work_pool
-    _check_name(name, "work_pool", "work pool")
+    check_pool(_text(name, "work_pool"))
     return name
 
 
-def _check_name(name: object, parameter: str, what: str) -> None:
-    if not isinstance(name, str):
-        raise TaskError(f"{parameter}={shown(name)} must be a string; choose one, or leave it out.")
-    check_name(name, what)
+def _text(given: object, parameter: str) -> str:
+    if not isinstance(given, str):
+        raise TaskError(f"{parameter}={shown(given)} must be a string; choose one, or leave it out.")
+    return given

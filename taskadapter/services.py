@@ -278,6 +278,20 @@ def check_name(name: str, what: str) -> None:
         )
 
 
+def check_pool(name: str) -> None:
+    """Refuse a text that Prefect does not accept as the name of a work pool.
+
+    Raises:
+        DeclarationError: it is none, as for `check_name`; or one that Prefect keeps for itself.
+    """
+    check_name(name, "work pool")
+    if name.lower().startswith("prefect"):
+        raise DeclarationError(
+            f"{shown(name)} is no name for a work pool: those that begin with 'prefect' are Prefect's own; "
+            "choose another."
+        )
+
+
 def named(given: object) -> str:
     """Name what was given where something else was wanted: a repr has an address, or a user's values."""
     if isinstance(given, Flow):

@@ -325,7 +325,9 @@ def test_an_option_that_no_flow_has(source, options, said):
     assert refused(declare).startswith(f"service 'job-1': {said}")
 
 
-@pytest.mark.parametrize("pool", ["", " ", "a/b", "a\n", "x" * 256, "a#b", "a?b", ".", ".."])
+@pytest.mark.parametrize(
+    "pool", ["", " ", "a/b", "a\n", "x" * 256, "a#b", "a?b", ".", "..", "prefect", "Prefect-jobs"]
+)
 def test_what_is_no_name_of_a_work_pool(pool):
     """Nor can anybody ask for a name that is cut short, or is a path, where it is part of an address."""
     assert "is no name for a work pool" in refused(listener, work_pool=pool)
