@@ -72,7 +72,7 @@ def look_at_database(
         return [error(f"{source}: {fault}")], Facts()
     try:
         facts = _read(engine, seen)
-        if not is_named and seen is not None and (others := _others(seen.workers, facts.status)):
+        if not is_named and seen is not None and (others := _others(seen, facts.status)):
             return [_not_named(engine, others)], Facts()
         found = list(_findings(engine, facts, seen))
         if seen is not None and facts.lasts:
@@ -176,11 +176,15 @@ def _silent(seen: Seen, groups: list[str], status: Status) -> Iterator[Finding]:
             )
 
 
-def _others(workers: list[Worker], status: Status) -> list[Worker]:
-    """Return the workers that poll a pool, where no node of it is in the database."""
-    nodes = {node.task_id for node in status.nodes}
-    others = strangers(workers, nodes)
-    return others if nodes.isdisjoint(worker.name for worker in workers if polls(worker)) else []
+def _others(seen: Seen, status: Status) -> list[Worker]:
+    """Return the workers that poll a pool, where none of them shows life in the database.
+
+    Their names may stand in an old one.
+    """
+    within = liveness_of(seen.pool)
+    polling = [worker for worker in seen.workers if polls(worker)]
+    living = {node.task_id for node in status.nodes if node.lives(within)}
+    return polling if living.isdisjoint(worker.name for worker in polling) else []
 
 
 def _not_named(engine: Engine, others: list[Worker]) -> Finding:

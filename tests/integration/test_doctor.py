@@ -692,8 +692,9 @@ def a_job_that_may_not_run(system: System) -> None:
 def a_shell_without_the_setting(system: System) -> None:
     system.patch.delenv(f"{SETTING}DATABASE_URL")
     old = f"sqlite:///{system.folder / 'old.db'}"
-    with open_engine(old).connect() as connection:
-        create_missing(connection)
+    make_tables(old, system.pool)
+    with transaction(open_engine(old)) as connection:
+        connection.execute(text("UPDATE taskadapter_node SET last_seen = '2020-01-01 00:00:00.000'"))
     system.patch.setattr(TaskadapterSettings, "default_database_url", lambda _: old)
 
 
