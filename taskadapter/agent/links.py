@@ -23,6 +23,9 @@ from taskadapter.execution.assignment import LEAVE_SECONDS, Assignment
 ANSWER_SECONDS = 10.0
 """How long the nursery may take to fork a process, or to tell of its end, before it is replaced."""
 
+HOOKS_SECONDS = 60.0
+"""How long the hooks of a run may take whose own process is gone."""
+
 LAST_WORDS_SECONDS = 0.2
 """What a process has said is read within this after its end, though others still hold its socket."""
 
@@ -120,8 +123,10 @@ class HostLink:
 
     async def run_hooks(self, assignment: Assignment, state: State[Any]) -> None:
         """Have the process run the hooks for ``state`` of a run whose own process is gone."""
-        async for _ in self._assign(protocol.RunHooks(assignment=assignment, state=state)):
-            break
+        with contextlib.suppress(TimeoutError):  # what hangs would keep its job's place
+            async with asyncio.timeout(HOOKS_SECONDS):
+                async for _ in self._assign(protocol.RunHooks(assignment=assignment, state=state)):
+                    break
         await self._end_of(is_leaving=True)
 
     async def _end_of(self, *, is_leaving: bool) -> protocol.Gone:
@@ -212,8 +217,15 @@ class HostLink:
 
     def _in_words(self, ending: protocol.Gone) -> str:
         if ending.exit_code < 0:
-            return f"process {self.pid} was ended by {signal.Signals(-ending.exit_code).name}"
+            return f"process {self.pid} was ended by {_name_of(-ending.exit_code)}"
         return f"process {self.pid} exited with status {ending.exit_code}"
+
+
+def _name_of(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
 
 
 async def writer_to(link: socket.socket) -> asyncio.StreamWriter:

@@ -285,7 +285,7 @@ def _recovered(done: Step, now: float) -> Step:
 
 def _failed(done: Step, event: Failed, now: float) -> Step:
     if event.duplicate_age is not None:
-        return _duplicate(_recovered(done, now), event.reason, event.duplicate_age, now)
+        return _duplicate(_recovered(done, now), event, event.duplicate_age, now)
     lease = done.lease
     faults = lease.faults + 1
     # Heartbeats between two tries succeed, and it would be told again and again that all is well.
@@ -309,16 +309,23 @@ def _failed(done: Step, event: Failed, now: float) -> Step:
     return done.then(failing, warning="" if is_known or event.reason == lease.fault else event.reason)
 
 
-def _duplicate(done: Step, reason: str, age: float, now: float) -> Step:
-    """Wait for a dead predecessor to become stale, but give way to one that shows signs of life."""
-    lease, timing = done.lease, done.lease.timing
+def _duplicate(done: Step, event: Failed, age: float, now: float) -> Step:
+    """Wait for a dead predecessor to become stale, but give way to one that shows signs of life.
+
+    Its age was read at some time between the call and the answer, which may have been long in coming.
+    """
+    lease, timing, reason = done.lease, done.lease.timing, event.reason
     stale_at = now - age + timing.liveness_check_interval
+    earliest = event.call.sent_at - age + timing.liveness_check_interval
     first = lease.other_stale_at
     waiting = replace(
-        lease, call=None, abandoned=False, other_stale_at=stale_at if first is None else first
+        lease,
+        call=None,
+        abandoned=False,
+        other_stale_at=stale_at if first is None else min(first, stale_at),
     )
     # What the clocks of two looks differ by is less than what a heartbeat adds.
-    if first is not None and stale_at - first > timing.heartbeat_frequency / 2:
+    if first is not None and earliest - first > timing.heartbeat_frequency / 2:
         done = _lose_all(done.then(replace(waiting, stopped=True)), reason)
         return done.then(done.lease, Refused(reason))  # whoever hears it says it, and ends
     next_beat = min(now + timing.heartbeat_frequency, max(now, stale_at) + _GRACE)

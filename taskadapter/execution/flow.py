@@ -167,5 +167,6 @@ def _as_flow(
                 await asyncio.to_thread(attempts.succeeded, subject, result)
                 return result
 
-    options = {"log_prints": True, **options}
+    # The listener has the retries: Prefect's, which a setting may ask for, would follow the run's end.
+    options = {"log_prints": True, "retries": 0, "retry_delay_seconds": 0, **options}
     return flow(name=name, **options)(run_async if is_async else run)

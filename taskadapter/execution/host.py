@@ -95,6 +95,7 @@ class Host:
 
     def __init__(self, agent: socket.socket, warm: contextlib.ExitStack | None) -> None:
         self._agent = agent
+        self._agent.settimeout(None)  # a module that is imported ahead may have set one for all sockets
         self._warm = warm
         self._inbox: queue.SimpleQueue[protocol.Run | protocol.RunHooks] = queue.SimpleQueue()
         self._dropped = threading.Event()
@@ -107,9 +108,9 @@ class Host:
         threading.Thread(target=self._listen, name="listen", daemon=True).start()
         self._tell(protocol.Ready(pid=os.getpid()))
         order = self._inbox.get()
-        if workspace.needs_interpreter(order.assignment.workspace):
-            self._start_afresh(order.assignment)
         try:
+            if workspace.needs_interpreter(order.assignment.workspace):
+                self._start_afresh(order.assignment)
             self._carry_out(order)
         except BaseException as exc:  # noqa: BLE001 - the agent reports it
             self._tell(_crashed(exc))
@@ -176,11 +177,11 @@ class Host:
         if self._warm is not None and workspace.changes_settings(assignment.workspace):
             self._warm.close()
             self._warm = None
-        workspace.enter(assignment.workspace)
-        if self._warm is None:
-            self._warm = contextlib.ExitStack()
-            self._warm.enter_context(connected())
         try:
+            workspace.enter(assignment.workspace)
+            if self._warm is None:
+                self._warm = contextlib.ExitStack()
+                self._warm.enter_context(connected())
             flow = workspace.load(assignment)
         except Exception as exc:  # noqa: BLE001 - the user's modules may raise anything
             line, text = workspace.shown(exc)
@@ -247,7 +248,11 @@ def _conclude(
         case Begun():
             is_told = _is_told(state) and not _was_spoilt(execution, state)
             end = state if is_told else execution.untold
-            if end is not None and execution.outcome is None:
+            # What a body returns may have failed: its tasks, for example, which the engine waits for.
+            is_corrected = (
+                is_told and execution.outcome == "Completed" and state is not None and state.is_failed()
+            )
+            if end is not None and (execution.outcome is None or is_corrected):
                 is_own = not (execution.has_waited and _has_timed_out(end)) and not _is_api_fault(end)
                 is_failure = end.is_failed() and is_own
                 with contextlib.suppress(CoordinationError, TokenLostError):

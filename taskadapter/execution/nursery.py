@@ -22,8 +22,10 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import httpx
 from prefect.client.orchestration import get_client
@@ -196,7 +198,16 @@ class Nursery:
                 self._become_a_run(nursery, link)
             self._runs.add(pid)
 
-    def _become_a_run(self, nursery: int, agent: socket.socket) -> None:
+    def _become_a_run(self, nursery: int, agent: socket.socket) -> NoReturn:
+        """Be the process of a run: whatever happens in it, it goes on with nothing of the nursery's."""
+        try:
+            self._leave_to(nursery, agent)
+        except BaseException:  # noqa: BLE001 - its end would be the nursery's, which ends all runs
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+
+    def _leave_to(self, nursery: int, agent: socket.socket) -> None:
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGCHLD, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
@@ -209,8 +220,8 @@ class Nursery:
         _prctl(_SET_CHILD_SUBREAPER, 1)
         _prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
         if os.getppid() == nursery:
+            make_random_anew()
             Host(agent, self._warm).serve()
-        os._exit(1)
 
     def _reap(self) -> None:
         """Take note of every process that has ended, and end what it has left."""
@@ -241,6 +252,12 @@ class Nursery:
             self._end_orphans()
             list(_ended())
             time.sleep(0.01)
+
+
+def make_random_anew() -> None:
+    """Have numpy draw other numbers than each other process does; Python sees to its own generator."""
+    if (generator := sys.modules.get("numpy.random")) is not None:
+        generator.seed()
 
 
 def _ended() -> Iterator[tuple[int, int]]:

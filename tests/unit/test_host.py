@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ from prefect.client.schemas.objects import State
 from prefect.states import Cancelled, Completed, Failed
 
 from taskadapter.coordination.executions import Begun
-from taskadapter.execution import host, protocol
+from taskadapter.execution import host, protocol, workspace
 from taskadapter.execution.current import Execution
 from tests.unit.test_hosts import ASSIGNMENT
 
@@ -57,6 +59,42 @@ def test_a_body_that_has_succeeded_is_not_too_slow(failures, outcome, state, end
     """To enter that took more than was left: what is entered is told."""
     assert host._conclude(execution(outcome=outcome), state, None) == end
     assert failures == []
+
+
+def test_a_body_whose_tasks_have_failed_has_failed(failures):
+    """What it returns the engine waits for: the ledger has that it has returned."""
+    end = host._conclude(execution(outcome="Completed"), Failed(message="1/2 states failed."), None)
+    assert end == protocol.Told()
+    assert failures == [True]
+
+
+@pytest.mark.parametrize("step", ["enter", "load"])
+def test_what_is_not_here_may_be_on_another_node(monkeypatch, step):
+    """A folder, or a file: the agent asks whether one has it."""
+
+    def lack(_: object) -> None:
+        raise FileNotFoundError(2, "No such file or directory", "/no/such")
+
+    agent, ours = socket.socketpair()
+    with agent, ours:
+        process = host.Host(ours, ExitStack())
+        told: list[protocol.Report] = []
+        monkeypatch.setattr(process, "_tell", told.append)
+        monkeypatch.setattr(workspace, "enter", lambda _: None)
+        monkeypatch.setattr(workspace, step, lack)
+        process._carry_out(protocol.Run(assignment=ASSIGNMENT))
+    (report,) = told
+    assert isinstance(report, protocol.Unloadable)
+    assert "/no/such" in report.fault
+
+
+def test_no_timeout_of_a_users_module_ends_the_talk_with_the_agent():
+    """One that is imported ahead may set it for all sockets."""
+    agent, ours = socket.socketpair()
+    with agent, ours:
+        ours.settimeout(2.0)
+        host.Host(ours, None)
+        assert ours.gettimeout() is None
 
 
 def test_what_was_too_slow_before_its_body_is_given_back():

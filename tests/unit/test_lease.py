@@ -528,6 +528,18 @@ class TestName:
         assert node.said == []  # whoever hears it ends, and says why
         assert node.lease.wake_at() == float("inf")
 
+    @pytest.mark.parametrize("took", [(0.8, 0.0), (0.0, 0.8), (0.8, 0.8)])
+    def test_an_answer_that_was_long_in_coming_is_no_sign_of_life(self, took: tuple[float, float]) -> None:
+        """The age was read at some time between the call and its answer, in each look at another one."""
+        node, now = Node(), START
+        for seconds in took:
+            node.tell(TimePassed(), now)
+            assert node.fail(now + seconds, "in use", age=4.0 + now - START) == ()
+            now += seconds + 1
+        node.tell(TimePassed(), now)
+        node.fail(now, "in use", age=4.0 + now - START)
+        assert node.lease.other_stale_at == pytest.approx(START + 2)
+
     @pytest.mark.parametrize(("moves", "lives"), [(0.5, False), (0.51, True)])
     def test_what_two_clocks_differ_by_is_no_sign_of_life(self, moves: float, lives: bool) -> None:
         """Less than half a heartbeat, counted from the first look."""

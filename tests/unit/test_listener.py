@@ -12,7 +12,11 @@ from uuid import UUID, uuid4
 import httpx
 import pytest
 from prefect import Flow, task
-from prefect.settings import PREFECT_SERVER_SERVICES_SCHEDULER_MAX_RUNS, temporary_settings
+from prefect.settings import (
+    PREFECT_FLOWS_DEFAULT_RETRIES,
+    PREFECT_SERVER_SERVICES_SCHEDULER_MAX_RUNS,
+    temporary_settings,
+)
 
 from taskadapter import (
     ErrorPolicy,
@@ -323,6 +327,14 @@ def test_an_option_that_no_flow_has(source, options, said):
         return listener().service("job-1", **options)(source)
 
     assert refused(declare).startswith(f"service 'job-1': {said}")
+
+
+def test_prefect_retries_no_run_of_a_listeners():
+    """Also where a setting would have it retry all flows: the job would have ended by then."""
+    on = listener()
+    with temporary_settings({PREFECT_FLOWS_DEFAULT_RETRIES: 2}):
+        on.service("job-1")(check_inbox)
+    assert on.services["job-1"].flow.retries == 0
 
 
 @pytest.mark.parametrize(

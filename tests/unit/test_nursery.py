@@ -3,6 +3,7 @@
 import os
 import socket
 import sys
+from types import SimpleNamespace
 
 import pytest
 from pydantic import SecretStr
@@ -112,3 +113,27 @@ def test_a_fork_that_the_system_refuses(monkeypatch, idle):
         assert protocol.first(kept.recv(1000)) == protocol.Unforked(fault=fault)
         assert kept.recv(1) == b""
         assert not idle._runs
+
+
+def test_a_process_that_cannot_go_on_is_that_run_alone(monkeypatch, idle, capsys):
+    """An error that left it would be the nursery's, in a copy of it that ends all runs."""
+    ended: list[int] = []
+
+    def leave_to(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(idle, "_leave_to", leave_to)
+    monkeypatch.setattr(os, "_exit", ended.append)
+    idle._become_a_run(0, None)
+    assert ended == [1]
+    assert "RuntimeError: can't start new thread" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_no_two_runs_draw_the_same_numbers(monkeypatch, is_there):
+    """A generator that was imported ahead is the same in each process that is forked."""
+    seeded: list[bool] = []
+    generator = SimpleNamespace(seed=lambda: seeded.append(True)) if is_there else None
+    monkeypatch.setitem(sys.modules, "numpy.random", generator)
+    nursery.make_random_anew()
+    assert seeded == [True] * is_there
