@@ -155,7 +155,8 @@ def fenced(connection: Connection) -> None:
 
     It locks the token's row in that transaction: no other node can take the token over before the
     transaction ends, and a node that was paused while it lost the token cannot write after its
-    successor. On PostgreSQL the server ends the transaction if it is idle for longer than the lease.
+    successor. On PostgreSQL the server ends the transaction if it is idle for longer than the lease. On
+    SQLite no node can write a heartbeat meanwhile: a transaction that is longer than that ends the run.
 
     Args:
         connection: of SQLAlchemy, to the coordination database, in a transaction.
