@@ -248,10 +248,7 @@ def _conclude(
         case Begun():
             is_told = _is_told(state) and not _was_spoilt(execution, state)
             end = state if is_told else execution.untold
-            # What a body returns may have failed: its tasks, for example, which the engine waits for.
-            is_corrected = (
-                is_told and execution.outcome == "Completed" and state is not None and state.is_failed()
-            )
+            is_corrected = is_told and execution.outcome == "Completed" and _has_returned_failures(state)
             if end is not None and (execution.outcome is None or is_corrected):
                 is_own = not (execution.has_waited and _has_timed_out(end)) and not _is_api_fault(end)
                 is_failure = end.is_failed() and is_own
@@ -304,6 +301,17 @@ def _was_spoilt(execution: current.Execution, state: State[Any] | None) -> bool:
     The API could not be told of it; or to enter it took more than was left of the timeout.
     """
     return execution.outcome == "Completed" and (_is_api_fault(state) or _has_timed_out(state))
+
+
+def _has_returned_failures(state: State[Any] | None) -> bool:
+    """Return whether a body has returned what has failed, as tasks, which the engine waits for.
+
+    What fails after that is no failure of the job's: the engine tells the error of it then.
+    """
+    if state is not None and state.is_failed():
+        with contextlib.suppress(Exception):
+            return not isinstance(state.result(raise_on_failure=False), BaseException)
+    return False
 
 
 def _is_api_fault(state: State[Any] | None) -> bool:

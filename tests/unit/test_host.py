@@ -61,11 +61,14 @@ def test_a_body_that_has_succeeded_is_not_too_slow(failures, outcome, state, end
     assert failures == []
 
 
-def test_a_body_whose_tasks_have_failed_has_failed(failures):
-    """What it returns the engine waits for: the ledger has that it has returned."""
-    end = host._conclude(execution(outcome="Completed"), Failed(message="1/2 states failed."), None)
-    assert end == protocol.Told()
-    assert failures == [True]
+@pytest.mark.parametrize(
+    ("data", "counts"), [([Failed(), Completed()], True), (OSError("no storage"), False)]
+)
+def test_a_body_whose_tasks_have_failed_has_failed(failures, data, counts):
+    """What it returns the engine waits for, after the ledger has that it has returned; that is all."""
+    state: State[Any] = Failed(message="1/2 states failed.", data=data)
+    assert host._conclude(execution(outcome="Completed"), state, None) == protocol.Told()
+    assert failures == [True] * counts
 
 
 @pytest.mark.parametrize("step", ["enter", "load"])
