@@ -35,6 +35,7 @@ from taskadapter.agent.runs import Phase
 from taskadapter.agent.succession import Succession
 from taskadapter.agent.timetable import Timetable
 from taskadapter.coordination.messages import Token
+from taskadapter.declare.triggers import TriggerConfiguration
 from taskadapter.errors import CoordinationError, DeclarationError
 from taskadapter.prefect_api.client import API_FAULTS, in_words
 from taskadapter.prefect_api.deployments import is_on
@@ -442,9 +443,10 @@ class Dispatcher:
         match judgement.verdict:
             case Verdict.EARLY:
                 await self._client.delete_flow_run(run.flow_run.id)
-            case Verdict.END if await self._is_owed_before(run):
+            case Verdict.END if await self._is_owed_before(run, job.trigger):
                 self._queue.put(run.flow_run)
                 self._queue.try_later(run.flow_run.id, time.monotonic())
+                self._look_for(News(Kind.WAITS, run.flow_run.id))
             case Verdict.END:
                 self._deployments.end(job, judgement.reason)
                 self._timetable.end(job.deployment.id, job.slug)
@@ -452,7 +454,7 @@ class Dispatcher:
                 await self._runner.skip(run, job, judgement.reason)
         return judgement.verdict is not Verdict.RUN
 
-    async def _is_owed_before(self, run: RunInHand) -> bool:
+    async def _is_owed_before(self, run: RunInHand, trigger: TriggerConfiguration) -> bool:
         """Return whether earlier ticks of a run's job are still to begin, here or on another node.
 
         When the job ends Prefect deletes what is planned of it, and the ledger refuses what is claimed.
@@ -465,8 +467,10 @@ class Dispatcher:
             return True
         begun = {other.flow_run.id for other in siblings if other.life.has_begun}
         left = await runs_of(self._client, [job_id], NOT_BEGUN)
-        dues = [ticks.tick_of(one) for one in left if one.id not in begun]
-        return any(due is not None and due < run.tick for due in dues)
+        dues = filter(None, (ticks.tick_of(one) for one in left if one.id not in begun))
+        return any(
+            due < run.tick and ticks.judge(trigger, due).verdict is not Verdict.EARLY for due in dues
+        )
 
     async def run_now(self, flow_run: FlowRun) -> None:
         """Run a run that something other than a poll has claimed."""

@@ -68,6 +68,7 @@ RETRIED = """
 
 FAILING = """
     from ledger import note
+    from prefect import task
     from taskadapter import ErrorPolicy, Listener, TaskPolicy, TriggerConfiguration, current_run
 
     def fail(name):
@@ -95,6 +96,15 @@ FAILING = """
         note("mended", "ran", number=current_run().count)
         if current_run().count == 1:
             raise ValueError("not mended yet")
+
+    @task
+    def failing() -> None:
+        raise ValueError("as always")
+
+    @listener(max_concurrent=1).service("left-to-a-task")
+    def left_to_a_task() -> list[object]:
+        note("left-to-a-task", "ran")
+        return [failing.submit()]
 
     @listener(2, max_concurrent=1).service("twice")
     def twice() -> None:
@@ -307,6 +317,18 @@ def test_an_error_ends_the_job(project: Project, prefect: Prefect, job: str, is_
     log = prefect.wait_for_logs(first, "as always")
     said = f"The job ends on all nodes; `taskadapter restart {job}` starts it again."
     assert any(said in line for line in log) == is_logged
+
+
+def test_a_task_that_fails_after_the_body_has_returned_it(project: Project, prefect: Prefect) -> None:
+    """The engine waits for it, and what it comes to the run does, in the ledger, too: the job ends."""
+    job = "left-to-a-task"
+    prefect.wait_for_put_away(job)
+    (run,) = prefect.executed(job)
+
+    assert state_of(prefect.wait_for_end(run)).name == "Failed"
+    (line,) = json.loads(project.taskadapter("ledger", job, "--json"))
+    assert line["outcome"] == "Failed"
+    assert "The job is over: run 1 failed" in project.taskadapter("ledger", job)
 
 
 def test_an_error_ends_a_job_that_runs_one_at_a_time_at_once(project: Project, prefect: Prefect) -> None:

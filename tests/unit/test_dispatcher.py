@@ -24,7 +24,7 @@ from taskadapter.coordination.messages import Token
 from taskadapter.declare.triggers import TriggerConfiguration
 from taskadapter.errors import CoordinationError, DeclarationError
 from taskadapter.rules.ticks import tick_key
-from tests.unit.given import JOB, LOG, NOON, node, tick, until
+from tests.unit.given import JOB, LOG, NOON, SECOND, node, tick, until
 
 
 def new_dispatcher(look_for: Any = lambda _: None) -> Any:
@@ -126,13 +126,16 @@ def test_what_can_begin_goes_first():
     assert [run.life.deferred for run in runs] == [False, True]
 
 
-@pytest.mark.parametrize("before", ["in hand", "to be made", "another node's", "begun", "none"])
+@pytest.mark.parametrize(
+    "before", ["in hand", "to be made", "another node's", "begun", "before the start", "none"]
+)
 def test_a_tick_after_the_end_waits_for_those_before_it(monkeypatch, before):
     """It ends its job, and what has not begun by then never does: a busy agent takes many ticks at once."""
-    dispatcher = new_dispatcher()
+    news: list[News] = []
+    dispatcher = new_dispatcher(news.append)
     ended: list[str] = []
     dispatcher._deployments.end = lambda _, reason: ended.append(reason)
-    trigger = TriggerConfiguration(interval=1, end_time=NOON)
+    trigger = TriggerConfiguration(interval=1, start_time=NOON - 2 * SECOND, end_time=NOON)
     job: Any = SimpleNamespace(trigger=trigger, slug="slug", deployment=SimpleNamespace(id=JOB))
     dispatcher._node = SimpleNamespace(pool=lambda: SimpleNamespace(base_job_template={}))
     dispatcher._timetable = SimpleNamespace(
@@ -146,6 +149,8 @@ def test_a_tick_after_the_end_waits_for_those_before_it(monkeypatch, before):
         at_prefect.append(last.flow_run)
     if before == "another node's":
         at_prefect.append(tick(JOB, 0))
+    if before == "before the start":
+        at_prefect.append(tick(JOB, -3))
 
     async def runs_of(*_: object) -> list[Any]:
         return at_prefect
@@ -153,10 +158,11 @@ def test_a_tick_after_the_end_waits_for_those_before_it(monkeypatch, before):
     monkeypatch.setattr(dispatcher_module, "runs_of", runs_of)
     assert asyncio.run(dispatcher._left_as_judged(after, job))
 
-    if before in {"begun", "none"}:
+    if before in {"begun", "before the start", "none"}:
         assert ended == ["the schedule ended at 2030-01-01T12:00:00+00:00"]
     else:
         assert ended == []
+        assert news == [News(Kind.WAITS, after.flow_run.id)], "they may not be known here"
         assert dispatcher._queue.firsts() == [after.flow_run]
         assert dispatcher._queue.first(any_run, time.monotonic()) is None, "not at once again"
         assert dispatcher._queue.first(any_run, time.monotonic() + 15) is after.flow_run
