@@ -232,16 +232,18 @@ def only_run(project: Project, prefect: Prefect, job: str) -> FlowRun:
 def assert_waited(
     project: Project, prefect: Prefect, run: FlowRun, job: str, expected: list[float]
 ) -> None:
-    """Each wait was announced as declared, and lasted no shorter; longer it is on a busy machine."""
+    """Each wait was announced as declared, and lasted no shorter; longer it is on a busy machine.
+
+    The server says when it was told of a wait, which is somewhat later than that was decided.
+    """
     times = [entry.at for entry in project.entries(job, "attempt")]
-    actual = [later - earlier for earlier, later in itertools.pairwise(times)]
-    announced = [
-        (state.state_details.scheduled_time - state.timestamp).total_seconds()
-        for state in prefect.history(run)
-        if state.name == "AwaitingRetry" and state.state_details.scheduled_time is not None
-    ]
-    assert all(wanted <= real for real, wanted in zip(actual, expected, strict=True)), actual
-    assert announced == pytest.approx(expected, abs=0.4)
+    states = [state for state in prefect.history(run) if state.name == "AwaitingRetry"]
+    assert len(times) - 1 == len(states) == len(expected)
+    for state, wanted, (before, after) in zip(states, expected, itertools.pairwise(times), strict=True):
+        assert state.state_details.scheduled_time is not None
+        due = state.state_details.scheduled_time.timestamp()
+        assert before + wanted <= due <= after + 0.05
+        assert due <= state.timestamp.timestamp() + wanted + 0.05
 
 
 @pytest.mark.parametrize("job", ["recovers", "async-recovers"])
