@@ -514,16 +514,16 @@ def test_missed_ticks_of_a_pause_are_run(play: Play) -> None:
 
 
 def test_missed_ticks_of_a_pause_are_ignored(play: Play) -> None:
-    """IGNORE skips the two ticks that fell into the pause, and runs as many as its maximum says."""
+    """IGNORE skips the ticks that fell into the pause, and runs as many as its maximum says."""
     play.project.wait_for("paused-IGNORE", "began", 4)
     play.wait_for_end("paused-IGNORE")
 
     first, *_ = dues = play.dues("paused-IGNORE")
     paused, resumed = play.times["paused"], play.times["resumed-IGNORE"]
     missed = [number for number in range(9) if paused < first + 5 * number <= resumed]
-    assert len(missed) == 2
+    assert 1 <= len(missed) <= 2  # two, unless it took three seconds to pause
     assert_ticks(dues, ticks(first, 5, [number for number in range(9) if number not in missed][:4]))
-    early = [moment for moment in play.wait_for_skipped("paused-IGNORE", 2) if moment < dues[-1]]
+    early = [moment for moment in play.wait_for_skipped("paused-IGNORE", len(missed)) if moment < dues[-1]]
     assert_ticks(early, ticks(first, 5, missed))
     assert_paused(play, "IGNORE")
 
@@ -587,17 +587,24 @@ def test_doubling_retries_of_a_long_interval(play: Play) -> None:
 
 
 def assert_attempts(play: Play, name: str, moments: list[float], *, runs: int, interval: float) -> None:
-    """Each tick made its attempts at these seconds after its time, none early."""
-    wait_until(lambda: len(play.began(name)) >= runs * len(moments), PATIENCE, f"attempts of {name}")
+    """Each tick made its attempts at these seconds after its time, none early.
+
+    The last one is not made where a machine is so slow that it would begin with the next tick.
+    """
+    wait_until(lambda: len(executed(play, name)) >= runs, PATIENCE, f"the runs of {name}")
     final = [state_of(play.prefect.wait_for_end(run)).name for run in executed(play, name)]
     assert final == ["Failed"] * runs
-    start = play.scheduled[name]["start"]
-    entries = play.began(name)
-    assert [entry["attempt"] for entry in entries] == [*range(1, len(moments) + 1)] * runs
-    expected = [start + n * interval + moment for n in range(runs) for moment in moments]
-    late = [entry.at - at for entry, at in zip(entries, expected, strict=True)]
-    assert min(late) >= 0
-    assert max(late) < PROMPT, late
+    for number in range(runs):
+        begins = play.scheduled[name]["start"] + number * interval
+        entries = [entry for entry in play.began(name) if entry["count"] == number + 1]
+        made = len(entries)
+        assert [entry["attempt"] for entry in entries] == [*range(1, made + 1)]
+        late = [entry.at - begins - moment for entry, moment in zip(entries, moments[:made], strict=True)]
+        assert min(late) >= 0
+        assert max(late) < PROMPT, late
+        if made < len(moments):
+            assert made == len(moments) - 1
+            assert entries[-1].at + moments[made] - moments[made - 1] > begins + interval - 0.5
 
 
 def test_ticks_overlap_where_nothing_prevents_it(play: Play) -> None:
