@@ -155,9 +155,10 @@ class Hand:
 
     def call_off(self, job_id: UUID, reason: str, which: Which = any_run) -> None:
         """Have no tick of a job begin any more, or none of some; one that was claimed is Skipped."""
-        for run in self.those(lambda run: run.deployment_id == job_id and ticks.is_tick(run)):
-            if which(run.flow_run):
-                run.meet(runs.CalledOff(reason))
+        for run in self.those(
+            lambda run: run.deployment_id == job_id and ticks.is_tick(run) and which(run)
+        ):
+            run.meet(runs.CalledOff(reason))
 
     def cancel(self, run_id: UUID) -> None:
         """End a run that is to be cancelled, if it is going on here."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -15,7 +15,7 @@ from uuid import UUID
 
 import httpx
 from prefect.client.orchestration import PrefectClient
-from prefect.client.schemas.objects import FlowRun, StateType, WorkPool
+from prefect.client.schemas.objects import DeploymentSchedule, FlowRun, StateType, WorkPool
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.exceptions import ObjectNotFound
 from prefect.workers.base import BaseJobConfiguration, BaseVariables
@@ -167,11 +167,8 @@ class DeployedJob:
 
     def has_planned(self, flow_run: FlowRun) -> bool:
         """Return whether a run is a tick of the trigger's schedule, and not of another trigger's."""
-        return any(
-            ticks.is_of(flow_run, schedule.id)
-            for schedule in self.deployment.schedules
-            if schedule.slug == self.slug
-        )
+        own = (schedule for schedule in self.deployment.schedules if schedule.slug == self.slug)
+        return _is_of_any(flow_run, own)
 
     @property
     def policy(self) -> TaskPolicy:
@@ -405,21 +402,18 @@ class Deployments:
                 return
             await self._client.update_deployment_schedule(deployment.id, schedule.id, active=False)
         # It may have been deployed with another trigger, with which it goes on.
-        await self._skip_planned(
-            deployment, [one.id for one in deployment.schedules if one.slug != job.slug], reason
-        )
-
-    async def _skip_planned(
-        self, deployment: DeploymentResponse, others: Collection[UUID], reason: str
-    ) -> None:
-        """Show as skipped what is planned of a job, but not by some of its schedules."""
+        others = [schedule for schedule in deployment.schedules if schedule.slug != job.slug]
         for flow_run in await runs_of(self._client, [deployment.id], [StateType.SCHEDULED]):
-            is_others = any(ticks.is_of(flow_run, schedule_id) for schedule_id in others)
             # One that waits for its next attempt is Scheduled too.
-            if ticks.is_tick(flow_run) and flow_run.run_count == 0 and not is_others:
+            is_planned = ticks.is_tick(flow_run) and flow_run.run_count == 0
+            if is_planned and not _is_of_any(flow_run, others):
                 await self.teller.skip(flow_run, reason)
 
     async def wait_for_ends(self) -> None:
         """Wait until every job that is over has been put away, but not for an API that is away."""
         if self._ending:
             await asyncio.wait(self._ending.values(), timeout=SETTLE_SECONDS)
+
+
+def _is_of_any(flow_run: FlowRun, schedules: Iterable[DeploymentSchedule]) -> bool:
+    return any(ticks.is_of(flow_run, schedule.id) for schedule in schedules)

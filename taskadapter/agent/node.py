@@ -84,3 +84,8 @@ class Node:
 def queue_of(flow_run: FlowRun) -> str:
     """Return the name of a run's work queue: its group, or the queue of jobs that have none."""
     return flow_run.work_queue_name or DEFAULT_QUEUE
+
+
+def has_group(flow_run: FlowRun) -> bool:
+    """Return whether a run is of a group's job."""
+    return queue_of(flow_run) != DEFAULT_QUEUE

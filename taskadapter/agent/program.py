@@ -18,6 +18,7 @@ from uuid import UUID
 
 from prefect.logging import get_logger
 
+from taskadapter.agent.tasks import Tasks
 from taskadapter.agent.worker import WarmBackupWorker
 from taskadapter.declare.triggers import DEFAULT_QUEUE
 from taskadapter.errors import TaskError, innermost
@@ -72,8 +73,8 @@ class ProgramAgent:
         )
         self._parts: set[Part] = set()
         self._turn = asyncio.Lock()
-        self._leaving: set[asyncio.Task[None]] = set()
         self._log = get_logger("taskadapter")
+        self._tasks = Tasks(self._log)
         has_loop = threading.Event()
         # The thread must see the settings of whoever starts it, a test's temporary ones included.
         context = contextvars.copy_context()
@@ -129,10 +130,7 @@ class ProgramAgent:
             async with self._turn:
                 await self._take_off([part for part in parts if part in self._parts], drain_seconds)
 
-        leaving = asyncio.create_task(leave())
-        self._leaving.add(leaving)
-        leaving.add_done_callback(self._leaving.discard)
-        await asyncio.shield(leaving)
+        await asyncio.shield(self._tasks.spawn(leave()))
 
     async def _take_off(self, parts: Collection[Part], drain_seconds: float) -> None:
         """Take parts off; those of the last ones are over when the agent has ended."""

@@ -152,7 +152,9 @@ class Terms:
     async def hand_over(self, token: Token) -> None:
         """Start nothing more of a group, let its runs end, and give its token to a standby."""
         self._retire(token.group_id)
-        await self._drain(token.group_id)
+        await self._dispatcher.drain(
+            self._node.settings.drain_seconds, lambda run: queue_of(run) == token.group_id
+        )
         if self._membership.holds(token):  # else it was lost meanwhile, and perhaps gained anew
             self._membership.release(token.group_id)
 
@@ -200,9 +202,6 @@ class Terms:
         """Be active for a group no longer."""
         self._membership.retire(name)
         self._timetable.forget(name)
-
-    async def _drain(self, name: str) -> None:
-        await self._dispatcher.drain(self._node.settings.drain_seconds, lambda run: queue_of(run) == name)
 
 
 def _names(tokens: Sequence[Token]) -> str:

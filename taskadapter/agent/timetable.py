@@ -8,7 +8,6 @@ policy says.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
@@ -39,7 +38,7 @@ from taskadapter.agent.telling import Teller
 from taskadapter.coordination.executions import Entered
 from taskadapter.prefect_api.client import API_FAULTS, PAGE, is_gone, side_by_side
 from taskadapter.prefect_api.deployments import is_on, switched_on_at
-from taskadapter.prefect_api.ticks import create_tick
+from taskadapter.prefect_api.ticks import create_tick, delete_run
 from taskadapter.rules import ticks
 
 NEW = timedelta(seconds=5)
@@ -210,9 +209,9 @@ class Timetable:
         if line is not None and (tick := ticks.tick_of(flow_run)) is not None:
             line.settle(tick)
 
-    def owes(self, job_id: UUID | None, until: datetime) -> bool:
+    def owes(self, job_id: UUID, until: datetime) -> bool:
         """Return whether a tick of a job until some moment is still to be claimed, skipped or ended."""
-        line = self._lines.get(job_id) if job_id else None
+        line = self._lines.get(job_id)
         return line is not None and bool(line.owed(until))
 
     async def complete(
@@ -320,7 +319,7 @@ class Timetable:
             await self._teller.put_back(run, tick)
             return await self._client.read_flow_run(run.id)
         if _is_stranded(run) and not await self._has_begun(line.deployment_id, tick):
-            await self._delete(run)
+            await delete_run(self._client, run)
             return await create_tick(self._client, line.deployment_id, line.plan.schedule_id, tick)
         line.settle(tick)
         return None
@@ -340,12 +339,8 @@ class Timetable:
         )
         if claim.status is not SetStateStatus.ACCEPT:
             return False
-        await self._delete(run)
+        await delete_run(self._client, run)
         return True
-
-    async def _delete(self, run: FlowRun) -> None:
-        with contextlib.suppress(ObjectNotFound):  # another agent was quicker
-            await self._client.delete_flow_run(run.id)
 
     async def _open_lines(self, queues: Collection[str]) -> None:
         """Begin the lines of the jobs that have none yet, or a stale one."""

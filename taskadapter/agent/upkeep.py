@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from uuid import UUID
 
 from taskadapter.agent.hearing import Kind, News
-from taskadapter.agent.node import Node, queue_of
+from taskadapter.agent.node import Node, has_group, queue_of
 from taskadapter.agent.runs import Dropped
 from taskadapter.coordination import store
 from taskadapter.declare.triggers import DEFAULT_QUEUE
@@ -140,7 +140,7 @@ class Upkeep:
         """Begin nothing, and leave the groups of which nothing goes on here: what has begun may end."""
         if not self._membership.stands_back:
             self._node.log.error("This node cannot %s, and leaves its groups to others: %s", lack, why)
-            for run in self._hand.those(lambda run: queue_of(run) != DEFAULT_QUEUE):
+            for run in self._hand.those(has_group):
                 run.meet(Dropped())
             kept = self._membership.groups  # until what was about to begin has heard of it
         else:

@@ -41,7 +41,7 @@ from taskadapter.agent.jobs import Deployments, WarmBackupJobConfiguration, Warm
 from taskadapter.agent.lookout import Lookout
 from taskadapter.agent.looks import Pace
 from taskadapter.agent.membership import Membership
-from taskadapter.agent.node import Node, Share, queue_of
+from taskadapter.agent.node import Node, Share, has_group
 from taskadapter.agent.showing import Showing
 from taskadapter.agent.sight import Sight
 from taskadapter.agent.signals import at_a_signal
@@ -211,7 +211,7 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
             node,
             is_only=self._is_only,
             tell=self._on_change,
-            let_go=lambda: self._terms.let_go(lambda run: queue_of(run) != DEFAULT_QUEUE),
+            let_go=lambda: self._terms.let_go(has_group),
         )
         self._showing = Showing(node, self._membership)
         self._deployments = Deployments(

@@ -70,6 +70,10 @@ class Status:
     groups: tuple[GroupStatus, ...]
     nodes: tuple[NodeStatus, ...]
 
+    def living(self, within: float) -> set[str]:
+        """Return the names of the nodes that have shown that they live in so many seconds."""
+        return {node.task_id for node in self.nodes if node.lives(within)}
+
     def standing_by(self, within: float) -> dict[str, list[str]]:
         """Return of each group the nodes that would take it over: each may, whoever looks first.
 

@@ -85,8 +85,7 @@ class Executable(Validated, metaclass=_Declared):
     Declaring a class raises `DeclarationError` if it has no usable `execute`, an `__init__` that does
     not take its fields by name, a field whose type has no JSON form, or a field that holds a secret.
     Constructing an instance raises it if a value has no JSON form, or would not come back from it the
-    same. Private attributes (`_cache`) are
-    neither checked nor stored.
+    same. Private attributes (`_cache`) are neither checked nor stored.
     """
 
     # Arbitrary types are let through so that our own check can name the class and the field.

@@ -49,8 +49,7 @@ async def examine(pool_name: str | None, flows: Path, given: Path | None) -> Asy
         yield finding
     found, facts = ([], Facts()) if settings is None else await _database(settings, seen)
     if seen is not None:
-        within = liveness_of(seen.pool)
-        living = {node.task_id for node in facts.status.nodes if node.lives(within)}
+        living = facts.status.living(liveness_of(seen.pool))
         for finding in (*look_at_pool(seen, living), *look_at_jobs(seen.jobs, seen.others, facts.jobs)):
             yield finding
         if declared is not None:

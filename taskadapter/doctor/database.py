@@ -181,9 +181,8 @@ def _others(seen: Seen, status: Status) -> list[Worker]:
 
     Their names may stand in an old one.
     """
-    within = liveness_of(seen.pool)
     polling = [worker for worker in seen.workers if polls(worker)]
-    living = {node.task_id for node in status.nodes if node.lives(within)}
+    living = status.living(liveness_of(seen.pool))
     return polling if living.isdisjoint(worker.name for worker in polling) else []
 
 

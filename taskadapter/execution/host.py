@@ -308,17 +308,20 @@ def _has_returned_failures(state: State[Any] | None) -> bool:
 
     What fails after that is no failure of the job's: the engine tells the error of it then.
     """
-    if state is not None and state.is_failed():
-        with contextlib.suppress(Exception):
-            return not isinstance(state.result(raise_on_failure=False), BaseException)
-    return False
+    result = _result_of_failure(state)
+    return result is not None and not isinstance(result, BaseException)
 
 
 def _is_api_fault(state: State[Any] | None) -> bool:
+    return isinstance(_result_of_failure(state), API_FAULTS)
+
+
+def _result_of_failure(state: State[Any] | None) -> object:
+    """Return what a run failed with: an error, or what its body returned; None if that cannot be read."""
     if state is not None and state.is_failed():
         with contextlib.suppress(Exception):
-            return isinstance(state.result(raise_on_failure=False), API_FAULTS)
-    return False
+            return state.result(raise_on_failure=False)
+    return None
 
 
 def _parsed(line: str) -> protocol.Order | None:

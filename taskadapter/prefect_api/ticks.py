@@ -94,7 +94,7 @@ async def remove_ticks(client: PrefectClient, job_id: UUID, *, recurring_only: b
     """
     for flow_run in await _ticks_of_ours(client, job_id):
         if not recurring_only or _place(flow_run)[0] != ticks.ONCE:
-            await _delete(client, flow_run)
+            await delete_run(client, flow_run)
 
 
 async def remake_ticks(client: PrefectClient, job_id: UUID, schedule_id: UUID) -> None:
@@ -109,7 +109,7 @@ async def remake_ticks(client: PrefectClient, job_id: UUID, schedule_id: UUID) -
     """
     for flow_run in await _ticks_of_ours(client, job_id):
         of, due = _place(flow_run)
-        await _delete(client, flow_run)
+        await delete_run(client, flow_run)
         if of == str(schedule_id):
             await create_tick(client, job_id, schedule_id, due)
 
@@ -130,7 +130,7 @@ async def _end_planned(client: PrefectClient, job_id: UUID, reason: str) -> None
             with contextlib.suppress(ObjectNotFound):  # the run's, which is not that the job is gone
                 await client.set_flow_run_state(flow_run.id, ticks.skipped(reason), force=True)
         elif flow_run.state_name != "AwaitingRetry":  # that one has begun
-            await _delete(client, flow_run)
+            await delete_run(client, flow_run)
 
 
 async def _ticks_of_ours(client: PrefectClient, job_id: UUID) -> list[FlowRun]:
@@ -166,6 +166,7 @@ async def all_runs(client: PrefectClient, which: FlowRunFilter, **filters: Any) 
     )
 
 
-async def _delete(client: PrefectClient, flow_run: FlowRun) -> None:
+async def delete_run(client: PrefectClient, flow_run: FlowRun) -> None:
+    """Delete a run, unless somebody else was quicker."""
     with contextlib.suppress(ObjectNotFound):
         await client.delete_flow_run(flow_run.id)

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from taskadapter.agent.program import ProgramAgent
+from taskadapter.agent.tasks import Tasks
+from tests.unit.given import LOG
 
 
 def test_who_waits_no_longer_leaves_nothing_half_done():
@@ -20,7 +22,7 @@ def test_who_waits_no_longer_leaves_nothing_half_done():
         taken_off.append(parts)
 
     async def scenario() -> None:
-        agent._turn, agent._leaving, agent._parts = asyncio.Lock(), set(), {"one", "another"}
+        agent._turn, agent._tasks, agent._parts = asyncio.Lock(), Tasks(LOG), {"one", "another"}
         agent._take_off = take_off
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(agent._leave(["one"], 30.0), 0.001)
