@@ -52,10 +52,17 @@ class Owner:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a job's row is to allow of a tick: `max_count` of this trigger; 0 or less is no limit."""
+    """What a tick that begins has to keep to.
+
+    Attributes:
+        trigger_slug: names the trigger for which the job's row counts.
+        max_count: how many executions that allows; 0 or less is no limit.
+        too_late: why its policy does not let it begin any more; what has begun before was not too late.
+    """
 
     trigger_slug: str
     max_count: int = -1
+    too_late: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

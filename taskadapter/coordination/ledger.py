@@ -29,6 +29,7 @@ from taskadapter.coordination.executions import (
     Exhausted,
     Past,
     Paused,
+    Skipped,
     Taken,
     moment,
     times_asked,
@@ -59,7 +60,7 @@ def begin(connection: Connection, execution: Execution, owner: Owner, limits: Li
         connection: in a transaction; the body may begin once that has committed.
         execution: what begins.
         owner: who executes it.
-        limits: what the job's row is to allow.
+        limits: what a tick has to keep to.
 
     Raises:
         TokenLostError: the owner's token is not held any more.
@@ -104,7 +105,9 @@ def _refusal(job: JobRow, limits: Limits) -> Answer | None:
         return Ended(job.ended)
     if job.paused:
         return Paused()
-    return Exhausted() if 0 < limits.max_count <= job.count else None
+    if 0 < limits.max_count <= job.count:
+        return Exhausted()
+    return None if limits.too_late is None else Skipped(limits.too_late)
 
 
 def _again(

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, TypeVar
 
@@ -22,6 +23,8 @@ from taskadapter.declare.jobs import Service, dump_state, load_state
 from taskadapter.errors import CoordinationError, DatabaseUnavailableError, TaskError, TokenLostError
 from taskadapter.execution import current, protocol
 from taskadapter.execution.assignment import Assignment
+from taskadapter.rules import ticks
+from taskadapter.rules.ticks import Verdict
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -46,10 +49,11 @@ def begin(execution: Execution) -> Answer:
     from taskadapter.coordination import ledger
 
     assignment, had_begun = execution.assignment, False
-    limits = Limits(assignment.trigger_slug or "", assignment.max_count)
 
     def ask(connection: Connection) -> Answer:
         nonlocal had_begun
+        # It is judged each time: the database may have been away for longer than the policy allows.
+        limits = Limits(assignment.trigger_slug or "", assignment.max_count, _too_late(assignment))
         answer = ledger.begin(connection, assignment.execution, assignment.owner, limits)
         if had_begun and isinstance(answer, Taken) and _is_own(answer.entry, assignment):
             answer = Begun(answer.entry.number)
@@ -59,6 +63,19 @@ def begin(execution: Execution) -> Answer:
     answer = _answer(execution, ask)
     require_trust(assignment)
     return answer
+
+
+def _too_late(assignment: Assignment) -> str | None:
+    """Return why a tick that was claimed in time is not to begin now, by its policy."""
+    if assignment.trigger is None or not assignment.is_tick:
+        return None
+    judgement = ticks.judge(
+        assignment.trigger,
+        assignment.scheduled_time,
+        now=datetime.now(UTC),
+        waiting_time=assignment.waiting_time,
+    )
+    return judgement.reason if judgement.verdict is Verdict.SKIP else None
 
 
 def _is_own(entry: Entry, assignment: Assignment) -> bool:

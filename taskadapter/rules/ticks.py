@@ -223,7 +223,8 @@ def judge(
         now: when it could start; None for on time.
         waiting_time: seconds after which a tick is too late for the waiting policies that ignore it.
         paused: whether the job was paused when it was due: then those policies ignore it, late or not.
-        begun: whether it has begun before, on a node that was lost: then it was not too late.
+        begun: whether it may have begun before, on a node that was lost: then it was not too late, and the
+            ledger is to say.
 
     Returns:
         EARLY for what Prefect planned before ``start_time`` (no tick of the job: it leaves no trace);

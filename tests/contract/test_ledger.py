@@ -23,6 +23,7 @@ from taskadapter.coordination.executions import (
     Limits,
     Owner,
     Paused,
+    Skipped,
     Taken,
     asked_key,
 )
@@ -206,6 +207,23 @@ class TestOnce:
         again = begin(engine, tick(1), owner(NEXT))
         assert isinstance(again, Taken)
         assert (again.entry.number, again.entry.term) == (1, NEXT.term)
+
+    def test_what_has_not_begun_may_be_too_late(self, engine: Engine) -> None:
+        """It is not entered, and counts for nothing; what was in time once begins again at any time."""
+        late = replace(LIMITS, too_late="9 s late")
+        assert begin(engine, tick(1), limits=late) == Skipped("9 s late")
+        assert found_by(engine, tick(1)) == []
+
+        assert begin(engine, tick(2)) == Begun(1)
+        end(engine, tick(2), ABANDONED)
+        assert begin(engine, tick(2), limits=late) == Begun(1)
+        assert isinstance(begin(engine, tick(2), limits=late), Taken)
+
+    def test_a_job_that_is_over_says_so_before_a_tick_is_too_late(self, engine: Engine) -> None:
+        """Its end is why the tick does not begin, however late that is."""
+        with transaction(engine) as connection:
+            end_job(connection, JOB, "enough")
+        assert begin(engine, tick(1), limits=replace(LIMITS, too_late="9 s late")) == Ended("enough")
 
     def test_needs_the_token(self, engine: Engine) -> None:
         """Without the token nothing begins, and nothing is entered."""

@@ -5,12 +5,15 @@ from __future__ import annotations
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta, tzinfo
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from taskadapter.coordination import ledger, store
-from taskadapter.coordination.executions import Begun, Entry, Taken
+from taskadapter.coordination.executions import Begun, Entry, Skipped, Taken
+from taskadapter.declare.triggers import TaskPolicy, TriggerConfiguration, WaitingPolicy
 from taskadapter.errors import (
     AccessDeniedError,
     CoordinationError,
@@ -115,6 +118,32 @@ def test_what_was_entered_before_does_not_begin_again(monkeypatch):
     monkeypatch.setattr(store, "ask", ask)
     monkeypatch.setattr(store, "RETRY_SECONDS", 0)
     assert record.begin(Execution(ASSIGNMENT)) == Taken(entry)
+
+
+def test_a_tick_gets_too_late_while_its_process_waits_for_the_database(monkeypatch):
+    """Whatever its run was before, the ledger hears each time how late it is now."""
+    run, due = ASSIGNMENT.flow_run, datetime.now(UTC)
+    seen, waited = [], iter([1, 6])
+    trigger = TriggerConfiguration(interval=60, task_policy=TaskPolicy(waiting_policy=WaitingPolicy.IGNORE))
+    tick = run.model_copy(update={"auto_scheduled": True, "expected_start_time": due, "run_count": 1})
+    assignment = ASSIGNMENT.model_copy(update={"flow_run": tick, "trigger": trigger})
+
+    def now(_: tzinfo) -> datetime:
+        return due + timedelta(seconds=next(waited))
+
+    def begin(_connection, _execution, _owner, limits):
+        seen.append(limits.too_late)
+        if len(seen) == 1:
+            raise AWAY
+        return Skipped(limits.too_late)
+
+    monkeypatch.setattr(record, "datetime", SimpleNamespace(now=now))
+    monkeypatch.setattr(ledger, "begin", begin)
+    monkeypatch.setattr(store, "ask", lambda _url, question: question(None))
+    monkeypatch.setattr(store, "RETRY_SECONDS", 0)
+    reason = "it could start 6.0 s late, and IGNORE allows 5 s"
+    assert record.begin(Execution(assignment)) == Skipped(reason)
+    assert seen == [None, reason]
 
 
 def entered_by(incarnation: str) -> Entry:
