@@ -428,7 +428,10 @@ class Dispatcher:
         return True
 
     async def _left_as_judged(self, run: RunInHand, job: DeployedJob) -> bool:
-        """Skip, delete or leave a tick that trigger or policy do not want; return whether it is one."""
+        """Skip, delete or leave a tick that trigger or policy do not want; return whether it is one.
+
+        One that another node has begun meanwhile is not skipped: Prefect, or the ledger, refuses it next.
+        """
         if job.trigger is None or not ticks.is_tick(run.flow_run):
             return False
         waiting_time = PoolSize.of(self._node.pool()).waiting_time
@@ -451,7 +454,7 @@ class Dispatcher:
                 self._deployments.end(job, judgement.reason)
                 self._timetable.end(job.deployment.id, job.slug)
             case Verdict.SKIP:
-                await self._runner.skip(run, job, judgement.reason)
+                return await self._runner.skip(run, job, judgement.reason)
         return judgement.verdict is not Verdict.RUN
 
     async def _is_owed_before(self, run: RunInHand, trigger: TriggerConfiguration) -> bool:

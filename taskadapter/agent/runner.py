@@ -91,7 +91,8 @@ class Runner:
                 case runs.PutBack() | runs.ShowSkipped():
                     await self.give_back(run, action)
                 case runs.Skip(reason):
-                    await self.skip(run, job, reason)
+                    if not await self.skip(run, job, reason):
+                        await self._settle(run, assignment, outcome.message, at_fault=False)
                 case runs.EndJob(reason):
                     self._end_job(job, reason)
                 case runs.HoldJob():
@@ -144,10 +145,10 @@ class Runner:
                 await self.give_back(run, runs.give_back(run.life))
             case Todo.CRASH:
                 await self._report_crash(run, assignment, message)
-            case Todo.SUSPEND:
-                await self._enter(run, store.end, assignment.execution.key, ABANDONED)
-            case Todo.ENTER:
-                await self._enter(run, store.end, assignment.execution.key, runs.outcome_of(known))
+            case Todo.SUSPEND if entry is not None:
+                await self._enter(run, store.end_as_found, entry, ABANDONED)
+            case Todo.ENTER if entry is not None:
+                await self._enter(run, store.end_as_found, entry, runs.outcome_of(known))
             case Todo.TELL if entry is not None:
                 await self._teller.tell(run.flow_run, entry)
 
@@ -251,7 +252,10 @@ class Runner:
         if run.life.cancelled is not None:
             state = Cancelled(message=f"Cancelled; on {self._node.name} {message}.")
         outcome = runs.outcome_of(state.type)
-        await self._enter(run, store.give_up, assignment.execution, assignment.owner, outcome, message)
+        try:
+            await self._enter(run, store.give_up, assignment.execution, assignment.owner, outcome, message)
+        except TokenLostError:
+            return  # the next holder of its group says what becomes of it
         is_told = await self._teller.report(
             run.flow_run, state, force=True, is_ours=lambda: self._is_ours(run)
         )
@@ -282,12 +286,19 @@ class Runner:
 
         self._hand.call_off(job.deployment.id, reason, is_its_own)
 
-    async def skip(self, run: RunInHand, job: DeployedJob, reason: str) -> None:
-        """Skip a tick that is too late for its policy, or whose job is over; say so if the policy asks."""
+    async def skip(self, run: RunInHand, job: DeployedJob, reason: str) -> bool:
+        """Skip a tick that is too late for its policy, or whose job is over; say so if the policy asks.
+
+        Returns:
+            Whether it is skipped. It is not where another node has begun it, or holds the token now.
+        """
         try:
             assignment = self._assignment(run, job)
             url, execution, owner = self._membership.database_url, assignment.execution, assignment.owner
-            await asyncio.to_thread(store.skip, url, execution, owner, reason)
+            if not await asyncio.to_thread(store.skip, url, execution, owner, reason):
+                return False
+        except TokenLostError:
+            return False
         except CoordinationError as fault:
             self._log.debug("The ledger does not say that run %s is skipped: %s", run.flow_run.name, fault)
         await self._teller.skip(run.flow_run, reason)
@@ -297,3 +308,4 @@ class Runner:
         if job.policy.waiting_policy is WaitingPolicy.LOG_AND_IGNORE:
             log = flow_run_logger(run.flow_run)
             log.warning("Job %s skips its tick of %s: %s.", job.name, run.tick.isoformat(), reason)
+        return True

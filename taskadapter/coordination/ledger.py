@@ -179,23 +179,36 @@ def _entry(row: Row[Any]) -> Entry:
     )
 
 
-def skip(connection: Connection, execution: Execution, owner: Owner, reason: str) -> None:
-    """Enter that a tick is not run, and why; nothing happens if its body has begun."""
+def skip(connection: Connection, execution: Execution, owner: Owner, reason: str) -> bool:
+    """Enter that a tick is not run, and why; return whether it is not: its body may have begun.
+
+    Raises:
+        TokenLostError: the owner's token is not held any more.
+    """
+    if owner.token is not None:
+        require_token(connection, owner.token)
     if _locked(connection, execution.key) is None:
         _enter_unbegun(connection, execution, owner, SKIPPED, reason)
+    row = _locked(connection, execution.key)
+    return row is not None and row.outcome == SKIPPED
 
 
 def give_up(connection: Connection, execution: Execution, owner: Owner, outcome: str, reason: str) -> None:
     """Enter what came of an execution whose process is gone, and why; what has an end keeps it.
 
     A tick that has not begun is over, too: nobody begins it later. A run that somebody asked for is not
-    entered: whoever has it retried gets it.
+    entered: whoever has it retried gets it. What another node is executing is that one's.
+
+    Raises:
+        TokenLostError: the owner's token is not held any more.
     """
+    if owner.token is not None:
+        require_token(connection, owner.token)
     row = _locked(connection, execution.key)
     if row is None:
         if execution.due is not None:
             _enter_unbegun(connection, execution, owner, outcome, reason)
-    elif row.outcome in {None, ABANDONED}:
+    elif row.outcome == ABANDONED or (row.outcome is None and row.incarnation == owner.incarnation):
         ours = ledger.c.execution == execution.key
         values = {"ended": database_now(), "outcome": outcome, "reason": storable(reason)}
         connection.execute(update(ledger).where(ours).values(values))
@@ -251,7 +264,7 @@ def end_as_found(connection: Connection, entry: Entry, outcome: str) -> None:
     )
 
 
-def end(connection: Connection, key: str, outcome: str, *, incarnation: str | None = None) -> bool:
+def end(connection: Connection, key: str, outcome: str, *, incarnation: str) -> bool:
     """Enter what an execution came to, and return whether that is news.
 
     Args:
@@ -263,9 +276,7 @@ def end(connection: Connection, key: str, outcome: str, *, incarnation: str | No
             dead.
     """
     columns = ledger.c
-    unsettled: ColumnElement[bool] = columns.ended.is_(None)
-    if incarnation is not None:
-        unsettled = or_(unsettled, columns.incarnation == incarnation)
+    unsettled = or_(columns.ended.is_(None), columns.incarnation == incarnation)
     return _enter_outcome(connection, key, outcome, unsettled)
 
 

@@ -85,11 +85,11 @@ def orphaned(database_url: str, interval: float) -> list[Entry]:
     return ask(database_url, lambda connection: ledger.orphaned(connection, interval))
 
 
-def skip(database_url: str, execution: Execution, owner: Owner, reason: str) -> None:
-    """Enter that a tick is not run, and why."""
+def skip(database_url: str, execution: Execution, owner: Owner, reason: str) -> bool:
+    """Enter that a tick is not run, and why; return whether it is not: its body may have begun."""
     from taskadapter.coordination import ledger
 
-    ask(database_url, lambda connection: ledger.skip(connection, execution, owner, reason))
+    return ask(database_url, lambda connection: ledger.skip(connection, execution, owner, reason))
 
 
 def give_up(database_url: str, execution: Execution, owner: Owner, outcome: str, reason: str) -> None:
@@ -97,13 +97,6 @@ def give_up(database_url: str, execution: Execution, owner: Owner, outcome: str,
     from taskadapter.coordination import ledger
 
     ask(database_url, lambda connection: ledger.give_up(connection, execution, owner, outcome, reason))
-
-
-def end(database_url: str, key: str, outcome: str) -> None:
-    """Enter what an execution came to whose process could not say so."""
-    from taskadapter.coordination import ledger
-
-    ask(database_url, lambda connection: ledger.end(connection, key, outcome))
 
 
 def end_as_found(database_url: str, entry: Entry, outcome: str) -> None:

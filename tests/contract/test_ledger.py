@@ -46,7 +46,7 @@ from tests.contract.entering import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from taskadapter.coordination.executions import Answer
 
@@ -59,9 +59,9 @@ def begin(engine: Engine, execution: Execution, who: Owner = ALONE, limits: Limi
         return ledger.begin(connection, execution, who, limits)
 
 
-def end(engine: Engine, execution: Execution, outcome: str, **options: str) -> bool:
+def end(engine: Engine, execution: Execution, outcome: str, incarnation: str = "of another") -> bool:
     with transaction(engine) as connection:
-        return ledger.end(connection, execution.key, outcome, **options)
+        return ledger.end(connection, execution.key, outcome, incarnation=incarnation)
 
 
 def asked(times: int) -> Execution:
@@ -346,6 +346,36 @@ class TestGivenUp:
             end(engine, tick(1), before)
         self.give_up(engine, tick(1), "Cancelled")
         assert outcomes(engine, tick(1)) == [after]
+
+    def test_what_another_node_has_begun_goes_on(self, engine: Engine) -> None:
+        """It is that one's to say what came of it."""
+        begin(engine, tick(1), replace(ALONE, incarnation="another"))
+        self.give_up(engine, tick(1))
+        assert outcomes(engine, tick(1)) == [None]
+
+    @pytest.mark.parametrize("write", [ledger.skip, ledger.give_up])
+    def test_a_former_holder_says_nothing_of_a_tick(
+        self, engine: Engine, write: Callable[..., object]
+    ) -> None:
+        """Its word comes late, and would keep its successor from beginning."""
+        hold(engine, TOKEN)
+        take_over(engine)
+        words = ("too late",) if write is ledger.skip else ("Crashed", "it is gone")
+        with pytest.raises(TokenLostError), transaction(engine) as connection:
+            write(connection, tick(1), owner(TOKEN), *words)
+        assert begin(engine, tick(1), owner(NEXT)) == Begun(1)
+
+
+class TestSkipped:
+    def test_what_has_begun_is_not(self, engine: Engine) -> None:
+        """Whether it goes on or has ended; and what is skipped does not begin."""
+        begin(engine, tick(1))
+        begin(engine, tick(2))
+        end(engine, tick(2), "Completed")
+        with transaction(engine) as connection:
+            said = [ledger.skip(connection, tick(number), ALONE, "too late") for number in (1, 2, 3, 3)]
+        assert said == [False, False, True, True]
+        assert isinstance(begin(engine, tick(3)), Taken)
 
 
 class TestLeftBehind:

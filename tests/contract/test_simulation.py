@@ -260,10 +260,11 @@ class World:
         known = run.state if run.id in self.runs else None
         outcome = {Todo.CRASH: "Crashed", Todo.AGAIN: ABANDONED, Todo.ENTER: runs.outcome_of(known)}
         if todo in outcome:
+            assert entry is not None
             if todo in {Todo.CRASH, Todo.AGAIN}:
                 self.interrupted.add(key)
             with transaction(self.engine) as connection:
-                ledger.end(connection, key, outcome[todo])
+                ledger.end_as_found(connection, entry, outcome[todo])
         match todo:
             case Todo.PUT_BACK | Todo.AGAIN:
                 self.set(run, SCHEDULED)

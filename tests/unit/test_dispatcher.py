@@ -20,9 +20,10 @@ from taskadapter.agent.hearing import Kind, News
 from taskadapter.agent.jobs import Deployments
 from taskadapter.agent.queue import any_run
 from taskadapter.agent.runs import Life, Phase, Signal, give_back
+from taskadapter.coordination import store
 from taskadapter.coordination.messages import Token
-from taskadapter.declare.triggers import TriggerConfiguration
-from taskadapter.errors import CoordinationError, DeclarationError
+from taskadapter.declare.triggers import TaskPolicy, TriggerConfiguration
+from taskadapter.errors import CoordinationError, DeclarationError, TokenLostError
 from taskadapter.rules.ticks import tick_key
 from tests.unit.given import JOB, LOG, NOON, SECOND, node, tick, until
 
@@ -359,6 +360,42 @@ def test_only_the_holder_of_a_group_puts_its_runs_back(holder):
 
     asyncio.run(dispatcher._runner.give_back(run, give_back(run.life)))
     assert told == ([] if holder == "another one" else [run.flow_run.id])
+
+
+@pytest.mark.parametrize(
+    ("answer", "is_skipped"),
+    [
+        (True, True),
+        (False, False),
+        (TokenLostError("another node holds it"), False),
+        (CoordinationError("away"), True),
+    ],
+    ids=["entered", "begun elsewhere", "token lost", "database away"],
+)
+def test_what_another_node_may_have_begun_is_not_shown_as_skipped(monkeypatch, answer, is_skipped):
+    """Who was frozen finds a tick too late that ran elsewhere; where nobody answers, it is too late."""
+    runner = new_dispatcher()._runner
+    told: list[str] = []
+
+    def skip(*_: object) -> bool:
+        if isinstance(answer, Exception):
+            raise answer
+        return bool(answer)
+
+    async def tell(_, reason):
+        told.append(reason)
+
+    monkeypatch.setattr(store, "skip", skip)
+    monkeypatch.setattr("taskadapter.agent.events.tick_skipped", lambda *_: None)
+    runner._assignment = lambda *_: SimpleNamespace(execution=None, owner=None)
+    runner._membership = SimpleNamespace(database_url="")
+    runner._teller = SimpleNamespace(skip=tell)
+    runner._timetable = SimpleNamespace(settle=lambda _: None)
+    job: Any = SimpleNamespace(policy=TaskPolicy())
+
+    run: Any = SimpleNamespace(flow_run=tick(uuid4(), 1))
+    assert asyncio.run(runner.skip(run, job, "too late")) is is_skipped
+    assert told == (["too late"] if is_skipped else [])
 
 
 class Api:
