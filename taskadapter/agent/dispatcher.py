@@ -12,11 +12,11 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from collections.abc import Set as AbstractSet
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
-from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.client.schemas.objects import FlowRun, State
 from prefect.client.schemas.responses import SetStateStatus
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Crashed, Pending
@@ -25,36 +25,25 @@ from taskadapter.agent import runs
 from taskadapter.agent.hand import Hand, RunInHand
 from taskadapter.agent.hearing import Kind, News
 from taskadapter.agent.hosts import HostPool
-from taskadapter.agent.jobs import OVER_ALREADY, DeployedJob, Deployments
+from taskadapter.agent.jobs import Deployments
+from taskadapter.agent.judging import Judge
 from taskadapter.agent.membership import Membership
 from taskadapter.agent.node import Node, queue_of
-from taskadapter.agent.plans import is_off, plan_of
 from taskadapter.agent.queue import Queue, Which, any_run
 from taskadapter.agent.runner import Runner
 from taskadapter.agent.runs import Phase
 from taskadapter.agent.succession import Succession
 from taskadapter.agent.timetable import Timetable
 from taskadapter.coordination.messages import Token
-from taskadapter.declare.triggers import TriggerConfiguration
 from taskadapter.errors import CoordinationError, DeclarationError
 from taskadapter.prefect_api.client import API_FAULTS, in_words
-from taskadapter.prefect_api.deployments import is_on
-from taskadapter.prefect_api.pool import PoolSize
-from taskadapter.prefect_api.ticks import runs_of
 from taskadapter.rules import ticks
-from taskadapter.rules.ticks import Verdict
 
 TERMINATE_GRACE_SECONDS = 5.0
 """How long a run may take to end when its agent has to, before its process is killed."""
 
-JUST_READ_SECONDS = 0.5
-"""A deployment that was read so shortly before is as it was."""
-
 SLOW_CLAIM_SECONDS = 5.0
 """A claim that has had no answer for so long is a reason for a look."""
-
-NOT_BEGUN = [StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING]
-"""What Prefect may have of a run whose body has not begun: its engine says Running before that."""
 
 CLAIMED_BY = "Claimed by {node}."
 """What a run says that a node has claimed."""
@@ -111,6 +100,7 @@ class Dispatcher:
         self._runner = Runner(
             node, membership, hosts, deployments, timetable, self._queue, hand, succession
         )
+        self._judge = Judge(node, deployments, timetable, self._queue, hand, self._runner, look_for)
         self._handling: set[asyncio.Task[None]] = set()
         self._waits: set[asyncio.Timeout] = set()
         self._is_held_up = False
@@ -337,7 +327,7 @@ class Dispatcher:
         await self._teller.report(flow_run, Crashed(message=REFUSED % cause))
 
     async def _decide(self, run: RunInHand) -> None:
-        """Give a run a place among its job's, judge it as Prefect's schedule cannot, claim and run it."""
+        """Give a run a place among its job's, have it judged, claim and run it."""
         flow_run = run.flow_run
         if self._deployments.is_ending(flow_run):
             return
@@ -354,11 +344,7 @@ class Dispatcher:
         run.meet(runs.Placed(job.finishes))
         if job.trigger is not None and ticks.is_tick(flow_run):
             flow_run.name = ticks.run_name(job.deployment.name, run.tick)
-        if await self._left_as_off(flow_run, job) or await self._left_as_judged(run, job):
-            return
-        if await self._left_as_off_plan(flow_run):
-            return
-        if not self._membership.may_run(flow_run):
+        if await self._judge.leaves(run, job) or not self._membership.may_run(flow_run):
             return
         if run.life.deferred:
             self._queue.put_back(flow_run, time.monotonic())
@@ -393,87 +379,6 @@ class Dispatcher:
         if claim.status is not SetStateStatus.ACCEPT:
             self._log.debug("Prefect's API refuses the claim of run %s: %s", flow_run.name, claim.details)
         return claim.status is SetStateStatus.ACCEPT
-
-    async def _left_as_off(self, flow_run: FlowRun, job: DeployedJob) -> bool:
-        """Leave a tick whose job is paused or over, and return whether it is: ask the API where it may be.
-
-        When a job is paused or ended Prefect deletes what its scheduler has planned, and nothing else.
-        """
-        if flow_run.deployment_id is None or not ticks.is_tick(flow_run):
-            return False
-        if flow_run.auto_scheduled and not self._timetable.may_be_over(flow_run):
-            return False
-        deployment = job.deployment
-        if time.monotonic() - job.snapshot.read_at > JUST_READ_SECONDS:
-            deployment = await self._client.read_deployment(flow_run.deployment_id)
-        if deployment.paused:
-            self._timetable.hold(deployment)
-        elif not is_on(deployment):
-            # Perhaps one of many that were being planned when the job ended.
-            self._deployments.end(job, OVER_ALREADY)
-        return deployment.paused or not is_on(deployment)
-
-    async def _left_as_off_plan(self, flow_run: FlowRun) -> bool:
-        """Delete what was planned before its schedule was edited, and return whether it is such a run."""
-        if flow_run.run_count or not self._timetable.is_off_plan(flow_run):
-            return False
-        assert flow_run.deployment_id is not None  # noqa: S101 - it has a plan
-        deployment = await self._client.read_deployment(flow_run.deployment_id)
-        plan = plan_of(deployment)
-        if plan is None or not is_off(plan, flow_run):
-            # It has been edited since the last look, of which Prefect tells nobody.
-            self._look_for(News(Kind.DEPLOYMENT, flow_run.deployment_id))
-            return False
-        await self._client.delete_flow_run(flow_run.id)
-        return True
-
-    async def _left_as_judged(self, run: RunInHand, job: DeployedJob) -> bool:
-        """Skip, delete or leave a tick that trigger or policy do not want; return whether it is one.
-
-        One that another node has begun meanwhile is not skipped: Prefect, or the ledger, refuses it next.
-        """
-        if job.trigger is None or not ticks.is_tick(run.flow_run):
-            return False
-        waiting_time = PoolSize.of(self._node.pool()).waiting_time
-        judgement = ticks.judge(
-            job.trigger,
-            run.tick,
-            now=datetime.now(UTC),
-            waiting_time=waiting_time,
-            paused=self._timetable.fell_into_pause(run.flow_run),
-            begun=run.flow_run.run_count > 0,
-        )
-        match judgement.verdict:
-            case Verdict.EARLY:
-                await self._client.delete_flow_run(run.flow_run.id)
-            case Verdict.END if await self._is_owed_before(run, job.trigger):
-                self._queue.put(run.flow_run)
-                self._queue.try_later(run.flow_run.id, time.monotonic())
-                self._look_for(News(Kind.WAITS, run.flow_run.id))
-            case Verdict.END:
-                self._deployments.end(job, judgement.reason)
-                self._timetable.end(job.deployment.id, job.slug)
-            case Verdict.SKIP:
-                return await self._runner.skip(run, job, judgement.reason)
-        return judgement.verdict is not Verdict.RUN
-
-    async def _is_owed_before(self, run: RunInHand, trigger: TriggerConfiguration) -> bool:
-        """Return whether earlier ticks of a run's job are still to begin, here or on another node.
-
-        When the job ends Prefect deletes what is planned of it, and the ledger refuses what is claimed.
-        """
-        job_id, siblings = run.flow_run.deployment_id, self._hand.siblings(run.flow_run)
-        assert job_id is not None  # noqa: S101 - a tick has one
-        if any(other.tick < run.tick and not other.life.has_begun for other in siblings):
-            return True
-        if self._timetable.owes(job_id, run.tick - timedelta.resolution):
-            return True
-        begun = {other.flow_run.id for other in siblings if other.life.has_begun}
-        left = await runs_of(self._client, [job_id], NOT_BEGUN)
-        dues = filter(None, (ticks.tick_of(one) for one in left if one.id not in begun))
-        return any(
-            due < run.tick and ticks.judge(trigger, due).verdict is not Verdict.EARLY for due in dues
-        )
 
     async def run_now(self, flow_run: FlowRun) -> None:
         """Run a run that something other than a poll has claimed."""

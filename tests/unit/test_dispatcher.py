@@ -22,10 +22,10 @@ from taskadapter.agent.queue import any_run
 from taskadapter.agent.runs import Life, Phase, Signal, give_back
 from taskadapter.coordination import store
 from taskadapter.coordination.messages import Token
-from taskadapter.declare.triggers import TaskPolicy, TriggerConfiguration
+from taskadapter.declare.triggers import TaskPolicy
 from taskadapter.errors import CoordinationError, DeclarationError, TokenLostError
 from taskadapter.rules.ticks import tick_key
-from tests.unit.given import JOB, LOG, NOON, SECOND, node, tick, until
+from tests.unit.given import JOB, LOG, NOON, node, tick, until
 
 
 def new_dispatcher(look_for: Any = lambda _: None) -> Any:
@@ -127,48 +127,6 @@ def test_what_can_begin_goes_first():
     assert [run.life.deferred for run in runs] == [False, True]
 
 
-@pytest.mark.parametrize(
-    "before", ["in hand", "to be made", "another node's", "begun", "before the start", "none"]
-)
-def test_a_tick_after_the_end_waits_for_those_before_it(monkeypatch, before):
-    """It ends its job, and what has not begun by then never does: a busy agent takes many ticks at once."""
-    news: list[News] = []
-    dispatcher = new_dispatcher(news.append)
-    ended: list[str] = []
-    dispatcher._deployments.end = lambda _, reason: ended.append(reason)
-    trigger = TriggerConfiguration(interval=1, start_time=NOON - 2 * SECOND, end_time=NOON)
-    job: Any = SimpleNamespace(trigger=trigger, slug="slug", deployment=SimpleNamespace(id=JOB))
-    dispatcher._node = SimpleNamespace(pool=lambda: SimpleNamespace(base_job_template={}))
-    dispatcher._timetable = SimpleNamespace(
-        fell_into_pause=lambda _: False, owes=lambda *_: before == "to be made", end=lambda *_: None
-    )
-    after = dispatcher._hand.take(tick(JOB, 1), None)
-    at_prefect = [tick(JOB, 1), tick(JOB, 2), tick(JOB, -9, planned=False)]
-    if before in {"in hand", "begun"}:
-        last = dispatcher._hand.take(tick(JOB, 0), None)
-        last.life = Life(Phase.BEGUN if before == "begun" else Phase.CLAIMED)
-        at_prefect.append(last.flow_run)
-    if before == "another node's":
-        at_prefect.append(tick(JOB, 0))
-    if before == "before the start":
-        at_prefect.append(tick(JOB, -3))
-
-    async def runs_of(*_: object) -> list[Any]:
-        return at_prefect
-
-    monkeypatch.setattr(dispatcher_module, "runs_of", runs_of)
-    assert asyncio.run(dispatcher._left_as_judged(after, job))
-
-    if before in {"begun", "before the start", "none"}:
-        assert ended == ["the schedule ended at 2030-01-01T12:00:00+00:00"]
-    else:
-        assert ended == []
-        assert news == [News(Kind.WAITS, after.flow_run.id)], "they may not be known here"
-        assert dispatcher._queue.firsts() == [after.flow_run]
-        assert dispatcher._queue.first(any_run, time.monotonic()) is None, "not at once again"
-        assert dispatcher._queue.first(any_run, time.monotonic() + 15) is after.flow_run
-
-
 class Client:
     """Has no such deployment, or has it, and deletes runs."""
 
@@ -253,24 +211,6 @@ def test_a_job_that_was_edited_into_nonsense_is_told_once(caplog):
     assert [state.message for state in told] == [words.format(n) for n in (-1, -1, -2, -2)]
     assert {state.type for state in told} == {StateType.CRASHED}
     assert len(settled) == len(told)
-
-
-@pytest.mark.parametrize(("now", "is_left"), [(5, True), (2, False), (None, False)])
-def test_what_was_planned_before_an_edit_is_deleted(now, is_left, monkeypatch):
-    """If its schedule has no such tick now; where it has, the plan that is known is an old one."""
-    news: list[News] = []
-    dispatcher, job_id = new_dispatcher(news.append), uuid4()
-    dispatcher._timetable = SimpleNamespace(is_off_plan=lambda _: True)
-    dispatcher._client = client = Client(has_deployment=True)
-    monkeypatch.setattr(dispatcher_module, "plan_of", lambda _: now)
-    monkeypatch.setattr(dispatcher_module, "is_off", lambda plan, _: plan == 5)
-    planned = tick(job_id, 2)
-
-    assert asyncio.run(dispatcher._left_as_off_plan(planned)) is is_left
-    assert client.deleted == ([planned.id] if is_left else [])
-    assert news == ([] if is_left else [News(Kind.DEPLOYMENT, job_id)])
-    begun = planned.model_copy(update={"run_count": 1})
-    assert not asyncio.run(dispatcher._left_as_off_plan(begun)), "it has begun on another node"
 
 
 @pytest.mark.parametrize(
