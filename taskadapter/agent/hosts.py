@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import shutil
 import signal
@@ -28,6 +29,12 @@ from taskadapter.execution.scratch import Scratch
 RESTART_SECONDS = 1.0
 """How long to wait before a nursery that has ended is started again."""
 
+STILL_SECONDS = 120.0
+"""How long the nursery may stand still before it is replaced, which ends all runs of the node.
+
+A machine that swaps, or stops processes for a while, has it answer late: that alone ends nothing.
+"""
+
 CLOSE_SECONDS = 5.0
 """How long the nursery may take to end everything when its agent stops."""
 
@@ -44,9 +51,11 @@ class HostPool:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
+        # By the numbers of the requests: the system gives the id of a process that is gone to another one.
+        self._numbers = itertools.count(1)
         self._hosts: dict[int, HostLink] = {}
-        # Of processes that ended before they were known here.
-        self._endings: dict[int, protocol.Gone] = {}
+        # The requests that wait for an answer, with the end of a process that came before it.
+        self._asked: dict[int, protocol.Gone | None] = {}
         self._nursery: socket.socket | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._watcher: asyncio.Task[None] | None = None
@@ -133,11 +142,11 @@ class HostPool:
         """Take the nursery's notices; start another one should it end."""
         while (line := await reader.read()) is not None:
             match protocol.notice(line):
-                case protocol.Gone() as ending:
-                    if host := self._hosts.pop(ending.pid, None):
+                case protocol.Gone(number=number) as ending:
+                    if host := self._hosts.pop(number, None):
                         host.ended(ending)
-                    else:
-                        self._endings[ending.pid] = ending
+                    elif number in self._asked:
+                        self._asked[number] = ending
         self._break("the process that forks others has ended")
         self._log.error(
             "The nursery process has ended, and the runs of this node with it; starting another."
@@ -164,17 +173,26 @@ class HostPool:
             self._broken_since = time.monotonic()
 
     def _probe(self) -> None:
-        """See to it that it becomes known when processes can be started again, if no run asks for one."""
+        """See whether processes can be started, until they can, if no run asks for one."""
         if self._prober is None or self._prober.done():
             self._prober = asyncio.create_task(self._until_forked())
 
     async def _until_forked(self) -> None:
-        while self._broken_since is not None and self._nursery is not None:
-            with contextlib.suppress(OSError):
-                host = await self.fork()
+        while (nursery := self._nursery) is not None:
+            try:
+                host = await self.fork(STILL_SECONDS)
+            except TimeoutError:
+                if nursery is self._nursery:
+                    self._log.error(
+                        "The nursery process has not answered for %g s, and is ended.", STILL_SECONDS
+                    )
+                    self._kill_nursery()
+                return
+            except OSError:
+                await asyncio.sleep(RESTART_SECONDS)
+            else:
                 host.end(signal.SIGKILL)
                 return
-            await asyncio.sleep(RESTART_SECONDS)
 
     @property
     def broken_for(self) -> float:
@@ -183,24 +201,27 @@ class HostPool:
 
     def _end_hosts(self) -> None:
         """End the processes whose nursery is gone, which ends them too: nobody else tells of it."""
-        for host in self._hosts.values():
+        for number, host in self._hosts.items():
             host.end(signal.SIGKILL)
-            host.ended(protocol.Gone(pid=host.pid, exit_code=-signal.SIGKILL))
+            host.ended(protocol.Gone(number=number, exit_code=-signal.SIGKILL))
         self._hosts.clear()
-        self._endings.clear()
 
     def _kill_nursery(self) -> None:
         if self._process is not None and self._process.returncode is None:
             self._process.kill()
 
-    async def fork(self) -> HostLink:
+    async def fork(self, within: float = ANSWER_SECONDS) -> HostLink:
         """Return a new process.
 
+        Args:
+            within: the seconds that it may take; one that comes later ends by itself.
+
         Raises:
+            TimeoutError: it took longer.
             OSError: no process can be started.
         """
         try:
-            host = await self._forked()
+            host = await self._forked(within)
         except OSError as fault:
             self._break(str(fault))
             self._probe()
@@ -208,32 +229,28 @@ class HostPool:
         self._broken_since = None
         return host
 
-    async def _forked(self) -> HostLink:
+    async def _forked(self, within: float) -> HostLink:
         nursery = self._nursery
         if nursery is None:
             raise OSError(self.fault)
+        number, host = next(self._numbers), None
+        self._asked[number] = None
         ours, theirs = socket.socketpair()
-        with theirs:
-            socket.send_fds(nursery, [protocol.Fork().line()], [theirs.fileno()])
         writer = await writer_to(ours)
-        first, fault = None, "it ended at once"
         try:
-            async with asyncio.timeout(ANSWER_SECONDS):
-                first = await LineReader(ours).read()
-        except TimeoutError:
-            self._kill_nursery()
-            fault = f"it was not forked within {ANSWER_SECONDS:g} s"
-        said = None if first is None else protocol.first(first)
-        if isinstance(said, protocol.Unforked):
-            fault = said.fault
-        if not isinstance(said, protocol.Ready) or nursery is not self._nursery:
-            writer.transport.abort()
-            ours.close()
-            raise OSError(fault)
-        host = HostLink(ours, writer, said.pid, self._kill_nursery)
-        self._hosts[host.pid] = host
-        if (ending := self._endings.pop(host.pid, None)) is not None:
-            del self._hosts[host.pid]
+            with theirs:
+                socket.send_fds(nursery, [protocol.Fork(number=number).line()], [theirs.fileno()])
+            pid = await _pid_of(ours, within)
+            if nursery is not self._nursery:
+                raise OSError(self.fault)
+            host = self._hosts[number] = HostLink(ours, writer, pid, self._probe)
+        finally:
+            ending = self._asked.pop(number)
+            if host is None:
+                writer.transport.abort()
+                ours.close()
+        if ending is not None:
+            del self._hosts[number]
             host.ended(ending)
         return host
 
@@ -246,3 +263,23 @@ class HostPool:
         folder = self.scratch(run)
         if folder is not None and folder.exists():
             await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+
+
+async def _pid_of(link: socket.socket, within: float) -> int:
+    """Return the id of the process that is being forked.
+
+    Raises:
+        OSError: there is none, or not in time.
+    """
+    try:
+        async with asyncio.timeout(within):
+            first = await LineReader(link).read()
+    except TimeoutError:
+        raise TimeoutError(f"it was not forked within {within:g} s") from None
+    match None if first is None else protocol.first(first):
+        case protocol.Ready(pid=pid):
+            return pid
+        case protocol.Unforked(fault=fault):
+            raise OSError(fault)
+        case None:
+            raise OSError("it ended at once")

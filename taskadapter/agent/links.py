@@ -21,7 +21,7 @@ from taskadapter.execution import protocol
 from taskadapter.execution.assignment import LEAVE_SECONDS, Assignment
 
 ANSWER_SECONDS = 10.0
-"""How long the nursery may take to fork a process, or to tell of its end, before it is replaced."""
+"""How long the nursery may take to fork a process, or to tell of its end, before it is looked after."""
 
 HOOKS_SECONDS = 60.0
 """How long the hooks of a run may take whose own process is gone."""
@@ -80,7 +80,7 @@ class HostLink:
         link: the socket to it.
         writer: what it hears; another one of the same connection, whose faults lose nothing that it said.
         pid: its id.
-        give_up: replaces a nursery that does not tell of the end of a process.
+        doubt: has the nursery looked after, which does not tell of the end of a process.
     """
 
     def __init__(
@@ -88,10 +88,10 @@ class HostLink:
         link: socket.socket,
         writer: asyncio.StreamWriter,
         pid: int,
-        give_up: Callable[[], None],
+        doubt: Callable[[], None],
     ) -> None:
         self.pid = pid
-        self._give_up = give_up
+        self._doubt = doubt
         self._ending: asyncio.Future[protocol.Gone] = asyncio.get_running_loop().create_future()
         self._link = link
         self._writer = writer
@@ -130,7 +130,7 @@ class HostLink:
         await self._end_of(is_leaving=True)
 
     async def _end_of(self, *, is_leaving: bool) -> protocol.Gone:
-        """Wait for the end of the process; a nursery that does not tell of it in time is replaced.
+        """Wait for the end of the process; a nursery that does not tell of it in time is looked after.
 
         Args:
             is_leaving: whether the process has said its last, and ends within `LEAVE_SECONDS`.
@@ -138,8 +138,8 @@ class HostLink:
         if is_leaving and not await self._has_ended_within(LEAVE_SECONDS + ANSWER_SECONDS):
             self.end(signal.SIGKILL)
             if not await self._has_ended_within(ANSWER_SECONDS):
-                self._give_up()
-        return await self._ending
+                self._doubt()
+        return await asyncio.shield(self._ending)  # who is cancelled meanwhile has not ended it
 
     async def _has_ended_within(self, seconds: float) -> bool:
         done, _ = await asyncio.wait([self._ending], timeout=seconds)

@@ -141,7 +141,7 @@ class Nursery:
     def __init__(self, agent: socket.socket, warm: contextlib.ExitStack | None) -> None:
         self._agent = agent
         self._warm = warm
-        self._runs: set[int] = set()
+        self._runs: dict[int, int] = {}  # of each process the number of its request
         # What the agent has sent and this has not yet done: the rest of a line, and sockets.
         self._heard = b""
         self._descriptors: list[int] = []
@@ -178,13 +178,13 @@ class Nursery:
         *lines, self._heard = self._heard.split(b"\n")
         for request in map(protocol.request, lines):
             match request:
-                case protocol.Fork():
-                    self._fork(self._descriptors.pop(0))
+                case protocol.Fork(number=number):
+                    self._fork(self._descriptors.pop(0), number)
                 case protocol.Connect(database_url=url):
                     with contextlib.suppress(Exception):  # then each run learns it for itself
                         store.rehearse(url.get_secret_value())
 
-    def _fork(self, descriptor: int) -> None:
+    def _fork(self, descriptor: int, number: int) -> None:
         """Make a process; where the system has none to give, the agent is told, and the others go on."""
         nursery = os.getpid()
         with socket.socket(fileno=descriptor) as link:
@@ -196,7 +196,7 @@ class Nursery:
                 return
             if pid == 0:
                 self._become_a_run(nursery, link)
-            self._runs.add(pid)
+            self._runs[pid] = number
 
     def _become_a_run(self, nursery: int, agent: socket.socket) -> NoReturn:
         """Be the process of a run: whatever happens in it, it goes on with nothing of the nursery's."""
@@ -226,15 +226,14 @@ class Nursery:
     def _reap(self) -> None:
         """Take note of every process that has ended, and end what it has left."""
         for pid, exit_code in _ended():
-            if pid in self._runs:
-                self._runs.discard(pid)
+            if (number := self._runs.pop(pid, None)) is not None:
                 left = _end_group(pid) + self._end_orphans()
-                self._agent.sendall(protocol.Gone(pid=pid, exit_code=exit_code, left=left).line())
+                self._agent.sendall(protocol.Gone(number=number, exit_code=exit_code, left=left).line())
         self._end_orphans()
 
     def _end_orphans(self) -> list[str]:
         """End the children that are no run's process: their runs are over. Return their commands."""
-        orphans = _children() - self._runs
+        orphans = _children() - self._runs.keys()
         commands = _commands(orphans)
         for pid in orphans:
             with contextlib.suppress(*NOT_OURS):

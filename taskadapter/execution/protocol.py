@@ -185,9 +185,10 @@ Report = Ready | Step | End
 
 
 class Fork(Message, frozen=True):
-    """Fork a process, which speaks through the socket that comes with this."""
+    """Fork a process, which speaks through the socket that comes with this; no other has its number."""
 
     kind: Literal["fork"] = "fork"
+    number: int
 
 
 class Connect(Message, frozen=True):
@@ -218,10 +219,10 @@ class Refused(Message, frozen=True):
 
 
 class Gone(Message, frozen=True):
-    """A process has ended, with an exit status; the commands that it left behind are ended too."""
+    """The process of a request has ended, with an exit status; the commands that it left are ended too."""
 
     kind: Literal["gone"] = "gone"
-    pid: int
+    number: int
     exit_code: int
     left: tuple[str, ...] = ()
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
+from types import SimpleNamespace
 from uuid import uuid4
 
 import pytest
@@ -40,14 +43,14 @@ def test_the_last_words_of_a_process_are_heard(monkeypatch: pytest.MonkeyPatch) 
 
     async def course() -> protocol.End | Killed:
         ours, theirs = socket.socketpair()
-        host = HostLink(ours, await writer_to(ours), 2**22, give_up=lambda: None)
+        host = HostLink(ours, await writer_to(ours), 2**22, doubt=lambda: None)
         carrying_out = asyncio.create_task(host.carry_out(ASSIGNMENT, IGNORED))
         await asyncio.sleep(0)  # it is given its assignment
         theirs.sendall(protocol.Dropped().line())
         theirs.close()
         for _ in range(3):
             host.drop()
-        host.ended(protocol.Gone(pid=2**22, exit_code=0))
+        host.ended(protocol.Gone(number=1, exit_code=0))
         end = (await carrying_out).end
         await asyncio.sleep(0.05)  # it hangs up
         return end
@@ -139,3 +142,156 @@ def test_a_system_that_has_no_process_to_give(monkeypatch: pytest.MonkeyPatch) -
         ours.setblocking(False)
         asyncio.run(course(ours, theirs))
     assert answers == []
+
+
+class Nursery:
+    """The agent's own pool, and a nursery that answers as a test says, or not at all.
+
+    Attributes:
+        pool: the agent's side.
+        kills: how often the agent has killed it.
+    """
+
+    def __init__(self, pool: HostPool, end: socket.socket) -> None:
+        self.pool = pool
+        self.kills: list[None] = []
+        self._end = end
+        pool._process = SimpleNamespace(returncode=None, kill=lambda: self.kills.append(None))  # type: ignore[assignment]
+
+    async def hear(self) -> tuple[int, socket.socket]:
+        """Wait for a request; return its number, and the socket of the process that it asks for."""
+        while True:
+            try:
+                line, descriptors, _, _ = socket.recv_fds(self._end, 1024, maxfds=1)
+            except BlockingIOError:
+                await asyncio.sleep(0.001)
+                continue
+            request = protocol.request(line)
+            assert isinstance(request, protocol.Fork)
+            return request.number, socket.socket(fileno=descriptors[0])
+
+    def tell(self, notice: protocol.Notice) -> None:
+        """Tell the agent something."""
+        self._end.sendall(notice.line())
+
+
+@asynccontextmanager
+async def nursed(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Nursery]:
+    """A pool with a nursery, each of whose answers may take a moment only."""
+    monkeypatch.setattr("taskadapter.agent.hosts.RESTART_SECONDS", 0.01)
+    monkeypatch.setattr("taskadapter.agent.links.LAST_WORDS_SECONDS", 0.01)
+    monkeypatch.setattr(HostLink, "end", lambda *_: None)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        theirs.setblocking(False)
+        pool = HostPool(1)
+        pool._nursery = ours
+        watching = asyncio.create_task(pool._watch(ours, LineReader(ours), ()))
+        yield Nursery(pool, theirs)
+        for task in (watching, pool._prober):
+            if task is not None:
+                task.cancel()
+        pool._end_hosts()
+        await asyncio.sleep(0.1)  # it hangs up
+
+
+def test_a_slow_fork_is_that_run_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The nursery goes on, with the runs that it has forked; the process ends that comes too late."""
+
+    async def course() -> None:
+        async with nursed(monkeypatch) as nursery:
+            with pytest.raises(OSError, match=r"not forked within 0\.01 s"):
+                await nursery.pool.fork(0.01)
+            _, late = await nursery.hear()
+            with late:
+                late.setblocking(False)
+                assert await asyncio.get_running_loop().sock_recv(late, 1) == b"", "nobody is there"
+            assert nursery.pool.broken_for > 0
+            _, asked = await nursery.hear()
+            with asked:
+                asked.sendall(protocol.Ready(pid=2**22).line())
+                assert nursery.pool._prober is not None
+                await nursery.pool._prober
+            assert nursery.pool.broken_for == 0
+            assert nursery.kills == []
+
+    asyncio.run(course())
+
+
+def test_a_nursery_that_stands_still_for_long_is_replaced(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also where what is late is the end of a process, and not a fork; a line says why its runs end."""
+    monkeypatch.setattr("taskadapter.agent.hosts.STILL_SECONDS", 0.01)
+    monkeypatch.setattr("taskadapter.agent.links.ANSWER_SECONDS", 0.0)
+    monkeypatch.setattr("taskadapter.agent.links.LEAVE_SECONDS", 0.0)
+
+    async def course() -> None:
+        async with nursed(monkeypatch) as nursery:
+            forking = asyncio.create_task(nursery.pool.fork())
+            _, process = await nursery.hear()
+            with process:
+                process.sendall(protocol.Ready(pid=2**22).line())
+                host = await forking
+                ending = asyncio.create_task(host._end_of(is_leaving=True))
+                _, asked = await nursery.hear()
+                with asked:
+                    assert nursery.pool._prober is not None
+                    await nursery.pool._prober
+            assert nursery.kills == [None]
+            assert not ending.done()
+            ending.cancel()
+
+    asyncio.run(course())
+    assert caplog.messages == ["The nursery process has not answered for 0.01 s, and is ended."]
+
+
+@pytest.mark.parametrize("is_told_first", [True, False])
+def test_a_process_that_ends_at_once(monkeypatch: pytest.MonkeyPatch, *, is_told_first: bool) -> None:
+    """Its end is its own, and not that of the next one, which may have its id."""
+
+    async def course() -> None:
+        async with nursed(monkeypatch) as nursery:
+            forking = asyncio.create_task(nursery.pool.fork())
+            number, process = await nursery.hear()
+            gone = protocol.Gone(number=number, exit_code=1)
+            if is_told_first:
+                nursery.tell(gone)
+                await asyncio.sleep(0.01)
+            process.close()
+            with pytest.raises(OSError, match="it ended at once"):
+                await forking
+            if not is_told_first:
+                nursery.tell(gone)
+            assert nursery.pool._prober is not None
+            number, process = await nursery.hear()
+            with process:
+                process.sendall(protocol.Ready(pid=2**22).line())
+                await nursery.pool._prober
+                (host,) = nursery.pool._hosts.values()
+                assert not host._ending.done()
+                nursery.tell(protocol.Gone(number=number, exit_code=-9))
+                assert (await host._ending).exit_code == -9
+            assert not nursery.pool._hosts
+            assert not nursery.pool._asked
+
+    asyncio.run(course())
+
+
+def test_a_process_that_has_ended_before_it_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The nursery's word may come before its own."""
+
+    async def course() -> None:
+        async with nursed(monkeypatch) as nursery:
+            forking = asyncio.create_task(nursery.pool.fork())
+            number, process = await nursery.hear()
+            nursery.tell(protocol.Gone(number=number, exit_code=3))
+            await asyncio.sleep(0.01)
+            with process:
+                process.sendall(protocol.Ready(pid=2**22).line())
+                host = await forking
+            assert (await host._ending).exit_code == 3
+            assert not nursery.pool._hosts
+
+    asyncio.run(course())

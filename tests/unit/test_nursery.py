@@ -84,17 +84,18 @@ def test_requests_are_done_in_their_order(monkeypatch, idle, fault):
         raise fault
 
     monkeypatch.setattr(store, "rehearse", rehearse)
-    monkeypatch.setattr(idle, "_fork", done.append)
+    monkeypatch.setattr(idle, "_fork", lambda descriptor, number: done.append((descriptor, number)))
     idle._descriptors = [7, 8]
     connect = protocol.Connect(database_url=SecretStr("sqlite://")).line()
-    for part in (connect[:9], connect[9:] + protocol.Fork().line() + protocol.Fork().line()[:3]):
+    second = protocol.Fork(number=2).line()
+    for part in (connect[:9], connect[9:] + protocol.Fork(number=1).line() + second[:3]):
         idle._heard += part
         idle._heed()
-    assert done == ["sqlite://", 7]
-    idle._heard += protocol.Fork().line()[3:]
+    assert done == ["sqlite://", (7, 1)]
+    idle._heard += second[3:]
     idle._heed()
 
-    assert done == ["sqlite://", 7, 8]
+    assert done == ["sqlite://", (7, 1), (8, 2)]
 
 
 def test_a_fork_that_the_system_refuses(monkeypatch, idle):
@@ -106,7 +107,7 @@ def test_a_fork_that_the_system_refuses(monkeypatch, idle):
     monkeypatch.setattr(os, "fork", refuse)
     kept, given = socket.socketpair()
     with kept:
-        idle._heard = protocol.Fork().line()
+        idle._heard = protocol.Fork(number=1).line()
         idle._descriptors = [given.detach()]
         idle._heed()
         fault = "[Errno 11] Resource temporarily unavailable"

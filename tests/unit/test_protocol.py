@@ -35,11 +35,11 @@ REPORTS = [
     protocol.Crashed(fault="no such module\nat all"),
     protocol.Unloadable(fault="no such module"),
 ]
-REQUESTS = [protocol.Fork(), protocol.Connect(database_url=SecretStr("sqlite://"))]
+REQUESTS = [protocol.Fork(number=1), protocol.Connect(database_url=SecretStr("sqlite://"))]
 NOTICES = [
     protocol.Serving(),
     protocol.Refused(reason="no"),
-    protocol.Gone(pid=1, exit_code=-9, left=("a",)),
+    protocol.Gone(number=1, exit_code=-9, left=("a",)),
 ]
 
 
