@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from prefect.client.schemas.objects import State
+from pydantic import ValidationError
 
 from taskadapter.agent.runs import Killed, Signal
 from taskadapter.execution import protocol
@@ -23,8 +24,11 @@ from taskadapter.execution.assignment import LEAVE_SECONDS, Assignment
 ANSWER_SECONDS = 10.0
 """How long the nursery may take to fork a process, or to tell of its end, before it is looked after."""
 
-HOOKS_SECONDS = 60.0
-"""How long the hooks of a run may take whose own process is gone."""
+HOOKS_SECONDS = 600.0
+"""How long each hook for a run's end may take; it would keep its job's place.
+
+The same holds for loading a run's code anew, where its own process is gone.
+"""
 
 LAST_WORDS_SECONDS = 0.2
 """What a process has said is read within this after its end, though others still hold its socket."""
@@ -43,11 +47,13 @@ class Outcome:
         end: the last that the process said, or that it was killed.
         how: how the process ended, in words.
         left: the commands that it left behind; they are ended.
+        hook: the name of a hook that has taken too long, and was ended with the process.
     """
 
     end: protocol.End | Killed
     how: str = ""
     left: tuple[str, ...] = ()
+    hook: str | None = None
 
     @property
     def message(self) -> str:
@@ -96,11 +102,33 @@ class HostLink:
         self._link = link
         self._writer = writer
         self._said: list[protocol.Order] = []
+        self._hook: str | None = None  # that is being called
 
     async def carry_out(self, assignment: Assignment, progress: Progress) -> Outcome:
         """Have the process run the assignment; returns when the process has ended."""
-        end: protocol.End | None = None
-        async for report in self._assign(protocol.Run(assignment=assignment)):
+        limit, end = asyncio.timeout(None), None
+        try:
+            async with limit:
+                end = await self._follow(protocol.Run(assignment=assignment), progress, limit)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            self.end(signal.SIGKILL)
+        # What ends is the process, not its socket: a job may have closed that, or a child may hold it.
+        ending = await self._end_of(is_leaving=end is not None or limit.expired())
+        how = self._in_words(ending)
+        if end is not None:
+            return Outcome(end, how, ending.left)
+        if limit.expired():
+            return Outcome(Killed(), how, hook=self._hook)
+        killed = -ending.exit_code in _FROM_OUTSIDE
+        return Outcome(Killed() if killed else protocol.Crashed(fault=how), how)
+
+    async def _follow(
+        self, order: protocol.Run, progress: Progress, limit: asyncio.Timeout
+    ) -> protocol.End | None:
+        """Give the process its order, and pass on what it tells; returns the last that it says."""
+        async for report in self._assign(order):
             match report:
                 case protocol.Loaded(seconds=seconds):
                     progress.loaded(seconds)
@@ -110,24 +138,32 @@ class HostLink:
                     progress.begun(ended)
                 case protocol.Waits() | protocol.Answered() | protocol.Settled():
                     progress.came_to(report)
+                case protocol.Hook(name=name):
+                    self._hook = name
+                    limit.reschedule(None if name is None else _in(HOOKS_SECONDS))
                 case _:
-                    end = report
-                    break
-        # What ends is the process, not its socket: a job may have closed that, or a child may hold it.
-        ending = await self._end_of(is_leaving=end is not None)
-        how = self._in_words(ending)
-        if end is not None:
-            return Outcome(end, how, ending.left)
-        killed = -ending.exit_code in _FROM_OUTSIDE
-        return Outcome(Killed() if killed else protocol.Crashed(fault=how), how)
+                    return report
+        return None
 
     async def run_hooks(self, assignment: Assignment, state: State[Any]) -> None:
-        """Have the process run the hooks for ``state`` of a run whose own process is gone."""
-        with contextlib.suppress(TimeoutError):  # what hangs would keep its job's place
-            async with asyncio.timeout(HOOKS_SECONDS):
-                async for _ in self._assign(protocol.RunHooks(assignment=assignment, state=state)):
-                    break
-        await self._end_of(is_leaving=True)
+        """Have the process run the hooks for ``state`` of a run whose own process is gone.
+
+        Raises:
+            TimeoutError: one took too long, or to load them did.
+        """
+        try:
+            async with asyncio.timeout(HOOKS_SECONDS) as limit:
+                async for report in self._assign(protocol.RunHooks(assignment=assignment, state=state)):
+                    if not isinstance(report, protocol.Hook):
+                        break
+                    self._hook = report.name
+                    limit.reschedule(_in(HOOKS_SECONDS))
+        except TimeoutError:
+            self.end(signal.SIGKILL)
+            what = "to load them" if self._hook is None else f"hook {self._hook}"
+            raise TimeoutError(f"{what} took longer than {HOOKS_SECONDS:g} s, and was ended") from None
+        finally:
+            await self._end_of(is_leaving=True)
 
     async def _end_of(self, *, is_leaving: bool) -> protocol.Gone:
         """Wait for the end of the process; a nursery that does not tell of it in time is looked after.
@@ -153,7 +189,10 @@ class HostLink:
         self._send(*self._said)
         reader = LineReader(self._link)
         while (line := await reader.read()) is not None:
-            report = protocol.report(line)
+            try:
+                report = protocol.report(line)
+            except ValidationError:  # a job may write into every file that it finds open
+                continue
             if not isinstance(report, protocol.Ready):
                 yield report
                 continue
@@ -219,6 +258,11 @@ class HostLink:
         if ending.exit_code < 0:
             return f"process {self.pid} was ended by {_name_of(-ending.exit_code)}"
         return f"process {self.pid} exited with status {ending.exit_code}"
+
+
+def _in(seconds: float) -> float:
+    """Return a moment, so many seconds from now, on the clock of the event loop."""
+    return asyncio.get_running_loop().time() + seconds
 
 
 def _name_of(number: int) -> str:

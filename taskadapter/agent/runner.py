@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -15,7 +16,7 @@ from prefect.states import Cancelled, Crashed
 from taskadapter.agent import events, metrics, runs
 from taskadapter.agent.hand import Hand, RunInHand
 from taskadapter.agent.hosts import HostPool
-from taskadapter.agent.links import Outcome, Progress
+from taskadapter.agent.links import HOOKS_SECONDS, Outcome, Progress
 from taskadapter.agent.runs import Todo
 from taskadapter.agent.watch import send_heartbeat
 from taskadapter.coordination import store
@@ -97,6 +98,12 @@ class Runner:
                     self._end_job(job, reason)
                 case runs.HoldJob():
                     self._timetable.hold(job.deployment.model_copy(update={"paused": True}))
+        if outcome.hook is not None:
+            flow_run_logger(run.flow_run).warning(
+                "Hook %s took longer than %g s, and was ended with the run's process.",
+                outcome.hook,
+                HOOKS_SECONDS,
+            )
         if outcome.left:
             flow_run_logger(run.flow_run).warning(
                 "The run left these processes behind; they have been killed: %s", "; ".join(outcome.left)
@@ -242,6 +249,7 @@ class Runner:
             return await host.carry_out(assignment, progress)
         finally:
             run.host = None
+            host.end(signal.SIGKILL)  # if it goes on: what was not foreseen has ended only this
             if begun_at is not None:
                 self._queue.ran(run.flow_run.deployment_id, time.monotonic() - begun_at)
             await self._hosts.clear(str(run.flow_run.id))

@@ -298,7 +298,10 @@ def enter_end_of_engine(execution: current.Execution, state: State[Any], *, is_f
         number = entered.number if isinstance(entered, Begun) else None
         reason = ticks.ended_by(number or 1, policy, is_tick=assignment.is_tick)
     record.enter_end(execution, None, state.type.value.capitalize(), reason)
-    execution.ended = reason
+    execution.outcome = state.type.value.capitalize()
+    if reason is not None:
+        execution.ended = reason
+        execution.tell_begun()
     if is_ours and policy in LOGGING:
         said = consequence(assignment.deployment_name if reason else None, is_short=False)
         log = flow_run_logger(assignment.flow_run)

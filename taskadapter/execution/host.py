@@ -19,7 +19,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, NoReturn
@@ -97,6 +97,7 @@ class Host:
         self._agent = agent
         self._agent.settimeout(None)  # a module that is imported ahead may have set one for all sockets
         self._warm = warm
+        self._pid = os.getpid()
         self._inbox: queue.SimpleQueue[protocol.Run | protocol.RunHooks] = queue.SimpleQueue()
         self._dropped = threading.Event()
         self._released = threading.Event()
@@ -168,6 +169,8 @@ class Host:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def _tell(self, report: protocol.Report) -> None:
+        if os.getpid() != self._pid:  # a body has forked, and its child goes on where the body ends
+            return
         # A job may have closed every file that it found open.
         with contextlib.suppress(OSError):
             self._agent.sendall(report.line())
@@ -190,7 +193,7 @@ class Host:
             self._tell(protocol.Unloadable(fault=f"The flow could not be loaded: {line}"))
             return
         if isinstance(order, protocol.RunHooks):
-            run_hooks(flow, assignment, order.state)
+            run_hooks(flow, assignment, order.state, self._tell)
             self._tell(protocol.Told())
             return
         record.prepare(assignment)
@@ -216,7 +219,7 @@ class Host:
             threading.Thread(target=_guard, args=(assignment, over), name="guard", daemon=True).start()
         state: State[Any] | None = None
         fault: BaseException | None = None
-        turn.keep(flow)
+        turn.keep(flow, enter_end)
         private.heed_sigterm_only_if(self._is_meant)
         if assignment.trigger is not None and assignment.is_tick and flow.flow_run_name is None:
             private.name_run(assignment.flow_run.id, assignment.flow_run.name)
@@ -228,9 +231,10 @@ class Host:
         finally:
             over.set()
             current.execution.reset(token)
-        self._tell(_conclude(execution, state, fault))
+        end = _conclude(execution, state, fault)
         if execution.has_begun and execution.untold is not None:
-            run_hooks(flow, assignment, execution.untold)
+            run_hooks(flow, assignment, execution.untold, self._tell)
+        self._tell(end)
 
 
 def _conclude(
@@ -246,14 +250,7 @@ def _conclude(
             is_told = _is_told(state) and not _is_crashed(state)
             return protocol.Told() if is_told else protocol.Untold()
         case Begun():
-            is_told = _is_told(state) and not _was_spoilt(execution, state)
-            end = state if is_told else execution.untold
-            is_corrected = is_told and execution.outcome == "Completed" and _has_returned_failures(state)
-            if end is not None and (execution.outcome is None or is_corrected):
-                is_own = not (execution.has_waited and _has_timed_out(end)) and not _is_api_fault(end)
-                is_failure = end.is_failed() and is_own
-                with contextlib.suppress(CoordinationError, TokenLostError):
-                    enter_end_of_engine(execution, end, is_failure=is_failure)
+            is_told = enter_end(execution, state)
             return (protocol.Told if is_told else protocol.Untold)(ended=execution.ended)
         case Paused():
             return protocol.Paused()
@@ -266,6 +263,26 @@ def _conclude(
             return protocol.Skipped(reason=reason, ended=reason)
         case Taken():
             return protocol.Untold()
+
+
+def enter_end(execution: current.Execution, state: State[Any] | None) -> bool:
+    """Enter what came of a body that has begun, where nobody has yet.
+
+    Args:
+        execution: of the run.
+        state: what the engine made of it, if anything.
+
+    Returns:
+        Whether Prefect has been told what came of it.
+    """
+    is_told = _is_told(state) and not _was_spoilt(execution, state)
+    end = state if is_told else execution.untold
+    is_corrected = is_told and execution.outcome == "Completed" and _has_returned_failures(state)
+    if end is not None and (execution.outcome is None or is_corrected):
+        is_own = not (execution.has_waited and _has_timed_out(end)) and not _is_api_fault(end)
+        with contextlib.suppress(CoordinationError, TokenLostError):
+            enter_end_of_engine(execution, end, is_failure=end.is_failed() and is_own)
+    return is_told
 
 
 def _crashed(fault: BaseException | None) -> protocol.Crashed:
@@ -366,8 +383,13 @@ async def _exhaust(items: Any) -> None:
         pass
 
 
-def run_hooks(flow: Flow[..., Any], assignment: Assignment, state: State[Any]) -> None:
-    """Run the hooks for a state that the engine has not told."""
+def run_hooks(
+    flow: Flow[..., Any],
+    assignment: Assignment,
+    state: State[Any],
+    tell: Callable[[protocol.Report], None],
+) -> None:
+    """Run the hooks for a state that the engine has not told, and tell the agent of each."""
     hooks = {
         StateType.COMPLETED: flow.on_completion_hooks,
         StateType.FAILED: flow.on_failure_hooks,
@@ -377,11 +399,12 @@ def run_hooks(flow: Flow[..., Any], assignment: Assignment, state: State[Any]) -
     logger = flow_run_logger(assignment.flow_run, flow)
     for hook in hooks:
         try:
-            outcome = hook(flow, assignment.flow_run, state)
-            if asyncio.iscoroutine(outcome):
-                asyncio.run(outcome)
+            with turn.calling(hook, tell):
+                outcome = hook(flow, assignment.flow_run, state)
+                if asyncio.iscoroutine(outcome):
+                    asyncio.run(outcome)
         except Exception:
-            logger.exception("Hook %r failed.", getattr(hook, "__name__", hook))
+            logger.exception("Hook %r failed.", turn.name_of(hook))
 
 
 def leave() -> NoReturn:

@@ -124,7 +124,14 @@ class Settled(Message, frozen=True):
     kind: Literal["settled"] = "settled"
 
 
-Step = Loaded | Started | Begun | Waits | Answered | Settled
+class Hook(Message, frozen=True):
+    """A hook for the run's end is called; without a name: it has returned."""
+
+    kind: Literal["hook"] = "hook"
+    name: str | None = None
+
+
+Step = Loaded | Started | Begun | Waits | Answered | Settled | Hook
 
 
 class Told(Message, frozen=True):

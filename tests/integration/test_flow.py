@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import time
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -38,15 +40,15 @@ from taskadapter.coordination import store
 from taskadapter.coordination.executions import Exhausted, Skipped
 from taskadapter.deploy import deploy
 from taskadapter.errors import DatabaseUnavailableError
-from taskadapter.execution import current, record, turn
+from taskadapter.execution import current, protocol, record, turn
 from taskadapter.execution.assignment import Assignment, Workspace
 from taskadapter.execution.current import Execution
 from taskadapter.execution.flow import job_flow
-from taskadapter.execution.host import drive
+from taskadapter.execution.host import drive, enter_end
 from taskadapter.rules.ticks import slug
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from prefect import Flow
@@ -96,6 +98,10 @@ class Greeting(Job):
 def look() -> int:
     seen.append(current_run())
     return len(seen)
+
+
+def dawdle() -> None:
+    time.sleep(5)
 
 
 async def look_async() -> int:
@@ -341,6 +347,7 @@ class Agent:
     database_url: str
     on: Listener
     job: Flow[..., object]
+    told: list[protocol.Step] = field(default_factory=list)
 
     def run(
         self, *, auto_scheduled: bool = False, late: float = 0.0
@@ -367,7 +374,8 @@ class Agent:
                 database_url=SecretStr(self.database_url),
                 trigger_slug=slug(trigger),
                 trigger=trigger,
-            )
+            ),
+            tell=self.told.append,
         )
         token = current.execution.set(execution)
         state = None
@@ -382,10 +390,15 @@ class Agent:
 
 @pytest.fixture
 def given(prefect_client: SyncPrefectClient, name: str, tmp_path: Path) -> Iterator[Callable[..., Agent]]:
-    def give(source: Any, **changes: object) -> Agent:
+    def give(
+        source: Any, on_hooks: Sequence[Any] = (), timeout_seconds: float | None = None, **changes: object
+    ) -> Agent:
         on = listener(**changes)
-        job = on.service(name)(source)
-        turn.keep(job)
+        hooks = [*on_hooks] or None
+        job = on.service(name, on_completion=hooks, on_failure=hooks, timeout_seconds=timeout_seconds)(
+            source
+        )
+        turn.keep(job, enter_end)
         return Agent(prefect_client, name, f"sqlite:///{tmp_path}/tasks.db", on, job)
 
     yield give
@@ -406,6 +419,47 @@ def test_a_job_knows_its_run(given: Callable[..., Agent]) -> None:
     assert (first.count, second.count, second.attempt) == (1, 2, 1)
     assert second.task_id == "node-1"
     assert second.scheduled_time == execution.assignment.due
+
+
+def test_the_agent_is_told_of_each_hook(given: Callable[..., Agent]) -> None:
+    """It ends one that hangs, and not a run that goes on after it."""
+
+    def first(*_: object) -> None:
+        pass
+
+    async def second(*_: object) -> None:
+        assert agent.told[-1] == protocol.Hook(name="second")
+
+    def third(*_: object) -> None:
+        assert agent.told[-1] == protocol.Hook(name="third")
+        raise ValueError("a hook that fails")
+
+    agent = given(look, on_hooks=[first, second, partial(third)])
+    agent.run(auto_scheduled=True)
+
+    hooks = [step.name for step in agent.told if isinstance(step, protocol.Hook)]
+    assert list(dict.fromkeys(name for name in hooks if name)) == ["first", "second", "third"]
+    assert hooks[-1] is None
+
+
+def test_an_end_is_entered_before_a_hook_that_may_hang(given: Callable[..., Agent]) -> None:
+    """Also where Prefect makes the end: a run that is too slow ends its job, as its policy says."""
+
+    def hang(*_: object) -> None:
+        outcomes.append(current.execution.get())
+        assert isinstance(agent.told[-2], protocol.Begun)
+        reasons.append(agent.told[-2].ended)
+
+    outcomes: list[Execution | None] = []
+    reasons: list[str | None] = []
+    agent = given(dawdle, on_hooks=[hang], timeout_seconds=1)
+    agent.run(auto_scheduled=True)
+
+    (execution,) = outcomes
+    assert execution is not None
+    assert execution.outcome == "Failed"
+    assert reasons == [execution.ended]
+    assert execution.ended is not None
 
 
 def test_the_last_of_the_counted_runs_ends_the_job(given: Callable[..., Agent]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from contextlib import ExitStack
 from typing import Any
@@ -103,3 +104,15 @@ def test_no_timeout_of_a_users_module_ends_the_talk_with_the_agent():
 def test_what_was_too_slow_before_its_body_is_given_back():
     """Nothing has begun."""
     assert host._conclude(Execution(ASSIGNMENT), TIMED_OUT, None) == protocol.Dropped()
+
+
+def test_only_the_process_of_a_run_speaks_for_it(monkeypatch):
+    """A body may fork, and its child go on where the body ends: the run's own process is not over."""
+    agent, ours = socket.socketpair()
+    with agent, ours:
+        process = host.Host(ours, None)
+        with monkeypatch.context() as child:
+            child.setattr(os, "getpid", lambda: 2**22)
+            process._tell(protocol.Told())
+        process._tell(protocol.Untold())
+        assert protocol.report(agent.recv(1000)) == protocol.Untold()

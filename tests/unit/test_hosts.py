@@ -12,10 +12,11 @@ from uuid import uuid4
 
 import pytest
 from prefect.client.schemas.objects import FlowRun
+from prefect.states import Crashed
 from pydantic import SecretStr
 
 from taskadapter.agent.hosts import HostPool
-from taskadapter.agent.links import HostLink, LineReader, Progress, writer_to
+from taskadapter.agent.links import HostLink, LineReader, Outcome, Progress, writer_to
 from taskadapter.agent.runs import Killed
 from taskadapter.execution import protocol
 from taskadapter.execution.assignment import Assignment, Workspace
@@ -295,3 +296,92 @@ def test_a_process_that_has_ended_before_it_is_known(monkeypatch: pytest.MonkeyP
             assert not nursery.pool._hosts
 
     asyncio.run(course())
+
+
+async def process(monkeypatch: pytest.MonkeyPatch) -> tuple[HostLink, socket.socket]:
+    """A process that says what a test does, and ends when it is killed; and its end of the link."""
+    monkeypatch.setattr("taskadapter.agent.links.LAST_WORDS_SECONDS", 0.01)
+    monkeypatch.setattr(HostLink, "end", lambda host, _: host.ended(protocol.Gone(number=1, exit_code=-9)))
+    ours, theirs = socket.socketpair()
+    return HostLink(ours, await writer_to(ours), 2**22, doubt=lambda: None), theirs
+
+
+def test_a_hook_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its run would keep its place; what the run came to, the ledger says."""
+    monkeypatch.setattr("taskadapter.agent.links.HOOKS_SECONDS", 0.05)
+
+    async def course() -> Outcome:
+        host, theirs = await process(monkeypatch)
+        with theirs:
+            theirs.sendall(protocol.Settled().line() + protocol.Hook(name="notify").line())
+            async with asyncio.timeout(5):
+                outcome = await host.carry_out(ASSIGNMENT, IGNORED)
+            await asyncio.sleep(0.05)  # it hangs up
+        return outcome
+
+    outcome = asyncio.run(course())
+    assert outcome.end == Killed()
+    assert outcome.hook == "notify"
+
+
+def test_a_hook_that_has_returned_limits_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks that the body has not waited for may go on after it."""
+    monkeypatch.setattr("taskadapter.agent.links.HOOKS_SECONDS", 0.05)
+
+    async def course() -> Outcome:
+        host, theirs = await process(monkeypatch)
+        with theirs:
+            theirs.sendall(protocol.Hook(name="notify").line() + protocol.Hook().line())
+            carrying_out = asyncio.create_task(host.carry_out(ASSIGNMENT, IGNORED))
+            await asyncio.sleep(0.2)
+            theirs.sendall(protocol.Told().line())
+            await asyncio.sleep(0.01)
+            host.ended(protocol.Gone(number=1, exit_code=0))
+            outcome = await carrying_out
+            await asyncio.sleep(0.05)  # it hangs up
+        return outcome
+
+    outcome = asyncio.run(course())
+    assert outcome.end == protocol.Told()
+    assert outcome.hook is None
+
+
+@pytest.mark.parametrize(
+    ("said", "what"),
+    [
+        ([protocol.Hook(name="notify"), protocol.Hook(), protocol.Hook(name="mail")], "hook mail"),
+        ([], "to load them"),
+    ],
+)
+def test_hooks_of_a_run_that_is_gone_are_ended_too(
+    monkeypatch: pytest.MonkeyPatch, said: list[protocol.Report], what: str
+) -> None:
+    """Whoever reads the log is told which hook it was."""
+    monkeypatch.setattr("taskadapter.agent.links.HOOKS_SECONDS", 0.05)
+
+    async def course() -> None:
+        host, theirs = await process(monkeypatch)
+        with theirs:
+            theirs.sendall(b"".join(report.line() for report in said))
+            with pytest.raises(OSError, match=f"{what} took longer than 0.05 s, and was ended"):
+                await host.run_hooks(ASSIGNMENT, Crashed(message="killed"))
+            await asyncio.sleep(0.05)  # it hangs up
+
+    asyncio.run(course())
+
+
+def test_what_is_no_message_is_not_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job may write into every file that it finds open: its process is waited for all the same."""
+
+    async def course() -> protocol.End | Killed:
+        host, theirs = await process(monkeypatch)
+        with theirs:
+            theirs.sendall(b"junk\n" + protocol.Dropped().line())
+            carrying_out = asyncio.create_task(host.carry_out(ASSIGNMENT, IGNORED))
+            await asyncio.sleep(0.01)
+            host.ended(protocol.Gone(number=1, exit_code=0))
+            end = (await carrying_out).end
+            await asyncio.sleep(0.05)  # it hangs up
+        return end
+
+    assert asyncio.run(course()) == protocol.Dropped()

@@ -27,6 +27,7 @@ REPORTS = [
     protocol.Waits(fault="permission denied", seconds=0.5),
     protocol.Answered(),
     protocol.Settled(),
+    protocol.Hook(name="notify"),
     protocol.Told(),
     protocol.Untold(ended="it is over"),
     protocol.Dropped(),
