@@ -109,7 +109,9 @@ class TaskadapterSettings(PrefectBaseSettings):
     ledger_days: float = Field(
         default=7.0,
         gt=0,
-        description="Days for which the coordination database keeps what has been executed.",
+        description=(
+            "Days for which the coordination database keeps what has been executed, and who took part."
+        ),
     )
     drain_seconds: float = Field(
         default=30.0,

@@ -19,7 +19,7 @@ from prefect.utilities.slugify import slugify
 
 from taskadapter.agent import events
 from taskadapter.coordination import store
-from taskadapter.coordination.messages import Gained, Lost, ResignAsked
+from taskadapter.coordination.messages import TERMS_SHOWN, Gained, Lost, ResignAsked
 from taskadapter.declare.triggers import DEFAULT_QUEUE
 from taskadapter.errors import CoordinationError
 from taskadapter.prefect_api.client import API_FAULTS, all_pages
@@ -42,9 +42,6 @@ MOST_MERGED = 5
 
 SHARE = 0.25
 """How much of the time the descriptions of many queues are written: late runs want the API too."""
-
-CHANGES = 5
-"""How many of a group's last terms are shown."""
 
 NAMED = 20
 """Of how many groups the pool's description tells at most, one by one."""
@@ -129,7 +126,7 @@ class Showing:
         # One of the active nodes is enough: the one that is active for the first group.
         held = [group for group in groups if group.holder is not None]
         if held and held[0].group_id in mine and facts != self._shown_of_all:
-            tenures = await asyncio.to_thread(store.tenures, url, names, CHANGES)
+            tenures = await asyncio.to_thread(store.tenures, url, names, TERMS_SHOWN)
             await self._show_all(groups, facts, tenures)
             self._shown_of_all = facts
 

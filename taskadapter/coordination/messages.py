@@ -8,6 +8,7 @@ from typing import TypeAlias
 __all__ = [
     "FOREIGN_GROUP",
     "NAMED",
+    "TERMS_SHOWN",
     "Abandon",
     "Acquire",
     "Acquired",
@@ -55,6 +56,9 @@ STOPPING = "stopping"
 
 NAMED = 3
 """How many groups a line of the log names; it counts the others."""
+
+TERMS_SHOWN = 5
+"""How many of a group's last terms are shown, and kept however old they are."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
 
 __all__ = [
+    "FORGOTTEN_SECONDS",
     "Node",
     "claim_groups",
     "give_up_group",
@@ -28,6 +29,9 @@ __all__ = [
     "register",
     "unregister",
 ]
+
+FORGOTTEN_SECONDS = 86400.0
+"""A node that has been silent for so long was taken away, and is not asked for any more."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, TypeVar
 from uuid import UUID
 
@@ -107,11 +107,12 @@ def end_as_found(database_url: str, entry: Entry, outcome: str) -> None:
 
 
 def prune(database_url: str, seconds: float) -> None:
-    """Forget the executions, and the jobs, that ended longer ago than so many seconds."""
-    from taskadapter.coordination import ledger, progress
+    """Forget what is over for longer than so many seconds: executions, jobs, and who took part."""
+    from taskadapter.coordination import ledger, progress, pruning
 
-    while ask(database_url, lambda connection: ledger.prune(connection, seconds)):
-        pass
+    for forget in (ledger.prune, pruning.nodes, pruning.heartbeats, pruning.terms):
+        while ask(database_url, partial(forget, seconds=seconds)):
+            pass
     ask(database_url, lambda connection: progress.prune(connection, seconds))
 
 

@@ -14,7 +14,7 @@ from taskadapter.coordination import ledger, progress, schema
 from taskadapter.coordination.engines import open_engine, transaction, would_make_file
 from taskadapter.coordination.faults import where
 from taskadapter.coordination.messages import FOREIGN_GROUP
-from taskadapter.coordination.nodes import groups_of_others
+from taskadapter.coordination.nodes import FORGOTTEN_SECONDS, groups_of_others
 from taskadapter.coordination.overview import Status, check_rights, read_status
 from taskadapter.doctor.findings import Finding, error, ok, warning
 from taskadapter.doctor.late import look_at_late
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
 
     from taskadapter.coordination.progress import JobRow
     from taskadapter.doctor.server import Seen
-
-FORGOTTEN_SECONDS = 86400.0
-"""A node that has been silent for so long was taken away, and is not asked for any more."""
 
 
 @dataclass(frozen=True)

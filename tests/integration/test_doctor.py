@@ -856,7 +856,7 @@ def a_standby_that_died(system: System) -> None:
 
 
 def test_a_node_that_left_long_ago_is_not_named(system: System) -> None:
-    """Its row stays, for nobody has taken its name since."""
+    """Its row stays for as long as the ledger's do."""
     system.execute("UPDATE taskadapter_node SET last_seen = '2020-01-01 00:00:00.000'")
     assert not [text for text in findings(system.pool, system.folder) if "is silent for" in text]
 
