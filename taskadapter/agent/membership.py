@@ -25,8 +25,10 @@ from taskadapter.coordination.messages import (
     FOREIGN_GROUP,
     NAMED,
     STOPPING,
+    UNSEEN_GROUP,
     Gained,
     Lost,
+    PoolKey,
     Refused,
     ResignAsked,
     Token,
@@ -52,6 +54,12 @@ ELSEWHERE = (
     "{setting} or a listener's database_config"
 )
 """Why a node takes no part that would be active beside others."""
+
+SILENT_SECONDS = 60.0
+"""After so long without life, at least, a node of another server's pool is taken for dead.
+
+That pool's timing is not seen from here.
+"""
 
 ALIVE_FOR = timedelta(seconds=15)
 """A worker that polls so long after it was first seen lives, and is not about to appear in the database."""
@@ -101,8 +109,9 @@ class Membership:
         self.refused: str | None = None
         # Whether others may coordinate through another database, and nobody has looked yet.
         self._may_be_apart = False
-        # Groups that are known to be this pool's, and those that are another's.
+        # Groups that were this pool's at the last look, its id at that, and those that are another's.
         self._claimed: AbstractSet[str] = frozenset()
+        self._pool_id: str | None = None
         self._foreign: dict[str, str] = {}
         # Groups that are to be left once their runs have ended.
         self._leaving: set[str] = set()
@@ -317,21 +326,48 @@ class Membership:
             )
 
     async def _claim(self, names: AbstractSet[str]) -> AbstractSet[str]:
-        """Return those of some groups that are this pool's, for good, and say which are another's."""
-        if names <= self._claimed:
-            self._claimed = names  # one that is deleted, and made again, may be another pool's by then
-            return names
-        url, pool = self.database_url, self._node.work_pool
-        foreign = await asyncio.to_thread(store.claim_groups, url, pool, names)
-        for name, other in list(foreign.items()):
-            if not await self._has_queue(other, name):
-                await asyncio.to_thread(store.give_up_group, url, other, name)
-                foreign = await asyncio.to_thread(store.claim_groups, url, pool, names)
-            elif name not in self._foreign:
-                self._node.log.error("%s", FOREIGN_GROUP.format(name=name, other=other))
+        """Return those of some groups that are this pool's, and say which are another's.
+
+        What was this pool's may be another server's by now: this node stood still, and was taken for dead.
+        """
+        pool = PoolKey(self._node.work_pool, str(self._node.pool().id))
+        foreign = {}
+        for name, other in (await asyncio.to_thread(self._others, pool, names)).items():
+            refusal = await self._take_over(pool, name, other)
+            if refusal is not None:
+                foreign[name] = refusal
+                if name not in self._foreign:
+                    self._node.log.error("%s", refusal)
+        self._pool_id = pool.id
         self._foreign = foreign
         self._claimed = names - foreign.keys()
         return self._claimed
+
+    def _others(self, pool: PoolKey, names: AbstractSet[str]) -> dict[str, str]:
+        """Claim those groups that are not known to be this pool's, and return those that are another's."""
+        if names <= self._claimed and pool.id == self._pool_id:
+            return store.groups_of_others(self.database_url, pool, names)
+        former_id = None if pool.id == self._pool_id else self._pool_id
+        return store.claim_groups(self.database_url, pool, names, former_id)
+
+    async def _take_over(self, pool: PoolKey, name: str, other: str) -> str | None:
+        """Enter a group as this pool's that is another's, if nobody of that one needs it; else say why not.
+
+        Where this server does not have that pool, another one may: only its nodes tell.
+        """
+        if other != pool.name and await self._has_queue(other, name):
+            return FOREIGN_GROUP.format(name=name, other=other)
+        within = max(SILENT_SECONDS, Domain.of(self._node.pool()).liveness_check_interval)
+        me = self._node.incarnation
+        living = await asyncio.to_thread(store.take_over_group, self.database_url, pool, name, me, within)
+        if living:
+            return UNSEEN_GROUP.format(name=name, other=other, nodes=listed(living, NAMED))
+        self._node.log.info(
+            "Group %r was another work pool's, %r, of which no node lives, and is this one's now.",
+            name,
+            other,
+        )
+        return None
 
     async def _has_queue(self, pool: str, name: str) -> bool:
         try:
@@ -355,7 +391,7 @@ class Membership:
             if self.refused is not None:
                 raise CoordinationError(self.refused)
             if queue in self._foreign:
-                raise CoordinationError(FOREIGN_GROUP.format(name=queue, other=self._foreign[queue]))
+                raise CoordinationError(self._foreign[queue])
             now = time.monotonic()
             if groups.waits_for_its_predecessor:
                 self._waits_since = min(now, self._waits_since)

@@ -9,6 +9,7 @@ __all__ = [
     "FOREIGN_GROUP",
     "NAMED",
     "TERMS_SHOWN",
+    "UNSEEN_GROUP",
     "Abandon",
     "Acquire",
     "Acquired",
@@ -24,6 +25,7 @@ __all__ = [
     "Hint",
     "Joined",
     "Lost",
+    "PoolKey",
     "Pulse",
     "PulseAnswer",
     "Refused",
@@ -48,6 +50,13 @@ FOREIGN_GROUP = (
 )
 """What is said of a group that two work pools of one database name."""
 
+UNSEEN_GROUP = (
+    "group {name!r} belongs to work pool {other!r} of another Prefect server, or to one that is gone, and "
+    "its node {nodes} lives; choose another group_id, or another database, for one of the two servers; if "
+    "that pool is gone, stop its nodes, and the group is this pool's"
+)
+"""What is said of a group whose other work pool cannot be seen from here, while nodes of it live."""
+
 NOT_ASKED_FOR = "not asked for any more"
 """Why a group is left whose queue is gone, or is served no longer."""
 
@@ -59,6 +68,18 @@ NAMED = 3
 
 TERMS_SHOWN = 5
 """How many of a group's last terms are shown, and kept however old they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolKey:
+    """Which work pool a group belongs to.
+
+    The `id` differs where two servers have a pool of one `name`, or where it was deleted and made anew.
+    Where it is not known, as None, the name decides.
+    """
+
+    name: str
+    id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sqlalchemy import and_, delete, select, update
+from sqlalchemy import and_, delete, or_, select, update
 
 from taskadapter.coordination.dialects import database_now, ensure_rows, ensured, seconds_since, together
 from taskadapter.coordination.schema import group, node
@@ -20,13 +20,16 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection
 
+    from taskadapter.coordination.messages import PoolKey
+
 __all__ = [
     "FORGOTTEN_SECONDS",
     "Node",
     "claim_groups",
-    "give_up_group",
     "groups_of_others",
+    "name_of",
     "register",
+    "take_over_group",
     "unregister",
 ]
 
@@ -54,28 +57,71 @@ class Node:
         return f"{self.task_id}/{self.of}"[:255] if self.of else self.task_id
 
 
-def claim_groups(connection: Connection, work_pool: str, group_ids: Collection[str]) -> dict[str, str]:
+def claim_groups(
+    connection: Connection, pool: PoolKey, group_ids: Collection[str], former_id: str | None = None
+) -> dict[str, str]:
     """Enter groups as a work pool's, and return those that are another pool's, with its name.
 
     The nodes of two pools would stand in for each other's jobs, which they do not run.
+
+    Args:
+        connection: in a transaction.
+        pool: the pool.
+        group_ids: the groups.
+        former_id: the id that the pool had before it was made anew; its groups go with it.
     """
     if group_ids:
-        ensure_rows(connection, group, [{"group_id": g, "work_pool": work_pool} for g in sorted(group_ids)])
-    return groups_of_others(connection, work_pool, group_ids)
+        new = {"work_pool": pool.name, "pool_id": pool.id}
+        ensure_rows(connection, group, [{"group_id": name, **new} for name in sorted(group_ids)])
+        columns = group.c
+        is_ours = (
+            columns.work_pool == pool.name,
+            or_(columns.pool_id.is_(None), columns.pool_id == former_id),
+        )
+        ours = update(group).where(columns.group_id.in_(group_ids), *is_ours)
+        connection.execute(ours.values(pool_id=pool.id))
+    return groups_of_others(connection, pool, group_ids)
 
 
-def groups_of_others(connection: Connection, work_pool: str, group_ids: Collection[str]) -> dict[str, str]:
-    """Return those of some groups that are another pool's than this one's, with its name."""
+def groups_of_others(connection: Connection, pool: PoolKey, group_ids: Collection[str]) -> dict[str, str]:
+    """Return those of some groups that are another pool's than this one, with its name."""
     columns = group.c
-    theirs = columns.group_id.in_(group_ids), columns.work_pool != work_pool
-    rows = connection.execute(select(columns.group_id, columns.work_pool).where(*theirs))
-    return {row.group_id: row.work_pool for row in rows}
+    is_other = columns.work_pool != pool.name
+    if pool.id is not None:
+        is_other = or_(is_other, columns.pool_id != pool.id)
+    theirs = select(columns.group_id, columns.work_pool).where(columns.group_id.in_(group_ids), is_other)
+    return {row.group_id: row.work_pool for row in connection.execute(theirs)}
 
 
-def give_up_group(connection: Connection, work_pool: str, group_id: str) -> None:
-    """Let a group be another pool's that was this one's; nothing happens if it was not."""
-    mine = group.c.group_id == group_id, group.c.work_pool == work_pool
-    connection.execute(delete(group).where(*mine))
+def take_over_group(
+    connection: Connection, pool: PoolKey, group_id: str, incarnation: str, within: float
+) -> list[str]:
+    """Enter a group as a pool's that is another's, unless live nodes stand by for it; return their names.
+
+    Whoever stands by for a group is of the pool that has it.
+
+    Args:
+        connection: in a transaction.
+        pool: the pool that is to have it.
+        group_id: the group.
+        incarnation: of the process that asks, which may have stood by for it before.
+        within: in how many seconds a node that lives has shown it.
+    """
+    columns = node.c
+    lives = seconds_since(columns.last_seen) <= within, columns.incarnation != incarnation
+    rows = connection.execute(
+        select(columns.task_id, columns.group_ids).where(*lives).order_by(columns.task_id)
+    )
+    living = [name_of(row.task_id) for row in rows if group_id in json.loads(row.group_ids)]
+    if not living:
+        now = {"work_pool": pool.name, "pool_id": pool.id}
+        connection.execute(update(group).where(group.c.group_id == group_id).values(now))
+    return living
+
+
+def name_of(entry: str) -> str:
+    """Return the name of the node that an entry is of: one of two work pools has two (`Node.entry`)."""
+    return entry.partition("/")[0]
 
 
 def register(connection: Connection, me: Node, group_ids: Collection[str], interval: float) -> None:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from sqlalchemy import and_, delete, false, insert, select, update
 
 from taskadapter.coordination.dialects import seconds_since
-from taskadapter.coordination.nodes import groups_of_others
+from taskadapter.coordination.messages import PoolKey
+from taskadapter.coordination.nodes import groups_of_others, name_of
 from taskadapter.coordination.schema import (
     group,
     health_check,
@@ -113,7 +114,7 @@ def read_status(connection: Connection, work_pool: str | None = None) -> Status:
     if work_pool is None:
         return Status(groups, nodes)
     names = {one.group_id for one in groups}.union(*(one.group_ids for one in nodes))
-    theirs = groups_of_others(connection, work_pool, names).keys()
+    theirs = groups_of_others(connection, PoolKey(work_pool), names).keys()
     return Status(
         tuple(one for one in groups if one.group_id not in theirs),
         tuple(one for one in nodes if not one.group_ids or set(one.group_ids) - theirs),
@@ -162,7 +163,7 @@ def _node_statuses(connection: Connection) -> tuple[NodeStatus, ...]:
     )
     return tuple(
         NodeStatus(
-            task_id=_name_of(row.task_id),
+            task_id=name_of(row.task_id),
             host=row.host,
             pid=row.pid,
             group_ids=tuple(json.loads(row.group_ids)),
@@ -171,11 +172,6 @@ def _node_statuses(connection: Connection) -> tuple[NodeStatus, ...]:
         )
         for row in rows
     )
-
-
-def _name_of(entry: str) -> str:
-    """Return the name of the node that an entry is of: one of two work pools has two (`nodes.Node`)."""
-    return entry.partition("/")[0]
 
 
 def read_tenures(connection: Connection, group_ids: Collection[str], last: int) -> list[Tenure]:
@@ -215,7 +211,7 @@ def read_successors(connection: Connection, group_id: str, within: float) -> lis
         seconds_since(terms.released) <= LATELY_SECONDS,
     )
     entries = connection.execute(select(node.c.task_id).where(node.c.incarnation.in_(gave_up))).scalars()
-    unable = {_name_of(entry) for entry in entries}
+    unable = {name_of(entry) for entry in entries}
     standing_by = read_status(connection).standing_by(within).get(group_id, [])
     return [name for name in standing_by if name not in unable]
 

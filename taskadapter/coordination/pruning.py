@@ -65,7 +65,7 @@ def _remove(
     """Remove rows that are old, and are found to be something else as well.
 
     They are looked for first: MySQL deletes from no table that the statement reads as well, and would lock
-    what it passes. Whether a row is old is asked again when it is removed: who shows life meanwhile keeps it.
+    what it passes. Whether a row is old is asked again as it is removed: who shows life meanwhile stays.
     """
     key = list(table.primary_key.columns)
     found = connection.execute(select(*key).where(is_old, *and_is).limit(at_most)).all()

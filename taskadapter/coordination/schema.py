@@ -177,6 +177,8 @@ group = Table(
     metadata,
     Column("group_id", String(255), primary_key=True),
     Column("work_pool", String(255), nullable=False),
+    # Which of several servers' pools of that name; NULL until a node has said so.
+    Column("pool_id", String(36)),
     **_MYSQL,
 )
 
@@ -188,10 +190,11 @@ schema_step = Table(
     **_MYSQL,
 )
 
-VERSION = 3
+VERSION = 4
 """The last step that has made the tables what they are here; `taskadapter db upgrade` does what is missing.
 
-1 is the tables of the releases before there was a ledger, 2 those that do not say why a group was given up.
+1 is the tables of the releases before there was a ledger, 2 those that do not say why a group was given up,
+3 those that do not tell pools of one name apart.
 """
 
 _OF_STEP_1 = {"taskadapter_node", "taskadapter_job"}
@@ -308,6 +311,11 @@ def _add_why_given_up(connection: Connection) -> None:
     _add_columns(connection, tenure)
 
 
+def _add_pool_ids(connection: Connection) -> None:
+    _create(connection, group)
+    _add_columns(connection, group)
+
+
 def _add_columns(connection: Connection, table: Table) -> None:
     """Add the columns that a table lacks."""
     names = {column["name"] for column in inspect(connection).get_columns(table.name)}
@@ -317,7 +325,7 @@ def _add_columns(connection: Connection, table: Table) -> None:
             connection.exec_driver_sql(f"ALTER TABLE {table.name} ADD COLUMN {added}")
 
 
-_STEPS = {2: _add_the_ledger, 3: _add_why_given_up}
+_STEPS = {2: _add_the_ledger, 3: _add_why_given_up, 4: _add_pool_ids}
 
 
 def ddl(dialect: Dialect) -> str:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine
 
     from taskadapter.coordination.executions import Entry, Execution, Owner, Reading, Switches
-    from taskadapter.coordination.messages import Token
+    from taskadapter.coordination.messages import PoolKey, Token
     from taskadapter.coordination.overview import Status, Tenure
     from taskadapter.coordination.progress import JobRow
 
@@ -201,18 +201,31 @@ def see(database_url: str, readings: Iterable[Reading]) -> None:
     ask(database_url, carry_over)
 
 
-def claim_groups(database_url: str, work_pool: str, group_ids: Collection[str]) -> dict[str, str]:
-    """Enter groups as a work pool's, and return those that are another pool's, with its name."""
+def claim_groups(
+    database_url: str, pool: PoolKey, group_ids: Collection[str], former_id: str | None = None
+) -> dict[str, str]:
+    """Enter groups as a work pool's, and return those that are another's; see `nodes.claim_groups`."""
     from taskadapter.coordination import nodes
 
-    return ask(database_url, lambda connection: nodes.claim_groups(connection, work_pool, group_ids))
+    return ask(database_url, lambda connection: nodes.claim_groups(connection, pool, group_ids, former_id))
 
 
-def give_up_group(database_url: str, work_pool: str, group_id: str) -> None:
-    """Let a group be another pool's that was this one's."""
+def groups_of_others(database_url: str, pool: PoolKey, group_ids: Collection[str]) -> dict[str, str]:
+    """Return those of some groups that are another pool's than this one, with its name."""
     from taskadapter.coordination import nodes
 
-    ask(database_url, lambda connection: nodes.give_up_group(connection, work_pool, group_id))
+    return ask(database_url, lambda connection: nodes.groups_of_others(connection, pool, group_ids))
+
+
+def take_over_group(
+    database_url: str, pool: PoolKey, group_id: str, incarnation: str, within: float
+) -> list[str]:
+    """Enter a group as a pool's, unless live nodes of another have it; see `nodes.take_over_group`."""
+    from taskadapter.coordination.nodes import take_over_group
+
+    return ask(
+        database_url, lambda connection: take_over_group(connection, pool, group_id, incarnation, within)
+    )
 
 
 def live_nodes(database_url: str, work_pool: str, within: float) -> list[str]:

@@ -13,13 +13,13 @@ from taskadapter.agent.worker import WarmBackupWorker
 from taskadapter.coordination import ledger, progress, schema
 from taskadapter.coordination.engines import open_engine, transaction, would_make_file
 from taskadapter.coordination.faults import where
-from taskadapter.coordination.messages import FOREIGN_GROUP
+from taskadapter.coordination.messages import FOREIGN_GROUP, NAMED, UNSEEN_GROUP, PoolKey
 from taskadapter.coordination.nodes import FORGOTTEN_SECONDS, groups_of_others
 from taskadapter.coordination.overview import Status, check_rights, read_status
 from taskadapter.doctor.findings import Finding, error, ok, warning
 from taskadapter.doctor.late import look_at_late
 from taskadapter.doctor.pool import groups_of, liveness_of, start_command
-from taskadapter.errors import CoordinationError, SchemaError
+from taskadapter.errors import CoordinationError, SchemaError, listed
 from taskadapter.prefect_api.workers import polled_ago, polls, strangers
 from taskadapter.settings import PREFIX
 
@@ -108,7 +108,8 @@ def _read(engine: Engine, seen: Seen | None) -> Facts:
             return Facts(missing)
         check_rights(connection)
         is_narrow = bool(schema.upgrades(connection))
-        groups, pool = (groups_of(seen.queues), seen.pool.name) if seen else ([], "")
+        groups = groups_of(seen.queues) if seen else []
+        pool = PoolKey(seen.pool.name, str(seen.pool.id)) if seen else PoolKey("")
         foreign = groups_of_others(connection, pool, groups)
         readings = map(reading_of, seen.jobs if seen else ())
         slugs = {str(reading.job_id): reading.trigger_slug for reading in readings}
@@ -133,9 +134,14 @@ def _tables(engine: Engine, facts: Facts, groups: list[str]) -> Finding:
 
 
 def _group(name: str, facts: Facts, seen: Seen) -> Finding:
-    if facts.foreign and name in facts.foreign:
-        return error(FOREIGN_GROUP.format(name=name, other=facts.foreign[name]))
     within, start = liveness_of(seen.pool), start_command(seen.pool.name)
+    if facts.foreign and (other := facts.foreign.get(name)) is not None:
+        if other != seen.pool.name:
+            return error(FOREIGN_GROUP.format(name=name, other=other))
+        if living := [
+            one.task_id for one in facts.status.nodes if name in one.group_ids and one.lives(within)
+        ]:
+            return error(UNSEEN_GROUP.format(name=name, other=other, nodes=listed(living, NAMED)))
     found = next((group for group in facts.status.groups if group.group_id == name), None)
     has_node = found is not None and found.holder is not None and (found.heartbeat_age or 0) <= within
     if name not in seen.used and not has_node:

@@ -21,7 +21,7 @@ from taskadapter.agent.switches import carry_over, reading_of
 from taskadapter.coordination import store
 from taskadapter.coordination.engines import open_engine, transaction
 from taskadapter.coordination.executions import Switches
-from taskadapter.coordination.messages import Token
+from taskadapter.coordination.messages import PoolKey, Token
 from taskadapter.coordination.progress import (
     end,
     load_state,
@@ -376,11 +376,11 @@ def test_a_file_that_came_back_without_its_log(tmp_path: Path) -> None:
     """Somebody has moved the file alone, and back: no idle connection keeps a process to the old log."""
     file = tmp_path / "tasks.db"
     url = f"sqlite:///{file}"
-    store.claim_groups(url, "pool", {"group"})
+    store.claim_groups(url, PoolKey("pool"), {"group"})
     away = file.rename(tmp_path / "away")
     with closing(sqlite3.connect(file)) as other:
         other.execute("CREATE TABLE other (x)")  # the log is not this file's, and is removed
     away.rename(file)
     with transaction(open_engine(url)) as connection:
         metadata.create_all(connection)
-    store.claim_groups(url, "pool", {"group"})
+    store.claim_groups(url, PoolKey("pool"), {"group"})

@@ -539,7 +539,7 @@ class TestUpgrade:
             assert schema.version(connection) == 1
             with pytest.raises(SchemaError, match="taskadapter db upgrade"):
                 schema.create_missing(connection)
-            assert schema.upgrade(connection) == (2, 3)
+            assert schema.upgrade(connection) == (2, 3, 4)
             assert schema.upgrade(connection) == ()
             assert schema.create_missing(connection) == ()
         with transaction(engine) as connection:
@@ -551,7 +551,7 @@ class TestUpgrade:
         """Tables that a newer release has made are not touched, and both versions are named."""
         with engine.begin() as connection:
             connection.execute(schema.schema_step.insert().values(step=99))
-        with engine.connect() as connection, pytest.raises(SchemaError, match=r"version 99.*version 3"):
+        with engine.connect() as connection, pytest.raises(SchemaError, match=r"version 99.*version 4"):
             schema.create_missing(connection)
         with engine.connect() as connection, pytest.raises(SchemaError, match="99"):
             schema.upgrade(connection)

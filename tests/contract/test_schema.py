@@ -9,6 +9,7 @@ from sqlalchemy import Engine, text
 
 from taskadapter.coordination import schema, store
 from taskadapter.coordination.engines import transaction
+from taskadapter.coordination.messages import PoolKey
 from taskadapter.coordination.nodes import Node, register
 from taskadapter.coordination.tokens import acquire, pulse
 from tests.contract.databases import BALLERINA_TABLES, BallerinaNode, race
@@ -36,7 +37,7 @@ def test_nodes_may_create_at_once(engine: Engine) -> None:
 
 def test_whoever_comes_first_makes_them(engine: Engine, prepared_url: str) -> None:
     """Of several that ask for something at once, where there are no tables, none fails."""
-    calls = [partial(store.claim_groups, prepared_url, "pool", {f"group-{n}"}) for n in range(5)]
+    calls = [partial(store.claim_groups, prepared_url, PoolKey("pool"), {f"group-{n}"}) for n in range(5)]
     for _ in range(5):
         drop(engine)
         assert race(calls) == [{}] * len(calls)

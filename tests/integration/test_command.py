@@ -17,6 +17,7 @@ from deployments.local import environment, free_port
 from taskadapter import cli, schedule_job_recur_by_frequency
 from taskadapter.coordination import nodes, store, tokens
 from taskadapter.coordination.engines import open_engine, transaction
+from taskadapter.coordination.messages import PoolKey
 from taskadapter.coordination.schema import create_missing
 from taskadapter.pools import ensure_work_pool
 from taskadapter.prefect_api.deployments import TAG, trigger_of
@@ -78,7 +79,7 @@ def take_part(url: str, work_pool: str, group: str, *names: str) -> None:
     for name in names:
         node = nodes.Node(name, str(uuid.uuid4()), "a-host", 1)
         with transaction(engine) as connection:
-            nodes.claim_groups(connection, work_pool, [group])
+            nodes.claim_groups(connection, PoolKey(work_pool), [group])
             nodes.register(connection, node, [group], LEASE)
             tokens.acquire(connection, node, [group], LEASE)
     engine.dispose()

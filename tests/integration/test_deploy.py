@@ -40,6 +40,7 @@ from taskadapter import (
 from taskadapter.agent.switches import detach
 from taskadapter.coordination import nodes
 from taskadapter.coordination.engines import open_engine, transaction
+from taskadapter.coordination.messages import PoolKey
 from taskadapter.coordination.schema import create_missing
 from taskadapter.deploy import deploy, prepare
 from taskadapter.pools import aensure_work_pool, ensure_work_pool
@@ -341,7 +342,7 @@ def test_a_pool_with_live_nodes_keeps_its_database(
         create_missing(connection)
     node = nodes.Node("node-1", "first", "host", 1)
     with transaction(engine) as connection:
-        nodes.claim_groups(connection, name, ["group"])
+        nodes.claim_groups(connection, PoolKey(name), ["group"])
         nodes.register(connection, node, ["group"], 30)
 
     for other in (after, Domain()):

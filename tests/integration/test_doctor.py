@@ -34,6 +34,7 @@ from taskadapter import TaskPolicy, audit, cli, deploy, doctor, render, schedule
 from taskadapter.coordination import nodes, store, tokens
 from taskadapter.coordination.engines import open_engine, transaction
 from taskadapter.coordination.executions import Execution, Owner
+from taskadapter.coordination.messages import PoolKey
 from taskadapter.coordination.schema import create_missing
 from taskadapter.declare.registry import listeners
 from taskadapter.doctor import late, server
@@ -422,7 +423,7 @@ def make_tables(url: str, pool: str) -> None:
     for name in ("node-1", "node-2"):
         node = nodes.Node(name, str(uuid.uuid4()), "a-host", 1)
         with transaction(engine) as connection:
-            nodes.claim_groups(connection, pool, [GROUP])
+            nodes.claim_groups(connection, PoolKey(pool), [GROUP])
             nodes.register(connection, node, [GROUP], 30)
             tokens.acquire(connection, node, [GROUP], 30)
     engine.dispose()
@@ -786,14 +787,14 @@ def a_file_that_is_not_there(system: System) -> None:
     system.use(f"sqlite:///{system.folder / 'new.db'}")
 
 
-@breaks("error", "are of version 1, and this release needs version 3", "run `taskadapter db upgrade`")
+@breaks("error", "are of version 1, and this release needs version 4", "run `taskadapter db upgrade`")
 def tables_of_an_older_release(system: System) -> None:
     system.execute("DROP TABLE taskadapter_schema", "DROP TABLE taskadapter_ledger")
 
 
-@breaks("error", "are of version 4, and this release knows version 3", "the release that the others have")
+@breaks("error", "are of version 5, and this release knows version 4", "the release that the others have")
 def tables_of_a_newer_release(system: System) -> None:
-    system.execute("INSERT INTO taskadapter_schema (step) VALUES (4)")
+    system.execute("INSERT INTO taskadapter_schema (step) VALUES (5)")
 
 
 @breaks("warning", "lacks taskadapter_group, taskadapter_tenure", "`taskadapter db init` makes them")
@@ -842,6 +843,22 @@ def a_machine_with_a_database_of_its_own(system: System) -> None:
 @breaks("error", f"group '{GROUP}' belongs to work pool 'another'", "choose another group_id, or delete")
 def a_group_of_another_pool(system: System) -> None:
     system.execute("UPDATE taskadapter_group SET work_pool = 'another'")
+
+
+@breaks(
+    "error", f"group '{GROUP}' belongs to work pool '{{pool}}' of another Prefect", "another group_id, or"
+)
+def a_group_of_another_servers_pool(system: System) -> None:
+    system.execute("UPDATE taskadapter_group SET pool_id = 'another'")
+
+
+@breaks("error", "has no active node: 'node-1' was last seen", "start an agent: `prefect worker start")
+def a_group_of_a_pool_that_was_made_anew(system: System) -> None:
+    system.execute(
+        "UPDATE taskadapter_group SET pool_id = 'another'",
+        "UPDATE health_check SET last_heartbeat = '2020-01-01 00:00:00.000'",
+        "UPDATE taskadapter_node SET last_seen = '2020-01-01 00:00:00.000'",
+    )
 
 
 @breaks("error", "has no active node: 'node-1' was last seen", "start an agent: `prefect worker start")

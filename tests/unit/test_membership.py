@@ -15,11 +15,11 @@ import pytest
 from prefect.exceptions import ObjectNotFound
 
 from taskadapter.agent import membership
-from taskadapter.agent.membership import Membership
+from taskadapter.agent.membership import SILENT_SECONDS, Membership
 from taskadapter.agent.node import Share
 from taskadapter.coordination import store
 from taskadapter.coordination.heartbeat import Vitals
-from taskadapter.coordination.messages import Gained, Refused, Token
+from taskadapter.coordination.messages import Gained, PoolKey, Refused, Token
 from taskadapter.declare.triggers import DEFAULT_QUEUE
 from taskadapter.errors import CoordinationError
 from taskadapter.prefect_api.pool import Domain, Queues
@@ -71,14 +71,18 @@ class Server:
         self.queues = {DEFAULT_QUEUE, "group", "other"}
         self.domain = Domain(database="sqlite:////first.db")
         self.paused: set[str] = set()
+        self.pool_id = "ours"
+        self.claims: list[tuple[str | None, set[str]]] = []
         self.foreign: dict[str, str] = {}
+        # Nodes that stand by for groups of pools that this server does not have.
+        self.living: dict[str, list[str]] = {}
         self.other_pools: set[tuple[str, str]] = set()
         self.given_up: list[tuple[object, ...]] = []
 
     @property
     def pool(self) -> Any:
         template: dict[str, Any] = {"variables": {"properties": {}}}
-        return SimpleNamespace(base_job_template=self.domain.put_into(template))
+        return SimpleNamespace(id=self.pool_id, base_job_template=self.domain.put_into(template))
 
     async def read_work_pool(self, _: str) -> Any:
         return self.pool
@@ -94,11 +98,21 @@ class Server:
         words = frozenset(f"work queue {name!r}" for name in self.paused)
         return Queues(frozenset(self.queues), frozenset(self.paused), closed=words)
 
-    def claim(self, _: str, __: str, names: Any) -> dict[str, str]:
+    def claim(self, _: str, pool: PoolKey, names: Any, former_id: str | None) -> dict[str, str]:
+        self.claims.append((former_id, set(names)))
+        return self.others(_, pool, names)
+
+    def others(self, _: str, pool: PoolKey, names: Any) -> dict[str, str]:
+        assert pool == PoolKey("pool", self.pool_id)
         return {name: other for name, other in self.foreign.items() if name in names}
 
-    def give_up(self, _: str, pool: str, name: str) -> None:
-        assert self.foreign.pop(name) == pool
+    def take_over(self, _: str, pool: PoolKey, name: str, incarnation: str, within: float) -> list[str]:
+        assert (pool, incarnation) == (PoolKey("pool", self.pool_id), "first")
+        assert within >= max(SILENT_SECONDS, self.domain.liveness_check_interval)
+        living = self.living.get(name, [])
+        if not living:
+            del self.foreign[name]
+        return living
 
 
 @pytest.fixture
@@ -109,7 +123,8 @@ def server(monkeypatch):
     monkeypatch.setattr(membership, "workers_of", found.workers)
     monkeypatch.setattr(Queues, "read", found.read)
     monkeypatch.setattr(store, "claim_groups", found.claim)
-    monkeypatch.setattr(store, "give_up_group", found.give_up)
+    monkeypatch.setattr(store, "groups_of_others", found.others)
+    monkeypatch.setattr(store, "take_over_group", found.take_over)
     monkeypatch.setattr(store, "give_up_tokens", lambda *given: found.given_up.append(given[1:]))
     monkeypatch.setattr(Groups, "made", [])
     return found
@@ -173,10 +188,69 @@ def test_a_group_of_another_pool_is_left_to_it(server, caplog):
     assert "'their-pool'" in caplog.text
 
 
-def test_a_group_whose_other_pool_is_gone_is_taken(server):
-    """Its queue was deleted there."""
-    server.foreign = {"other": "their-pool"}
+@pytest.mark.parametrize("other", ["pool", "their-pool"])
+def test_a_group_whose_other_pool_is_gone_is_taken(server, caplog, other):
+    """Its queue was deleted there, or its pool was made anew, and has another id; that is said."""
+    caplog.set_level("INFO")
+    server.foreign, server.other_pools = {"other": other}, {("other", "pool")}
     assert stood_by_for(server) == {"group", "other"}
+    said = (
+        f"Group 'other' was another work pool's, {other!r}, of which no node lives, and is this one's now."
+    )
+    assert [line for line in caplog.messages if "'other'" in line] == [said]
+
+
+@pytest.mark.parametrize("other", ["pool", "their-pool"])
+def test_a_group_of_another_servers_pool_is_left_to_it(server, caplog, other):
+    """As long as nodes of it live: its server is not seen from here. It is told once, with the remedy."""
+    server.foreign, server.other_pools = {"other": other}, {("other", "pool")}
+    server.living = {"other": ["their-node"]}
+
+    async def scenario() -> list[Any]:
+        mine = new_membership(server)
+        names = []
+        for _ in range(2):
+            await mine.refresh()
+            names.append(Groups.made[-1].names)
+        with pytest.raises(CoordinationError, match=f"belongs to work pool '{other}'.* their-node .*stop"):
+            await mine.until_registered("other", time.monotonic())
+        del server.living["other"]
+        await mine.refresh()
+        return [*names, Groups.made[-1].names]
+
+    assert asyncio.run(scenario()) == [{"group"}, {"group"}, {"group", "other"}]
+    errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert len(errors) == 1
+    assert f"group 'other' belongs to work pool '{other}' of another Prefect server" in errors[0]
+
+
+def test_a_pool_that_was_made_anew_keeps_its_groups(server):
+    """Whichever of its nodes sees it first says which id it had; they are claimed once for each."""
+
+    async def scenario() -> None:
+        mine = new_membership(server)
+        for pool_id in ("ours", "ours", "anew", "anew"):
+            server.pool_id = pool_id
+            await mine.refresh()
+        await mine.add("new")
+
+    asyncio.run(scenario())
+    both = {"group", "other"}
+    assert server.claims == [(None, both), ("ours", both), (None, {*both, "new"})]
+    assert Groups.made[-1].names == {*both, "new"}
+
+
+def test_a_group_that_was_taken_over_meanwhile_is_left(server):
+    """This node stood still for so long that another server's nodes took it for dead."""
+
+    async def scenario() -> None:
+        mine = new_membership(server)
+        await mine.refresh()
+        server.foreign, server.living = {"other": "pool"}, {"other": ["their-node"]}
+        await mine.refresh()
+
+    asyncio.run(scenario())
+    assert Groups.made[-1].names == {"group"}
 
 
 def test_a_group_that_was_another_pools_meanwhile_is_not_joined_again(server):
