@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 from prefect.client.schemas.actions import ArtifactCreate, WorkPoolUpdate
 from prefect.exceptions import ObjectNotFound
-from prefect.utilities.slugify import slugify
 
 from taskadapter.agent import events
 from taskadapter.coordination import store
@@ -23,6 +22,7 @@ from taskadapter.coordination.messages import TERMS_SHOWN, Gained, Lost, ResignA
 from taskadapter.declare.triggers import DEFAULT_QUEUE
 from taskadapter.errors import CoordinationError
 from taskadapter.prefect_api.client import API_FAULTS, all_pages
+from taskadapter.prefect_api.pool import slug_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -151,7 +151,7 @@ class Showing:
         described = describe_pool(pool.description, groups, facts, now)
         await client.update_work_pool(name, WorkPoolUpdate(description=described))
         report = ArtifactCreate(
-            key=slugify(f"taskadapter-{name}"),
+            key=slug_of(name),
             type="markdown",
             description=f"Who is active for the groups of work pool {name}, and who was.",
             data=report_of(name, groups, facts, tenures, now),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Self
 
 from prefect.blocks.system import Secret
@@ -53,7 +54,7 @@ class Domain:
         url, password = _split(config)
         return cls(
             database=url,
-            password_block=slugify(f"taskadapter-{work_pool}") if password else None,
+            password_block=slug_of(work_pool) if password else None,
             liveness_check_interval=config.liveness_check_interval,
             heartbeat_frequency=config.heartbeat_frequency,
         )
@@ -178,6 +179,17 @@ class Queues:
 def _is_closed(found: WorkPool | WorkQueue) -> bool:
     """Return whether a pool, or a queue, lets nothing through: a limit of 0 is a pause."""
     return found.is_paused or found.concurrency_limit == 0
+
+
+def slug_of(work_pool: str) -> str:
+    """Return what a pool's block and artifact are called: of lower-case letters, digits and dashes only.
+
+    No two pools have the same, though their names may differ in nothing else: `etl`, `ETL`, `e t l`.
+    """
+    name = f"taskadapter-{work_pool}"
+    slug = slugify(name)
+    # A slug has no two dashes in a row: no other pool's name is one with a digest.
+    return slug if slug == name else f"{slug}--{sha256(name.encode()).hexdigest()[:16]}"
 
 
 def preload_of(pool: WorkPool) -> tuple[str, ...]:

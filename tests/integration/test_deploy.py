@@ -22,6 +22,9 @@ from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
 from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.exceptions import ObjectNotFound
 from prefect.logging import get_logger
+from prefect.utilities.slugify import slugify
+from pydantic import SecretStr
+from sqlalchemy import make_url
 
 from deployments.local import PrefectServer, environment, free_port, prefect_command
 from taskadapter import (
@@ -45,9 +48,10 @@ from taskadapter.coordination.schema import create_missing
 from taskadapter.deploy import deploy, prepare
 from taskadapter.pools import aensure_work_pool, ensure_work_pool
 from taskadapter.prefect_api import locks
-from taskadapter.prefect_api.pool import Domain, PoolSize
+from taskadapter.prefect_api.pool import Domain, PoolSize, password_of
 from taskadapter.render import render
 from taskadapter.rules.ticks import FIRST_TICK_LEAD, slug
+from taskadapter.settings import TaskadapterSettings
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterable, Iterator
@@ -276,6 +280,29 @@ def test_a_job_that_another_pool_had_is_named(
     (told,) = caplog.messages
     assert told.startswith(f"Job {name} moves from work pool {POOL} to {POOL}-two, ")
     assert deployed(prefect_client, name).work_pool_name == f"{POOL}-two"
+
+
+def test_pools_of_like_names_have_a_password_each(prefect_client: SyncPrefectClient, name: str) -> None:
+    """One that an earlier version has deployed is found, by the block that it had."""
+
+    def declare(pool: str, password: str, **shared: str) -> None:
+        database = PostgresqlConfig(host="db", user="tasks", password=SecretStr(password), database="tasks")
+        config = WarmBackupConfig(group_id="group", database_config=database)
+        domain = replace(Domain.declared(config, pool), **shared)
+        ensure_work_pool(pool, domain, password_of(config))
+
+    def password(pool: str) -> str | None:
+        domain = Domain.of(prefect_client.read_work_pool(pool))
+        return make_url(asyncio.run(domain.database_url(TaskadapterSettings()))).password
+
+    upper, lower = f"ETL {name}", slugify(f"ETL {name}")
+    declare(upper, "first", password_block=f"taskadapter-{lower}")
+    assert password(upper) == "first"
+    declare(upper, "first")
+    declare(lower, "second")
+    declare(f"etl_{name}", "third")
+
+    assert [password(pool) for pool in (upper, lower, f"etl_{name}")] == ["first", "second", "third"]
 
 
 def test_a_trigger_that_is_another_one_is_named(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,7 @@ from prefect.client.schemas.objects import WorkPool
 from taskadapter.agent.worker import WarmBackupWorker
 from taskadapter.declare.triggers import PostgresqlConfig, WarmBackupConfig
 from taskadapter.pools import another_database
-from taskadapter.prefect_api.pool import Domain, PoolSize, Queues, password_of
+from taskadapter.prefect_api.pool import Domain, PoolSize, Queues, password_of, slug_of
 from taskadapter.settings import TaskadapterSettings
 
 DATABASE = PostgresqlConfig(host="db", user="tasks", password="open sesame", database="tasks")
@@ -34,11 +35,22 @@ def url_with(domain: Domain, **settings: str) -> str:
 
 def test_the_domain_of_a_listener_has_no_secret() -> None:
     """The URL is without the password, which is named by its block only."""
-    domain = Domain.declared(CONFIG, "My Pool")
+    domain = Domain.declared(CONFIG, "my-pool")
 
     assert domain == Domain(database=URL, password_block="taskadapter-my-pool", liveness_check_interval=6.0)
     assert "sesame" not in repr(domain)
     assert password_of(CONFIG) == "open sesame"
+
+
+def test_no_two_pools_share_a_block() -> None:
+    """Whatever a block's name cannot hold of theirs: the later deploy overwrote the other's password."""
+    shared = ["ETL", "e t l", "e_t_l", "e--t-l", "\u00e9tl", "\u65e5\u672c", "***", "x" * 255, "X" * 255]
+    names = ["etl", "e-t-l", *shared, slug_of("ETL").removeprefix("taskadapter-")]
+    blocks = {name: Domain.declared(CONFIG, name).password_block or "" for name in names}
+
+    assert len(set(blocks.values())) == len(names)
+    assert [block for block in blocks.values() if not re.fullmatch("[a-z0-9-]+", block)] == []
+    assert (blocks["etl"], blocks["e-t-l"]) == ("taskadapter-etl", "taskadapter-e-t-l")
 
 
 def test_a_pool_keeps_its_domain() -> None:
