@@ -26,6 +26,7 @@ from taskadapter.agent.program import Part, ProgramAgent, agents, done, stop_all
 from taskadapter.agent.signals import at_a_signal
 from taskadapter.declare.base import Declaration, named_only
 from taskadapter.declare.jobs import Service
+from taskadapter.declare.names import check_pool
 from taskadapter.declare.registry import importing, listeners, refuse_while_importing
 from taskadapter.declare.toml import overridden, read_config
 from taskadapter.declare.triggers import (
@@ -46,7 +47,6 @@ from taskadapter.prefect_api.pool import Domain, password_of
 from taskadapter.services import (
     Declarable,
     Declared,
-    check_pool,
     check_service,
     named,
     service_of,

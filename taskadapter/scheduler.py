@@ -23,6 +23,7 @@ from taskadapter.agent import switches
 from taskadapter.declare.base import Declaration, shown
 from taskadapter.declare.civil import Civil, Instant
 from taskadapter.declare.jobs import Job, JobId, dump_state
+from taskadapter.declare.names import check_name, check_pool
 from taskadapter.declare.registry import refuse_while_importing
 from taskadapter.declare.triggers import (
     TaskPolicy,
@@ -40,7 +41,7 @@ from taskadapter.prefect_api.faults import explain
 from taskadapter.prefect_api.pool import PoolSize
 from taskadapter.prefect_api.ticks import create_tick, remake_ticks, remove_ticks, unfinished
 from taskadapter.rules import ticks
-from taskadapter.services import Declared, check_name, check_pool
+from taskadapter.services import Declared
 from taskadapter.settings import TaskadapterSettings, check_interval
 
 When = Civil | datetime | str

@@ -13,17 +13,14 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from prefect import Flow, Task
-from prefect.types.names import BANNED_CHARACTERS
 
 from taskadapter.declare import attached
 from taskadapter.declare.base import shown
 from taskadapter.declare.jobs import Job, Service, dump_state
-from taskadapter.declare.triggers import LONGEST_NAME, TriggerConfiguration, is_name
+from taskadapter.declare.names import check_name
+from taskadapter.declare.triggers import TriggerConfiguration
 from taskadapter.errors import DeclarationError, closest, in_a_line, listed
 from taskadapter.execution import flow as flows
-
-BANNED = (*BANNED_CHARACTERS, "?", "#")
-"""What Prefect refuses in a name, and what cuts one short where it is part of an address."""
 
 _OPTIONS = inspect.signature(Flow.__init__).parameters.keys() - {"self", "fn", "name"}
 """What `prefect.flow` takes besides the name, which a service has from its listener."""
@@ -260,35 +257,6 @@ def check_service(name: object, options: dict[str, Any]) -> None:
         raise DeclarationError(
             f"service {name!r}: timeout_seconds={shown(timeout)} must be a number of seconds, more than 0; "
             "leave it out for none."
-        )
-
-
-def check_name(name: str, what: str) -> None:
-    """Refuse a text that Prefect does not accept as a name, of a service or a job.
-
-    Raises:
-        DeclarationError: it is blank, longer than 255 characters, a path, or holds a character that is
-            banned or cannot be printed.
-    """
-    if not is_name(name, BANNED):
-        raise DeclarationError(
-            f"{shown(name)} is no name for a {what}: it must have 1 to {LONGEST_NAME} printable "
-            f"characters, not all blank nor only dots, none of them one of {' '.join(BANNED)}; "
-            "choose another."
-        )
-
-
-def check_pool(name: str) -> None:
-    """Refuse a text that Prefect does not accept as the name of a work pool.
-
-    Raises:
-        DeclarationError: it is none, as for `check_name`; or one that Prefect keeps for itself.
-    """
-    check_name(name, "work pool")
-    if name.lower().startswith("prefect"):
-        raise DeclarationError(
-            f"{shown(name)} is no name for a work pool: those that begin with 'prefect' are Prefect's own; "
-            "choose another."
         )
 
 

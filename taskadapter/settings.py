@@ -20,7 +20,8 @@ from prefect.settings.sources import (
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
 
-from taskadapter.declare.base import in_our_words
+from taskadapter.declare.base import in_our_words, shown
+from taskadapter.declare.names import broken_rule_of_pools
 from taskadapter.errors import DeclarationError, closest
 from taskadapter.rules import ticks
 
@@ -119,6 +120,13 @@ class TaskadapterSettings(PrefectBaseSettings):
         description="Seconds that a stopping agent waits for its runs before it ends them.",
     )
 
+    @field_validator("work_pool")
+    @classmethod
+    def _is_a_pool(cls, name: str) -> str:
+        if (rule := broken_rule_of_pools(name)) is not None:
+            raise ValueError(rule)
+        return name
+
     @field_validator("preload", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
@@ -135,9 +143,15 @@ class TaskadapterSettings(PrefectBaseSettings):
 def _refusal(wrong: Any) -> str:
     name = str(wrong["loc"][0])
     field = TaskadapterSettings.model_fields[name]
-    value = "" if field.annotation == SecretStr | None else f"={wrong['input']}"
+    value = "" if field.annotation == SecretStr | None else f"={_as_set(wrong['input'])}"
     rule = in_our_words(wrong["msg"])
     return f"setting {PREFIX}{name.upper()}{value} is refused: it {rule}; correct it, or unset it"
+
+
+def _as_set(value: object) -> str:
+    """Return a value as it is written in the environment; in quotes what could not be read there."""
+    text = str(value)
+    return text if shown(text) == f"'{text}'" and text.strip() else shown(text)
 
 
 def misspelt() -> list[str]:

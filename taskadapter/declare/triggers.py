@@ -5,7 +5,7 @@ import ipaddress
 import math
 import re
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from datetime import timedelta
 from decimal import Decimal
 from enum import StrEnum
@@ -25,10 +25,10 @@ from pydantic import (
 
 from taskadapter.declare.base import Declaration
 from taskadapter.declare.civil import Instant
+from taskadapter.declare.names import LONGEST_NAME, is_name
 
 __all__ = [
     "DEFAULT_QUEUE",
-    "LONGEST_NAME",
     "DatabaseConfig",
     "ErrorPolicy",
     "MysqlConfig",
@@ -44,7 +44,6 @@ __all__ = [
     "WaitingPolicy",
     "WarmBackupConfig",
     "WorkerPoolConfiguration",
-    "is_name",
 ]
 
 DEFAULT_QUEUE = "default"
@@ -57,9 +56,6 @@ DURATION_IN_A_FILE = "must be a number of seconds; write 2.5"
 _MIN_HEARTBEATS = 3
 MOST = 1_000_000_000
 """More than a job can do in a lifetime, and less than an integer of a database holds."""
-
-LONGEST_NAME = 255
-"""Characters of a name, of a group, a node, a service or a pool."""
 
 _LONGEST_INTERVAL = timedelta(days=36525)
 """Prefect's scheduler plans three ticks ahead, and fails at one beyond the year 9999."""
@@ -139,18 +135,6 @@ def _max_concurrent(count: int) -> int:
     if count < 1:
         raise ValueError("must be at least 1; raise it, or leave it out for no limit")
     return count
-
-
-def is_name(text: str, banned: Iterable[str]) -> bool:
-    """Return whether a text may be a name, which Prefect's API has as a part of an address.
-
-    Args:
-        text: the text.
-        banned: characters that it may not have.
-    """
-    is_path = text in {".", ".."}
-    is_legible = bool(text.strip()) and text.isprintable() and len(text) <= LONGEST_NAME
-    return is_legible and not is_path and not any(character in text for character in banned)
 
 
 def _identifier(text: str) -> str:

@@ -4,8 +4,11 @@ from pathlib import Path
 
 import pytest
 from prefect.settings import get_current_settings
+from prefect.types.names import BANNED_CHARACTERS
 
+from taskadapter import Listener, TriggerConfiguration
 from taskadapter.coordination.engines import url_of
+from taskadapter.declare.names import BANNED
 from taskadapter.doctor.findings import warning
 from taskadapter.doctor.project import read_settings
 from taskadapter.errors import DeclarationError
@@ -86,6 +89,49 @@ def test_the_database_of_one_machine():
 
     assert url.get_backend_name() == "sqlite"
     assert Path(str(url.database)) == get_current_settings().home / "taskadapter.db"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("a/b", "=a/b is refused: it must have 1 to 255 printable characters"),
+        ("100%", "=100% is refused: it must have 1 to 255 printable characters"),
+        ("..", "=.. is refused: it must have"),
+        ("  ", "='  ' is refused: it must have"),
+        ("two\nlines", r"='two\nlines' is refused: it must have"),
+        ("x" * 256, "xxxx' is refused: it must have"),
+        ("Prefect-pool", "=Prefect-pool is refused: it must not begin with 'prefect', as"),
+    ],
+)
+def test_a_pool_is_refused_as_a_listener_refuses_it(monkeypatch, name, said):
+    """By the same rule, and by the name of the setting; Prefect answered 404, or 422, at its first use."""
+    with pytest.raises(DeclarationError) as of_listener:
+        Listener(trigger=TriggerConfiguration(interval=5), work_pool=name)
+    monkeypatch.setenv(PREFIX + "WORK_POOL", name)
+    with pytest.raises(DeclarationError) as caught:
+        _ = Listener(trigger=TriggerConfiguration(interval=5)).work_pool
+
+    text = str(caught.value)
+    assert text.startswith(f"setting {PREFIX}WORK_POOL=")
+    assert said in text
+    assert text.endswith("; correct it, or unset it")
+    assert "\n" not in text
+    rule = text.partition(" is refused: ")[2].removesuffix("; correct it, or unset it")
+    assert rule in str(of_listener.value)
+
+
+@pytest.mark.parametrize("name", ["a", "x" * 255, "ETL 2", "my-prefect"])
+def test_a_pool_that_a_listener_accepts(monkeypatch, name):
+    """What is none of the two is accepted by both."""
+    monkeypatch.setenv(PREFIX + "WORK_POOL", name)
+
+    assert Listener(trigger=TriggerConfiguration(interval=5)).work_pool == name
+    assert Listener(trigger=TriggerConfiguration(interval=5), work_pool=name).work_pool == name
+
+
+def test_what_prefect_bans_is_banned():
+    """The rule is written out, because declarations know nothing of Prefect."""
+    assert set(BANNED_CHARACTERS) <= set(BANNED)
 
 
 def test_the_databases_url_is_never_shown(monkeypatch):
