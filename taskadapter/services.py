@@ -169,6 +169,23 @@ def place_of(source: Any) -> str:
     )
 
 
+def may_be_one(place: str, other: str) -> bool:
+    """Return whether two places may be one class, or function, as it is found from two folders.
+
+    ``report.py:Report`` may be ``flows/report.py:Report``, and ``flows.report:Report`` is.
+    """
+    (module, name), (other_module, other_name) = _parts(place), _parts(other)
+    shared = min(len(module), len(other_module))
+    return name == other_name and module[-shared:] == other_module[-shared:]
+
+
+def _parts(place: str) -> tuple[list[str], str]:
+    """Return the names that lead to the module of a place, and what is in it."""
+    module, _, name = place.rpartition(":")
+    script = module.removesuffix(".py").removesuffix("/__init__")
+    return (module.split(".") if script == module else script.split("/")), name
+
+
 def _file_of(source: Any) -> Path:
     """Return the file that a function or class is defined in, by the path under which it was found.
 

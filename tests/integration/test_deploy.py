@@ -285,10 +285,11 @@ def test_a_job_that_another_pool_had_is_named(
 def test_pools_of_like_names_have_a_password_each(prefect_client: SyncPrefectClient, name: str) -> None:
     """One that an earlier version has deployed is found, by the block that it had."""
 
-    def declare(pool: str, password: str, **shared: str) -> None:
+    def declare(pool: str, password: str, block: str | None = None) -> None:
         database = PostgresqlConfig(host="db", user="tasks", password=SecretStr(password), database="tasks")
         config = WarmBackupConfig(group_id="group", database_config=database)
-        domain = replace(Domain.declared(config, pool), **shared)
+        domain = Domain.declared(config, pool)
+        domain = domain if block is None else replace(domain, password_block=block)
         ensure_work_pool(pool, domain, password_of(config))
 
     def password(pool: str) -> str | None:
@@ -296,7 +297,7 @@ def test_pools_of_like_names_have_a_password_each(prefect_client: SyncPrefectCli
         return make_url(asyncio.run(domain.database_url(TaskadapterSettings()))).password
 
     upper, lower = f"ETL {name}", slugify(f"ETL {name}")
-    declare(upper, "first", password_block=f"taskadapter-{lower}")
+    declare(upper, "first", f"taskadapter-{lower}")
     assert password(upper) == "first"
     declare(upper, "first")
     declare(lower, "second")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import uuid
 from datetime import UTC, date, datetime, timedelta
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -445,6 +446,50 @@ def test_a_pool_of_another_type_is_refused(prefect_client: SyncPrefectClient, po
         with pytest.raises(TaskError, match="'warm-backup' is needed"):
             refused()
     assert jobs_in(prefect_client, pool) == []
+
+
+@pytest.mark.parametrize("once", [True, False])
+def test_a_class_of_another_module_is_another_job(
+    prefect_client: SyncPrefectClient,
+    pool: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    once: bool,
+) -> None:
+    """It took the other's deployment over, which ran no more; the same class again is the same job."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    classes = {}
+    for module in ("sales", "stock"):
+        (tmp_path / f"{module}_{pool[5:]}.py").write_text(
+            "from taskadapter import Job\n\n\nclass Report(Job):\n    def execute(self) -> None: ...\n"
+        )
+        classes[module] = import_module(f"{module}_{pool[5:]}").Report
+
+    def schedule(module: str, name: str | None = pool) -> JobId:
+        if once:
+            return schedule_one_time_job(classes[module](), NOON, name=name, work_pool=pool)
+        return schedule_job_recur_by_frequency(classes[module](), 3600, name=name, work_pool=pool)
+
+    first = schedule("sales")
+    before = deployment(prefect_client, first)
+
+    with pytest.raises(TaskError) as refused:
+        schedule("stock")
+    said = str(refused.value)
+    assert f"a job Report/{pool} already, which runs sales_{pool[5:]}.py:Report, and stock_" in said
+    assert (
+        "give this job another name=, or, if its class has moved, end the other first, with unsch" in said
+    )
+    assert str(first) in said
+    assert deployment(prefect_client, first) == before
+
+    assert schedule("sales") == first
+    others = [schedule("stock", f"{pool}-stock"), schedule("stock", None), schedule("sales", None)]
+    assert len({first, *others}) == 4
+    unschedule_job(first)
+    assert schedule("stock") != first
 
 
 @pytest.mark.parametrize("function", [unschedule_job, pause_job, resume_job])

@@ -40,6 +40,7 @@ from taskadapter import (
 from taskadapter.deploy import Put
 from taskadapter.errors import ApiUnavailableError
 from taskadapter.rules.ticks import slug
+from taskadapter.services import may_be_one
 
 PROJECT = Path(__file__).parents[2]
 PAST = datetime(2020, 1, 1, tzinfo=UTC)
@@ -235,6 +236,26 @@ def test_a_class_of_a_module_beside_such_a_script_is_refused(tmp_path: Path) -> 
 
     assert f"Greeting in {module} cannot be deployed from {tmp_path / 'elsewhere'}" in said
     assert "its module greetings is not found" in said
+
+
+@pytest.mark.parametrize(
+    ("place", "other", "is_one"),
+    [
+        ("sales.py:Report", "sales.py:Report", True),
+        ("flows/sales.py:Report", "sales.py:Report", True),
+        ("flows/sales.py:Report", "flows.sales:Report", True),
+        ("project/flows/__init__.py:Report", "flows:Report", True),
+        ("sales.py:Report", "stock.py:Report", False),
+        ("sales/reports.py:Report", "stock/reports.py:Report", False),
+        ("sales.reports:Report", "stock/reports.py:Report", False),
+        ("wholesales.py:Report", "sales.py:Report", False),
+        ("sales.py:Year.Report", "sales.py:Month.Report", False),
+    ],
+)
+def test_which_places_may_be_one_class(place: str, other: str, *, is_one: bool) -> None:
+    """What a program finds from another folder is the same; what two folders or modules have is not."""
+    assert may_be_one(place, other) is is_one
+    assert may_be_one(other, place) is is_one
 
 
 def test_a_class_of_no_file_is_refused(tmp_path: Path) -> None:
