@@ -16,6 +16,7 @@ from taskadapter.rules import ticks
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
+    from uuid import UUID
 
     from prefect.client.schemas.responses import DeploymentResponse
     from sqlalchemy import Engine
@@ -82,6 +83,21 @@ def history(engine: Engine, deployment: DeploymentResponse, last: int) -> list[L
         since = max(datetime.fromisoformat(max(min(dues), opened or "")), plan.created)
         lines += not_begun(plan, dues, since, datetime.now(UTC), last)
     return sorted(lines, key=lambda line: line.due or "", reverse=True)
+
+
+def executed(engine: Engine, job_id: UUID, last: int) -> list[Line]:
+    """Return the last executions of a job, the newest first: what is known of it without its deployment.
+
+    Args:
+        engine: of the coordination database.
+        job_id: the job.
+        last: how many.
+
+    Raises:
+        CoordinationError: the database cannot be read.
+    """
+    with transaction(engine) as connection:
+        return list(map(_line, ledger.history(connection, str(job_id), last)))
 
 
 def not_shown(

@@ -10,6 +10,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
+from uuid import UUID
 
 import httpx
 from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 
 WITHOUT_API = "This is by the database alone, and by the timing of a pool that declares none."
 """What is said of an answer that was to begin with the work pool."""
+
+BY_ID = "This is by the database alone: what waits or is missing, and whether the job is over, is not told."
+"""What is said of a ledger that was to be compared with the job's trigger."""
 
 app = App(name="taskadapter", help="Periodic Prefect jobs, each on exactly one of several machines.")
 database = App(name="db", help="The tables of the coordination database.")
@@ -140,19 +144,24 @@ def ledger(
     last: Annotated[int, Parameter(help="How many of its executions.")] = 50,
     as_json: Annotated[bool, Parameter(name="--json", help="Print it as JSON.")] = False,
 ) -> None:
-    """Show what a job has executed: when, where, how late, and which ticks between them are missing."""
-    from taskadapter.audit import history, not_shown, standing
+    """Show what a job has executed: when, where, how late, and which ticks between them are missing.
+
+    While the API does not answer, of a job that is named by its id: what the database has.
+    """
+    from taskadapter.audit import executed, history, not_shown, standing
     from taskadapter.declare.triggers import MOST
 
     if last < 1:
         raise TaskError(f"--last={last}: must be at least 1.")
     if last > MOST:
         raise TaskError(f"--last={last}: must be at most {MOST}; choose a smaller number.")
-    deployment = asyncio.run(_find(job))
-    engine = _shared(deployment.work_pool_name).engine
-    lines = history(engine, deployment, last)
+    deployment, engine, job_id = _found(job)
+    lines = history(engine, deployment, last) if deployment else executed(engine, job_id, last)
     if as_json:
         print(json.dumps([asdict(line) for line in lines], indent=2))
+        return
+    if deployment is None:
+        Console().print(tables.ledger(lines) if lines else "The ledger has nothing of that job.")
         return
     Console().print(tables.ledger(lines) if lines else "Nothing has run yet.")
     if (more := not_shown(deployment, lines, last)) is not None:
@@ -182,12 +191,50 @@ def restart(job: Job, /) -> None:
         print("It is paused, too; resume it in the UI.")
 
 
-async def _find(job: str) -> DeploymentResponse:
-    from taskadapter.prefect_api.client import server_client
-    from taskadapter.prefect_api.deployments import find_job
+class _Found(NamedTuple):
+    """A job, the database that has its ledger, and the job's id; no job while the API does not answer."""
 
-    async with server_client() as client:
-        return await find_job(client, job)
+    deployment: DeploymentResponse | None
+    engine: Engine
+    job_id: UUID
+
+
+def _found(job: str) -> _Found:
+    """Return a job; while the API does not answer, what this machine's settings and its id say of it.
+
+    Raises:
+        TaskError: there is no such job; or the API does not answer, and it was not named by its id, or no
+            setting names the database.
+    """
+    from taskadapter.prefect_api.client import AWAY, server_client
+    from taskadapter.prefect_api.deployments import find_job
+    from taskadapter.settings import PREFIX, TaskadapterSettings
+
+    async def find() -> DeploymentResponse:
+        async with server_client() as client:
+            return await find_job(client, job)
+
+    try:
+        deployment = asyncio.run(find())
+    except ApiUnavailableError as fault:
+        if not isinstance(fault.__cause__, AWAY):
+            raise
+        job_id, url = _as_id(job), TaskadapterSettings().database_url
+        if job_id is None or url is None:
+            raise ApiUnavailableError(
+                f"{str(fault).removesuffix('.')}; without it, name the job by its id, and the database in "
+                f"{PREFIX}DATABASE_URL."
+            ) from fault
+        print(f"taskadapter: {fault} {BY_ID}", file=sys.stderr)
+        return _Found(None, _open(url.get_secret_value()), job_id)
+    return _Found(deployment, _shared(deployment.work_pool_name).engine, deployment.id)
+
+
+def _as_id(job: str) -> UUID | None:
+    try:
+        return UUID(job)
+    except ValueError:
+        return None
 
 
 @app.command
@@ -282,8 +329,6 @@ def _shared(pool: str | None, *, makes_it: bool = False) -> _Shared:
             names the database.
     """
     from taskadapter.agent.worker import WarmBackupWorker
-    from taskadapter.coordination.engines import open_engine, would_make_file
-    from taskadapter.coordination.faults import where
     from taskadapter.prefect_api.client import AWAY, server_client
     from taskadapter.prefect_api.pool import NO_POOL, OTHER_TYPE, Domain
     from taskadapter.settings import TaskadapterSettings
@@ -310,13 +355,21 @@ def _shared(pool: str | None, *, makes_it: bool = False) -> _Shared:
         # At night, and the database has the answer.
         domain, url = Domain(), settings.database_url.get_secret_value()
         print(f"taskadapter: {fault} {WITHOUT_API}", file=sys.stderr)
+    return _Shared(name, domain, _open(url, makes_it=makes_it))
+
+
+def _open(url: str, *, makes_it: bool = False) -> Engine:
+    """Return an engine on a database; a SQLite file that is not there is made only where it is to be."""
+    from taskadapter.coordination.engines import open_engine, would_make_file
+    from taskadapter.coordination.faults import where
+
     engine = open_engine(url)
     if not makes_it and would_make_file(engine.url):
         raise TaskError(
             f"{where(engine.url)}: there is no such file on this machine; start an agent here, which makes "
             "it, or name the database that the nodes have."
         )
-    return _Shared(name, domain, engine)
+    return engine
 
 
 def main() -> None:

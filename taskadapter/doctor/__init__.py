@@ -47,7 +47,7 @@ async def examine(pool_name: str | None, flows: Path, given: Path | None) -> Asy
     seen, found = await server.read(name)
     for finding in found:
         yield finding
-    found, facts = ([], Facts()) if settings is None else await _database(settings, seen)
+    found, facts = ([], Facts()) if settings is None else await _database(settings, name, seen)
     if seen is not None:
         living = facts.status.living(liveness_of(seen.pool))
         for finding in (*look_at_pool(seen, living), *look_at_jobs(seen.jobs, seen.others, facts.jobs)):
@@ -63,13 +63,17 @@ async def examine(pool_name: str | None, flows: Path, given: Path | None) -> Asy
         yield finding
 
 
-async def _database(settings: TaskadapterSettings, seen: server.Seen | None) -> tuple[list[Finding], Facts]:
+async def _database(
+    settings: TaskadapterSettings, name: str, seen: server.Seen | None
+) -> tuple[list[Finding], Facts]:
     """Look at the database, if this machine or the pool names one; return what was read, too."""
     pool = seen.pool if seen else None
     source = source_of(pool, settings)
     if pool is None:
         own = settings.database_url
-        return ([], Facts()) if own is None else look_at_database(own.get_secret_value(), source, None)
+        if own is None:
+            return [], Facts()
+        return look_at_database(own.get_secret_value(), source, name, None)
     named = list(look_at_names(pool, settings))
     try:
         url = await Domain.of(pool).database_url(settings)
@@ -80,5 +84,5 @@ async def _database(settings: TaskadapterSettings, seen: server.Seen | None) -> 
     except FAULTS as fault:
         return [*named, error(explain(fault, is_prefect=True))], Facts()
     is_named = settings.database_url is not None or Domain.of(pool).database is not None
-    found, facts = look_at_database(url, source, seen, is_named=is_named)
+    found, facts = look_at_database(url, source, name, seen, is_named=is_named)
     return [*named, *found], facts

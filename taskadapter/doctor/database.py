@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ from taskadapter.doctor.findings import Finding, error, ok, warning
 from taskadapter.doctor.late import look_at_late
 from taskadapter.doctor.pool import groups_of, liveness_of, start_command
 from taskadapter.errors import CoordinationError, SchemaError, listed
+from taskadapter.prefect_api.pool import Domain
 from taskadapter.prefect_api.workers import polled_ago, polls, strangers
 from taskadapter.settings import PREFIX
 
@@ -53,14 +54,16 @@ class Facts:
 
 
 def look_at_database(
-    url: str, source: str, seen: Seen | None, *, is_named: bool = True
+    url: str, source: str, work_pool: str, seen: Seen | None, *, is_named: bool = True
 ) -> tuple[list[Finding], Facts]:
     """Say what is wrong with a database, and with the groups and nodes in it; return what was read, too.
 
     Args:
         url: with its password.
         source: where it is named.
-        seen: the work pool; None where the server cannot be asked.
+        work_pool: the work pool's name.
+        seen: the work pool; None where the server cannot be asked: then the database says which groups it
+            has, and its timing is that of a pool that declares none.
         is_named: whether pool or settings name it; else it is this machine's own, and perhaps no node's.
     """
     try:
@@ -68,10 +71,10 @@ def look_at_database(
     except CoordinationError as fault:
         return [error(f"{source}: {fault}")], Facts()
     try:
-        facts = _read(engine, seen)
+        facts = _read(engine, work_pool, seen)
         if not is_named and seen is not None and (others := _others(seen, facts.status)):
             return [_not_named(engine, others)], Facts()
-        found = list(_findings(engine, facts, seen))
+        found = list(_findings(engine, facts, work_pool, seen))
         if seen is not None and facts.lasts:
             found += look_at_late(engine, seen, facts.jobs, facts.lasts)
     except CoordinationError as fault:
@@ -81,17 +84,25 @@ def look_at_database(
     return found, facts
 
 
-def _findings(engine: Engine, facts: Facts, seen: Seen | None) -> Iterator[Finding]:
-    groups = groups_of(seen.queues) if seen else []
+def _findings(engine: Engine, facts: Facts, work_pool: str, seen: Seen | None) -> Iterator[Finding]:
+    groups = groups_of(seen.queues) if seen else [group.group_id for group in facts.status.groups]
     yield _tables(engine, facts, groups)
-    if seen is not None and not facts.missing:
-        for name in groups:
-            yield _group(name, facts, seen)
-        yield from _silent(seen, groups, facts.status)
+    if facts.missing:
+        return
+    within = liveness_of(seen.pool) if seen else Domain().liveness_check_interval
+    if seen is None and facts.status.nodes:
+        yield ok(f"groups and nodes are by the database alone; one counts as dead after {within:g} s")
+    for name in groups:
+        yield _group(name, facts, work_pool, within, is_used=seen is None or name in seen.used)
+    workers = (
+        {worker.name for worker in seen.workers} if seen else {one.task_id for one in facts.status.nodes}
+    )
+    yield from _silent(workers, groups, facts.status, within)
+    if seen is not None:
         yield from _strangers(seen.workers, facts.status)
 
 
-def _read(engine: Engine, seen: Seen | None) -> Facts:
+def _read(engine: Engine, work_pool: str, seen: Seen | None) -> Facts:
     """Read all at once.
 
     Raises:
@@ -108,15 +119,16 @@ def _read(engine: Engine, seen: Seen | None) -> Facts:
             return Facts(missing)
         check_rights(connection)
         is_narrow = bool(schema.upgrades(connection))
-        groups = groups_of(seen.queues) if seen else []
-        pool = PoolKey(seen.pool.name, str(seen.pool.id)) if seen else PoolKey("")
-        foreign = groups_of_others(connection, pool, groups)
+        pool = PoolKey(work_pool, str(seen.pool.id) if seen else None)
+        foreign = groups_of_others(connection, pool, groups_of(seen.queues) if seen else [])
         readings = map(reading_of, seen.jobs if seen else ())
         slugs = {str(reading.job_id): reading.trigger_slug for reading in readings}
         jobs = progress.read(connection, slugs)
         dues = ledger.dues(connection, slugs, 1).items() if slugs else ()
         lasts = {job_id: datetime.fromisoformat(last) for job_id, (last, *_) in dues}
-        return Facts((), is_narrow, read_status(connection), foreign, jobs, lasts)
+        # Without the pool's queues nothing else says which of the groups are its own.
+        status = read_status(connection, work_pool if seen is None else None)
+        return Facts((), is_narrow, status, foreign, jobs, lasts)
 
 
 def _tables(engine: Engine, facts: Facts, groups: list[str]) -> Finding:
@@ -133,21 +145,22 @@ def _tables(engine: Engine, facts: Facts, groups: list[str]) -> Finding:
     return ok(f"{name} answers, with its tables")
 
 
-def _group(name: str, facts: Facts, seen: Seen) -> Finding:
-    within, start = liveness_of(seen.pool), start_command(seen.pool.name)
+def _group(name: str, facts: Facts, work_pool: str, within: float, *, is_used: bool) -> Finding:
+    """Say who is active for a group, and who stands by; `is_used`: whether a deployment is in it."""
     if facts.foreign and (other := facts.foreign.get(name)) is not None:
-        if other != seen.pool.name:
+        if other != work_pool:
             return error(FOREIGN_GROUP.format(name=name, other=other))
         if living := [
             one.task_id for one in facts.status.nodes if name in one.group_ids and one.lives(within)
         ]:
             return error(UNSEEN_GROUP.format(name=name, other=other, nodes=listed(living, NAMED)))
+    start = start_command(work_pool)
     found = next((group for group in facts.status.groups if group.group_id == name), None)
     has_node = found is not None and found.holder is not None and (found.heartbeat_age or 0) <= within
-    if name not in seen.used and not has_node:
+    if not is_used and not has_node:
         return warning(
             f"group {name!r} has no deployment, and no active node; `prefect work-queue delete "
-            f"{shlex.quote(name)} --pool {shlex.quote(seen.pool.name)}`"
+            f"{shlex.quote(name)} --pool {shlex.quote(work_pool)}`"
         )
     if found is None or found.holder is None:
         return error(f"group {name!r} has no active node; start an agent: {start}")
@@ -166,11 +179,10 @@ def _group(name: str, facts: Facts, seen: Seen) -> Finding:
     return ok(f"group {name!r}: {found.holder!r} is active, {standing_by} standing by")
 
 
-def _silent(seen: Seen, groups: list[str], status: Status) -> Iterator[Finding]:
-    """Name the nodes of a pool that have not left, and show no life."""
-    within, workers = liveness_of(seen.pool), {worker.name for worker in seen.workers}
+def _silent(ours: Collection[str], groups: list[str], status: Status, within: float) -> Iterator[Finding]:
+    """Name the nodes of a pool, its workers or in its groups, that have not left, and show no life."""
     for node in status.nodes:
-        is_ours = node.task_id in workers or not set(groups).isdisjoint(node.group_ids)
+        is_ours = node.task_id in ours or not set(groups).isdisjoint(node.group_ids)
         if is_ours and not node.lives(within) and node.last_seen_age < FORGOTTEN_SECONDS:
             yield warning(
                 f"node {node.task_id!r} is silent for {node.last_seen_age:.0f} s (process {node.pid} on "

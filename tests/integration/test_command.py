@@ -6,8 +6,9 @@ import json
 import subprocess
 import sys
 import uuid
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
 from prefect.client.schemas.actions import WorkPoolCreate
@@ -15,8 +16,9 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from deployments.local import environment, free_port
 from taskadapter import cli, schedule_job_recur_by_frequency
-from taskadapter.coordination import nodes, store, tokens
+from taskadapter.coordination import ledger, nodes, store, tokens
 from taskadapter.coordination.engines import open_engine, transaction
+from taskadapter.coordination.executions import Execution, Limits, Owner
 from taskadapter.coordination.messages import PoolKey
 from taskadapter.coordination.schema import create_missing
 from taskadapter.pools import ensure_work_pool
@@ -125,8 +127,7 @@ def test_the_database_answers_while_the_api_does_not(
     """Who is active is what somebody wants to know then; that the rest is not known is said."""
     take_part(database, pool, "group", "node-1", "node-2")
     monkeypatch.setattr("sys.argv", ["taskadapter", "status", "--pool", pool, "--json"])
-    away = {PREFECT_API_URL: f"http://127.0.0.1:{free_port()}/api"}
-    with temporary_settings(away), pytest.raises(SystemExit) as ended:
+    with temporary_settings(away()), pytest.raises(SystemExit) as ended:
         cli.main()
 
     assert not ended.value.code
@@ -135,6 +136,58 @@ def test_the_database_answers_while_the_api_does_not(
     assert (group["holder"], group["standing_by"]) == ("node-1", ["node-2"])
     assert "does not answer" in shown.err
     assert shown.err.endswith(f"{cli.WITHOUT_API}\n")
+
+
+def test_the_ledger_of_a_job_by_its_id_while_the_api_does_not_answer(
+    database: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The database has it; that the rest is not known is said."""
+    job_id, engine = uuid.uuid4(), open_engine(database)
+    with engine.connect() as connection:
+        create_missing(connection)
+    due = datetime(2030, 1, 1, 12, tzinfo=UTC)
+    execution = Execution(key="tick", flow_run_id=str(uuid.uuid4()), job_id=str(job_id), due=due)
+    with transaction(engine) as connection:
+        ledger.begin(connection, execution, Owner("node-1", str(uuid.uuid4())), Limits("slug"))
+        ledger.end(connection, "tick", "Completed")
+    engine.dispose()
+
+    def told(*words: str) -> tuple[str, str]:
+        monkeypatch.setattr("sys.argv", ["taskadapter", "ledger", *words])
+        with temporary_settings(away()), pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert not ended.value.code
+        shown = capsys.readouterr()
+        return shown.out, shown.err
+
+    out, said = told(str(job_id).upper(), "--json")
+    (line,) = json.loads(out)
+    assert (line["outcome"], line["node"], line["number"]) == ("Completed", "node-1", 1)
+    assert "does not answer" in said
+    assert said.endswith(f"{cli.BY_ID}\n")
+    assert said.count("\n") == 1
+    assert "Completed" in told(job_id.hex)[0]
+    assert told(str(uuid.uuid4()))[0] == "The ledger has nothing of that job.\n"
+
+
+def away() -> dict[Any, Any]:
+    return {PREFECT_API_URL: f"http://127.0.0.1:{free_port()}/api"}
+
+
+def test_the_ledger_of_a_job_by_its_name_while_the_api_does_not_answer(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the API knows whose name it is: the way without it is named, also where no database is."""
+    with temporary_settings(away()):
+        by_name = command("ledger", "flow/job")
+        monkeypatch.delenv("PREFECT_INTEGRATIONS_TASKADAPTER_DATABASE_URL")
+        by_id = command("ledger", str(uuid.uuid4()))
+
+    for said in (by_name, by_id):
+        assert "does not answer" in said
+        assert "; without it, name the job by its id, and the database in PREFECT_INTEGRATIONS_TASK" in said
+        assert said.endswith("TASKADAPTER_DATABASE_URL.")
+        assert said.count(". ") == 0
 
 
 def test_a_pool_that_is_not_there(prefect_client: SyncPrefectClient, pool: str, command: Command) -> None:

@@ -44,6 +44,7 @@ from taskadapter.prefect_api.pool import Domain
 from taskadapter.rules import ticks
 from taskadapter.settings import TaskadapterSettings
 from tests.api_proxy import ApiProxy, Request, refusal
+from tests.integration.test_command import take_part
 from tests.integration.test_scheduler import HELLO
 
 if TYPE_CHECKING:
@@ -92,6 +93,37 @@ def test_an_api_that_does_not_answer(pool: str, tmp_path: Path) -> None:
     with temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{free_port()}/api"}):
         (only,) = findings(pool, tmp_path)
     assert only.startswith("error Prefect's API at")
+
+
+def test_the_database_while_the_api_does_not_answer(pool: str, tmp_path: Path, database: str) -> None:
+    """What it says of the pool's groups and nodes is said all the same, and nothing of another pool's."""
+    take_part(database, pool, "group", "node-1", "node-2")
+    take_part(database, pool, "alone", "node-3")
+    take_part(database, f"{pool}-other", "theirs", "node-4")
+    with temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{free_port()}/api"}):
+        found = findings(pool, tmp_path)
+        go_silent(database)
+        later = findings(pool, tmp_path)
+
+    assert about("Prefect's API", found).startswith("error ")
+    assert [text for text in found if text.startswith("error")] == [about("Prefect's API", found)]
+    assert about("the agents of this machine only", found).startswith("warning ")
+    assert about("by the database alone", found).startswith("ok ")
+    assert "ok group 'group': 'node-1' is active, 1 standing by." in found
+    assert about("group 'alone'", found).startswith("warning group 'alone': 'node-3' is active, and nobody")
+    assert [text for text in found if "theirs" in text or "node-4" in text] == []
+    assert about("group 'group'", later).startswith("error group 'group' has no active node: 'node-1' was")
+    assert about("node 'node-2'", later).startswith("warning node 'node-2' is silent for ")
+
+
+def go_silent(url: str) -> None:
+    """Have all nodes been silent for a minute."""
+    minute_ago = datetime.now(UTC) - timedelta(minutes=1)
+    engine = open_engine(url)
+    with engine.begin() as connection:
+        for table, column in (("health_check", "last_heartbeat"), ("taskadapter_node", "last_seen")):
+            connection.execute(text(f"UPDATE {table} SET {column} = '{minute_ago:%Y-%m-%d %H:%M:%S.000}'"))
+    engine.dispose()
 
 
 def test_no_pool(prefect_client: SyncPrefectClient, pool: str, tmp_path: Path) -> None:
