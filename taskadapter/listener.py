@@ -38,7 +38,7 @@ from taskadapter.declare.triggers import (
     TriggerConfiguration,
     WarmBackupConfig,
 )
-from taskadapter.errors import CoordinationError, DeclarationError, TaskError
+from taskadapter.errors import CoordinationError, DeclarationError, TaskError, listed
 from taskadapter.execution.current import execution
 from taskadapter.pools import aensure_work_pool
 from taskadapter.prefect_api import private
@@ -326,7 +326,9 @@ class Listener:
             if declared.instance is service or name == service:
                 return name
         called = named(service)
-        raise TaskError(f"no service {called} is attached; there are {sorted(self.services)}.")
+        others = listed(sorted(self.services))
+        known = f"name one of {others}" if others else "none is"
+        raise TaskError(f"no service {called} is attached; {known}.")
 
     def _add(self, declared: Declared) -> None:
         if declared.name in self.services:

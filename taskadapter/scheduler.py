@@ -390,8 +390,7 @@ def pause_all_jobs(*, work_pool: str | None = None) -> None:
 
 async def apause_all_jobs(*, work_pool: str | None = None) -> None:
     """Do what `pause_all_jobs` does, from async code."""
-    async with api_client() as client:
-        await _each_job(client, work_pool, _pause)
+    await _each_job(work_pool, _pause)
 
 
 def resume_all_jobs(*, work_pool: str | None = None) -> None:
@@ -408,28 +407,31 @@ def resume_all_jobs(*, work_pool: str | None = None) -> None:
 
 async def aresume_all_jobs(*, work_pool: str | None = None) -> None:
     """Do what `resume_all_jobs` does, from async code."""
-    async with api_client() as client:
-        await _each_job(client, work_pool, switches.resume)
+    await _each_job(work_pool, switches.resume)
 
 
 async def _each_job(
-    client: PrefectClient,
-    work_pool: str | None,
-    switch: Callable[[PrefectClient, DeploymentResponse], Awaitable[None]],
+    work_pool: str | None, switch: Callable[[PrefectClient, DeploymentResponse], Awaitable[None]]
 ) -> None:
     """Switch all jobs of a work pool, but for those that are deleted meanwhile.
 
     Raises:
-        TaskError: there is no pool of the name that was given.
+        TaskError: there is no pool of the name that was given, or that is no name of one.
     """
-    if work_pool is not None:
-        try:
-            await client.read_work_pool(work_pool)
-        except ObjectNotFound:
-            raise TaskError(f"there is no work pool {work_pool!r}; correct its name.") from None
-    for deployment in await jobs_of_pool(client, _pool(work_pool)):
-        with suppress(ObjectNotFound):
-            await switch(client, deployment)
+    pool = _pool(work_pool)
+    async with api_client() as client:
+        if work_pool is not None:
+            await _require_pool(client, pool)
+        for deployment in await jobs_of_pool(client, pool):
+            with suppress(ObjectNotFound):
+                await switch(client, deployment)
+
+
+async def _require_pool(client: PrefectClient, pool: str) -> None:
+    try:
+        await client.read_work_pool(pool)
+    except ObjectNotFound:
+        raise TaskError(f"there is no work pool {pool!r}; correct its name.") from None
 
 
 async def _pause(client: PrefectClient, deployment: DeploymentResponse) -> None:
@@ -475,8 +477,9 @@ def get_running_jobs(*, work_pool: str | None = None) -> list[JobId]:
 
 async def aget_running_jobs(*, work_pool: str | None = None) -> list[JobId]:
     """Do what `get_running_jobs` does, from async code."""
+    pool = _pool(work_pool)
     async with api_client() as client:
-        jobs = await jobs_of_pool(client, _pool(work_pool))
+        jobs = await jobs_of_pool(client, pool)
         recurring = {
             job.id: [
                 schedule.active and not switches.has_ended(trigger_of(job))
@@ -512,8 +515,9 @@ async def aconfigure_worker_pool(
     """Do what `configure_worker_pool` does, from async code."""
     given = WorkerPoolConfiguration(worker_count=worker_count, waiting_time=cast("Any", waiting_time))
     size = PoolSize(worker_count=given.worker_count, waiting_time=given.waiting_time)
+    pool = _pool(work_pool)
     async with api_client() as client:
-        await aensure_work_pool(client, _pool(work_pool), size=size)
+        await aensure_work_pool(client, pool, size=size)
 
 
 def _pool(name: str | None) -> str:

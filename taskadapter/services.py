@@ -25,6 +25,9 @@ from taskadapter.execution import flow as flows
 _OPTIONS = inspect.signature(Flow.__init__).parameters.keys() - {"self", "fn", "name"}
 """What `prefect.flow` takes besides the name, which a service has from its listener."""
 
+_SWITCHES = {"log_prints", "persist_result", "validate_parameters", "cache_result_in_memory"}
+"""Those of them that Prefect does not check, and takes any text for a yes."""
+
 Declarable = type[Job] | type[Service] | Callable[..., Any]
 
 
@@ -269,8 +272,15 @@ def check_service(name: object, options: dict[str, Any]) -> None:
             f"service {name!r}: {option}= is no option of a flow; "
             f"{f'did you mean {close}?' if close else f'there are {listed(sorted(_OPTIONS))}.'}"
         )
+    for option in _SWITCHES & options.keys():
+        if not isinstance(options[option], bool | None):
+            raise DeclarationError(
+                f"service {name!r}: {option}={shown(options[option])} must be True or False; leave it out "
+                "for Prefect's default."
+            )
     timeout = options.get("timeout_seconds")
-    if timeout is not None and not (isinstance(timeout, int | float) and 0 < timeout < math.inf):
+    is_number = isinstance(timeout, int | float) and not isinstance(timeout, bool)
+    if timeout is not None and not (is_number and 0 < timeout < math.inf):
         raise DeclarationError(
             f"service {name!r}: timeout_seconds={shown(timeout)} must be a number of seconds, more than 0; "
             "leave it out for none."

@@ -206,6 +206,7 @@ def in_our_words(message: str) -> str:
     """Return a rule of Pydantic's as our messages say it."""
     rule = message.removeprefix("Value error, ").partition(", unable to parse")[0]
     rule = re.sub(r"^(?:Input|String) should (have|be)", r"must \1", rule)
+    rule = re.sub(r"^Input is not a valid path.*", "must be a path", rule)
     return re.sub(r"a valid dictionary or instance of (\w+)", r"a \1", rule)
 
 

@@ -43,6 +43,8 @@ def broken_rule_of_pools(name: str) -> str | None:
     """Return the rule of names that a text breaks as that of a work pool; None where it breaks none."""
     if name.lower().startswith("prefect"):
         return "must not begin with 'prefect', as the names of Prefect's own pools do"
+    if name.strip() and not name.strip("' \""):
+        return "must not have blanks and quotes only, which Prefect takes for no name"
     return broken_rule(name)
 
 

@@ -5,13 +5,14 @@ import ipaddress
 import math
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import timedelta
 from decimal import Decimal
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
+import pendulum
 from pydantic import (
     AfterValidator,
     BeforeValidator,
@@ -25,7 +26,7 @@ from pydantic import (
 
 from taskadapter.declare.base import Declaration
 from taskadapter.declare.civil import Instant
-from taskadapter.declare.names import LONGEST_NAME, is_name
+from taskadapter.declare.names import BANNED, LONGEST_NAME, is_name
 
 __all__ = [
     "DEFAULT_QUEUE",
@@ -57,8 +58,14 @@ _MIN_HEARTBEATS = 3
 MOST = 1_000_000_000
 """More than a job can do in a lifetime, and less than an integer of a database holds."""
 
-_LONGEST_INTERVAL = timedelta(days=36525)
-"""Prefect's scheduler plans three ticks ahead, and fails at one beyond the year 9999."""
+_LONGEST = timedelta(days=36525)
+"""Of any duration: more is no moment any more, to Python or to a database, when it is added to one."""
+
+_LATEST_START = 9600
+"""A year: Prefect's scheduler plans three ticks ahead, and fails at one beyond the year 9999."""
+
+_SHORTEST_HEARTBEAT = 0.01
+"""Seconds: less than a round trip to a database takes."""
 
 
 def _to_seconds(value: object) -> float:
@@ -81,12 +88,30 @@ def _positive(seconds: float) -> float:
     return seconds
 
 
+def _not_too_long(seconds: float) -> float:
+    if seconds > _LONGEST.total_seconds():
+        raise ValueError("must be at most 100 years (3155760000 seconds); choose a shorter time")
+    return seconds
+
+
 def _interval(seconds: float) -> float:
-    if seconds > _LONGEST_INTERVAL.total_seconds():
+    if seconds > _LONGEST.total_seconds():
         raise ValueError(
             "must be at most 100 years (3155760000 seconds); choose a shorter time, and max_count=1 for a "
             "job that runs once"
         )
+    return seconds
+
+
+def _start(when: pendulum.DateTime) -> pendulum.DateTime:
+    if when.year >= _LATEST_START:
+        raise ValueError(f"must be before the year {_LATEST_START}; choose a nearer time")
+    return when
+
+
+def _heartbeat(seconds: float) -> float:
+    if seconds < _SHORTEST_HEARTBEAT:
+        raise ValueError(f"must be at least {_SHORTEST_HEARTBEAT:g} seconds; choose a longer time")
     return seconds
 
 
@@ -117,6 +142,7 @@ def _worker_count(count: int) -> int:
 
 
 def _group_id(name: str) -> str:
+    _require_name(name, BANNED)
     if name == DEFAULT_QUEUE:
         raise ValueError(
             f"must not be {DEFAULT_QUEUE!r}: that is the queue of jobs without a group, which every node "
@@ -137,13 +163,18 @@ def _max_concurrent(count: int) -> int:
     return count
 
 
-def _identifier(text: str) -> str:
-    if not is_name(text, "/%?#"):
+def _task_id(name: str) -> str:
+    _require_name(name, ("/", "%", "?", "#"))
+    return name
+
+
+def _require_name(text: str, banned: Collection[str]) -> None:
+    if not is_name(text, banned):
+        *most, last = map('"{}"'.format, banned)
         raise ValueError(
             f"must have 1 to {LONGEST_NAME} printable characters, not all blank nor only dots, none of "
-            f'them "/", "%", "?" or "#" (this one has {len(text)}); choose another name'
+            f"them {', '.join(most)} or {last} (this one has {len(text)}); choose another name"
         )
-    return text
 
 
 def _host(name: str) -> str:
@@ -158,18 +189,29 @@ def _host(name: str) -> str:
     return name
 
 
+def _without_nul(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("must not hold the character NUL, which no driver takes; remove it")
+    return text
+
+
+def _password(secret: SecretStr) -> SecretStr:
+    _without_nul(secret.get_secret_value())
+    return secret
+
+
 Seconds = Annotated[float, BeforeValidator(_to_seconds)]
 """A finite duration in seconds, given as int, float, Decimal or timedelta and kept as float."""
 
-PositiveSeconds = Annotated[Seconds, AfterValidator(_positive)]
-"""`Seconds` greater than 0."""
+PositiveSeconds = Annotated[Seconds, AfterValidator(_positive), AfterValidator(_not_too_long)]
+"""`Seconds` greater than 0, and at most 100 years."""
 
-NonNegativeSeconds = Annotated[Seconds, AfterValidator(_not_negative)]
-"""`Seconds` of 0 or more."""
+NonNegativeSeconds = Annotated[Seconds, AfterValidator(_not_negative), AfterValidator(_not_too_long)]
+"""`Seconds` of 0 or more, and at most 100 years."""
 
-_Identifier = Annotated[str, AfterValidator(_identifier)]
 _Count = Annotated[StrictInt, AfterValidator(_at_most)]
 _Host = Annotated[str, AfterValidator(_host)]
+_Text = Annotated[str, AfterValidator(_without_nul)]
 _Port = Annotated[StrictInt, Field(ge=1, le=65535)]
 
 
@@ -267,12 +309,13 @@ class TriggerConfiguration(Declaration):
 
     Raises:
         DeclarationError: an interval that is not positive or longer than 100 years, a count of 0 or
-            below -1, a time without a zone, or an end that is not after the start.
+            below -1, a time without a zone, a start after the year 9599, or an end that is not after the
+            start.
     """
 
-    interval: Annotated[PositiveSeconds, AfterValidator(_interval)]
+    interval: Annotated[Seconds, AfterValidator(_positive), AfterValidator(_interval)]
     max_count: Annotated[_Count, AfterValidator(_max_count)] = -1
-    start_time: Instant | None = None
+    start_time: Annotated[Instant, AfterValidator(_start)] | None = None
     end_time: Instant | None = None
     task_policy: TaskPolicy | None = None
     retry_config: RetryConfiguration | None = None
@@ -325,9 +368,9 @@ class PostgresqlConfig(Declaration):
     kind: Literal["postgresql"] = "postgresql"
     host: _Host = "localhost"
     port: _Port = 5432
-    user: str | None = None
-    password: SecretStr | None = None
-    database: str | None = None
+    user: _Text | None = None
+    password: Annotated[SecretStr, AfterValidator(_password)] | None = None
+    database: _Text | None = None
 
 
 class MysqlConfig(Declaration):
@@ -340,9 +383,9 @@ class MysqlConfig(Declaration):
     kind: Literal["mysql"] = "mysql"
     host: _Host = "localhost"
     port: _Port = 3306
-    user: str | None = None
-    password: SecretStr | None = None
-    database: str | None = None
+    user: _Text | None = None
+    password: Annotated[SecretStr, AfterValidator(_password)] | None = None
+    database: _Text | None = None
 
 
 def _file(path: Path) -> Path:
@@ -415,15 +458,18 @@ class WarmBackupConfig(Declaration):
 
     Raises:
         DeclarationError: an id that is blank, longer than 255 characters or holds "/", "%" or what cannot
-            be printed; the `group_id` "default", the queue of jobs without a group; a time that is not
-            positive; a `liveness_check_interval` below three heartbeats.
+            be printed, or a `group_id` that holds what Prefect refuses in a queue's name; the `group_id`
+            "default", the queue of jobs without a group; a time that is not positive or longer than 100
+            years; a `heartbeat_frequency` below 0.01; a `liveness_check_interval` below three heartbeats.
     """
 
-    group_id: Annotated[_Identifier, AfterValidator(_group_id)]
-    task_id: _Identifier = Field(default_factory=lambda: socket.gethostname(), validate_default=True)
+    group_id: Annotated[str, AfterValidator(_group_id)]
+    task_id: Annotated[str, AfterValidator(_task_id)] = Field(
+        default_factory=lambda: socket.gethostname(), validate_default=True
+    )
     database_config: DatabaseConfig | None = None
     liveness_check_interval: PositiveSeconds = 30.0
-    heartbeat_frequency: PositiveSeconds = 1.0
+    heartbeat_frequency: Annotated[PositiveSeconds, AfterValidator(_heartbeat)] = 1.0
 
     @model_validator(mode="after")
     def _survives_lost_heartbeats(self) -> Self:
