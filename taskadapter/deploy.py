@@ -20,7 +20,6 @@ from prefect.utilities.callables import parameter_schema
 
 from taskadapter.declare.jobs import JobId
 from taskadapter.declare.triggers import DEFAULT_QUEUE, TriggerConfiguration
-from taskadapter.errors import TaskError
 from taskadapter.listener import Listener
 from taskadapter.prefect_api import private
 from taskadapter.prefect_api.client import API_FAULTS, api_client
@@ -222,9 +221,6 @@ async def put(
         declared: the job.
         wanted: what `wanted_of` says of it.
         anchor: the moment of tick 0, if the schedule is new; None for a job without a schedule.
-
-    Raises:
-        TaskError: a job that a program schedules has the name of one of another class.
     """
     slug, flow_name = ticks.slug(declared.trigger), declared.flow.name
     planned = [] if anchor is None else [_schedule(declared.trigger.interval, anchor, slug)]
@@ -246,7 +242,6 @@ async def _change(
     planned: list[DeploymentScheduleCreate],
 ) -> Put:
     slug = ticks.slug(declared.trigger)
-    _refuse_another_class(deployed, declared, wanted["entrypoint"])
     await _end_earlier_triggers(client, deployed, slug)
     differs = any(getattr(deployed, field) != value for field, value in wanted.items())
     if deployed.work_pool_name not in (None, wanted["work_pool_name"]):
@@ -258,6 +253,7 @@ async def _change(
             wanted["work_pool_name"],
             deployed.work_pool_name,
         )
+    _say_which_class(deployed, declared, wanted["entrypoint"])
     _say_how_trigger_differs(deployed, declared)
     if differs:
         await client.update_deployment(deployed.id, DeploymentUpdate(**wanted))
@@ -267,20 +263,18 @@ async def _change(
     return Put(deployed.id, True, differs or lacks, is_ours)
 
 
-def _refuse_another_class(deployed: DeploymentResponse, declared: Declared, place: str) -> None:
-    """Refuse a scheduled job that is, by the name of its class, the deployment of another class.
+def _say_which_class(deployed: DeploymentResponse, declared: Declared, place: str) -> None:
+    """Say that a job is another class's from now on, which may have moved, or may have its name by chance.
 
     A listener's service may move to another module: its name is its own, and not that of a class.
-
-    Raises:
-        TaskError: it is.
     """
     if declared.parameters is None or not deployed.entrypoint or may_be_one(deployed.entrypoint, place):
         return
-    raise TaskError(
-        f"name={declared.name!r}: there is a job {declared.flow.name}/{declared.name} already, which runs "
-        f"{deployed.entrypoint}, and {place} is another class; give this job another name=, or, if its "
-        f'class has moved, end the other first, with unschedule_job(JobId("{deployed.id}")).'
+    _log.warning(
+        "Job %s ran %s, and runs %s from now on. If these are two jobs, give one of them another name.",
+        deployed.name,
+        deployed.entrypoint,
+        place,
     )
 
 

@@ -92,8 +92,7 @@ def schedule_one_time_job(
 
     Raises:
         TaskError: the time has passed, a value is none that its rule allows, the job is no `Job` or of a
-            class that nodes cannot import, a class of the same name in another module has a job of that
-            name, or the work pool is of another type. No job was made then, or changed.
+            class that nodes cannot import, or the work pool is of another type. Nothing was made then.
     """
     return run_sync(
         aschedule_one_time_job(
@@ -157,9 +156,8 @@ def schedule_job_recur_by_frequency(
 
     Raises:
         TaskError: the start or the end has passed, the end is not after the start, a value is none that its
-            rule allows, the job is no `Job` or of a class that nodes cannot import, a class of the same
-            name in another module has a job of that name, or the work pool is of another type. No job was
-            made then, or changed.
+            rule allows, the job is no `Job` or of a class that nodes cannot import, or the work pool is of
+            another type. Nothing was made then.
     """
     return run_sync(
         aschedule_job_recur_by_frequency(

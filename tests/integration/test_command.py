@@ -149,7 +149,7 @@ def test_the_ledger_of_a_job_by_its_id_while_the_api_does_not_answer(
     execution = Execution(key="tick", flow_run_id=str(uuid.uuid4()), job_id=str(job_id), due=due)
     with transaction(engine) as connection:
         ledger.begin(connection, execution, Owner("node-1", str(uuid.uuid4())), Limits("slug"))
-        ledger.end(connection, "tick", "Completed")
+        ledger.end(connection, "tick", "Completed", incarnation="another")
     engine.dispose()
 
     def told(*words: str) -> tuple[str, str]:

@@ -448,48 +448,36 @@ def test_a_pool_of_another_type_is_refused(prefect_client: SyncPrefectClient, po
     assert jobs_in(prefect_client, pool) == []
 
 
-@pytest.mark.parametrize("once", [True, False])
-def test_a_class_of_another_module_is_another_job(
+def test_a_job_that_runs_another_class_says_so(
     prefect_client: SyncPrefectClient,
     pool: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    *,
-    once: bool,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """It took the other's deployment over, which ran no more; the same class again is the same job."""
+    """Two classes of one name may take turns in it; the same class again is no news."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    classes = {}
-    for module in ("sales", "stock"):
-        (tmp_path / f"{module}_{pool[5:]}.py").write_text(
+    first, second = (f"{module}_{pool[5:]}" for module in ("sales", "stock"))
+    for module in (first, second):
+        (tmp_path / f"{module}.py").write_text(
             "from taskadapter import Job\n\n\nclass Report(Job):\n    def execute(self) -> None: ...\n"
         )
-        classes[module] = import_module(f"{module}_{pool[5:]}").Report
 
-    def schedule(module: str, name: str | None = pool) -> JobId:
-        if once:
-            return schedule_one_time_job(classes[module](), NOON, name=name, work_pool=pool)
-        return schedule_job_recur_by_frequency(classes[module](), 3600, name=name, work_pool=pool)
+    def schedule(module: str) -> JobId:
+        job = import_module(module).Report()
+        return schedule_job_recur_by_frequency(job, 3600, name=pool, work_pool=pool)
 
-    first = schedule("sales")
-    before = deployment(prefect_client, first)
-
-    with pytest.raises(TaskError) as refused:
-        schedule("stock")
-    said = str(refused.value)
-    assert f"a job Report/{pool} already, which runs sales_{pool[5:]}.py:Report, and stock_" in said
-    assert (
-        "give this job another name=, or, if its class has moved, end the other first, with unsch" in said
-    )
-    assert str(first) in said
-    assert deployment(prefect_client, first) == before
-
-    assert schedule("sales") == first
-    others = [schedule("stock", f"{pool}-stock"), schedule("stock", None), schedule("sales", None)]
-    assert len({first, *others}) == 4
-    unschedule_job(first)
-    assert schedule("stock") != first
+    with caplog.at_level("WARNING", "prefect.taskadapter"):
+        job_id = schedule(first)
+        assert schedule(first) == job_id
+        assert caplog.messages == []
+        assert schedule(second) == job_id
+    assert caplog.messages == [
+        f"Job {pool} ran {first}.py:Report, and runs {second}.py:Report from now on. "
+        "If these are two jobs, give one of them another name."
+    ]
+    assert deployment(prefect_client, job_id).entrypoint == f"{second}.py:Report"
 
 
 @pytest.mark.parametrize("function", [unschedule_job, pause_job, resume_job])
