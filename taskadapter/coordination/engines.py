@@ -62,9 +62,9 @@ class Timeouts:
     """How long a call may take, in seconds.
 
     `connect` is for a new connection (the PostgreSQL driver waits at least 2). `statement` is for
-    one statement, lock waits included. `idle`, if not None, is after how long the *server* drops a
-    session that went silent, in a transaction on PostgreSQL and anywhere on MySQL, so that a frozen
-    client does not keep its locks.
+    one statement, lock waits included; a PostgreSQL that stands still is given up a second later.
+    `idle`, if not None, is after how long the *server* drops a session that went silent, in a
+    transaction on PostgreSQL and anywhere on MySQL, so that a frozen client does not keep its locks.
     """
 
     connect: float = 5.0
@@ -182,6 +182,9 @@ def open_engine(
     return engine
 
 
+GRACE_SECONDS = 1.0
+"""How long after a statement's timeout a server may still say that it took too long."""
+
 _PACKAGES = {"postgresql": "psycopg[binary]", "mysql": "taskadapter[mysql]"}
 
 
@@ -232,6 +235,18 @@ def _prepare_postgresql(engine: Engine, timeouts: Timeouts) -> None:
         idle = math.ceil(timeouts.idle * 1000)
         settings += f"; SET idle_in_transaction_session_timeout = {idle}"
     _on_connect(engine, settings)
+    _give_up(engine, timeouts.statement + GRACE_SECONDS)
+
+
+def _give_up(engine: Engine, seconds: float) -> None:
+    """Let no connection wait longer than that for an answer."""
+    from taskadapter.coordination.patience import PatientConnection  # it imports the driver
+
+    @event.listens_for(engine, "do_connect")
+    def connect(_dialect: object, _record: object, args: Any, parameters: Any) -> PatientConnection:
+        connection = PatientConnection.connect(*args, **parameters)
+        connection.patience = seconds
+        return connection
 
 
 def _prepare_mysql(engine: Engine, timeouts: Timeouts) -> None:
