@@ -18,7 +18,7 @@ T = TypeVar("T")
 _REWOUND = {
     "postgresql": "{0} - :seconds * interval '1 second'",
     "mysql": "{0} - INTERVAL :seconds * 1000000 MICROSECOND",
-    "sqlite": "strftime('%Y-%m-%d %H:%M:%f', {0}, '-' || :seconds || ' seconds')",
+    "sqlite": "strftime('%Y-%m-%d %H:%M:%f', {0}, (-:seconds) || ' seconds')",
 }
 
 
