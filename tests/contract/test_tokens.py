@@ -9,10 +9,9 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
-from sqlalchemy import Connection, Engine, Text, cast, delete, event, func, select, text, update
+from sqlalchemy import Connection, Engine, delete, event, func, select, text, update
 
 from taskadapter.coordination import schema
-from taskadapter.coordination.dialects import seconds_since
 from taskadapter.coordination.engines import open_engine, transaction
 from taskadapter.coordination.messages import Sighting, Silence, Taken, Token
 from taskadapter.coordination.nodes import Node, register, unregister
@@ -25,7 +24,6 @@ from taskadapter.coordination.tokens import (
     release,
     request_resign,
     require_token,
-    tokens_with_heartbeats,
 )
 from taskadapter.errors import (
     CoordinationError,
@@ -33,7 +31,7 @@ from taskadapter.errors import (
     SchemaError,
     TokenLostError,
 )
-from tests.contract.databases import BALLERINA_TABLES, BallerinaNode, race, rewind
+from tests.contract.databases import BALLERINA_TABLES, BallerinaNode, race, rewind, silences
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -51,23 +49,10 @@ NODE, OTHER = node(1), node(2)
 
 def take(engine: Engine, me: Node = NODE, group_id: str = GROUP) -> Taken | None:
     """Take a token as a node does that has watched its holder for as long as the database says."""
-    silences = watch(engine)
+    silent = silences(engine, INTERVAL)
     with transaction(engine) as connection:
-        (taken,) = acquire(connection, me, [group_id], silences).taken or [None]
+        (taken,) = acquire(connection, me, [group_id], silent).taken or [None]
     return taken
-
-
-def watch(engine: Engine) -> dict[str, Silence]:
-    """Return whose holders have been silent for the interval."""
-    beats = schema.health_check.c
-    found = select(
-        schema.token_holder.c.group_id,
-        cast(beats.last_heartbeat, Text).label("heartbeat"),
-        seconds_since(beats.last_heartbeat).label("age"),
-    ).select_from(tokens_with_heartbeats())
-    with transaction(engine) as connection:
-        rows = connection.execute(found.where(beats.last_heartbeat.is_not(None))).all()
-    return {row.group_id: Silence(row.heartbeat, row.age) for row in rows if row.age > INTERVAL}
 
 
 def must_take(engine: Engine, me: Node = NODE, group_id: str = GROUP) -> Token:
@@ -194,11 +179,11 @@ class TestAcquire:
         def take_all(number: int) -> list[str]:
             with transaction(engine) as connection:
                 wanted = names if number % 2 else names[::-1]
-                taken = acquire(connection, node(number), wanted, silences).taken
+                taken = acquire(connection, node(number), wanted, silent).taken
                 return [one.group_id for one in taken]
 
         for _ in range(3):
-            silences = watch(engine)
+            silent = silences(engine, INTERVAL)
             taken = race([partial(take_all, n) for n in range(5)])
             assert sorted(name for found in taken for name in found) == names
             go_silent(engine)
