@@ -1,7 +1,9 @@
 """The semantics of ticks, a test for each rule: jobs that a program schedules, an agent that runs them.
 
 One program schedules all jobs of the module, in a few acts, so that no more run side by side than a server
-on a small machine can follow; the tests look at what they have entered into the ledger.
+on a small machine can follow; the tests look at what they have entered into the ledger. Late is allowed on
+a busy machine, and one that stands still for seconds: what is judged is what began, what was announced, and
+in which order.
 """
 
 from __future__ import annotations
@@ -10,7 +12,6 @@ import itertools
 import json
 import math
 import sqlite3
-import statistics
 import sys
 import time
 from dataclasses import dataclass, field
@@ -43,8 +44,18 @@ if TYPE_CHECKING:
 # A server on a small machine cannot follow when this is played faster.
 pytestmark = pytest.mark.slow
 
-PROMPT = 3.0
-"""Seconds within which a tick on a free host has begun, also on a machine that is busy elsewhere."""
+PROMPT = 10.0
+"""Seconds within which the quickest of several has begun, however busy the machine is elsewhere.
+
+On an idle one it takes none to two. An agent that did not hear of a job, or forgot a tick, would find it at
+its next look, and those are 30 s apart.
+"""
+
+ALLOWED = 5.0
+"""Seconds that a tick may be late before a policy ignores it."""
+
+EVERY = 5.0
+"""Seconds between two ticks of the jobs that are paused."""
 
 CLAIMED = 1.0
 """Seconds ahead of its time that a tick is claimed; then it begins, whatever happens to its job."""
@@ -54,7 +65,7 @@ LATE_POOL = "acceptance-conformance-late"
 
 TICK = """
     import time
-    from ledger import note
+    from ledger import note, noted
     from taskadapter import Job, current_run
 
     class Tick(Job):
@@ -63,12 +74,16 @@ TICK = """
         name: str
         seconds: float = 0.0
         first_seconds: float = 0.0
+        until_begun: int = 0
         fails: bool = False
 
         def execute(self) -> None:
             run = current_run()
             note(self.name, "began", due=run.scheduled_time.timestamp(), count=run.count)
             time.sleep(self.first_seconds if run.count == 1 and self.first_seconds else self.seconds)
+            patience = time.monotonic() + 200
+            while noted(self.name, "began") < self.until_begun and time.monotonic() < patience:
+                time.sleep(0.05)
             note(self.name, "ended", due=run.scheduled_time.timestamp())
             if self.fails:
                 raise ValueError("as always")
@@ -139,7 +154,7 @@ PROGRAM = """
     scheduled, refused = {{}}, {{}}
 
     def note(name, called, job_id, **times):
-        scheduled[name] = {{"id": str(job_id), "called": called, **times}}
+        scheduled[name] = {{"id": str(job_id), "called": called, "returned": time.time(), **times}}
 
     def recur(name, interval, max_count=-1, start=None, end=None, fields=(), **policy):
         called = time.time()
@@ -148,9 +163,10 @@ PROGRAM = """
         times = {{key: at.timestamp() for key, at in (("start", start), ("end", end)) if at is not None}}
         note(name, called, job_id, **times)
 
-    def once(name, at, **options):
+    def once(name, at, start, **options):
         called = time.time()
-        note(name, called, schedule_one_time_job(Tick(name=name), at, name=name, **options))
+        job_id = schedule_one_time_job(Tick(name=name), at, name=name, **options)
+        note(name, called, job_id, start=start.timestamp())
 
     def refuse(name, schedule, *args):
         try:
@@ -161,34 +177,47 @@ PROGRAM = """
     def at(seconds):
         return datetime.now(UTC) + timedelta(seconds=seconds)
 
+    def ahead(seconds, schedule):
+        # A machine that stands still until that moment has passed is given another one.
+        for lead in (seconds, 5 * seconds, 25 * seconds):
+            try:
+                return schedule(at(lead))
+            except TaskError as error:
+                if "has passed" not in str(error):
+                    raise
+        raise TimeoutError("scheduling takes minutes")
+
     def end_of_act():
         ours = {{job["id"] for job in scheduled.values()}}
-        patience = time.monotonic() + 60
+        patience = time.monotonic() + {patience}
         while ours & set(map(str, get_running_jobs())) and time.monotonic() < patience:
             time.sleep(0.2)
 
     recur("five", 1, 5)
     end_of_act()  # the first tick is about an idle agent
-    for name in ("prompt-1", "prompt-2"):
-        recur(name, 60, 1)
+    for number in (1, 2, 3):
+        recur(f"prompt-{{number}}", 60, 1)
         end_of_act()
 
-    moment = at(15)  # when the others have ended
-    once("once", moment)
-    scheduled["once"]["start"] = moment.timestamp()
-    local = (moment + timedelta(hours=5, minutes=30)).replace(tzinfo=None)
-    civil = Civil(
-        year=local.year, month=local.month, day=local.day, hour=local.hour, minute=local.minute,
-        second=local.second, utc_offset=ZoneOffset(hours=5, minutes=30),
-    )
-    once("civil", civil)
-    scheduled["civil"]["start"] = moment.replace(microsecond=0).timestamp()
-    start = at(6)
-    recur("window", 1, start=start, end=start + timedelta(seconds=3))
+    def civil(moment):
+        local = (moment + timedelta(hours=5, minutes=30)).replace(tzinfo=None)
+        given = Civil(
+            year=local.year, month=local.month, day=local.day, hour=local.hour, minute=local.minute,
+            second=local.second, utc_offset=ZoneOffset(hours=5, minutes=30),
+        )
+        once("civil", given, moment.replace(microsecond=0))
+
+    def window(start):
+        recur("window", 1, start=start, end=start + timedelta(seconds=3))
+
+    ahead(15, lambda moment: once("once", moment, moment))  # when the others have ended
+    ahead(27, civil)  # what holds one up must not hold up both
+    ahead(6, window)
 
     for policy in ErrorPolicy:
         failing = {{"fails": True}}
-        recur(f"fails-{{policy}}", 1.5, 3, fields=failing, error_policy=policy)
+        # One at a time: a tick that is due already when the error is seen has not begun then.
+        recur(f"fails-{{policy}}", 1.5, 3, fields=failing, error_policy=policy, max_concurrent=1)
     end_of_act()
 
     for policy, count in (("WAIT", 5), ("IGNORE", 4), ("LOG_AND_IGNORE", 4)):
@@ -201,9 +230,8 @@ PROGRAM = """
     Path("flows/start").write_text(late_start.isoformat())
 
     for policy in ("WAIT", "IGNORE"):
-        moment = at(1)
         options = {{"task_policy": TaskPolicy(waiting_policy=policy), "work_pool": "{late_pool}"}}
-        once(f"late-{{policy}}", moment, **options)
+        ahead(1, lambda moment: once(f"late-{{policy}}", moment, moment, **options))
 
     refuse("past", schedule_one_time_job, at(-60))
     refuse("short", schedule_job_recur_by_frequency, 0.01)
@@ -218,13 +246,14 @@ PROGRAM = """
     end_of_act()
 
     for name, fields, policy in (
-        ("overlapping", {{"seconds": 5}}, {{}}), ("single", {{"seconds": 1.5}}, {{"max_concurrent": 1}})
+        ("overlapping", {{"until_begun": 3}}, {{}}), ("single", {{"seconds": 1.5}}, {{"max_concurrent": 1}})
     ):
-        recur(name, 1, 3, start=at(3), fields=fields, **policy)
+        ahead(3, lambda start: recur(name, 1, 3, start=start, fields=fields, **policy))
     end_of_act()
 
-    recur("paused-WAIT", 5, 5, waiting_policy="WAIT")
-    recur("paused-IGNORE", 5, 4, waiting_policy="IGNORE")
+    # So many that a slow machine, too, can pause them before they have ended.
+    recur("paused-WAIT", {every}, 8, waiting_policy="WAIT")
+    recur("paused-IGNORE", {every}, 7, waiting_policy="IGNORE")
     recur("gone", 1)
     print(json.dumps({{"scheduled": scheduled, "refused": refused}}))
 """
@@ -254,7 +283,8 @@ class Play:
         project: the folder, with the ledger.
         prefect: the API.
         node: the agent.
-        scheduled: by name: the job's `id`, when the function was `called`, and `start` and `end`.
+        scheduled: by name: the job's `id`, when the function was `called` and has `returned`, and `start`
+            and `end`.
         refused: the messages of what was refused, by name.
         times: when something was done, in seconds since the epoch.
         at_first: the running jobs after all were scheduled.
@@ -282,7 +312,7 @@ class Play:
 
     def first(self, name: str) -> float:
         """Return when a job's first tick was due."""
-        return float(self.project.wait_for(name, "began")[0]["due"])
+        return min(float(entry["due"]) for entry in self.project.wait_for(name, "began"))
 
     def is_running(self, name: str) -> bool:
         """Return whether a job still has something to do."""
@@ -309,20 +339,40 @@ class Play:
             f"{count} skipped ticks of {name}",
         )
 
+    def skipped_between(self, name: str, interval: float) -> dict[int, FlowRun]:
+        """Return what was skipped of a job, by number, once each tick was run or skipped.
+
+        That is from the first one that has run, number 0, to the last one.
+        """
+        dues = sorted(self.dues(name))
+
+        def number(moment: float) -> int:
+            return round((moment - dues[0]) / interval)
+
+        assert_ticks(dues, ticks(dues[0], interval, [number(moment) for moment in dues]))
+        between = set(range(number(dues[-1]))) - {number(moment) for moment in dues}
+
+        def found() -> dict[int, FlowRun]:
+            skipped = self.runs(name, "Skipped")
+            return {number(due(run).timestamp()): run for run in skipped}
+
+        wait_until(lambda: between <= found().keys(), PATIENCE, f"each tick of {name} to be run or skipped")
+        return {one: run for one, run in found().items() if one in between}
+
 
 @pytest.fixture(scope="module")
 def play(project: Project, prefect: Prefect) -> Iterator[Play]:
     """All jobs of the module, scheduled beside an idle agent, and what is done to some of them."""
     project.write("flows/conformance.py", TICK)
     project.write("flows/retried.py", RETRIED)
-    project.write("program.py", PROGRAM.format(late_pool=LATE_POOL))
+    project.write("program.py", PROGRAM.format(late_pool=LATE_POOL, every=EVERY, patience=PATIENCE))
     project.write("all.py", ALL)
     project.write("again.py", AGAIN)
     # The pool must be there, or the agent would make it.
     prefect_pool(project)
     with project.agent("node-1", "--limit", "10") as node:
         wait_until(lambda: "started!" in node.output(), PATIENCE, "the agent to start")
-        answer = json.loads(project.run(sys.executable, "program.py", within=240))
+        answer = json.loads(project.run(sys.executable, "program.py", within=4 * PATIENCE))
         played = Play(project, prefect, node, **answer)
         played.at_first = get_running_jobs(work_pool=project.pool)
         act(played)
@@ -339,18 +389,21 @@ def act(play: Play) -> None:
     """Unschedule one job, and pause two for a while."""
     first = max(play.first("paused-WAIT"), play.first("paused-IGNORE"))
     # Between two ticks, whichever; what the calls take is part of the three seconds.
-    first += 5 * max(0, math.ceil((time.time() - first - 2) / 5))
+    first += EVERY * max(0, math.ceil((time.time() - first - 2) / EVERY))
     let_pass(first + 2)
+    play.times["pausing"] = time.time()
     for policy in ("WAIT", "IGNORE"):
         pause_job(play.job_id(f"paused-{policy}"))
     play.times["paused"] = time.time()
     play.first("gone")
     unschedule_job(play.job_id("gone"))
     play.times["unscheduled"] = time.time()
-    let_pass(first + 13)
+    # Two ticks fall into the pause; one at least, if the calls took seconds.
+    let_pass(max(first + 13, play.times["paused"] + 2 * EVERY))
     for policy in ("WAIT", "IGNORE"):
-        play.times[f"resumed-{policy}"] = time.time()
+        play.times[f"resuming-{policy}"] = time.time()
         resume_job(play.job_id(f"paused-{policy}"))
+        play.times[f"resumed-{policy}"] = time.time()
 
 
 def let_pass(until: float) -> None:
@@ -380,15 +433,19 @@ def test_a_job_runs_as_often_as_its_maximum_says(play: Play) -> None:
 
 
 def test_the_first_tick_is_at_once(play: Play) -> None:
-    """Without a start a job begins within two seconds of the call on an idle agent: the median of three."""
+    """Without a start a job is due when it is scheduled; an idle agent begins it then, at no later look.
+
+    That takes a second on an idle machine. An agent that found each at a look of its own, every 30 s, would
+    be quick with the first of them at most, by chance: it has just looked when the next one is scheduled.
+    """
     delays = []
-    for name in ("five", "prompt-1", "prompt-2"):
-        called = play.scheduled[name]["called"]
+    for name in ("five", "prompt-1", "prompt-2", "prompt-3"):
+        called, returned = (play.scheduled[name][key] for key in ("called", "returned"))
         first = play.project.wait_for(name, "began")[0]
-        assert called <= first["due"] <= called + 1
+        assert called <= play.first(name) <= returned
         delays.append(first.at - called)
 
-    assert statistics.median(delays) < 2, delays
+    assert min(delays[1:]) < PROMPT, delays
 
 
 def test_scheduling_again_by_the_same_name_does_not_reset_the_count(play: Play) -> None:
@@ -409,8 +466,17 @@ def test_a_one_time_job_runs_once_at_its_time(play: Play, name: str) -> None:
     play.wait_for_end(name)
 
     assert entry["due"] == pytest.approx(start, abs=0.001)
-    assert start <= entry.at < start + PROMPT
+    assert start <= entry.at
     assert len(play.began(name)) == 1
+
+
+@pytest.mark.parametrize("names", [("once", "civil"), ("window", "single", "overlapping", "paused-WAIT")])
+def test_a_tick_on_a_free_host_is_in_time(play: Play, names: tuple[str, ...]) -> None:
+    """It waits for no look of the agent: the quickest of those that nothing has held up."""
+    entries = [entry for name in names for entry in play.project.wait_for(name, "began")]
+    late = [entry.at - entry["due"] for entry in entries]
+
+    assert min(late) < PROMPT, late
 
 
 @pytest.mark.parametrize(
@@ -479,14 +545,22 @@ def test_a_tick_that_waits_too_long_is_ignored(play: Play, policy: str) -> None:
     name = f"busy-{policy}"
     play.wait_for_end(name)
 
-    dues = play.dues(name)
-    assert_ticks(dues, ticks(dues[0], 6, [0, 2, 3, 4]))
-    late, *beyond = play.wait_for_skipped(name, 1)
-    assert_ticks([late], ticks(dues[0], 6, [1]))
-    assert all(moment > dues[-1] for moment in beyond)
-    run = play.runs(name, "Skipped")[0]
-    assert run.state_type is StateType.CANCELLED
-    assert "allows 5 s" in str(state_of(run).message)
+    assert play.dues(name) == sorted(play.dues(name))
+    assert len(play.dues(name)) == 4
+    skipped = play.skipped_between(name, 6)
+    assert min(skipped) == 1  # it could begin 5.5 s late, when the one before it has ended
+    assert [number for number, run in skipped.items() if not was_too_late(run)] == []
+
+
+def was_too_late(run: FlowRun) -> bool:
+    """Return whether a tick shows as ignored because it was late, and was so when that was decided.
+
+    On a slow machine there may be more of them than were meant to be.
+    """
+    state = state_of(run)
+    late = state.timestamp.timestamp() - due(run).timestamp()
+    is_right = run.state_type is StateType.CANCELLED and late > ALLOWED
+    return is_right and f"allows {ALLOWED:g} s" in str(state.message)
 
 
 def test_only_log_and_ignore_logs(play: Play) -> None:
@@ -496,41 +570,48 @@ def test_only_log_and_ignore_logs(play: Play) -> None:
     log = play.node.output().splitlines()
     skips = [line for line in log if "skips its tick" in line]
 
-    assert len(skips) == 1
-    assert "busy-LOG_AND_IGNORE" in skips[0]
-    assert "allows 5 s" in skips[0]
+    assert len(skips) >= len(play.skipped_between("busy-LOG_AND_IGNORE", 6)) > 0
+    assert [line for line in skips if "busy-LOG_AND_IGNORE" not in line] == []
+    assert [line for line in skips if "allows 5 s" not in line] == []
 
 
 def test_missed_ticks_of_a_pause_are_run(play: Play) -> None:
-    """Every 5 s, paused from second 3 to 13, maximum 5: WAIT runs all five, the last in second 20."""
-    entries = play.project.wait_for("paused-WAIT", "began", 5)
+    """Every 5 s, paused for ten seconds, maximum 8: WAIT runs the first eight, those of the pause too."""
     play.wait_for_end("paused-WAIT")
 
-    first = entries[0]["due"]
-    assert_ticks(play.dues("paused-WAIT"), ticks(first, 5, [0, 1, 2, 3, 4]))
-    last = max(first + 21, play.times["resumed-WAIT"])  # it is due in second 20
-    assert entries[-1].at < last + PROMPT
+    dues = sorted(play.dues("paused-WAIT"))
+    assert_ticks(dues, ticks(dues[0], EVERY, list(range(8))))
     assert_paused(play, "WAIT")
 
 
 def test_missed_ticks_of_a_pause_are_ignored(play: Play) -> None:
     """IGNORE skips the ticks that fell into the pause, and runs as many as its maximum says."""
-    play.project.wait_for("paused-IGNORE", "began", 4)
     play.wait_for_end("paused-IGNORE")
 
-    first, *_ = dues = play.dues("paused-IGNORE")
-    paused, resumed = play.times["paused"], play.times["resumed-IGNORE"]
-    missed = [number for number in range(9) if paused < first + 5 * number <= resumed]
-    assert 1 <= len(missed) <= 2  # two, unless it took three seconds to pause
-    assert_ticks(dues, ticks(first, 5, [number for number in range(9) if number not in missed][:4]))
-    early = [moment for moment in play.wait_for_skipped("paused-IGNORE", len(missed)) if moment < dues[-1]]
-    assert_ticks(early, ticks(first, 5, missed))
+    skipped = play.skipped_between("paused-IGNORE", EVERY)
+    assert len(play.dues("paused-IGNORE")) == 7
+    missed = [run for run in skipped.values() if fell_into_pause(play, run, surely=True)]
+    assert missed
+    others = [run for run in skipped.values() if not fell_into_pause(play, run, surely=False)]
+    assert [run for run in others if not was_too_late(run)] == []
+    assert [at for at in play.dues("paused-IGNORE") if play.times["paused"] < at <= resuming(play)] == []
     assert_paused(play, "IGNORE")
+
+
+def resuming(play: Play) -> float:
+    """Return until when the job that ignores what it misses was surely paused."""
+    return play.times["resuming-IGNORE"]
+
+
+def fell_into_pause(play: Play, run: FlowRun, *, surely: bool) -> bool:
+    """Return whether a tick was due in the pause, which begins and ends at some time during two calls."""
+    began, ended = ("paused", "resuming") if surely else ("pausing", "resumed")
+    return play.times[began] < due(run).timestamp() <= play.times[f"{ended}-IGNORE"]
 
 
 def assert_paused(play: Play, policy: str) -> None:
     """Nothing ran during the pause that was not claimed before it."""
-    paused, resumed = play.times["paused"], play.times[f"resumed-{policy}"]
+    paused, resumed = play.times["paused"], play.times[f"resuming-{policy}"]
     entries = [entry for entry in play.began(f"paused-{policy}") if entry["due"] > paused + CLAIMED]
     assert [entry for entry in entries if entry.at < resumed] == []
 
@@ -587,24 +668,42 @@ def test_doubling_retries_of_a_long_interval(play: Play) -> None:
 
 
 def assert_attempts(play: Play, name: str, moments: list[float], *, runs: int, interval: float) -> None:
-    """Each tick made its attempts at these seconds after its time, none early.
+    """Each tick made its attempts so many seconds after its time, none early.
 
-    The last one is not made where a machine is so slow that it would begin with the next tick.
+    On a slow machine each is later than the wait before it says, and the last ones are not made where they
+    would begin with the next tick. How long each wait was to be is what was announced of it.
     """
     wait_until(lambda: len(executed(play, name)) >= runs, PATIENCE, f"the runs of {name}")
-    final = [state_of(play.prefect.wait_for_end(run)).name for run in executed(play, name)]
-    assert final == ["Failed"] * runs
-    for number in range(runs):
-        begins = play.scheduled[name]["start"] + number * interval
-        entries = [entry for entry in play.began(name) if entry["count"] == number + 1]
-        made = len(entries)
-        assert [entry["attempt"] for entry in entries] == [*range(1, made + 1)]
-        late = [entry.at - begins - moment for entry, moment in zip(entries, moments[:made], strict=True)]
-        assert min(late) >= 0
-        assert max(late) < PROMPT, late
-        if made < len(moments):
-            assert made == len(moments) - 1
-            assert entries[-1].at + moments[made] - moments[made - 1] > begins + interval - 0.5
+    final = [play.prefect.wait_for_end(run) for run in executed(play, name)]
+    assert [run.state_name for run in final] == ["Failed"] * runs
+    for number, run in enumerate(final):
+        tick = play.scheduled[name]["start"] + number * interval
+        assert due(run).timestamp() == pytest.approx(tick, abs=0.002)
+        entries = [entry for entry in play.began(name) if abs(entry["due"] - tick) < 0.002]
+        assert [entry["attempt"] for entry in entries] == [*range(1, len(entries) + 1)]
+        assert entries[0].at >= tick
+        assert_waits(play, run, [entry.at for entry in entries], moments, interval)
+
+
+def assert_waits(
+    play: Play, run: FlowRun, times: list[float], moments: list[float], interval: float
+) -> None:
+    """Each wait between those attempts was announced as declared, and kept; no further one fitted in."""
+    waits = [later - earlier for earlier, later in itertools.pairwise(moments)]
+    states = [state for state in play.prefect.history(run) if state.name == "AwaitingRetry"]
+    assert len(states) == len(times) - 1 <= len(waits)
+    assert run.start_time is not None
+    tick, started = due(run).timestamp(), run.start_time.timestamp()
+    # A tick that begins when the next one is due already has its time from then on.
+    end = (tick if started - tick < interval else started) + interval
+    for state, wait, (before, after) in zip(states, waits, itertools.pairwise(times), strict=False):
+        assert state.state_details.scheduled_time is not None
+        at = state.state_details.scheduled_time.timestamp()
+        assert before + wait <= at <= after + 0.05
+        assert at <= state.timestamp.timestamp() + wait + 0.05
+        assert at < end + 0.05
+    if len(times) < len(moments):  # it was decided before it was told
+        assert state_of(run).timestamp.timestamp() + waits[len(states)] > end - 0.05
 
 
 def test_ticks_overlap_where_nothing_prevents_it(play: Play) -> None:
@@ -615,8 +714,7 @@ def test_ticks_overlap_where_nothing_prevents_it(play: Play) -> None:
     assert_ticks(
         sorted(play.dues("overlapping")), ticks(play.scheduled["overlapping"]["start"], 1, [0, 1, 2])
     )
-    assert all(entry.at - entry["due"] < PROMPT for entry in play.began("overlapping"))
-    assert max(entry.at for entry in play.began("overlapping")) < min(entry.at for entry in ended)
+    assert max(entry.at for entry in play.began("overlapping")) <= min(entry.at for entry in ended)
 
 
 def test_a_limit_prevents_overlap(play: Play) -> None:
@@ -648,9 +746,10 @@ def test_running_jobs_are_those_that_have_something_to_do(play: Play) -> None:
     assert get_running_jobs(work_pool=play.project.pool) == []
 
 
-def goes_on(play: Play, name: str, since: float) -> bool:
-    """Return whether a job has run that was due after a moment."""
-    return max(play.dues(name)) > since
+def is_complete(play: Play, name: str, since: float) -> bool:
+    """Return whether a job has run a tick that was due after a moment, and all before it."""
+    dues = sorted(play.dues(name))
+    return dues[-1] > since and len(dues) > round(dues[-1] - dues[0])
 
 
 def test_all_jobs_can_be_paused_and_resumed(play: Play) -> None:
@@ -658,7 +757,8 @@ def test_all_jobs_can_be_paused_and_resumed(play: Play) -> None:
     pool = play.project.pool
     ids = [JobId(text) for text in json.loads(play.project.run(sys.executable, "all.py"))]
     names = ["all-1", "all-2"]
-    firsts = [play.first(name) for name in names]
+    for name in names:
+        play.first(name)
     pause_all_jobs(work_pool=pool)
     paused = time.time()
     assert set(ids) <= set(get_running_jobs(work_pool=pool))
@@ -667,18 +767,18 @@ def test_all_jobs_can_be_paused_and_resumed(play: Play) -> None:
 
     resume_all_jobs(work_pool=pool)
     resumed = time.time()
-    for name, first in zip(names, firsts, strict=True):
-        wait_until(partial(goes_on, play, name, resumed), PATIENCE, f"{name} to go on")
-        last = round(max(play.dues(name)) - first)
-        assert_ticks(sorted(play.dues(name)), ticks(first, 1, list(range(last + 1))))
+    for name in names:
+        wait_until(partial(is_complete, play, name, resumed), PATIENCE, f"{name} to run what it missed")
     for job_id in ids:
         unschedule_job(job_id)
+    for name in names:
+        assert len(play.dues(name)) == len(set(play.dues(name)))
 
 
 def test_a_one_time_job_runs_though_no_agent_was_there(play: Play) -> None:
     """What was due before any agent started runs once, late; IGNORE skips it."""
-    due_at = max(play.scheduled[f"late-{policy}"]["called"] for policy in ("WAIT", "IGNORE")) + 2
-    let_pass(due_at + 5)
+    due_at = max(play.scheduled[f"late-{policy}"]["start"] for policy in ("WAIT", "IGNORE"))
+    let_pass(due_at + ALLOWED + 1)
     with agent("late-node", LATE_POOL, play.project.env, play.project.folder):
         play.project.wait_for("late-WAIT", "began")
         play.wait_for_skipped("late-IGNORE", 1)
