@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import Engine, QueuePool, delete
 
 from taskadapter.coordination import schema
-from taskadapter.coordination.engines import open_engine
+from taskadapter.coordination.engines import Timeouts, open_engine
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -76,8 +76,11 @@ def prepared_url(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def engine(prepared_url: str) -> Iterator[Engine]:
-    """An engine on empty tables; fails the test if it leaks a connection."""
-    engine = open_engine(prepared_url)
+    """An engine on empty tables; fails the test if it leaks a connection.
+
+    It is as patient as a test is, on a machine that may stand still for seconds.
+    """
+    engine = open_engine(prepared_url, timeouts=Timeouts(connect=60, statement=60))
     with engine.begin() as connection:
         for table in schema.metadata.sorted_tables:
             connection.execute(delete(table))

@@ -49,7 +49,7 @@ def race(calls: Sequence[Callable[[], T]]) -> list[T]:
     barrier = threading.Barrier(len(calls))
 
     def run(call: Callable[[], T]) -> T:
-        barrier.wait(timeout=10)
+        barrier.wait(timeout=120)
         return call()
 
     with ThreadPoolExecutor(len(calls)) as pool:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 NODE = Node("node-1", "incarnation", "host-1", 1)
 SECRET = "s3cret"
 QUICK = Timeouts(connect=1, statement=1)
+PATIENT = Timeouts(connect=60, statement=60)
 
 
 def ask(engine: Engine) -> None:
@@ -132,7 +133,7 @@ def test_unknown_database(prepared_url: str) -> None:
     else:
         url = url.set(database="ta_nowhere")
     with pytest.raises(AccessDeniedError, match="nowhere"):
-        ask(open_engine(url, timeouts=QUICK))
+        ask(open_engine(url, timeouts=PATIENT))
 
 
 @pytest.mark.parametrize("scheme", ["postgresql", "mysql"])

@@ -140,7 +140,7 @@ class TestFencing:
                 with pytest.raises(TimeoutError):
                     taken.result(timeout=0.2)
                 require_token(connection, TOKEN)
-            taken.result(timeout=5)
+            taken.result(timeout=60)
 
 
 def write_late(url: str, freeze: Callable[[], None]) -> None:
@@ -157,7 +157,7 @@ def test_a_job_that_freezes_in_a_transaction_keeps_nobody_from_taking_over(
     """What a frozen or cut off host has locked, the server soon unlocks, and it is not written."""
     hold(engine, TOKEN)
     with ThreadPoolExecutor(1) as pool, pytest.raises(DatabaseUnavailableError):
-        write_late(prepared_url, lambda: pool.submit(take_over, engine).result(timeout=5))
+        write_late(prepared_url, lambda: pool.submit(take_over, engine).result(timeout=60))
     store._engine(prepared_url).dispose()
     with transaction(engine) as connection:
         assert load_state(connection, JOB) is None

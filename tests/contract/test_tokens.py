@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from dataclasses import replace
@@ -37,7 +38,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 GROUP = "group"
-INTERVAL = 30.0
+INTERVAL = 300.0
+
+SHORT = 20.0
+"""Seconds by which a heartbeat is too young to be stale: the machine may stand still meanwhile."""
+
+SOON = 60.0
+"""What is younger, in seconds, is of just now."""
 
 
 def node(number: int, incarnation: int = 0) -> Node:
@@ -85,7 +92,7 @@ class TestAcquire:
     def test_a_live_holder_keeps_it(self, engine: Engine) -> None:
         """At less than the interval a heartbeat is not stale."""
         take(engine)
-        go_silent(engine, INTERVAL - 2)
+        go_silent(engine, INTERVAL - SHORT)
         assert take(engine, OTHER) is None
 
     @pytest.mark.parametrize("step", [INTERVAL + 1, -INTERVAL])
@@ -109,7 +116,7 @@ class TestAcquire:
         taken = take(engine, OTHER)
         assert taken is not None
         assert taken.term == 2
-        assert taken.reason.startswith("node 'node-1' was silent for 30.")
+        assert re.match(r"node 'node-1' was silent for 3\d\d\.", taken.reason)
 
     def test_the_new_holder_is_fresh(self, engine: Engine) -> None:
         """A takeover counts as a heartbeat: nobody takes the token over right after it."""
@@ -209,11 +216,11 @@ class TestPulse:
         """The holder's pulse is a heartbeat, and says so."""
         enter(engine, NODE)
         token = must_take(engine)
-        go_silent(engine, INTERVAL - 2)
+        go_silent(engine, INTERVAL - SHORT)
         assert look(engine, NODE, token).renewed
         age = look(engine, NODE).age
         assert age is not None
-        assert age < 5
+        assert age < SOON
 
     def test_a_former_holder_is_told(self, engine: Engine) -> None:
         """After a takeover the pulse renews nothing, and names the new holder and term."""
@@ -225,7 +232,7 @@ class TestPulse:
         assert (sighting.renewed, sighting.holder, sighting.term) == (False, "node-2", 2)
         assert not sighting.free
 
-    @pytest.mark.parametrize("seconds", [INTERVAL - 2, INTERVAL + 0.01, -INTERVAL])
+    @pytest.mark.parametrize("seconds", [INTERVAL - SHORT, INTERVAL + 0.01, -INTERVAL])
     def test_a_standby_sees_how_old_a_heartbeat_is(self, engine: Engine, seconds: float) -> None:
         """That a holder lives no more is not for the database to say: its clock may have stepped."""
         enter(engine, OTHER)
@@ -235,7 +242,7 @@ class TestPulse:
         assert not sighting.free
         assert sighting.age is not None
         # On MySQL a heartbeat with no fraction of a second counts as one second younger.
-        assert seconds - 1 <= sighting.age < seconds + 2
+        assert seconds - 1 <= sighting.age < seconds + SHORT
 
     def test_a_standby_sees_whether_the_holder_lives(self, engine: Engine) -> None:
         """A heartbeat stays the same to each look, and a renewal makes it another."""
@@ -285,10 +292,10 @@ class TestPulse:
         """A pulse refreshes the node's entry, of a standby too."""
         enter(engine, NODE)
         tokens = [must_take(engine)] if holds else []
-        rewind(engine, "taskadapter_node", "last_seen", 20)
+        rewind(engine, "taskadapter_node", "last_seen", 2 * SOON)
         with transaction(engine) as connection:
             pulse(connection, NODE, tokens, [GROUP])
-            assert read_status(connection).nodes[0].last_seen_age < 5
+            assert read_status(connection).nodes[0].last_seen_age < SOON
 
     def test_names_with_signs_that_a_text_of_sql_knows(self, engine: Engine) -> None:
         """What has a meaning in SQL has none in a name."""
@@ -330,7 +337,7 @@ class Course:
     STEP = 0.0003
 
     def __init__(self) -> None:
-        self.ready = threading.Barrier(2, timeout=30)
+        self.ready = threading.Barrier(2, timeout=120)
         self.handicap = 0.0
         """Seconds by which the takeover starts later than the renewal."""
 
@@ -367,9 +374,9 @@ def make_stale(connection: Connection, term: int) -> Token:
     connection.execute(update(schema.token_holder).values(task_id=token.task_id, term=token.term))
     connection.execute(delete(schema.tenure))
     moment = {
-        "postgresql": "clock_timestamp() - interval '31 seconds'",
-        "mysql": "CURRENT_TIMESTAMP(6) - INTERVAL 31500 * 1000 MICROSECOND",
-        "sqlite": "strftime('%Y-%m-%d %H:%M:%f', 'now', '-31 seconds')",
+        "postgresql": "clock_timestamp() - interval '301 seconds'",
+        "mysql": "CURRENT_TIMESTAMP(6) - INTERVAL 301500 * 1000 MICROSECOND",
+        "sqlite": "strftime('%Y-%m-%d %H:%M:%f', 'now', '-301 seconds')",
     }[connection.dialect.name]
     connection.execute(text(f"UPDATE health_check SET last_heartbeat = {moment}"))
     connection.commit()
@@ -414,21 +421,23 @@ class TestFence:
         enter(engine, NODE)
         token = must_take(engine)
         with transaction(engine) as connection:
-            fence(connection, token, 10)
+            fence(connection, token, 100)
             assert look(engine, NODE, token).renewed
 
     @pytest.mark.databases("postgresql")  # the only one that ends another client's idle transaction
+    @pytest.mark.undisturbed(0.5)  # and this one, too, where it stands still between two statements
     def test_frees_the_token_of_a_frozen_client(self, engine: Engine) -> None:
         """On PostgreSQL a transaction that holds the token and then freezes is ended."""
         token = must_take(engine)
         go_silent(engine)
         frozen = engine.connect()
-        fence(frozen, token, 0.2)
+        fence(frozen, token, 1.0)
         assert must_take(engine, OTHER).term == 2
         frozen.invalidate()
         frozen.close()
 
     @pytest.mark.databases("postgresql")
+    @pytest.mark.undisturbed(0.5)
     def test_frees_the_token_of_a_client_that_freezes_meanwhile(self, engine: Engine) -> None:
         """It may freeze when it has just locked the token, before it can ask for anything else."""
         token = must_take(engine)
@@ -441,7 +450,7 @@ class TestFence:
                 raise InterruptedError("frozen")
 
         with pytest.raises(InterruptedError):
-            fence(frozen, token, 0.2)
+            fence(frozen, token, 1.0)
         assert must_take(engine, OTHER).term == 2
         frozen.invalidate()
         frozen.close()
@@ -451,10 +460,10 @@ class TestRegister:
     def test_a_live_name_is_refused(self, engine: Engine) -> None:
         """A second process with a live node's name is refused, and told about the first."""
         enter(engine, node(1))
-        rewind(engine, "taskadapter_node", "last_seen", INTERVAL - 2)
+        rewind(engine, "taskadapter_node", "last_seen", INTERVAL - SHORT)
         with pytest.raises(DuplicateNodeError, match="process 1 on host 'host-1'") as caught:
             enter(engine, node(1, incarnation=2))
-        assert INTERVAL - 3 <= caught.value.age < INTERVAL
+        assert INTERVAL - SHORT - 1 <= caught.value.age < INTERVAL
 
     def test_a_stale_name_is_free(self, engine: Engine) -> None:
         """Just past the interval the name belongs to whoever asks; the first loses it."""
@@ -520,8 +529,8 @@ class TestStatus:
         assert group.reason == "the first to take it"
         assert group.heartbeat_age is not None
         assert group.held_for is not None
-        assert 9 <= group.heartbeat_age < 15
-        assert 99 <= group.held_for < 105
+        assert 9 <= group.heartbeat_age < 10 + SOON
+        assert 99 <= group.held_for < 100 + SOON
 
     def test_shows_that_nobody_holds_it(self, engine: Engine) -> None:
         """A released token has no holder, and keeps its term."""
@@ -586,9 +595,9 @@ class TestSuccessors:
         assert taken.reason == "node 'node-2' gave it up: no module of that name"
         token = Token(GROUP, NODE.task_id, taken.term)
         assert self.of(engine, token) == []
-        rewind(engine, "taskadapter_tenure", "released", LATELY_SECONDS - 5)
+        rewind(engine, "taskadapter_tenure", "released", LATELY_SECONDS - SHORT)
         assert self.of(engine, token) == []
-        rewind(engine, "taskadapter_tenure", "released", 10)
+        rewind(engine, "taskadapter_tenure", "released", SHORT + 1)
         assert self.of(engine, token) == ["node-2"]
 
     def test_may_be_a_new_process_of_a_name(self, engine: Engine) -> None:
@@ -750,7 +759,7 @@ class TestTimeZones:
         east.dispose()
         west.dispose()
         assert age is not None
-        assert -1.1 < age < 5
+        assert -1.1 < age < SOON
 
     @pytest.mark.databases("postgresql", "mysql")  # Ballerina does not know SQLite
     def test_a_ballerina_session_may_have_any_zone(self, engine: Engine) -> None:
@@ -768,4 +777,4 @@ class TestTimeZones:
             assert not theirs.try_to_acquire()
             connection.invalidate()
         assert age is not None
-        assert -1.1 < age < 5
+        assert -1.1 < age < SOON
