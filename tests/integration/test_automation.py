@@ -77,7 +77,7 @@ def test_a_takeover_is_notified(
         file = tmp_path / "automation.yaml"
         file.write_text(yaml.safe_dump(automation))
         command = [prefect_command(), "automation", "create", "--from-file", str(file)]
-        subprocess.run(command, env=environment(prefect_api.env), check=True, timeout=120)
+        subprocess.run(command, env=environment(prefect_api.env), check=True, timeout=PATIENCE)
         mine = node(pool=SimpleNamespace(id=uuid4()))
         emitted = 0.0
 

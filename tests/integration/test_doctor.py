@@ -43,6 +43,7 @@ from taskadapter.prefect_api.deployments import trigger_of
 from taskadapter.prefect_api.pool import Domain
 from taskadapter.rules import ticks
 from taskadapter.settings import TaskadapterSettings
+from tests.acceptance.project import PATIENCE
 from tests.api_proxy import ApiProxy, Request, refusal
 from tests.integration.test_command import take_part
 from tests.integration.test_scheduler import HELLO
@@ -56,6 +57,8 @@ if TYPE_CHECKING:
 PROJECT = Path(__file__).resolve().parents[2]
 
 GROUP = "a-group"
+LEASE = 300.0
+"""Seconds: a slow machine, too, has looked at nodes before they are silent for so long."""
 
 
 @pytest.fixture
@@ -195,7 +198,7 @@ def test_a_job_that_is_behind(
     def behind() -> list[str]:
         return [text for text in findings(pool, tmp_path) if "no tick has begun for" in text]
 
-    (found,) = wait_until(behind, 60, "a tick to wait")
+    (found,) = wait_until(behind, PATIENCE, "a tick to wait")
     assert found.startswith(f"warning job {prefect_client.read_deployment(job_id).name!r}: ")
     prefect_client.pause_deployment(job_id)
     assert behind() == []
@@ -292,7 +295,7 @@ def test_a_group_and_its_nodes(
     prefect_client: SyncPrefectClient, pool: str, tmp_path: Path, database: str
 ) -> None:
     """Without an active node that is an error, without a standby a warning; with both all is well."""
-    ensure_work_pool(pool)
+    ensure_work_pool(pool, Domain(liveness_check_interval=LEASE))
     prefect_client.create_work_queue(GROUP, work_pool_name=pool)
     engine = open_engine(database)
     with engine.connect() as connection:
@@ -304,7 +307,7 @@ def test_a_group_and_its_nodes(
     for name in ("node-1", "node-2"):
         node = nodes.Node(name, str(uuid.uuid4()), "a-host", 1)
         with transaction(engine) as connection:
-            nodes.register(connection, node, [GROUP], 30)
+            nodes.register(connection, node, [GROUP], LEASE)
             tokens.acquire(connection, node, [GROUP])
         said.append(about(f"group {GROUP!r}", findings(pool, tmp_path)))
 
@@ -362,7 +365,7 @@ from taskadapter import Listener, TriggerConfiguration, WarmBackupConfig
 
 listener = Listener(
     trigger=TriggerConfiguration(interval=3600),
-    warm_backup_config=WarmBackupConfig(group_id="a-group"),
+    warm_backup_config=WarmBackupConfig(group_id="a-group", liveness_check_interval=300),
     work_pool="{pool}",
 )
 
@@ -456,7 +459,7 @@ def make_tables(url: str, pool: str) -> None:
         node = nodes.Node(name, str(uuid.uuid4()), "a-host", 1)
         with transaction(engine) as connection:
             nodes.claim_groups(connection, PoolKey(pool), [GROUP])
-            nodes.register(connection, node, [GROUP], 30)
+            nodes.register(connection, node, [GROUP], LEASE)
             tokens.acquire(connection, node, [GROUP])
     engine.dispose()
 
@@ -470,8 +473,9 @@ def system(
     database: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> System:
-    """A system that is well."""
+    """A system that is well, on a machine that may be slow."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(server, "EVENTS_SECONDS", PATIENCE)
     made = System(prefect_client, pool, tmp_path, database, monkeypatch, postgres_server)
     made.module.parent.mkdir()
     made.module.write_text(MODULE.format(pool=pool).replace('"count"', f'"{made.service}"'))
@@ -641,10 +645,9 @@ def a_pool_without_an_agent(system: System) -> None:
     "warning", "no agent has polled work pool '{pool}' for 7", "node-1 shows life in the database: wait"
 )
 def a_server_that_was_away(system: System) -> None:
-    then = datetime.now(UTC) - timedelta(seconds=70)
-    seen = SimpleNamespace(status="OFFLINE", last_heartbeat_time=then, heartbeat_interval_seconds=30)
-
     async def workers(*_: object, **__: object) -> list[Any]:
+        then = datetime.now(UTC) - timedelta(seconds=700)
+        seen = SimpleNamespace(status="OFFLINE", last_heartbeat_time=then, heartbeat_interval_seconds=30)
         return [SimpleNamespace(id=name, name=name, **vars(seen)) for name in ("node-1", "left-long-ago")]
 
     system.patch.setattr(PrefectClient, "read_workers_for_work_pool", workers)

@@ -11,13 +11,14 @@ import psycopg
 import pytest
 
 from deployments.local import Postgres, Program, postgres, running, wait_until
+from tests.acceptance.project import PATIENCE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-IGNORES_SIGTERM = "import signal, time; signal.signal(15, signal.SIG_IGN); print('up'); time.sleep(99)"
-HAS_A_CHILD = "import subprocess; subprocess.run(['sleep', '99'], start_new_session=True)"
+IGNORES_SIGTERM = "import signal, time; signal.signal(15, signal.SIG_IGN); print('up'); time.sleep(999)"
+HAS_A_CHILD = "import subprocess; subprocess.run(['sleep', '999'], start_new_session=True)"
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def test_paused_postgres_answers_after_it_resumes(server: Postgres) -> None:
     with server.connect() as connection:
         server.pause()
         backend = psutil.Process(connection.info.backend_pid)
-        wait_until(lambda: backend.status() == psutil.STATUS_STOPPED, 60, "the backend to freeze")
+        wait_until(lambda: backend.status() == psutil.STATUS_STOPPED, PATIENCE, "the backend to freeze")
         server.resume()
 
         assert connection.execute("SELECT 1").fetchone() == (1,)
@@ -82,7 +83,7 @@ def test_stop_kills_what_does_not_end_in_time(tmp_path: Path) -> None:
     """A program that ignores the request to stop is killed at the end of its grace."""
     program = python(IGNORES_SIGTERM, tmp_path)
     program.start()
-    wait_until(lambda: "up" in program.output(), 60, "the program to be up")
+    wait_until(lambda: "up" in program.output(), PATIENCE, "the program to be up")
     process = program.process
     assert process is not None
 
@@ -95,7 +96,7 @@ def test_kill_reaches_children_in_other_sessions(tmp_path: Path) -> None:
     """Nothing a program has started outlives it."""
     with running(python(HAS_A_CHILD, tmp_path)) as program:
         parent = psutil.Process(program.pid)
-        children = wait_until(parent.children, 60, "the child")
+        children = wait_until(parent.children, PATIENCE, "the child")
 
         program.kill()
 

@@ -14,6 +14,7 @@ from prefect.workers.base import BaseWorker
 from taskadapter.agent.program import ProgramAgent
 from taskadapter.agent.worker import WarmBackupWorker
 from taskadapter.execution import protocol
+from tests.acceptance.project import PATIENCE
 from tests.processes import nurseries
 
 
@@ -106,6 +107,6 @@ def test_a_nursery_serves_whatever_its_rehearsal_comes_to(line):
             theirs.close()
             said = ours.makefile("rb").readline()
             ours.shutdown(socket.SHUT_RDWR)
-            process.wait(30)
+            process.wait(PATIENCE)
 
     assert protocol.notice(said) == protocol.Serving()

@@ -17,6 +17,7 @@ from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
 from prefect.client.schemas.schedules import IntervalSchedule
 
 from deployments.local import PrefectServer, prefect_server, wait_until
+from tests.acceptance.project import PATIENCE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -61,7 +62,7 @@ def test_the_installed_versions_are_ones_the_project_allows() -> None:
 @pytest.mark.parametrize("path", ["/api/health", "/api/ready", "/api/admin/version", "/"])
 def test_the_server_answers(server: PrefectServer, path: str) -> None:
     """The API is healthy, its database is there, and the UI is served."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
     connection.request("GET", path)
     status = connection.getresponse().status
     connection.close()
@@ -79,7 +80,7 @@ def test_a_deployed_interval_schedule_produces_runs(server: PrefectServer) -> No
             times = [r.expected_start_time for r in runs if r.expected_start_time is not None]
             return sorted(times) if len(times) >= 3 else []
 
-        times = wait_until(several, 150, "three scheduled runs")
+        times = wait_until(several, PATIENCE, "three scheduled runs")
 
     steps = {(later - earlier).total_seconds() for earlier, later in itertools.pairwise(times)}
     assert steps == {INTERVAL}

@@ -26,6 +26,7 @@ from taskadapter.declare.triggers import TriggerConfiguration
 from taskadapter.pools import ensure_work_pool
 from taskadapter.prefect_api.ticks import create_tick
 from taskadapter.rules import ticks
+from tests.acceptance.project import PATIENCE
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -229,7 +230,9 @@ def test_a_schedule_that_was_edited_in_the_ui_holds(prefect_client: SyncPrefectC
     deployment = prefect_client.read_deployment(job)
     (schedule,) = deployment.schedules
     assert schedule.created is not None
-    wait_until(lambda: datetime.now(UTC) > schedule.created + timedelta(seconds=1), 60, "a second to pass")
+    wait_until(
+        lambda: datetime.now(UTC) > schedule.created + timedelta(seconds=1), PATIENCE, "a second to pass"
+    )
     edited = IntervalSchedule(
         interval=timedelta(seconds=7), anchor_date=anchor_of(prefect_client, job), timezone="UTC"
     )
@@ -289,7 +292,7 @@ def test_a_schedule_that_was_edited_while_no_agent_was_there(
     prefect_client.update_deployment_schedule(job, schedule.id, schedule=edited)
     updated = datetime.fromisoformat(reading_of(prefect_client.read_deployment(job)).updated)
 
-    made = wait_until(node.complete, 150, "a tick")
+    made = wait_until(node.complete, PATIENCE, "a tick")
     assert 0 < (ticks.in_utc(made[0].expected_start_time) - updated).total_seconds() <= 1
 
 
@@ -308,7 +311,7 @@ def test_what_is_deployed_again_owes_what_it_did(
         (now,) = prefect_client.read_deployment(job).schedules
         return now.updated is not None and now.updated - created > timedelta(seconds=1)
 
-    wait_until(deployed_again_later, 60, "it to be deployed a second after it was made")
+    wait_until(deployed_again_later, PATIENCE, "it to be deployed a second after it was made")
     prefect_client.resume_deployment(job)
     assert hours(node.complete(), anchor_of(prefect_client, job)) == [0, 1, 2, 3, 4]
 
@@ -325,7 +328,7 @@ def test_the_scheduler_does_not_plan_what_is_made(prefect_client: SyncPrefectCli
             return await create_tick(client, job, schedule.id, anchor)
 
     made = asyncio.run(make())
-    runs = wait_until(lambda: planned(prefect_client, job, 3), 150, "the scheduler to plan")
+    runs = wait_until(lambda: planned(prefect_client, job, 3), PATIENCE, "the scheduler to plan")
     assert [run.id for run in runs if run.expected_start_time == anchor] == [made.id]
 
 
