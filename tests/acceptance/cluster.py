@@ -32,6 +32,7 @@ from taskadapter.pools import ensure_work_pool
 from taskadapter.prefect_api.pool import Domain
 from tests.acceptance.project import PATIENCE, Prefect, Project, due, state_of
 from tests.contract.proxy import Proxy
+from tests.slowness import Slowness
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import FlowRun
@@ -46,6 +47,12 @@ INTERVAL = 3.0
 
 HEARTBEAT = 0.5
 """Their `heartbeat_frequency`."""
+
+MARGIN = 0.5
+"""Seconds that a node stops its runs before another may take over, with that interval.
+
+Where the machine stands still for longer than that nobody can: what goes on then is that of a frozen node.
+"""
 
 BUSY, IDLE = "busy", "idle"
 """The groups: one with a job that counts, one with nothing but an hourly job."""
@@ -327,6 +334,7 @@ class Cluster:
 
     def __post_init__(self) -> None:
         self._stack = ExitStack()
+        self.slowness = self._stack.enter_context(Slowness())
         self.engine = create_engine(self.url, isolation_level="AUTOCOMMIT", pool_pre_ping=True)
         self.dialect = self.engine.dialect.name
         self.project.env["LEDGER_URL"] = self.url
@@ -548,7 +556,15 @@ class Cluster:
 
     def _end_of(self, row: Row) -> float:
         # What code does that was frozen and does not ask for the token is its own affair.
-        return row.began if row.term in self.paused and row.job != "fencer" else row.last
+        return row.began if self._was_frozen(row) and row.job != "fencer" else row.last
+
+    def _was_frozen(self, row: Row) -> bool:
+        stood_still = self.slowness.longest(row.scheduled, row.last)
+        return row.term in self.paused or stood_still >= MARGIN
+
+    def in_order(self) -> list[Row]:
+        """Return the executions of the busy group that no frozen node has entered, in that order."""
+        return [row for row in self.rows() if row.job != "hourly" and not self._was_frozen(row)]
 
 
 def message(run: FlowRun) -> str:

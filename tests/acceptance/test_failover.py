@@ -1,4 +1,10 @@
-"""Three agents, one of them active: killed, stopped, frozen and cut off, and judged by a ledger table."""
+"""Three agents, one of them active: killed, stopped, frozen and cut off, and judged by a ledger table.
+
+How soon a token is taken is a promise, and is measured: on a machine that wakes a watch up late, standbys
+are given as much more time as that. A lease of three seconds is lost where the machine stands still for
+longer, as it is to be: a test of what a holder does that keeps it is repeated then. What must never be is
+judged anyhow.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +23,7 @@ from sqlalchemy import create_engine, make_url, text
 
 from deployments.local import wait_until
 from taskadapter.coordination import schema
-from tests.acceptance.cluster import BUSY, HEARTBEAT, IDLE, INTERVAL, Cluster, message
+from tests.acceptance.cluster import BUSY, IDLE, INTERVAL, MARGIN, Cluster, message
 from tests.acceptance.project import PATIENCE, Project, is_alive
 from tests.contract.conftest import SERVERS
 
@@ -34,15 +40,14 @@ if TYPE_CHECKING:
 TAKEOVER = INTERVAL + 1
 """Seconds from a holder's death until another node must hold its token."""
 
-API = 12
-"""Seconds more until that node must execute something: Prefect's API is asked what was left behind.
-
-The server has the jobs of all modules before, and on a slow machine may be behind with them already when
-the node is killed; how soon it is on an idle one, `make bench` measures.
-"""
-
 HANDOVER = 1
 """Seconds from a release until another node must hold the token."""
+
+AT_ONCE = 15
+"""Of the 30 seconds that runs have to end, those within which a node that is told twice has released."""
+
+holder_goes_on = pytest.mark.undisturbed(MARGIN)
+"""Of tests in which a node keeps its token until it is made to give it up."""
 
 everywhere = pytest.mark.parametrize("cluster", SERVERS, indirect=True, scope="module")
 on_postgresql = pytest.mark.parametrize("cluster", ["postgresql"], indirect=True, scope="module")
@@ -113,7 +118,7 @@ def said(what: str, seconds: float) -> None:
 
 @dataclass(frozen=True)
 class Death:
-    """The node that was killed, the time and its term; its successor; what it was executing then."""
+    """The node that was killed, when it was dead, its term and successor; what it was executing then."""
 
     node: str
     term: int
@@ -131,8 +136,9 @@ def death(cluster: Cluster, prefect: Prefect, tmp_path_factory: pytest.TempPathF
     gate = tmp_path_factory.mktemp("death") / "enough"
     slow, again, brink = cluster.start("slow", gate), cluster.start("again", gate), prefect.start("brink")
     wait_until(lambda: any(map(is_stopped, cluster.rows(run=brink))), PATIENCE, "a state to be saved")
-    dead, term, now = cluster.active(), cluster.term(), cluster.now()
+    dead, term = cluster.active(), cluster.term()
     dead.program.kill()
+    now = cluster.now()
     gate.touch()
     successor = cluster.wait_for_term(term)
     cluster.wait_for_ticks(now + TAKEOVER)
@@ -142,13 +148,13 @@ def death(cluster: Cluster, prefect: Prefect, tmp_path_factory: pytest.TempPathF
 
 @everywhere
 def test_a_killed_node_is_replaced_in_time(cluster: Cluster, death: Death) -> None:
-    """A standby holds the token within the interval and a second, and soon after that executes."""
+    """A standby holds the token within the interval and a second, and executes (`make bench`: how soon)."""
     first = cluster.wait_for_execution(death.successor.term)
     said("takeover, token", death.successor.acquired - death.at)
     said("takeover, first execution", first.began - death.at)
     assert death.successor.node != death.node
-    assert death.successor.acquired - death.at <= TAKEOVER
-    assert first.began - death.at <= TAKEOVER + API
+    assert death.successor.acquired - death.at <= TAKEOVER + cluster.slowness.since(death.at)
+    assert first.began >= death.successor.acquired
 
 
 @everywhere
@@ -196,6 +202,7 @@ def test_a_killed_node_loses_nothing(cluster: Cluster, death: Death) -> None:
 
 
 @everywhere
+@holder_goes_on
 def test_a_stopping_node_hands_over(cluster: Cluster, prefect: Prefect, gate: Path) -> None:
     """On SIGTERM it lets a body end, starts nothing more, releases, and a standby takes over at once."""
     cluster.ready()
@@ -206,7 +213,8 @@ def test_a_stopping_node_hands_over(cluster: Cluster, prefect: Prefect, gate: Pa
     gate.touch()
     status = stopping.wait_for_exit()
     successor = cluster.wait_for_term(term)
-    released = cluster.tenures()[-2].released
+    released = release_of(cluster, term)
+    late = cluster.slowness.since(released or told)
     stopping.program.start()
 
     assert status == 0
@@ -216,15 +224,15 @@ def test_a_stopping_node_hands_over(cluster: Cluster, prefect: Prefect, gate: Pa
     assert prefect.wait_for_end(slow).state_name == "Completed"
     assert released is not None
     said("handover, token", successor.acquired - released)
-    assert row.ended <= released <= successor.acquired <= released + HANDOVER
+    assert row.ended <= released <= successor.acquired <= released + HANDOVER + late
     first = cluster.wait_for_execution(successor.term)
     said("handover, first execution", first.began - released)
-    assert first.began <= released + HANDOVER + API
     cluster.wait_for_ticks(released)
     assert cluster.lost_ticks() == []
 
 
 @everywhere
+@holder_goes_on
 def test_a_node_that_is_asked_to_resign_hands_over(cluster: Cluster, prefect: Prefect, gate: Path) -> None:
     """`taskadapter resign` has the active node let its body end, release, and stand by."""
     cluster.ready()
@@ -233,22 +241,24 @@ def test_a_node_that_is_asked_to_resign_hands_over(cluster: Cluster, prefect: Pr
     output = cluster.taskadapter("resign", BUSY)
     gate.touch()
     successor = cluster.wait_for_term(term)
+    released = release_of(cluster, term)
+    late = cluster.slowness.since(released or 0.0)
     first = cluster.wait_for_execution(successor.term)
 
     assert resigning.name in output
     assert successor.node != resigning.name
     (row,) = cluster.rows(run=slow)
-    released = cluster.tenures()[-2].released
     assert row.ended is not None
     assert released is not None
     said("resignation, token", successor.acquired - released)
     said("resignation, first execution", first.began - released)
-    assert row.ended <= released <= successor.acquired <= released + HANDOVER
+    assert row.ended <= released <= successor.acquired <= released + HANDOVER + late
     assert prefect.wait_for_end(slow).state_name == "Completed"
     assert resigning.program.pid == pid
 
 
 @on_postgresql
+@holder_goes_on
 def test_a_second_signal_stops_a_node_at_once(cluster: Cluster, prefect: Prefect, gate: Path) -> None:
     """It ends the bodies, which show as Crashed, and still releases the token."""
     cluster.ready()
@@ -259,13 +269,14 @@ def test_a_second_signal_stops_a_node_at_once(cluster: Cluster, prefect: Prefect
     stopping.signal(signal.SIGTERM)
     stopping.wait_for_exit()
     successor = cluster.wait_for_term(term)
-    released = cluster.tenures()[-2].released
+    released = release_of(cluster, term)
+    late = cluster.slowness.since(second)
     stopping.program.start()
 
     assert released is not None
     said("second signal, release", released - second)
-    assert released - second < INTERVAL - 2 * HEARTBEAT
-    assert successor.acquired <= released + HANDOVER
+    assert released - second < AT_ONCE + late
+    assert successor.acquired <= released + HANDOVER + late
     assert prefect.wait_for_end(slow).state_name == "Crashed"
     (row,) = cluster.rows(run=slow)
     assert row.ended is None
@@ -273,6 +284,7 @@ def test_a_second_signal_stops_a_node_at_once(cluster: Cluster, prefect: Prefect
 
 
 @on_postgresql
+@holder_goes_on
 def test_a_second_signal_gives_back_what_has_not_begun(cluster: Cluster, prefect: Prefect) -> None:
     """A run whose process still imports its flow then is run by the next node."""
     cluster.ready()
@@ -295,10 +307,16 @@ def test_a_second_signal_gives_back_what_has_not_begun(cluster: Cluster, prefect
     assert [row.term for row in cluster.rows(run=run)] == [successor.term]
 
 
+def release_of(cluster: Cluster, term: int) -> float | None:
+    """Return when the busy group's token was released in a term, None if it was not."""
+    return next(tenure.released for tenure in cluster.tenures() if tenure.term == term)
+
+
 # --- P3: again and again --------------------------------------------------------------------------
 
 
 @on_postgresql
+@holder_goes_on
 @pytest.mark.parametrize("turns", [4, pytest.param(10, marks=pytest.mark.slow)])
 def test_failing_over_back_and_forth_works_as_well_as_once(cluster: Cluster, turns: int) -> None:
     """Killed and stopped in turn, each node is replaced in time, whatever the interval of its jobs."""
@@ -308,21 +326,24 @@ def test_failing_over_back_and_forth_works_as_well_as_once(cluster: Cluster, tur
         # The hourly job has no tick due: its token moves all the same.
         leaving = cluster.active(IDLE if kills else BUSY)
         before = {group: cluster.term(group) for group in (BUSY, IDLE) if cluster.active(group) is leaving}
-        now = cluster.now()
+        told = cluster.now()
         if kills:
             leaving.program.kill()
         else:
             leaving.signal(signal.SIGTERM)
             leaving.wait_for_exit()
+        dead = cluster.now()
+        successors = {group: cluster.wait_for_term(term, group) for group, term in before.items()}
+        late = cluster.slowness.since(told)
+        leaving.program.start()
         for group, term in before.items():
-            successor = cluster.wait_for_term(term, group)
+            successor = successors[group]
             released = next(was.released for was in cluster.tenures(group) if was.term == term)
             assert (released is None) == kills
-            limit = now + TAKEOVER if released is None else released + HANDOVER
-            said(f"turn {turn}, {group}", successor.acquired - (released or now))
-            assert successor.acquired <= limit
+            limit = dead + TAKEOVER if released is None else released + HANDOVER
+            said(f"turn {turn}, {group}", successor.acquired - (released or dead))
+            assert successor.acquired <= limit + late
             assert successor.node != leaving.name
-        leaving.program.start()
     cluster.wait_for_ticks(cluster.now())
 
     counted = cluster.counted()
@@ -335,17 +356,20 @@ def test_failing_over_back_and_forth_works_as_well_as_once(cluster: Cluster, tur
 
 
 @everywhere
+@holder_goes_on
 def test_a_frozen_node_cannot_write_after_its_successor(
     cluster: Cluster, prefect: Prefect, gate: Path
 ) -> None:
     """When it wakes up, `fenced` refuses its bodies or its hosts are ended, and it stands by."""
     cluster.ready()
     slow, fencer = cluster.start("slow", gate), cluster.start("fencer", gate)
-    frozen, term, pid, now = cluster.active(), cluster.term(), cluster.active().program.pid, cluster.now()
+    frozen, term, pid = cluster.active(), cluster.term(), cluster.active().program.pid
     cluster.paused.add(term)
     frozen.program.pause()
+    now = cluster.now()
     try:
         successor = cluster.wait_for_term(term)
+        late = cluster.slowness.since(now)
         cluster.wait_for_execution(successor.term)
         (fenced_before,) = cluster.rows(run=fencer)
         (slow_before,) = cluster.rows(run=slow)
@@ -360,7 +384,7 @@ def test_a_frozen_node_cannot_write_after_its_successor(
     cluster.wait_for_ticks(cluster.now())
 
     said("takeover from a frozen node, token", successor.acquired - now)
-    assert successor.acquired - now <= TAKEOVER
+    assert successor.acquired - now <= TAKEOVER + late
     assert refused.note == "TokenLostError"
     assert refused.alive == fenced_before.alive <= successor.acquired
     assert [(run.state_name, f"term {term} " in message(run)) for run in runs] == [("Crashed", True)] * 2
@@ -370,6 +394,7 @@ def test_a_frozen_node_cannot_write_after_its_successor(
 
 
 @on_postgresql
+@holder_goes_on
 def test_hosts_end_by_themselves_when_their_agent_is_frozen(
     cluster: Cluster, prefect: Prefect, gate: Path
 ) -> None:
@@ -381,11 +406,11 @@ def test_hosts_end_by_themselves_when_their_agent_is_frozen(
     try:
         successor = cluster.wait_for_term(term)
         (row,) = cluster.rows(run=slow)
-        is_gone = not is_alive(row.pid)
+        wait_until(lambda: not is_alive(row.pid), PATIENCE, "the host to end")
+        (row,) = cluster.rows(run=slow)
     finally:
         frozen.signal(signal.SIGCONT)
 
-    assert is_gone
     assert row.last < successor.acquired
     assert successor.node != frozen.name
     assert prefect.wait_for_end(slow).state_name == "Crashed"
@@ -397,15 +422,18 @@ def test_hosts_end_by_themselves_when_their_agent_is_frozen(
 
 
 @on_postgresql
+@holder_goes_on
 def test_a_node_without_its_database_steps_down(cluster: Cluster, prefect: Prefect, gate: Path) -> None:
     """Its runs end before the next node starts some; it says why once, lives, and stands by again."""
     cluster.ready()
     slow = cluster.start("slow", gate)
-    lonely, term, pid, now = cluster.active(), cluster.term(), cluster.active().program.pid, cluster.now()
+    lonely, term, pid = cluster.active(), cluster.term(), cluster.active().program.pid
     lines = len(lonely.log.splitlines())
     lonely.gate.freeze()
+    now = cluster.now()
     try:
         successor = cluster.wait_for_term(term)
+        late = cluster.slowness.since(now)
         cluster.wait_for_execution(successor.term)
     finally:
         lonely.gate.thaw()
@@ -420,7 +448,7 @@ def test_a_node_without_its_database_steps_down(cluster: Cluster, prefect: Prefe
 
     (row,) = cluster.rows(run=slow)
     said("takeover from a cut off node, token", successor.acquired - now)
-    assert row.last < successor.acquired <= now + TAKEOVER
+    assert row.last < successor.acquired <= now + TAKEOVER + late
     assert successor.node != lonely.name
     assert ended.state_name == "Crashed"
     assert repr(lonely.name) in message(ended)
@@ -432,13 +460,15 @@ def test_a_node_without_its_database_steps_down(cluster: Cluster, prefect: Prefe
 
 
 @on_postgresql
+@holder_goes_on
 def test_nothing_runs_without_a_database_and_all_comes_back(cluster: Cluster) -> None:
     """Cut off from it, all nodes step down and live; when it returns, what was due meanwhile runs."""
     cluster.ready(nodes=3)
     pids = {name: node.program.pid for name, node in cluster.nodes.items()}
-    term, now = cluster.term(), cluster.now()
+    term = cluster.term()
     for node in cluster.nodes.values():
         node.gate.cut()
+    now = cluster.now()
     try:
         wait_until(lambda: cluster.now() > now + INTERVAL + 2, PATIENCE, "the interval to pass")
         last = max(row.last for row in cluster.rows())
@@ -447,17 +477,19 @@ def test_nothing_runs_without_a_database_and_all_comes_back(cluster: Cluster) ->
         for node in cluster.nodes.values():
             node.gate.thaw()
     successor = cluster.wait_for_term(term)
+    late = cluster.slowness.since(back)
     cluster.wait_for_ticks(back)
 
     assert last < now + INTERVAL
     said("after the database's return, token", successor.acquired - back)
-    assert successor.acquired - back <= TAKEOVER
+    assert successor.acquired - back <= TAKEOVER + late
     assert {name: node.program.pid for name, node in cluster.nodes.items()} == pids
     assert cluster.lost_ticks() == []
     assert cluster.doubled() == []
 
 
 @on_postgresql
+@holder_goes_on
 def test_agents_outlive_prefects_api(
     cluster: Cluster, prefect: Prefect, prefect_api: PrefectServer, gate: Path
 ) -> None:
@@ -488,6 +520,7 @@ def test_agents_outlive_prefects_api(
 
 
 @everywhere
+@holder_goes_on
 def test_the_status_shows_who_is_active(cluster: Cluster) -> None:
     """`taskadapter status` and `status --json` name groups, terms and nodes, by the pool's own settings."""
     cluster.ready(nodes=3)
@@ -518,12 +551,13 @@ def test_the_tables_can_be_made_and_widened_from_the_shell(cluster: Cluster) -> 
 @on_postgresql
 def test_the_ui_names_the_active_node(cluster: Cluster, prefect: Prefect) -> None:
     """The descriptions of queue and pool, and an artifact, name the active node, its term, the others."""
-    pool, active = cluster.project.pool, cluster.active().name
-    others = ", ".join(sorted(set(cluster.nodes) - {active}))
-    wanted = f"Active: {active}, term {cluster.term()}, since "
+    pool = cluster.project.pool
     ours = ArtifactCollectionFilter(key=ArtifactCollectionFilterKey(any_=[f"taskadapter-{pool}"]))
 
     def told() -> bool:
+        tenure = cluster.tenures()[-1]
+        others = ", ".join(sorted(set(cluster.nodes) - {tenure.node}))
+        wanted = f"Active: {tenure.node}, term {tenure.term}, since "
         queue = prefect.client.read_work_queue_by_name(BUSY, pool)
         described = prefect.client.read_work_pool(pool).description or ""
         artifacts = prefect.client.read_latest_artifacts(artifact_filter=ours)
@@ -531,7 +565,7 @@ def test_the_ui_names_the_active_node(cluster: Cluster, prefect: Prefect) -> Non
             str(queue.description).startswith(wanted)
             and str(queue.description).endswith(f"Standing by: {others}.")
             and f"• {BUSY}: {wanted}" in described
-            and any(f"| {BUSY} | {active} | {cluster.term()} |" in str(one.data) for one in artifacts)
+            and any(f"| {BUSY} | {tenure.node} | {tenure.term} |" in str(one.data) for one in artifacts)
         )
 
     wait_until(told, PATIENCE, "the UI to show who is active")
@@ -541,6 +575,7 @@ def test_the_ui_names_the_active_node(cluster: Cluster, prefect: Prefect) -> Non
 def test_each_change_of_the_token_is_an_event(cluster: Cluster, prefect: Prefect) -> None:
     """The server has an event for each token that was acquired, lost and released, with its reason."""
     tenures = cluster.tenures()
+    released = {tenure.term for tenure in tenures if tenure.released is not None}
     ours = EventFilter(event=EventNameFilter(prefix=["taskadapter.token."]))
 
     def seen() -> dict[str, set[int]]:
@@ -557,10 +592,10 @@ def test_each_change_of_the_token_is_an_event(cluster: Cluster, prefect: Prefect
 
     def told() -> bool:
         terms = seen()
-        return all(terms.values()) and tenures[-1].term in terms["acquired"]
+        is_complete = tenures[-1].term in terms["acquired"] and released <= terms["released"]
+        return all(terms.values()) and is_complete
 
     wait_until(told, PATIENCE, "the events to arrive")
-    assert seen()["released"] >= {tenure.term for tenure in tenures if tenure.released is not None}
 
 
 @on_postgresql
@@ -595,6 +630,7 @@ def test_the_password_is_nowhere(cluster: Cluster, postgres_server: Postgres) ->
 
 
 @on_postgresql
+@holder_goes_on
 def test_a_second_agent_of_the_same_name_is_refused(cluster: Cluster, tmp_path: Path) -> None:
     """It names the process that has the name, and exits with an error; the first one goes on."""
     first = cluster.active()
@@ -643,7 +679,7 @@ def test_another_kind_of_worker_runs_no_coordinated_job(cluster: Cluster, prefec
 @everywhere
 def test_executions_of_two_terms_never_overlap(cluster: Cluster) -> None:
     """Over everything above: terms only rise, none overlaps the next, and no tick is started twice."""
-    terms = [row.term for row in cluster.rows() if row.job != "hourly" and row.term not in cluster.paused]
+    terms = [row.term for row in cluster.in_order()]
     assert terms
     assert terms == sorted(terms)
     assert cluster.dialect != "postgresql" or len(cluster.tenures()) > 10
