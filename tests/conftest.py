@@ -90,6 +90,7 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
             reports = runtestprotocol(item, log=False, nextitem=item.parent)  # type: ignore[arg-type]
         if not left or slowness.longest() < mark.args[0] or not any(report.failed for report in reports):
             break
+        item.user_properties.append(("stood still, and is repeated", slowness.longest()))
         item._initrequest()  # type: ignore[attr-defined]
     over = pytest.CallInfo.from_call(
         lambda: item.session._setupstate.teardown_exact(nextitem), when="teardown"
