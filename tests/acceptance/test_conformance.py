@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 # A server on a small machine cannot follow when this is played faster.
 pytestmark = pytest.mark.slow
 
-PROMPT = 10.0
+PROMPT = 15.0
 """Seconds within which the quickest of several has begun, however busy the machine is elsewhere.
 
 On an idle one it takes none to two. An agent that did not hear of a job, or forgot a tick, would find it at
