@@ -473,9 +473,8 @@ def system(
     database: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> System:
-    """A system that is well, on a machine that may be slow."""
+    """A system that is well."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(server, "EVENTS_SECONDS", PATIENCE)
     made = System(prefect_client, pool, tmp_path, database, monkeypatch, postgres_server)
     made.module.parent.mkdir()
     made.module.write_text(MODULE.format(pool=pool).replace('"count"', f'"{made.service}"'))
@@ -490,6 +489,7 @@ def system(
 
 def test_a_system_that_is_well(system: System) -> None:
     """Nothing is an error; the one warning is that SQLite is for one machine."""
+    system.patch.setattr(server, "EVENTS_SECONDS", PATIENCE)
     found = findings(system.pool, system.folder)
 
     assert [text for text in found if not text.startswith("ok")] == [
@@ -1024,6 +1024,7 @@ def test_an_api_that_answers_something_else(system: System, proxy: ApiProxy, giv
 def test_an_event_stream_that_is_blocked(system: System, proxy: ApiProxy) -> None:
     """As by a proxy that passes no websockets on; nothing else is wrong."""
     proxy.fault = lambda request: refusal(403) if request.path.endswith("/events/out") else None
+    system.patch.setattr(server, "EVENTS_SECONDS", PATIENCE)
 
     with temporary_settings({PREFECT_API_URL: proxy.api_url}):
         found = findings(system.pool, system.folder)
