@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 
 LIVENESS, HEARTBEAT = 3.0, 0.5
 
+ON_TIME = 5.0
+"""Seconds that a tick is late at most, on a machine that may be slow, of a job that is not 40 s behind."""
+
 RUN = re.compile(r"run book-\S+( \d{4}-\S+Z)?")
 """A run as a line of the log names it."""
 
@@ -108,10 +111,12 @@ EVERY_SECOND = """
 
 LATE = """
     import time
+    from pathlib import Path
     from ledger import note
 
     note("book-late", "loading")
-    time.sleep({seconds})
+    while {waits} and not Path(__file__).with_name("may-load").exists():
+        time.sleep(0.05)
 
     from taskadapter import Listener, TriggerConfiguration
 
@@ -128,9 +133,9 @@ def _deployed(project: Project, prefect: Prefect) -> None:
     ensure_work_pool(project.pool, Domain(liveness_check_interval=LIVENESS, heartbeat_frequency=HEARTBEAT))
     later = (datetime.now(UTC) + timedelta(days=1)).isoformat()
     project.write("flows/jobs.py", FLOWS.format(later=later))
-    project.write("flows/late.py", LATE.format(later=later, seconds=0))
+    project.write("flows/late.py", LATE.format(later=later, waits=False))
     project.deploy()
-    project.write("flows/late.py", LATE.format(later=later, seconds=4))
+    project.write("flows/late.py", LATE.format(later=later, waits=True))
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +251,8 @@ def test_a_claim_whose_answer_is_lost(prefect: Prefect, api: ApiProxy) -> None:
     fault = Failing(*SET_STATE, '"PENDING"', is_obeyed=True)
     run = completed_despite(fault, prefect, api)
     assert fault.left == 0
-    assert [state.name for state in prefect.history(run)[1:]] == [
+    states = [state.name for state in prefect.history(run)[1:]]
+    assert [name for name in states if name != "Late"] == [
         "Scheduled",
         "Pending",
         "Running",
@@ -380,6 +386,7 @@ def test_a_process_that_is_killed_before_the_body(project: Project, prefect: Pre
     run = prefect.start("book-late")
     loading = project.wait_for("book-late", "loading", before + 1)[-1]
     os.kill(loading.pid, signal.SIGKILL)
+    (project.folder / "flows" / "may-load").touch()
 
     assert prefect.wait_for_end(run).state_name == "Completed"
     assert times_begun(project, "book-late") == 1
@@ -516,8 +523,13 @@ def test_a_run_by_hand_counts_for_nothing_and_ends_nothing(project: Project, pre
 
     after = times_begun(project, "book-second")
     project.wait_for("book-second", "began", after + 2)
-    counts = [entry["count"] for entry in ticks_begun(project)]
-    assert counts == list(range(1, len(counts) + 1))
+
+    def are_counted() -> bool:
+        # They may overlap, so that one enters it before another that began before it.
+        counts = sorted(entry["count"] for entry in ticks_begun(project))
+        return counts == list(range(1, len(counts) + 1))
+
+    wait_until(are_counted, PATIENCE, "each tick to be counted, and no other run")
 
 
 def anchor(project: Project) -> float:
@@ -544,6 +556,13 @@ def test_the_ledger_is_shown(project: Project) -> None:
     assert "Completed" in project.taskadapter("ledger", "book-second/book-second")
 
 
+def begun_at(project: Project) -> list[float]:
+    """Return when the last bodies of the job of every second began: they tell of it some time later."""
+    found = json.loads(project.taskadapter("ledger", "book-second", "--last", "50", "--json"))
+    lines = [line for line in found if line["number"] is not None]
+    return [datetime.fromisoformat(line["due"]).timestamp() + line["late"] for line in lines]
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("second")
 def test_pausing_holds_whatever_the_moment(project: Project, prefect: Prefect) -> None:
@@ -565,8 +584,9 @@ def test_pausing_holds_whatever_the_moment(project: Project, prefect: Prefect) -
             time.sleep(2.5)
             resumed = time.time()
             resume_job(job)
-            began = [entry.at for entry in project.entries("book-second", "began")]
-            assert not [at for at in began if paused < at < resumed]
+            begun = begun_at(project)
+            assert min(begun) < paused
+            assert [at for at in begun if paused + 0.01 < at < resumed] == []
 
         def ticks() -> list[float]:
             return sorted(entry["due"] for entry in ticks_begun(project))
@@ -594,12 +614,16 @@ def test_a_backlog_is_drained_in_order(project: Project, prefect: Prefect) -> No
     prefect.client.resume_deployment(job)
 
     def is_on_time() -> bool:
-        last = ticks_begun(project)[-1]
-        return bool(last["due"] > resumed and last.at - last["due"] < 1)
+        since = [entry for entry in ticks_begun(project) if entry["due"] > resumed]
+        return any(entry.at - entry["due"] < ON_TIME for entry in since)
 
     wait_until(is_on_time, PATIENCE, "the job to be on time again")
-    begun = [entry["due"] for entry in sorted(ticks_begun(project), key=lambda entry: entry["count"])]
-    assert sorted(begun) == [min(begun) + number for number in range(len(begun))]
+
+    def in_order() -> list[float]:
+        found = [entry["due"] for entry in sorted(ticks_begun(project), key=lambda entry: entry["count"])]
+        return found if sorted(found) == [min(found) + number for number in range(len(found))] else []
+
+    begun = wait_until(in_order, PATIENCE, "every tick to begin, once")
     # What was due before the pause may have been claimed by an agent that has since been stopped.
     missed_and_since = [due for due in begun if due > paused]
     assert len(missed_and_since) > 40

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from deployments.local import Program
+    from tests.acceptance.project import Entry
 
 BROKEN, WHOLE = "node-1", "node-2"
 
@@ -85,17 +86,25 @@ def test_alone_it_says_why_its_runs_crash(project: Project, prefect: Prefect, br
     """There is nobody who could run them."""
     first = prefect.wait_for_runs("inherited", "Crashed", count=2)[0]
     assert "No module named 'no_such_module'" in (state_of(first).message or "")
-    assert holder(project) == (BROKEN, 1)
+    # Where the machine stands still for a lease it takes it anew.
+    assert wait_until(lambda: holder(project)[0], PATIENCE, "the group to be held") == BROKEN
 
 
 def test_a_standby_gets_the_group_and_every_tick(
     project: Project, prefect: Prefect, broken: Program, whole: Program
 ) -> None:
     """From the first tick that it runs, none is lost, none crashes, and none runs twice."""
-    entries = project.wait_for("inherited", "ran", 5)
+
+    def run_without_a_gap() -> list[Entry]:
+        # They may overlap, so that one enters it before another that began before it.
+        found = project.entries("inherited", "ran")
+        moments = sorted(entry["due"] for entry in found)
+        is_whole = moments == [moments[0] + INTERVAL * number for number in range(len(moments))]
+        return found if len(found) >= 5 and is_whole else []
+
+    entries = wait_until(run_without_a_gap, PATIENCE, "each tick to run, once")
     assert {entry["node"] for entry in entries} == {WHOLE}
     dues = [entry["due"] for entry in entries]
-    assert sorted(dues) == [min(dues) + INTERVAL * number for number in range(len(dues))]
     crashed = [due(run).timestamp() for run in prefect.runs("inherited", "Crashed")]
     assert max(crashed) == pytest.approx(min(dues) - INTERVAL)
     told = outcomes(project, "inherited", max(dues))
@@ -104,6 +113,7 @@ def test_a_standby_gets_the_group_and_every_tick(
     assert "cannot go on here, and group inherited goes to a standby (node-2): " in broken.output()
 
 
+@pytest.mark.undisturbed(0.5)  # its lease is lost where the machine stands still for three seconds
 def test_a_job_that_no_node_can_load_crashes_and_keeps_nobody_busy(
     project: Project, prefect: Prefect, whole: Program
 ) -> None:
