@@ -57,7 +57,7 @@ LONG_LOADING = """
     from prefect import flow
     from prefect.runtime import flow_run
 
-    for _ in range(60):
+    for _ in range(3000):
         if not Path("loads-at-once").exists():
             time.sleep(0.1)
 
@@ -84,7 +84,7 @@ SCRIPT = """
             self.runs += 1
             if self.runs > 1:
                 Path("second").touch()
-                time.sleep(3)
+                time.sleep(600 if Path("long").exists() else 3)
             note("scripted", "finished")
 
     def await_second_run() -> None:
@@ -181,7 +181,7 @@ def test_sigterm_drains_the_agent(project: Project, prefect: Prefect, tmp_path: 
         status = process_of(agent).wait(PATIENCE)
 
     assert status == 0
-    assert gone(processes)
+    wait_until(lambda: gone(processes), PATIENCE, "all its processes to end")
     assert [entry["run"] for entry in project.entries("slow", "finished")] == [str(slow.id)]
     assert state_of(prefect.client.read_flow_run(slow.id)).name == "Completed"
     assert state_of(prefect.client.read_flow_run(waiting.id)).type.value == "SCHEDULED"
@@ -197,7 +197,7 @@ def test_sigterm_stops_an_agent_that_a_script_has_started(project: Project) -> N
         status = process_of(agent).wait(PATIENCE)
 
     assert status == 0
-    assert gone(processes)
+    wait_until(lambda: gone(processes), PATIENCE, "all its processes to end")
     assert "stopped" in agent.output()
 
 
@@ -223,6 +223,8 @@ def test_a_stopping_agent_gives_back_what_has_not_begun(project: Project, prefec
 
         wait_until(claimed, PATIENCE, "a run to be claimed")
         send(agent, signal.SIGTERM)
+        wait_until(lambda: "may still end" in agent.output(), PATIENCE, "the agent to drain")
+        project.write("loads-at-once", "")
         assert process_of(agent).wait(PATIENCE) == 0
 
     after = [prefect.client.read_flow_run(run.id) for run in runs]
@@ -234,7 +236,6 @@ def test_a_stopping_agent_gives_back_what_has_not_begun(project: Project, prefec
     executed = {entry["run"] for entry in project.entries("long-loading", "ran")}
     assert executed.isdisjoint(str(run.id) for run in waiting)
 
-    project.write("loads-at-once", "")
     project.prefect("worker", "start", "--run-once", "--pool", project.pool, "--type", "warm-backup")
     executions = Counter(entry["run"] for entry in project.entries("long-loading", "ran"))
     assert [executions[str(run.id)] for run in runs] == [1] * len(runs)
@@ -246,10 +247,11 @@ def test_stopping_all_processes_of_a_node_at_once_loses_nothing(project: Project
     start = datetime.now(UTC) + timedelta(seconds=4)
     times = [start + timedelta(seconds=number / 4) for number in range(40)]
     runs = [prefect.start("quick", state=Scheduled(scheduled_time=time)) for time in times]
+    total = len(project.entries("quick", "ran")) + len(runs)
     for _ in range(4):
         before = len(project.entries("quick", "ran"))
         with project.agent("group-of-processes") as agent:
-            project.wait_for("quick", "ran", before + 3)
+            project.wait_for("quick", "ran", min(before + 3, total))
             for process in tree(agent):
                 with suppress(psutil.NoSuchProcess):
                     process.send_signal(signal.SIGTERM)
@@ -270,7 +272,7 @@ def test_hosts_do_not_outlive_their_agent(project: Project, prefect: Prefect, tm
         body = project.entries("slow", "began")[-1].pid
         assert body in {process.pid for process in processes}
         send(agent, signal.SIGKILL)
-        wait_until(lambda: gone(processes), 60, "the hosts to end")
+        wait_until(lambda: gone(processes), PATIENCE, "the hosts to end")
 
 
 def test_no_run_starts_twice_however_many_agents_there_are(project: Project, prefect: Prefect) -> None:
@@ -292,15 +294,18 @@ def test_a_listener_lets_the_running_job_finish(project: Project, prefect: Prefe
     entries = project.entries("scripted")
     (stopped,) = project.entries("script", "stopped")
     assert [entry.what for entry in entries] == ["began", "finished"] * (len(entries) // 2)
-    assert [entry["runs"] for entry in entries if entry.what == "began"] == [0, 1]
+    # Two, unless the machine stood still before the program could stop the listener.
+    runs = [entry["runs"] for entry in entries if entry.what == "began"]
+    assert runs == list(range(max(2, len(runs))))
     assert entries[-1].at < stopped.at
     assert prefect.runs("scripted", "Running", "Pending", "Crashed") == []
-    assert len(prefect.runs("scripted", "Completed")) == 2
+    assert len(prefect.runs("scripted", "Completed")) == len(runs)
 
 
 def test_a_listener_ends_the_running_job(project: Project, prefect: Prefect) -> None:
     """`immediate_stop` ends the body; its run shows as Crashed, and its state is not saved."""
     project.write("program.py", SCRIPT)
+    project.write("long", "")
     before = len(project.entries("scripted", "finished"))
     project.run(sys.executable, "program.py", "immediate")
 
