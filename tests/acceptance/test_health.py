@@ -72,7 +72,7 @@ class Served(NamedTuple):
     def _get(port: int, path: str) -> str | None:
         """Return what is answered; None for nothing, or for the answer that all is not well."""
         try:
-            with urllib.request.urlopen(f"http://{HOST}:{port}/{path}", timeout=5) as answer:
+            with urllib.request.urlopen(f"http://{HOST}:{port}/{path}", timeout=PATIENCE) as answer:
                 text: str = answer.read().decode()
                 return text
         except urllib.error.HTTPError as fault:
@@ -117,6 +117,7 @@ def node(project: Project, database: Path, api: ApiProxy) -> Iterator[Served]:
         yield node
 
 
+@pytest.mark.undisturbed(0.5)  # its lease is lost where the machine stands still for three seconds
 def test_it_is_ready_active_and_on_standby(
     project: Project, database: Path, api: ApiProxy, node: Served
 ) -> None:
@@ -128,7 +129,7 @@ def test_it_is_ready_active_and_on_standby(
         assert (node.values()[active], other.values()[active]) == (1, 0)
         assert not node.unmet() | other.unmet()
         values = node.values()
-        assert values["taskadapter_group_term", "health"] == 1
+        assert values["taskadapter_group_term", "health"] >= 1
         assert 0 < values["taskadapter_lease_left_seconds", "health"] <= 3
         assert ("taskadapter_group_term", "health") not in other.values()
         assert other.is_ready()

@@ -33,7 +33,11 @@ def test_a_command_of_prefect_has_these_options(line: str) -> None:
     names = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
     shown = "".join(
         subprocess.run(
-            [prefect_command(), *command, "--help"], check=True, capture_output=True, text=True, timeout=120
+            [prefect_command(), *command, "--help"],
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
         ).stdout
         for command in ([], names or ["deploy"])
     )
