@@ -6,6 +6,7 @@ What ran, when, where and in which term is read from the ledger that the jobs ke
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import signal
 import time
@@ -26,6 +27,7 @@ from taskadapter.rules.ticks import tick_key
 from tests.acceptance.project import PATIENCE, is_alive, state_of
 from tests.acceptance.project import due as due_of
 from tests.processes import catches, nurseries
+from tests.slowness import Slowness
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,8 +40,8 @@ if TYPE_CHECKING:
 INTERVAL = 2
 LIVENESS = 3.0
 
-MOMENT = 0.2
-"""What a body may take between its begin and its entry, in seconds."""
+holder_goes_on = pytest.mark.undisturbed(0.5)
+"""Of tests in which a node keeps its token: it loses it where the machine stands still for longer."""
 
 NODE = """
     import sys
@@ -179,6 +181,7 @@ def judge(project: Project, prefect: Prefect, prefix: str, interval: float = INT
         assert [entry["i"] for entry in entries] == [*range(1, len(entries) + 1)], job
 
 
+@holder_goes_on
 def test_nodes_that_start_together_share_the_jobs(
     project: Project, prefect: Prefect, prefix: str, nodes: dict[str, Program]
 ) -> None:
@@ -195,8 +198,13 @@ def test_nodes_that_start_together_share_the_jobs(
     judge(project, prefect, prefix)
 
 
+@holder_goes_on
 def test_a_node_dies_and_another_is_stopped(
-    project: Project, prefix: str, nodes: dict[str, Program], postgres_server: Postgres
+    project: Project,
+    prefix: str,
+    nodes: dict[str, Program],
+    postgres_server: Postgres,
+    slowness: Slowness,
 ) -> None:
     """Standbys take over all groups of a node that is killed, and at once those of one that is stopped."""
     wait_for_ticks(project, prefix, 2)
@@ -211,11 +219,12 @@ def test_a_node_dies_and_another_is_stopped(
                 PATIENCE,
                 f"{job} to run on another node than {active}",
             )
+        late = slowness.since(gone)  # as standbys are
         for acquired, released in tenures(postgres_server, prefix, held, since=gone):
             if number is signal.SIGKILL:
-                assert acquired - gone < LIVENESS + 1, held
+                assert acquired - gone < LIVENESS + 1 + late, held
             else:
-                assert acquired - released < 1.0, held
+                assert acquired - released < 1.0 + late, held
         del nodes[active]
     wait_for_ticks(project, prefix, 8)
 
@@ -273,13 +282,14 @@ LIFE = """
 
     {define} main():
         {watch}
+        begun = time.monotonic()
         first, second = listener(None, interval=1), listener(None, interval=1)
         late = Counter(job=prefix + "late")
         first.attach(Counter(job=prefix + "first"), prefix + "first")
         second.attach(Counter(job=prefix + "second"), prefix + "second")
         {call}start(first)
         {call}start(second)
-        note(prefix, "started", gap=gap)
+        note(prefix, "started", seconds=time.monotonic() - begun)
         {wait}wait_until("attach")
         {call}attach(first, late, prefix + "late")
         note(prefix, "attached")
@@ -323,7 +333,12 @@ ASYNC = {
 
 @pytest.mark.parametrize("kind", [SYNC, pytest.param(ASYNC, marks=pytest.mark.slow)], ids=["sync", "async"])
 def test_listeners_and_services_come_and_go(
-    project: Project, prefect: Prefect, prefix: str, database: dict[str, str], kind: dict[str, str]
+    project: Project,
+    prefect: Prefect,
+    prefix: str,
+    database: dict[str, str],
+    kind: dict[str, str],
+    slowness: Slowness,
 ) -> None:
     """What is attached runs, what is detached or stopped does not, what is started again goes on."""
     project.write("life.py", LIFE.format(**kind))
@@ -343,7 +358,7 @@ def test_listeners_and_services_come_and_go(
 
         detached = step("detach", "detached")
         project.wait_for(first, "ran", len(ran(project, first)) + 3)
-        assert [entry for entry in ran(project, late) if entry.at > detached + MOMENT] == []
+        assert max(begun_at(project, late, database)) <= detached + 0.01
         assert not prefect.is_active(late)
         # What Prefect's scheduler was planning at that moment comes afterwards.
         late_tick = plan_a_tick(prefect, late)
@@ -371,8 +386,17 @@ def test_listeners_and_services_come_and_go(
         assert [entry["count"] for entry in ran(project, job)] == [*range(1, len(due) + 1)], job
     due = [entry["due"] for entry in ran(project, second)]
     assert {round(later - earlier, 2) for earlier, later in itertools.pairwise(due)} == {1.0}
-    assert project.entries(prefix, "ended")[0]["gap"] < 1.0
+    # Seconds at most, and on a slow machine less than what would hold the loop if it waited for a start.
+    (started,), (ended,) = project.entries(prefix, "started"), project.entries(prefix, "ended")
+    assert ended["gap"] < max(1.0, started["seconds"] / 4) + slowness.longest()
     assert "Traceback" not in program.output()
+
+
+def begun_at(project: Project, job: str, env: dict[str, str]) -> list[float]:
+    """Return when a job's bodies began: they tell of it some time later."""
+    found = json.loads(project.taskadapter("ledger", job, "--last", "100", "--json", env=env))
+    lines = [line for line in found if line["number"] is not None]
+    return [datetime.fromisoformat(line["due"]).timestamp() + line["late"] for line in lines]
 
 
 def plan_a_tick(prefect: Prefect, job: str) -> FlowRun:
@@ -406,6 +430,7 @@ SHARED = """
 
 
 @pytest.mark.slow
+@holder_goes_on
 def test_two_listeners_share_a_group(project: Project, prefix: str, database: dict[str, str]) -> None:
     """Where one of them stops on the active node, a node that runs both takes the group over."""
     project.write("shared.py", SHARED)
@@ -513,6 +538,7 @@ POOLS = """
 
 
 @pytest.mark.slow
+@holder_goes_on
 def test_a_program_may_have_two_work_pools(project: Project, prefix: str, database: dict[str, str]) -> None:
     """It has an agent for each, of one name, on one database; that of one stops, the other goes on."""
     project.write("pools.py", POOLS)
@@ -589,6 +615,7 @@ def test_start_says_that_there_is_no_database(
 
 
 @pytest.mark.slow
+@holder_goes_on
 @pytest.mark.usefixtures("refused")
 def test_start_says_that_the_name_is_in_use(
     project: Project, prefix: str, database: dict[str, str]
@@ -673,6 +700,7 @@ def test_what_does_not_fit_into_a_program_is_refused(
 
 
 @pytest.mark.slow
+@holder_goes_on
 @pytest.mark.parametrize("round_", range(10))
 def test_nodes_start_together_ten_times(
     project: Project, prefect: Prefect, prefix: str, nodes: dict[str, Program], round_: int
@@ -682,6 +710,7 @@ def test_nodes_start_together_ten_times(
 
 
 @pytest.mark.slow
+@holder_goes_on
 def test_forty_listeners_have_one_agent(
     project: Project, prefix: str, database: dict[str, str], postgres_server: Postgres
 ) -> None:
