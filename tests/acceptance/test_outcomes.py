@@ -31,7 +31,7 @@ RETRIED = """
         trigger = TriggerConfiguration(interval=interval, max_count=1, start_time=first)
         return Listener(trigger=trigger, retry_config=RetryConfiguration(**retries))
 
-    @once(0, 45, max_attempts=5, retry_interval=0.5).service("recovers")
+    @once(0, 150, max_attempts=5, retry_interval=0.5).service("recovers")
     def recovers() -> None:
         note("recovers", "attempt", number=current_run().attempt)
         if current_run().attempt < 3:
@@ -39,7 +39,7 @@ RETRIED = """
 
     @once(
         3,
-        45,
+        150,
         max_attempts=4,
         retry_interval=0.5,
         backoff_strategy=RetryStrategy.EXPONENTIAL,
@@ -49,7 +49,7 @@ RETRIED = """
         note("gives-up", "attempt", number=current_run().attempt)
         raise ConnectionError(f"error {{current_run().attempt}}")
 
-    @once(2, 45, max_attempts=2, retry_interval=0.5).service("async-recovers")
+    @once(2, 150, max_attempts=2, retry_interval=0.5).service("async-recovers")
     async def async_recovers() -> None:
         note("async-recovers", "attempt", number=current_run().attempt)
         if current_run().attempt < 3:
@@ -223,7 +223,8 @@ def began(run: FlowRun) -> datetime:
 
 def only_run(project: Project, prefect: Prefect, job: str) -> FlowRun:
     """Return the one run of a job that was executed, once it is final."""
-    project.wait_for(job, "attempt", within=240)  # a whole interval later, if it was deployed too late
+    # A whole interval later, if it was deployed too late.
+    project.wait_for(job, "attempt", within=2 * PATIENCE)
     prefect.wait_for_put_away(job)
     (run,) = prefect.executed(job)
     return prefect.wait_for_end(run)
@@ -252,7 +253,7 @@ def test_a_job_that_recovers_is_completed(project: Project, prefect: Prefect, jo
     run = only_run(project, prefect, job)
 
     assert state_of(run).name == "Completed"
-    states = [state.name for state in prefect.history(run)]
+    states = [state.name for state in prefect.history(run) if state.name != "Late"]
     assert states[:3] == ["Scheduled", "Pending", "Running"], states
     assert states[3:] == [
         "AwaitingRetry",
@@ -284,7 +285,8 @@ def test_no_attempt_reaches_into_the_next_tick(project: Project, prefect: Prefec
     # A tick that starts when the next one is due already has its window from its own start.
     late = began(run) - due(run) >= timedelta(seconds=6)
     end = (began(run) if late else due(run)).timestamp() + 6
-    assert attempts[-1].at < end + 2  # what the API takes to be told of it
+    waits = [state for state in prefect.history(run) if state.name == "AwaitingRetry"]
+    assert [wait for wait in waits if wait.state_details.scheduled_time.timestamp() >= end + 0.05] == []
     told = state_of(run).timestamp.timestamp()  # it was decided between the attempt and that
     assert told + 2.5 > end - 1
     assert 1 <= len(attempts) <= 3
@@ -388,6 +390,7 @@ def test_a_job_that_has_ended_is_started_again(
     restarted = datetime.now(UTC)
 
     said = project.taskadapter("restart", job)
+    done = datetime.now(UTC)
     ran = project.wait_for(job, "ran", len(first) + len(then))
     prefect.wait_for_put_away(job)
 
@@ -396,8 +399,8 @@ def test_a_job_that_has_ended_is_started_again(
     runs = sorted(prefect.executed(job), key=due)
     assert len(runs) == len(ran)
     later = [due(run) for run in runs[len(first) :]]
-    assert restarted - timedelta(seconds=1) < later[0] < restarted + timedelta(seconds=20)
     interval = timedelta(seconds=prefect.deployment(job).job_variables["trigger"]["interval"])
+    assert restarted - interval < later[0] < done + interval
     assert later == [later[0] + number * interval for number in range(len(later))]
     lines = json.loads(project.taskadapter("ledger", job, "--json"))
     assert {line["outcome"] for line in lines} <= {"Completed", "Failed", "Skipped"}
