@@ -148,6 +148,18 @@ def test_one_is_active_and_hands_over(start: Start, slowness: Slowness) -> None:
     assert first.last(Lost).asked
 
 
+@pytest.mark.databases("postgresql")
+def test_a_release_is_noticed_at_once(start: Start) -> None:
+    """A standby does not wait for its next look, which is half a minute away."""
+    rarely = {"heartbeat_frequency": 30.0, "liveness_check_interval": 300.0}
+    first = start("node-1", **rarely)
+    first.wait_for(Gained)
+    second = start("node-2", **rarely)
+    wait_until(lambda: second.heartbeat.registered and second.beats, PATIENCE, "the second one to stand by")
+    assert first.heartbeat.stop(PATIENCE)
+    assert second.wait_for(Gained) < 15
+
+
 def test_deadlines_are_published(start: Start) -> None:
     """While a node is active the deadline it shows lies ahead, and moves."""
     node = start("node-1")

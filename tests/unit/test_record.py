@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from taskadapter.coordination import ledger, store
+from taskadapter.coordination.board import clock
 from taskadapter.coordination.executions import Begun, Entry, Skipped, Taken
 from taskadapter.declare.triggers import TaskPolicy, TriggerConfiguration, WaitingPolicy
 from taskadapter.errors import (
@@ -174,6 +175,14 @@ def test_who_has_lost_the_token_waits_no_longer(monkeypatch):
     with pytest.raises(TokenLostError):
         record.begin(given.execution)
     assert given.told == []
+
+
+def test_a_beginning_that_is_answered_after_the_deadline_is_none(monkeypatch):
+    """The row was this node's when the database looked, and may be another's when the answer is there."""
+    given = Given(monkeypatch)
+    monkeypatch.setattr(record, "deadline", lambda _: clock() - 1)
+    with pytest.raises(TokenLostError):
+        record.begin(given.execution)
 
 
 def test_the_timeout_of_a_flow_stands_still_for_the_database(monkeypatch):
