@@ -157,10 +157,10 @@ class Courier:
         self._ensure_tables(connection)
         match call:
             case Pulse(tokens=tokens, group_ids=group_ids):
-                return pulse(connection, self._me, tokens, group_ids)
-            case Acquire(group_ids=wanted, silences=silences):
+                return pulse(connection, self._me, tokens, group_ids, self._interval)
+            case Acquire(group_ids=wanted):
                 with exclusive(connection):
-                    return acquire(connection, self._me, wanted, silences)
+                    return acquire(connection, self._me, wanted, self._interval)
             case Register(group_ids=group_ids):
                 with exclusive(connection):
                     register(connection, self._me, group_ids, self._interval)

@@ -12,10 +12,6 @@ where the answer to what was sent says that the token is its own. The heartbeat 
 recorded is not older than the sending, so nobody takes the token over before the deadline. An
 answer that says anything else ends the trust at once, a missing answer at the deadline. Trust that
 ended is not regained: the node takes the token over from itself, in a new term.
-
-A standby takes over from a holder that has sent no other heartbeat for liveness_check_interval, on
-the standby's clock. So the database's clock may step: it says no more than how old a heartbeat was
-when it was first seen, and not even that one is older than the look before, which did not find it.
 """
 
 from __future__ import annotations
@@ -49,7 +45,6 @@ from taskadapter.coordination.messages import (
     ResignAsked,
     Send,
     Sighting,
-    Silence,
     StopAsked,
     Stopped,
     Token,
@@ -64,8 +59,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Lease", "Step", "step"]
 
-_NEVER = float("-inf")
-
 _GRACE = 0.01
 """Seconds that a poll comes after the moment it is meant for, so that it is never early."""
 
@@ -76,12 +69,6 @@ _WAITS_FOR_NAMESAKE = (
     "another process has this name: waiting until it shows life, or has been silent for long"
 )
 
-_WATCHED_AT_LEAST = 1.5
-"""Heartbeats for which a node itself watches a holder: one that lives shows it meanwhile."""
-
-_WHOLE_SECOND = 1.0
-"""Seconds by which a heartbeat may lie ahead, where Ballerina's table keeps no fractions of them."""
-
 _MOST_AT_ONCE = 200
 """How many tokens are taken with one call, so that a heartbeat does not have to wait for long."""
 
@@ -91,15 +78,6 @@ class _Held:
     token: Token
     deadline: float
     resigning: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class _Watched:
-    """The last heartbeat of a holder, in its term, and since when it has been the last."""
-
-    term: int
-    heartbeat: str
-    since: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,8 +92,7 @@ class Lease:
     releasing: tuple[Token, ...] = ()
     free: frozenset[str] = frozenset()
     stuck: Mapping[str, str] = field(default_factory=dict)
-    watched: Mapping[str, _Watched] = field(default_factory=dict)
-    looked_at: float = _NEVER
+    stale_at: Mapping[str, float] = field(default_factory=dict)
     holders: Mapping[str, str] = field(default_factory=dict)
     not_before: Mapping[str, float] = field(default_factory=dict)
     registered: bool = False
@@ -160,13 +137,8 @@ class Lease:
             return float("inf")
         if self.faults or not self.registered or self.stopping:
             return self.next_beat
-        stale = [self.stale_at(one) for one in self.watched.values()]
-        # What was stale at the last look is no reason for another one.
-        return min([self.next_beat, *(at + _GRACE for at in stale if at > self.looked_at)])
-
-    def stale_at(self, watched: _Watched) -> float:
-        """Return when the holder of a group has been silent for so long that its token is free."""
-        return watched.since + self.timing.liveness_check_interval
+        stale = [self.stale_at[g] + _GRACE for g in self.standby() if g in self.stale_at]
+        return min([self.next_beat, *stale])
 
     def standby(self) -> frozenset[str]:
         """Return the groups whose token the node does not hold."""
@@ -263,9 +235,8 @@ def _lose_all(done: Step, reason: str) -> Step:
 
 def _joined(done: Step, group_ids: frozenset[str], now: float, why: str) -> Step:
     done = _release(done, sorted(done.lease.group_ids - group_ids), now, why)
-    # The node's entry names its groups. Those that are new the last look has not looked for.
-    lease = replace(done.lease, group_ids=group_ids, registered=False, next_beat=now, looked_at=_NEVER)
-    return done.then(lease)
+    # The node's entry names its groups.
+    return done.then(replace(done.lease, group_ids=group_ids, registered=False, next_beat=now))
 
 
 def _release(done: Step, group_ids: list[str], now: float, reason: str, *, leaves: bool = True) -> Step:
@@ -413,42 +384,22 @@ def _taker(sighting: Sighting | None) -> str:
 def _watched(done: Step, seen: Mapping[str, Sighting], now: float) -> Step:
     """Remember which tokens are free, when the others would be, and who has those."""
     lease = done.lease
-    free, watched, holders = set(), dict[str, _Watched](), dict[str, str]()
+    free, stale_at, holders = set(), dict[str, float](), dict[str, str]()
     for group_id in lease.standby():
         sighting = seen.get(group_id)
-        if sighting is None or sighting.free or sighting.heartbeat is None:
+        if sighting is None or sighting.free:
             free.add(group_id)
             continue
-        one = watched[group_id] = _watch(lease, sighting, sighting.heartbeat, now)
-        if now >= lease.stale_at(one):
-            free.add(group_id)
-        else:
-            holders[group_id] = sighting.holder
+        holders[group_id] = sighting.holder
+        if sighting.age is not None:
+            stale_at[group_id] = now + lease.timing.liveness_check_interval - sighting.age
     sentences = [
         f"standing by for {listed(group_ids, NAMED)} (node {holder!r} is active)"
         for holder, group_ids in _new_holders(lease.holders, holders).items()
     ]
     stuck = {group_id: fault for group_id, fault in lease.stuck.items() if group_id in free}
-    lease = replace(
-        lease, free=frozenset(free), stuck=stuck, watched=watched, looked_at=now, holders=holders
-    )
+    lease = replace(lease, free=frozenset(free), stuck=stuck, stale_at=stale_at, holders=holders)
     return done.also(lease, (), sentences)
-
-
-def _watch(lease: Lease, sighting: Sighting, heartbeat: str, now: float) -> _Watched:
-    """Go on watching a heartbeat, or begin to.
-
-    One that is new is as old as the database says, but no older than the look that has not found it,
-    nor so old that there is no time left to see another.
-    """
-    known = lease.watched.get(sighting.group_id)
-    if known is not None and (known.term, known.heartbeat) == (sighting.term, heartbeat):
-        return known
-    timing, age = lease.timing, sighting.age
-    if age is None or age < -_WHOLE_SECOND:
-        age = 0.0  # the database's clock has stepped back
-    unseen = timing.liveness_check_interval - _WATCHED_AT_LEAST * timing.heartbeat_frequency
-    return _Watched(sighting.term, heartbeat, now - min(age, now - lease.looked_at, unseen))
 
 
 def _new_holders(known: Mapping[str, str], seen: Mapping[str, str]) -> dict[str, list[str]]:
@@ -522,13 +473,7 @@ def _due(lease: Lease, now: float) -> Call | None:
     if now >= lease.next_call_at() or lease.hinted:
         return _pulse(lease, now)
     wanted = [g for g in sorted(lease.free & lease.standby()) if now >= _earliest(lease, g)]
-    return _acquire(lease, now, _at_once(wanted, lease.stuck)) if wanted else None
-
-
-def _acquire(lease: Lease, now: float, group_ids: tuple[str, ...]) -> Acquire:
-    watched = {group_id: lease.watched[group_id] for group_id in group_ids if group_id in lease.watched}
-    silences = {g: Silence(one.heartbeat, now - one.since) for g, one in watched.items()}
-    return Acquire(now, group_ids, silences)
+    return Acquire(now, _at_once(wanted, lease.stuck)) if wanted else None
 
 
 def _at_once(wanted: Sequence[str], stuck: Mapping[str, str]) -> tuple[str, ...]:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+from typing import TypeAlias
 
 __all__ = [
     "FOREIGN_GROUP",
@@ -38,7 +35,6 @@ __all__ = [
     "ResignAsked",
     "Send",
     "Sighting",
-    "Silence",
     "StopAsked",
     "Stopped",
     "Taken",
@@ -116,23 +112,11 @@ class Pulse:
 
 
 @dataclass(frozen=True, slots=True)
-class Silence:
-    """That a holder has been silent for so many seconds on this node's clock, since a heartbeat."""
-
-    heartbeat: str
-    seconds: float = field(compare=False)
-
-
-@dataclass(frozen=True, slots=True)
 class Acquire:
-    """Take the tokens of groups, of those that are free.
-
-    Those in `silences` are free too, if their holder has been silent to this moment.
-    """
+    """Take the tokens of groups, of those that are free."""
 
     sent_at: float
     group_ids: tuple[str, ...]
-    silences: Mapping[str, Silence] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,15 +144,13 @@ Call: TypeAlias = Register | Pulse | Acquire | Release | Unregister
 class Sighting:
     """What the database said of one group's token.
 
-    `holder` is empty and `free` true if nobody holds it. `heartbeat` is the holder's last one, as
-    text that is only compared with itself, and `age` how old it is on the database's clock, which may
-    step. `renewed` says that this very pulse has renewed it.
+    `holder` is empty and `free` true if nobody holds it; `age` is that of the holder's last
+    heartbeat, on the database's clock. `renewed` says that this very pulse has renewed it.
     """
 
     group_id: str
     holder: str
     term: int
-    heartbeat: str | None
     age: float | None
     free: bool
     renewed: bool = False

@@ -5,11 +5,9 @@ alone also does well without one, on a connection that commits each statement.
 
 Three rules make at most one node the holder:
 
-- How long a holder has been silent the standby's own clock says (`lease`); no clock is compared with
-  another. The database's says only how old a heartbeat is that the standby has not seen arrive.
-- Taking over locks the token's row first, and then looks, in a statement of its own, whether the
-  holder's heartbeat is still the one that the standby has seen: one statement would wait for the
-  lock and go on with what it saw before.
+- Only the database's clock is compared with another time, and only in SQL.
+- Taking over locks the token's row first, and then looks, in a statement of its own, how old the
+  holder's heartbeat is: one statement would wait for the lock and go on with what it saw before.
 - Renewing locks the same row, so that it waits for a takeover and then finds another term.
 
 A node writes heartbeats for the tokens it holds and no others. A standby's heartbeat would keep a
@@ -22,11 +20,9 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import (
-    Text,
     and_,
     any_,
     case,
-    cast,
     delete,
     false,
     func,
@@ -54,12 +50,11 @@ from taskadapter.coordination.schema import health_check, node, tenure, token_ho
 from taskadapter.errors import CoordinationError, TokenLostError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Sequence
 
     from sqlalchemy import ColumnElement, Connection, Dialect, Row, Select, Table, Update
     from sqlalchemy.sql.dml import UpdateBase
 
-    from taskadapter.coordination.messages import Silence
     from taskadapter.coordination.nodes import Node
 
 __all__ = [
@@ -110,16 +105,16 @@ def fence(connection: Connection, token: Token, seconds: float) -> None:
 
 
 def pulse(
-    connection: Connection, me: Node, tokens: Sequence[Token], group_ids: Collection[str]
+    connection: Connection, me: Node, tokens: Sequence[Token], group_ids: Collection[str], interval: float
 ) -> PulseAnswer:
     """Renew tokens, show that the node lives, and look at its groups, in one round trip."""
     if has_writable_ctes(connection.dialect):
-        return _pulse_at_once(connection, me, tokens, group_ids)
+        return _pulse_at_once(connection, me, tokens, group_ids, interval)
     # Terms never come back: a token that is ours now was ours when it was renewed. Without its row
     # in health_check, though, there was nothing to renew.
     renewed = and_(_held(tokens), health_check.c.last_heartbeat.is_not(None))
     beats = [_renewal(me, health_check.c.group_id.in_(_kept(tokens)))] if tokens else []
-    *_, rows = together(connection, *beats, _touch(me), _look(me, group_ids, renewed))
+    *_, rows = together(connection, *beats, _touch(me), _look(me, group_ids, interval, renewed))
     return _answer(rows)
 
 
@@ -128,10 +123,11 @@ def _pulse_at_once(
     me: Node,
     tokens: Sequence[Token],
     group_ids: Collection[str],
+    interval: float,
 ) -> PulseAnswer:
     touched = _touch(me).cte("touched")
     if not tokens:
-        look = _look(me, group_ids, false())
+        look = _look(me, group_ids, interval, false())
         return _answer(connection.execute(look.add_cte(touched)).all())
     # Apart, or PostgreSQL may lock all of them anew for each heartbeat that it writes. As an array, or it
     # may go through all of them for each: it takes them for a single row while it has no statistics.
@@ -140,7 +136,7 @@ def _pulse_at_once(
     beaten = _renewal(me, health_check.c.group_id == among).returning(health_check.c.group_id).cte("beaten")
     # The look sees what was there before the renewal; only what the renewal returns is certain.
     renewed = token_holder.c.group_id.in_(select(beaten))
-    look = _look(me, group_ids, renewed)
+    look = _look(me, group_ids, interval, renewed)
     return _answer(connection.execute(look.add_cte(touched, kept, beaten)).all())
 
 
@@ -187,25 +183,23 @@ def tokens_with_heartbeats() -> Any:
     return token_holder.outerjoin(health_check, same_holder).outerjoin(tenure, same_term)
 
 
-def _free(me: Node) -> ColumnElement[bool]:
-    """Say in SQL that a token may be taken, however long its holder has been silent.
+def _free(me: Node, interval: float) -> ColumnElement[bool]:
+    """Say in SQL that a token may be taken.
 
-    Nobody holds it, its holder has no heartbeat (as Ballerina has it too), or this very process took
-    it and does not trust it any more. Only ask of tokens that it does not trust.
+    Nobody holds it, its holder has no heartbeat (as Ballerina has it too) or a stale one, or this
+    very process took it and does not trust it any more. Only ask of tokens that it does not trust.
     """
     return or_(
         token_holder.c.task_id == NOBODY,
         health_check.c.last_heartbeat.is_(None),
+        seconds_since(health_check.c.last_heartbeat) > interval,
         func.coalesce(tenure.c.incarnation, "") == me.incarnation,
     )
 
 
-def _heartbeat() -> ColumnElement[str]:
-    """Read a heartbeat as text: to be compared with itself, whatever the driver makes of times."""
-    return cast(health_check.c.last_heartbeat, Text).label("heartbeat")
-
-
-def _look(me: Node, group_ids: Collection[str], renewed: ColumnElement[bool]) -> Select[Any]:
+def _look(
+    me: Node, group_ids: Collection[str], interval: float, renewed: ColumnElement[bool]
+) -> Select[Any]:
     """Read the tokens of the groups.
 
     That is one row of NULLs if there are none, and no row at all if the node is not registered.
@@ -216,9 +210,8 @@ def _look(me: Node, group_ids: Collection[str], renewed: ColumnElement[bool]) ->
             token_holder.c.group_id,
             token_holder.c.task_id,
             token_holder.c.term,
-            _heartbeat(),
             seconds_since(health_check.c.last_heartbeat).label("age"),
-            _free(me).label("free"),
+            _free(me, interval).label("free"),
             renewed.label("renewed"),
             tenure.c.resign_requested.is_not(None).label("resign_requested"),
         )
@@ -240,7 +233,6 @@ def _sighting(row: Row[Any]) -> Sighting:
         group_id=row.group_id,
         holder=row.task_id,
         term=row.term,
-        heartbeat=row.heartbeat,
         age=None if row.age is None else float(row.age),
         free=bool(row.free),
         renewed=bool(row.renewed),
@@ -248,15 +240,8 @@ def _sighting(row: Row[Any]) -> Sighting:
     )
 
 
-def acquire(
-    connection: Connection,
-    me: Node,
-    group_ids: Collection[str],
-    silences: Mapping[str, Silence] | None = None,
-) -> Acquired:
+def acquire(connection: Connection, me: Node, group_ids: Collection[str], interval: float) -> Acquired:
     """Take the tokens of groups, of those that are free, each in a higher term than any before.
-
-    Free is also one whose holder has written no heartbeat since that of `silences`, by group.
 
     However many they are, it takes two round trips. Only name groups whose token this process does not
     trust that it holds.
@@ -266,18 +251,16 @@ def acquire(
     # Of several nodes that insert a row at once, the primary key lets one succeed; the others wait.
     rows = [{"group_id": name, "task_id": NOBODY, "term": 0} for name in names]
     made = ensured(connection.dialect, token_holder, rows)
-    looked = _last_terms(names), _lock(names), _whether_free(me, names)
+    looked = _last_terms(names), _lock(names), _whether_free(me, names, interval)
     _, recorded, locked, seen = together(connection, made, *looked)
     terms = {row.group_id: row.term for row in recorded}
     for row in locked:
         # A row that somebody has deleted begins anew; terms do not.
         terms[row.group_id] = max(row.term, terms.get(row.group_id, 0))
-    silent = {row.group_id: _silence(row, silences or {}) for row in seen}
     taken = tuple(
-        Taken(row.group_id, term + 1, _why_free(row, term, silent[row.group_id]))
+        Taken(row.group_id, terms[row.group_id] + 1, _why_free(row, terms[row.group_id]))
         for row in seen
-        for term in [terms[row.group_id]]
-        if row.free or silent[row.group_id]
+        if row.free
     )
     if not taken:
         return Acquired()
@@ -298,15 +281,15 @@ def _lock(names: Sequence[str]) -> Select[Any]:
     return rows.order_by(columns.group_id).with_for_update()
 
 
-def _whether_free(me: Node, names: Sequence[str]) -> Select[Any]:
+def _whether_free(me: Node, names: Sequence[str], interval: float) -> Select[Any]:
     columns = token_holder.c
+    age = seconds_since(health_check.c.last_heartbeat).label("age")
     return (
         select(
             columns.group_id,
             columns.task_id,
-            _heartbeat(),
-            seconds_since(health_check.c.last_heartbeat).label("age"),
-            _free(me).label("free"),
+            age,
+            _free(me, interval).label("free"),
             tenure.c.task_id.label("last_holder"),
             tenure.c.given_up,
         )
@@ -316,21 +299,14 @@ def _whether_free(me: Node, names: Sequence[str]) -> Select[Any]:
     )
 
 
-def _silence(seen: Row[Any], silences: Mapping[str, Silence]) -> Silence | None:
-    """Return for how long a holder has been silent, unless it has shown that it lives meanwhile."""
-    silence = silences.get(seen.group_id)
-    return silence if silence is not None and silence.heartbeat == seen.heartbeat else None
-
-
-def _why_free(seen: Row[Any], last_term: int, silence: Silence | None) -> str:
+def _why_free(seen: Row[Any], last_term: int) -> str:
     if seen.task_id == NOBODY and seen.given_up:
         return f"node {seen.last_holder!r} gave it up: {seen.given_up}"
     if seen.task_id == NOBODY:
         return "it was released" if last_term else "the first to take it"
-    if seen.heartbeat is None:
+    if seen.age is None:
         return f"node {seen.task_id!r} has no heartbeat"
-    seconds = seen.age if silence is None else silence.seconds
-    return f"node {seen.task_id!r} was silent for {seconds:.1f} s"
+    return f"node {seen.task_id!r} was silent for {seen.age:.1f} s"
 
 
 def _taking(dialect: Dialect, me: Node, taken: Sequence[Taken]) -> list[UpdateBase]:

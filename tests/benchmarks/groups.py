@@ -53,7 +53,7 @@ def renewals(database: Postgres, groups: int, standbys: int = 0, beats: int = 60
         seconds = []
         for _ in range(beats):
             began = time.monotonic()
-            answer = pulse(connection, me, tokens, names)
+            answer = pulse(connection, me, tokens, names, INTERVAL)
             seconds.append(time.monotonic() - began)
             assert all(sighting.renewed for sighting in answer.sightings)
             time.sleep(max(0.0, began + BEAT - time.monotonic()))
@@ -71,7 +71,7 @@ def _take(connection: Connection, names: list[str]) -> tuple[Node, list[Token]]:
     with exclusive(connection):
         register(connection, me, names, INTERVAL)
     with exclusive(connection):
-        taken = acquire(connection, me, names).taken
+        taken = acquire(connection, me, names, INTERVAL).taken
     assert len(taken) == len(names)
     return me, [Token(one.group_id, me.task_id, one.term) for one in taken]
 
@@ -113,7 +113,7 @@ def _stand_by(url: str, number: str, groups: str) -> None:
         with exclusive(connection):
             register(connection, me, names, INTERVAL)
         while True:
-            pulse(connection, me, [], names)
+            pulse(connection, me, [], names, INTERVAL)
             print("stands by", flush=True)
             time.sleep(BEAT)
 

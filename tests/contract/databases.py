@@ -6,13 +6,9 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
-from sqlalchemy import Connection, Engine, Text, cast, select, text
+from sqlalchemy import Connection, Engine, text
 
-from taskadapter.coordination.dialects import seconds_since
 from taskadapter.coordination.engines import transaction
-from taskadapter.coordination.messages import Silence
-from taskadapter.coordination.schema import health_check, token_holder
-from taskadapter.coordination.tokens import tokens_with_heartbeats
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -22,7 +18,7 @@ T = TypeVar("T")
 _REWOUND = {
     "postgresql": "{0} - :seconds * interval '1 second'",
     "mysql": "{0} - INTERVAL :seconds * 1000000 MICROSECOND",
-    "sqlite": "strftime('%Y-%m-%d %H:%M:%f', {0}, (-:seconds) || ' seconds')",
+    "sqlite": "strftime('%Y-%m-%d %H:%M:%f', {0}, '-' || :seconds || ' seconds')",
 }
 
 
@@ -31,17 +27,6 @@ def rewind(engine: Engine, table: str, column: str, seconds: float) -> None:
     moment = _REWOUND[engine.dialect.name].format(column)
     with transaction(engine) as connection:
         connection.execute(text(f"UPDATE {table} SET {column} = {moment}"), {"seconds": seconds})
-
-
-def silences(engine: Engine, interval: float) -> dict[str, Silence]:
-    """Return what a node has seen that has watched all holders for as long as the database says."""
-    heartbeat = health_check.c.last_heartbeat
-    age = seconds_since(heartbeat).label("age")
-    found = select(token_holder.c.group_id, cast(heartbeat, Text).label("heartbeat"), age)
-    known = found.select_from(tokens_with_heartbeats()).where(heartbeat.is_not(None))
-    with transaction(engine) as connection:
-        rows = connection.execute(known).all()
-    return {row.group_id: Silence(row.heartbeat, row.age) for row in rows if row.age > interval}
 
 
 def race(calls: Sequence[Callable[[], T]]) -> list[T]:

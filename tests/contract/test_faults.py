@@ -97,7 +97,7 @@ def test_missing_grants(reader: Engine) -> None:
     """A user who may not write is told so, and can still read."""
     ask(reader)
     with pytest.raises(AccessDeniedError, match=REFUSED), transaction(reader) as connection:
-        acquire(connection, NODE, ["group"])
+        acquire(connection, NODE, ["group"], 30)
 
 
 def test_rights_are_checked_without_a_trace(engine: Engine, reader: Engine) -> None:

@@ -13,7 +13,7 @@ from taskadapter.coordination.messages import TERMS_SHOWN, Token
 from taskadapter.coordination.nodes import FORGOTTEN_SECONDS, Node, register
 from taskadapter.coordination.overview import read_status, read_tenures
 from taskadapter.coordination.tokens import acquire, release
-from tests.contract.databases import BallerinaNode, rewind, silences
+from tests.contract.databases import BallerinaNode, rewind
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,9 +38,8 @@ def enter(engine: Engine, *names: str) -> None:
 def take(engine: Engine, name: str, group: str = GROUP) -> int:
     """Take a group over from whoever has it, and return the term."""
     rewind(engine, "health_check", "last_heartbeat", INTERVAL + 1)
-    silent = silences(engine, INTERVAL)
     with transaction(engine) as connection:
-        (taken,) = acquire(connection, node(name), [group], silent).taken
+        (taken,) = acquire(connection, node(name), [group], INTERVAL).taken
     return taken.term
 
 
@@ -203,7 +202,7 @@ def test_it_is_forgotten_bit_by_bit(engine: Engine) -> None:
 def test_what_was_left_keeps_its_term(engine: Engine) -> None:
     """A group whose token nobody has taken again."""
     with transaction(engine) as connection:
-        acquire(connection, node("node-1"), [GROUP])
+        acquire(connection, node("node-1"), [GROUP], INTERVAL)
         release(connection, [Token(GROUP, "node-1", 1)])
     rewind(engine, "taskadapter_tenure", "acquired", WEEK + 60)
     prune(engine, pruning.terms, WEEK)

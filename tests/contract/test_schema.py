@@ -76,9 +76,9 @@ def test_ballerinas_tables_are_improved(engine: Engine) -> None:
             connection.execute(text(statement))
         assert schema.upgrades(connection) == ()
     with transaction(engine) as connection:
-        assert acquire(connection, NODE, ["group"]).taken == ()
-        assert [taken.term for taken in acquire(connection, NODE, ["g" * 255]).taken] == [1]
+        assert acquire(connection, NODE, ["group"], 30).taken == ()
+        assert [taken.term for taken in acquire(connection, NODE, ["g" * 255], 30).taken] == [1]
         register(connection, NODE, ["group"], 30)
-        (sighting,) = pulse(connection, NODE, [], ["group"]).sightings or ()
+        (sighting,) = pulse(connection, NODE, [], ["group"], 30).sightings or ()
     assert sighting.age is not None
     assert -1.1 < sighting.age < 60

@@ -83,7 +83,7 @@ def take_part(url: str, work_pool: str, group: str, *names: str) -> None:
         with transaction(engine) as connection:
             nodes.claim_groups(connection, PoolKey(work_pool), [group])
             nodes.register(connection, node, [group], LEASE)
-            tokens.acquire(connection, node, [group])
+            tokens.acquire(connection, node, [group], LEASE)
     engine.dispose()
 
 

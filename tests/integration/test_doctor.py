@@ -308,7 +308,7 @@ def test_a_group_and_its_nodes(
         node = nodes.Node(name, str(uuid.uuid4()), "a-host", 1)
         with transaction(engine) as connection:
             nodes.register(connection, node, [GROUP], LEASE)
-            tokens.acquire(connection, node, [GROUP])
+            tokens.acquire(connection, node, [GROUP], LEASE)
         said.append(about(f"group {GROUP!r}", findings(pool, tmp_path)))
 
     start = f"`prefect worker start --pool {pool} --type warm-backup`"
@@ -460,7 +460,7 @@ def make_tables(url: str, pool: str) -> None:
         with transaction(engine) as connection:
             nodes.claim_groups(connection, PoolKey(pool), [GROUP])
             nodes.register(connection, node, [GROUP], LEASE)
-            tokens.acquire(connection, node, [GROUP])
+            tokens.acquire(connection, node, [GROUP], LEASE)
     engine.dispose()
 
 

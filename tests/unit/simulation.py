@@ -31,7 +31,6 @@ from taskadapter.coordination.messages import (
     Release,
     Send,
     Sighting,
-    Silence,
     Stopped,
     Taken,
     TimePassed,
@@ -53,7 +52,6 @@ class Mutation(StrEnum):
     DEADLINE_FROM_ANSWER = "the deadline counts from the answer"
     UNLOCKED_TAKEOVER = "taking over judges what it saw before it had the lock"
     UNLOCKED_RENEWAL = "renewing judges what it saw before, and trust is regained"
-    DATABASE_CLOCK = "the database's clock says how long a holder has been silent"
 
 
 @dataclass(frozen=True)
@@ -72,8 +70,8 @@ class Network:
 class Database:
     """The rules of `tokens`, on a clock of its own."""
 
-    def __init__(self, timing: Timing, offset: float, mutation: Mutation = Mutation.NONE) -> None:
-        self.timing, self.offset, self.mutation = timing, offset, mutation
+    def __init__(self, timing: Timing, offset: float) -> None:
+        self.timing, self.offset = timing, offset
         self.now = offset
         self.tokens: dict[str, Token] = {}
         self.takers: dict[tuple[str, int], str] = {}
@@ -85,27 +83,22 @@ class Database:
         beat = self.beats.get((token.task_id, group_id))
         return None if beat is None else self.now - beat
 
-    def heartbeat(self, group_id: str) -> str | None:
-        token = self.tokens[group_id]
-        beat = self.beats.get((token.task_id, group_id))
-        return None if beat is None else repr(beat)
-
-    def is_free(self, group_id: str, incarnation: str, silence: Silence | None = None) -> bool:
+    def is_free(self, group_id: str, incarnation: str) -> bool:
         token = self.tokens.get(group_id)
         if token is None or not token.task_id:
             return True
         age = self.age(group_id)
-        if age is None or self.takers[group_id, token.term] == incarnation:
-            return True
-        if self.mutation is Mutation.DATABASE_CLOCK:
-            return age > self.timing.liveness_check_interval
-        return silence is not None and silence.heartbeat == self.heartbeat(group_id)
+        own = self.takers[group_id, token.term] == incarnation
+        return age is None or age > self.timing.liveness_check_interval or own
 
     def see(self, incarnation: str, call: Call) -> object:
         """Return what a call would see if it did not lock first."""
         match call:
             case Acquire(group_ids=group_ids):
-                return {group_id: self._judged(group_id, incarnation, call) for group_id in group_ids}
+                return {
+                    group_id: (self.tokens.get(group_id), self.is_free(group_id, incarnation))
+                    for group_id in group_ids
+                }
             case Pulse(tokens=tokens):
                 return {token for token in tokens if self.tokens.get(token.group_id) == token}
             case _:
@@ -142,15 +135,12 @@ class Database:
         self.nodes[task_id] = (incarnation, self.now)
         return Done()
 
-    def _judged(self, group_id: str, incarnation: str, call: Acquire) -> tuple[Token | None, bool]:
-        silence = call.silences.get(group_id)
-        return self.tokens.get(group_id), self.is_free(group_id, incarnation, silence)
-
     def _acquire(self, task_id: str, incarnation: str, call: Acquire, seen: object) -> Answer:
         saw: dict[str, tuple[Token | None, bool]] = seen if isinstance(seen, dict) else {}
         taken = []
         for group_id in call.group_ids:
-            old, free = saw.get(group_id) or self._judged(group_id, incarnation, call)
+            now = self.tokens.get(group_id), self.is_free(group_id, incarnation)
+            old, free = saw.get(group_id, now)
             if free:
                 new = Token(group_id, task_id, (old.term if old else 0) + 1)
                 self.tokens[group_id] = new
@@ -177,7 +167,6 @@ class Database:
             group_id=group_id,
             holder=token.task_id,
             term=token.term,
-            heartbeat=self.heartbeat(group_id),
             age=self.age(group_id),
             free=self.is_free(group_id, incarnation),
             renewed=any(t.group_id == group_id for t in kept),
@@ -210,7 +199,7 @@ class World:
     def __init__(self, timing: Timing, *, offset: float = 0.0, mutation: Mutation = Mutation.NONE) -> None:
         self.timing, self.mutation = timing, mutation
         self.now = 0.0
-        self.database = Database(timing, offset, mutation)
+        self.database = Database(timing, offset)
         self.processes: list[Process] = []
         self._happenings: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = itertools.count()
@@ -233,11 +222,6 @@ class World:
     def crash(self, process: Process) -> None:
         process.ended = True
         self.processes.remove(process)
-
-    def step_clock(self, seconds: float) -> None:
-        """Set the database's clock forward, or back."""
-        self.database.offset += seconds
-        self._set_time(self.now)
 
     def resume(self, process: Process) -> None:
         process.paused = False

@@ -31,7 +31,6 @@ from taskadapter.coordination.messages import (
     ResignAsked,
     Send,
     Sighting,
-    Silence,
     StopAsked,
     Stopped,
     Taken,
@@ -96,7 +95,7 @@ def taken(term: int, reason: str, since: float = 0.0, *group_ids: str) -> Acquir
 
 
 def sighting(**fields: Any) -> Sighting:
-    defaults = {"group_id": "g", "holder": "node-2", "term": 4, "heartbeat": "1", "age": 0.5, "free": False}
+    defaults = {"group_id": "g", "holder": "node-2", "term": 4, "age": 0.5, "free": False}
     return Sighting(**{**defaults, **fields})
 
 
@@ -433,73 +432,6 @@ class TestCalls:
         standby.answer(seen(sighting(free=True)), START + 1)
         assert standby.answer(Acquired(), START + 1.1) == ()
         assert standby.lease.wake_at() == START + 2
-
-
-class TestWatching:
-    """When a standby takes a holder for dead, by its own clock."""
-
-    def look(self, node: Node, now: float, **fields: Any) -> float:
-        """Let it look, and return when the token is free if nothing changes."""
-        node.tell(Hint("g"), now)
-        node.answer(seen(sighting(**fields)), now)
-        return node.lease.stale_at(node.lease.watched["g"]) - START
-
-    def test_an_unchanged_heartbeat_is_as_old_as_it_was(self, standby: Node) -> None:
-        """Wherever the database's clock is set meanwhile."""
-        for second, age in enumerate([1.5, 1000.0, -1000.0], 1):
-            assert self.look(standby, START + second, age=age) == 5.5
-
-    def test_the_token_is_free_at_the_interval(self, standby: Node) -> None:
-        """Then it looks once more, and asks for the token of the heartbeat that it has seen last."""
-        for second in range(1, 6):
-            standby.tell(TimePassed(), START + second)
-            assert standby.answer(seen(sighting(age=0.5 + second)), START + second) == ()
-        assert standby.lease.wake_at() == pytest.approx(START + 5.5, abs=0.02)
-        standby.tell(TimePassed(), START + 5.51)
-        (sent,) = standby.answer(seen(sighting()), START + 5.51)
-        assert sent == Send(Acquire(START + 5.51, ("g",), {"g": Silence("1", 6.01)}))
-        assert isinstance(sent, Send)
-        assert isinstance(sent.call, Acquire)
-        assert sent.call.silences["g"].seconds == pytest.approx(6.01)
-        assert standby.answer(Acquired(), START + 5.52) == ()
-        assert standby.lease.wake_at() == START + 6.51
-
-    @pytest.mark.parametrize("change", [{"heartbeat": "2"}, {"term": 5}], ids=str)
-    def test_a_sign_of_life_begins_it_anew(self, standby: Node, change: dict[str, Any]) -> None:
-        """Another heartbeat, or another term."""
-        assert self.look(standby, START + 1, age=0.3, **change) == pytest.approx(1 - 0.3 + 6)
-
-    def test_a_heartbeat_is_younger_than_the_look_before(self, standby: Node) -> None:
-        """However old the database says that it is."""
-        assert self.look(standby, START + 1, heartbeat="2", age=60.0) == 6
-
-    @pytest.mark.parametrize(("age", "since"), [(-1.0, 2.0), (-1.01, 1.0)])
-    def test_a_heartbeat_is_not_from_the_future(self, standby: Node, age: float, since: float) -> None:
-        """Only as far as whole seconds make it so; else the clock has been set back, and says nothing."""
-        assert self.look(standby, START + 1, heartbeat="2", age=age) == since + 6
-
-    @pytest.mark.parametrize(("age", "free"), [(4.5, 1.5), (4.6, 1.5), (1000.0, 1.5), (4.0, 2.0)])
-    def test_a_node_that_has_just_come_watches_for_a_heartbeat_and_a_half(
-        self, age: float, free: float
-    ) -> None:
-        """The holder's next one would arrive meanwhile."""
-        node = Node(registered=True)
-        assert self.look(node, START, age=age) == free
-
-    def test_a_group_that_is_joined_has_not_been_looked_for(self, standby: Node) -> None:
-        """A heartbeat of it may be as old as the database says, though the last look was just now."""
-        standby.tell(Joined(frozenset({"g", "h"})), START + 1)
-        standby.answer(Done(), START + 1)
-        standby.answer(seen(sighting(group_id="h", age=4.0)), START + 1)
-        assert standby.lease.stale_at(standby.lease.watched["h"]) == START + 3
-
-    def test_a_group_that_it_holds_is_not_watched(self, standby: Node) -> None:
-        """What was watched of its holder before is no reason for a look."""
-        self.look(standby, START + 5, age=5.5)
-        standby.tell(Hint("g"), START + 5)
-        standby.answer(seen(sighting(holder="", free=True, heartbeat=None, age=None)), START + 5)
-        standby.answer(taken(5, "it was released", START + 5), START + 5)
-        assert standby.lease.wake_at() == START + 6
 
 
 class TestHandover:
