@@ -71,10 +71,8 @@ class ProgramAgent:
         self._worker = WarmBackupWorker(
             work_pool, work_queues=[queue], name=name, is_only=is_only, is_command=False
         )
-        # Those that take part; some of them are leaving.
         self._parts: set[Part] = set()
-        self._leaving: set[Part] = set()
-        self._turn = asyncio.Condition()
+        self._turn = asyncio.Lock()
         self._log = get_logger("taskadapter")
         self._tasks = Tasks(self._log)
         has_loop = threading.Event()
@@ -114,64 +112,42 @@ class ProgramAgent:
         await self._working
 
     async def _join(self, part: Part) -> bool:
-        try:
-            async with self._turn:
-                # A queue that is being left is served again once its runs have ended, which may take hours.
-                await self._turn.wait_for(lambda: self.is_stopping or not self._is_left(part.queue))
-                if self.is_stopping:
-                    return False
-                self._parts.add(part)
+        async with self._turn:
+            if self.is_stopping:
+                return False
+            self._parts.add(part)
+            try:
                 await self._or_end(self._worker.join(part.queue, part.job_ids, part.domain, START_SECONDS))
-        except BaseException:
-            await self._leave([part], 0.0)
-            raise
-        return True
-
-    def _is_left(self, queue: str) -> bool:
-        return any(part.queue == queue for part in self._leaving)
+            except BaseException:
+                await self._take_off([part], 0.0)
+                raise
+            return True
 
     async def _leave(self, parts: Collection[Part], drain_seconds: float) -> None:
         """Take parts off, also when nobody waits for that any more: half of it would leave them idle."""
-        await asyncio.shield(self._tasks.spawn(self._take_off(parts, drain_seconds)))
+
+        async def leave() -> None:
+            async with self._turn:
+                await self._take_off([part for part in parts if part in self._parts], drain_seconds)
+
+        await asyncio.shield(self._tasks.spawn(leave()))
 
     async def _take_off(self, parts: Collection[Part], drain_seconds: float) -> None:
-        """Take parts off; the agent ends with the last ones. Others come and go while their runs end."""
-        async with self._turn:
-            going = {part for part in parts if part in self._parts - self._leaving}
-            if going == self._parts:
-                self._end(drain_seconds)
-                return
-            self._leaving |= going
-            staying = {part.queue for part in self._parts - self._leaving}
-        try:
-            for part in going:
-                await self._leave_jobs(part, drain_seconds, is_shared=part.queue in staying)
-                async with self._turn:
-                    if self._parts == {part}:  # the others have gone meanwhile
-                        self._end(drain_seconds)
-                        return
-                    self._parts.discard(part)
-                    _settle(part.over, None)
-        finally:
-            self._leaving -= going
-            async with self._turn:
-                self._turn.notify_all()
-
-    async def _leave_jobs(self, part: Part, drain_seconds: float, *, is_shared: bool) -> None:
-        """Leave the jobs of a part to other nodes, and its queue, unless others of that stay here."""
-        await self._worker.leave(None if is_shared else part.queue, part.job_ids, drain_seconds)
-        if is_shared and part.queue != DEFAULT_QUEUE:
-            self._worker.stopped(part.queue, part.job_ids)
-
-    def _end(self, drain_seconds: float) -> None:
-        """End the agent: what it has not settled by then is over with it."""
-        if self.is_stopping:
+        """Take parts off; those of the last ones are over when the agent has ended."""
+        staying = self._parts - set(parts)
+        if not staying:
+            self.is_stopping = True
+            if drain_seconds == 0:
+                self._worker.end_runs()
+            self._working.cancel()
             return
-        self.is_stopping = True
-        if drain_seconds == 0:
-            self._worker.end_runs()
-        self._working.cancel()
-        self._turn.notify_all()
+        for part in parts:
+            is_shared = part.queue in {other.queue for other in staying}
+            await self._worker.leave(None if is_shared else part.queue, part.job_ids, drain_seconds)
+            if is_shared and part.queue != DEFAULT_QUEUE:
+                self._worker.stopped(part.queue, part.job_ids)
+            self._parts.discard(part)
+            _settle(part.over, None)
 
     async def _or_end(self, work: Coroutine[Any, Any, None]) -> None:
         """Do something with the worker; raises its error should that end meanwhile."""
