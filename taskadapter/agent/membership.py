@@ -330,18 +330,31 @@ class Membership:
 
         What was this pool's may be another server's by now: this node stood still, and was taken for dead.
         """
-        pool = PoolKey(self._node.work_pool, str(self._node.pool().id))
         foreign = {}
-        for name, other in (await asyncio.to_thread(self._others, pool, names)).items():
+        pool, others = await self._owners(names)
+        for name, other in others.items():
             refusal = await self._take_over(pool, name, other)
             if refusal is not None:
                 foreign[name] = refusal
                 if name not in self._foreign:
                     self._node.log.error("%s", refusal)
-        self._pool_id = pool.id
         self._foreign = foreign
         self._claimed = names - foreign.keys()
         return self._claimed
+
+    async def _owners(self, names: AbstractSet[str]) -> tuple[PoolKey, dict[str, str]]:
+        """Return the pool, with which of some groups are another's; those that are nobody's are claimed."""
+        pool = PoolKey(self._node.work_pool, str(self._node.pool().id))
+        if not names:
+            return pool, {}
+        others = await asyncio.to_thread(self._others, pool, names)
+        if pool.name in others.values():
+            # It is another server's, or this one's, made anew, and another node has seen that first.
+            known = await self._node.client.read_work_pool(pool.name)
+            pool = PoolKey(pool.name, str(known.id))
+            others = await asyncio.to_thread(self._others, pool, names)
+        self._pool_id = pool.id
+        return pool, others
 
     def _others(self, pool: PoolKey, names: AbstractSet[str]) -> dict[str, str]:
         """Claim those groups that are not known to be this pool's, and return those that are another's."""

@@ -132,7 +132,7 @@ def _classify_mysql(exc: DBAPIError) -> type[CoordinationError]:
 
 def _classify_sqlite(exc: DBAPIError) -> type[CoordinationError]:
     words = str(exc.orig)
-    if "no such table" in words or "no such column" in words:
+    if any(lack in words for lack in ("no such table", "no such column", "has no column named")):
         return _SCHEMA
     if "readonly" in words or "unable to open" in words or "not a database" in words:
         return _DENIED

@@ -329,10 +329,13 @@ _STEPS = {2: _add_the_ledger, 3: _add_why_given_up, 4: _add_pool_ids}
 
 
 def ddl(dialect: Dialect) -> str:
-    """Return the script that creates every table where it is missing, for a DBA to run."""
+    """Return the script that creates every table where it is missing, for a DBA to run.
+
+    It brings no table of an older release along, and leaves their version as it is.
+    """
     statements: list[Any] = [CreateTable(table, if_not_exists=True) for table in metadata.sorted_tables]
-    is_there = exists().where(schema_step.c.step == VERSION)
-    step = select(literal(VERSION), database_now()).where(~is_there)
+    has_one = exists(select(schema_step.c.step))
+    step = select(literal(VERSION), database_now()).where(~has_one)
     statements.append(insert(schema_step).from_select(["step", "done"], step))
     options = {"literal_binds": True}
     compiled = (statement.compile(dialect=dialect, compile_kwargs=options) for statement in statements)

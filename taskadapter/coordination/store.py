@@ -110,10 +110,12 @@ def prune(database_url: str, seconds: float) -> None:
     """Forget what is over for longer than so many seconds: executions, jobs, and who took part."""
     from taskadapter.coordination import ledger, progress, pruning
 
-    for forget in (ledger.prune, pruning.nodes, pruning.heartbeats, pruning.terms):
+    while ask(database_url, lambda connection: ledger.prune(connection, seconds)):
+        pass
+    ask(database_url, lambda connection: progress.prune(connection, seconds))
+    for forget in (pruning.nodes, pruning.heartbeats, pruning.terms):
         while ask(database_url, partial(forget, seconds=seconds)):
             pass
-    ask(database_url, lambda connection: progress.prune(connection, seconds))
 
 
 def entered(database_url: str, job_ids: Iterable[UUID], limit: int) -> dict[UUID, Entered]:

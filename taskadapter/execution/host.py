@@ -337,7 +337,8 @@ def _result_of_failure(state: State[Any] | None) -> object:
     """Return what a run failed with: an error, or what its body returned; None if that cannot be read."""
     if state is not None and state.is_failed():
         with contextlib.suppress(Exception):
-            return state.result(raise_on_failure=False)
+            # Not to be awaited, though the hooks of an async flow are called in its loop.
+            return state.result(raise_on_failure=False, _sync=True)  # type: ignore[call-overload]
     return None
 
 

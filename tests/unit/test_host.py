@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 from contextlib import ExitStack
 from typing import Any
 
+import httpx
 import pytest
 from prefect.client.schemas.objects import State
 from prefect.states import Cancelled, Completed, Failed
@@ -46,6 +48,17 @@ def test_what_is_the_jobs_own_failure(failures, state, has_waited, counts):
     """Not that it had to wait for the database: the timeout of an async one goes on meanwhile."""
     assert host._conclude(execution(has_waited=has_waited), state, None) == protocol.Told()
     assert failures == [counts]
+
+
+def test_a_fault_of_the_api_is_read_in_the_loop_of_an_async_flow(failures):
+    """Its hooks are called there: the body has completed, and its job goes on."""
+    state: State[Any] = Failed(data=httpx.ConnectError("no way to the storage"))
+
+    async def hook() -> None:
+        host.enter_end(execution(outcome="Completed"), state)
+
+    asyncio.run(hook())
+    assert failures == []
 
 
 @pytest.mark.parametrize(

@@ -200,6 +200,26 @@ def test_a_group_whose_other_pool_is_gone_is_taken(server, caplog, other):
     assert [line for line in caplog.messages if "'other'" in line] == [said]
 
 
+def test_a_pool_that_another_node_has_seen_made_anew_is_no_others(server, monkeypatch):
+    """This node reads it again before it gives its groups up: its runs would be ended."""
+
+    def others(_: str, pool: PoolKey, names: Any, *__: object) -> dict[str, str]:
+        return {} if pool.id == "anew" else dict.fromkeys(names, "pool")
+
+    async def scenario() -> None:
+        mine, before = new_membership(server), server.pool
+        await mine.refresh()
+        mine._node = replace(mine._node, pool=lambda: before)
+        server.pool_id = "anew"
+        monkeypatch.setattr(store, "claim_groups", others)
+        monkeypatch.setattr(store, "groups_of_others", others)
+        for _ in range(2):
+            await mine.refresh()
+            assert Groups.made[-1].names == {"group", "other"}
+
+    asyncio.run(scenario())
+
+
 @pytest.mark.parametrize("other", ["pool", "their-pool"])
 def test_a_group_of_another_servers_pool_is_left_to_it(server, caplog, other):
     """As long as nodes of it live: its server is not seen from here. It is told once, with the remedy."""
