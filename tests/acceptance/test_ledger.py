@@ -115,7 +115,7 @@ LATE = """
     from ledger import note
 
     note("book-late", "loading")
-    while {waits} and not Path(__file__).with_name("may-load").exists():
+    while Path(__file__).with_name("wait").exists():
         time.sleep(0.05)
 
     from taskadapter import Listener, TriggerConfiguration
@@ -133,9 +133,8 @@ def _deployed(project: Project, prefect: Prefect) -> None:
     ensure_work_pool(project.pool, Domain(liveness_check_interval=LIVENESS, heartbeat_frequency=HEARTBEAT))
     later = (datetime.now(UTC) + timedelta(days=1)).isoformat()
     project.write("flows/jobs.py", FLOWS.format(later=later))
-    project.write("flows/late.py", LATE.format(later=later, waits=False))
+    project.write("flows/late.py", LATE.format(later=later))
     project.deploy()
-    project.write("flows/late.py", LATE.format(later=later, waits=True))
 
 
 @pytest.fixture(scope="module")
@@ -383,10 +382,12 @@ def test_a_tick_that_is_made_anew_does_not_run_again(project: Project, prefect: 
 def test_a_process_that_is_killed_before_the_body(project: Project, prefect: Prefect) -> None:
     """Whoever ends it: the run has begun nothing, and is made again."""
     before = len(project.entries("book-late", "loading"))
+    wait = project.folder / "flows" / "wait"
+    wait.touch()
     run = prefect.start("book-late")
     loading = project.wait_for("book-late", "loading", before + 1)[-1]
     os.kill(loading.pid, signal.SIGKILL)
-    (project.folder / "flows" / "may-load").touch()
+    wait.unlink()
 
     assert prefect.wait_for_end(run).state_name == "Completed"
     assert times_begun(project, "book-late") == 1
