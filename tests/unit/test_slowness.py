@@ -37,16 +37,22 @@ def stand_still(seconds: float) -> None:
 
 
 def test_it_tells_for_how_long_the_machine_stood_still() -> None:
-    """As one delay, and as part of all delays since a moment; not before it, nor after it."""
+    """Be it told already or not."""
     with Slowness() as watch:
         before = time.time()
         stand_still(0.5)
-        after = time.time()
         assert watch.longest(before) >= 0.3
         assert watch.since(before) >= 0.3
-        assert watch.longest(until=before - 1) == 0
-        time.sleep(0.2)
-        assert watch.since(after) < watch.since(before)
+
+
+def test_it_tells_of_a_span() -> None:
+    """As one delay, and as part of all delays since a moment; not before it, nor after it."""
+    watch = Slowness()
+    watch._due = time.monotonic() + 3600
+    watch._late = [(100.0, 0.5), (105.0, 0.25)]
+    assert [watch.since(moment) for moment in (99, 101, 106)] == [0.75, 0.25, 0]
+    assert [watch.longest(moment) for moment in (99, 101, 106)] == [0.5, 0.25, 0]
+    assert [watch.longest(until=moment) for moment in (99, 99.6, 104.8)] == [0, 0.5, 0.5]
 
 
 @pytest.mark.undisturbed(0.3)
