@@ -13,7 +13,7 @@ from collections import namedtuple
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from sqlalchemy import Float, func, select
+from sqlalchemy import Float, delete, func, select, tuple_
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.compiler import compiles
@@ -24,11 +24,12 @@ from taskadapter.errors import in_a_line
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from sqlalchemy import Column, Connection, Dialect, Select, Table
+    from sqlalchemy import Column, ColumnElement, Connection, Dialect, Select, Table
     from sqlalchemy.sql.compiler import SQLCompiler
     from sqlalchemy.sql.dml import Insert, UpdateBase
 
 __all__ = [
+    "ROWS_AT_ONCE",
     "Interrupter",
     "database_now",
     "ensure_rows",
@@ -38,6 +39,7 @@ __all__ = [
     "limit_idle",
     "listen",
     "notices",
+    "remove",
     "seconds_since",
     "storable",
     "together",
@@ -124,6 +126,29 @@ def ensured(dialect: Dialect, table: Table, values: Rows) -> Insert:
 def ensure_rows(connection: Connection, table: Table, values: Rows) -> None:
     """Insert rows unless their primary key exists, as `ensured` does."""
     connection.execute(ensured(connection.dialect, table, values))
+
+
+ROWS_AT_ONCE = 1000
+"""How many rows are removed with one statement: it has room for so many keys, and locks them."""
+
+
+def remove(
+    connection: Connection,
+    table: Table,
+    is_old: ColumnElement[bool],
+    at_most: int,
+    *and_is: ColumnElement[bool],
+) -> bool:
+    """Remove rows that are old, and are found to be something else as well; return whether more may be.
+
+    They are looked for first: MySQL deletes from no table that the statement reads as well, and would lock
+    what it passes. Whether a row is old is asked again as it is removed: who shows life meanwhile stays.
+    """
+    key = list(table.primary_key.columns)
+    found = connection.execute(select(*key).where(is_old, *and_is).limit(at_most)).all()
+    if found:
+        connection.execute(delete(table).where(tuple_(*key).in_(found), is_old))
+    return len(found) == at_most
 
 
 def upsert(dialect: Dialect, table: Table, values: Rows, changes: Mapping[str, Any]) -> Insert:

@@ -15,11 +15,18 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import and_, delete, exists, func, insert, or_, select, union_all, update
+from sqlalchemy import and_, exists, func, insert, or_, select, union_all, update
 from sqlalchemy.exc import IntegrityError
 
 from taskadapter.coordination import progress
-from taskadapter.coordination.dialects import database_now, ensure_rows, seconds_since, storable
+from taskadapter.coordination.dialects import (
+    ROWS_AT_ONCE,
+    database_now,
+    ensure_rows,
+    remove,
+    seconds_since,
+    storable,
+)
 from taskadapter.coordination.executions import (
     ABANDONED,
     SKIPPED,
@@ -65,8 +72,7 @@ def begin(connection: Connection, execution: Execution, owner: Owner, limits: Li
     Raises:
         TokenLostError: the owner's token is not held any more.
     """
-    if owner.token is not None:
-        require_token(connection, owner.token)
+    _require_token(connection, owner)
     job = None
     if execution.job_id is not None and execution.due is not None:
         job = progress.lock(connection, execution.job_id, limits.trigger_slug)
@@ -87,6 +93,11 @@ def begin(connection: Connection, execution: Execution, owner: Owner, limits: Li
     if job is not None:
         progress.count(connection, job)
     return Begun(number)
+
+
+def _require_token(connection: Connection, owner: Owner) -> None:
+    if owner.token is not None:
+        require_token(connection, owner.token)
 
 
 def _rival(connection: Connection, execution: Execution) -> Entry | None:
@@ -185,11 +196,10 @@ def skip(connection: Connection, execution: Execution, owner: Owner, reason: str
     Raises:
         TokenLostError: the owner's token is not held any more.
     """
-    if owner.token is not None:
-        require_token(connection, owner.token)
-    if _locked(connection, execution.key) is None:
+    _require_token(connection, owner)
+    if (row := _locked(connection, execution.key)) is None:
         _enter_unbegun(connection, execution, owner, SKIPPED, reason)
-    row = _locked(connection, execution.key)
+        row = _locked(connection, execution.key)
     return row is not None and row.outcome == SKIPPED
 
 
@@ -202,8 +212,7 @@ def give_up(connection: Connection, execution: Execution, owner: Owner, outcome:
     Raises:
         TokenLostError: the owner's token is not held any more.
     """
-    if owner.token is not None:
-        require_token(connection, owner.token)
+    _require_token(connection, owner)
     row = _locked(connection, execution.key)
     if row is None:
         if execution.due is not None:
@@ -331,7 +340,7 @@ def _found(connection: Connection, wanted: ColumnElement[bool]) -> list[Entry]:
     return [_entry(row) for row in connection.execute(query)]
 
 
-def prune(connection: Connection, seconds: float, at_most: int = 1000) -> bool:
+def prune(connection: Connection, seconds: float, at_most: int = ROWS_AT_ONCE) -> bool:
     """Remove what ended longer ago than so many seconds.
 
     The newest tick of each job stays: it says how far the job is.
@@ -339,15 +348,12 @@ def prune(connection: Connection, seconds: float, at_most: int = 1000) -> bool:
     Args:
         connection: in a transaction.
         seconds: since its end.
-        at_most: how many rows are removed: a statement has room for so many keys, and locks them.
+        at_most: how many rows are removed.
 
     Returns:
         Whether there may be more.
     """
     columns, newer = ledger.c, ledger.alias()
     has_newer = exists().where(newer.c.job_id == columns.job_id, newer.c.due > columns.due)
-    is_old = and_(seconds_since(columns.ended) > seconds, or_(columns.due.is_(None), has_newer))
-    # MySQL deletes from no table that the statement reads as well.
-    old = connection.scalars(select(columns.execution).where(is_old).limit(at_most)).all()
-    connection.execute(delete(ledger).where(columns.execution.in_(old)))
-    return len(old) == at_most
+    is_old = seconds_since(columns.ended) > seconds
+    return remove(connection, ledger, is_old, at_most, or_(columns.due.is_(None), has_newer))

@@ -11,29 +11,26 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sqlalchemy import delete, exists, func, select, tuple_
+from sqlalchemy import exists, func, select
 
-from taskadapter.coordination.dialects import seconds_since
+from taskadapter.coordination.dialects import ROWS_AT_ONCE, remove, seconds_since
 from taskadapter.coordination.messages import TERMS_SHOWN
 from taskadapter.coordination.nodes import FORGOTTEN_SECONDS
 from taskadapter.coordination.schema import health_check, node, tenure, token_holder
 
 if TYPE_CHECKING:
-    from sqlalchemy import ColumnElement, Connection, Table
+    from sqlalchemy import Connection
 
 __all__ = ["heartbeats", "nodes", "terms"]
 
-AT_MOST = 1000
-"""How many rows are removed at once."""
 
-
-def nodes(connection: Connection, seconds: float, at_most: int = AT_MOST) -> bool:
+def nodes(connection: Connection, seconds: float, at_most: int = ROWS_AT_ONCE) -> bool:
     """Remove nodes that have not shown for so many seconds, and for a day at least, that they live."""
     is_old = seconds_since(node.c.last_seen) > max(seconds, FORGOTTEN_SECONDS)
-    return _remove(connection, node, is_old, at_most)
+    return remove(connection, node, is_old, at_most)
 
 
-def heartbeats(connection: Connection, seconds: float, at_most: int = AT_MOST) -> bool:
+def heartbeats(connection: Connection, seconds: float, at_most: int = ROWS_AT_ONCE) -> bool:
     """Remove heartbeats as old as that, but for those of tokens' holders.
 
     They say since when a holder is silent.
@@ -41,10 +38,10 @@ def heartbeats(connection: Connection, seconds: float, at_most: int = AT_MOST) -
     columns, tokens = health_check.c, token_holder.c
     is_old = seconds_since(columns.last_heartbeat) > max(seconds, FORGOTTEN_SECONDS)
     is_holders = exists().where(tokens.group_id == columns.group_id, tokens.task_id == columns.task_id)
-    return _remove(connection, health_check, is_old, at_most, ~is_holders)
+    return remove(connection, health_check, is_old, at_most, ~is_holders)
 
 
-def terms(connection: Connection, seconds: float, at_most: int = AT_MOST) -> bool:
+def terms(connection: Connection, seconds: float, at_most: int = ROWS_AT_ONCE) -> bool:
     """Remove terms that began longer ago than so many seconds, but for the newest of each group.
 
     They are what is shown of it, and the last of them is the least that the next one must exceed.
@@ -52,23 +49,4 @@ def terms(connection: Connection, seconds: float, at_most: int = AT_MOST) -> boo
     columns, newer = tenure.c, tenure.alias()
     last = select(func.max(newer.c.term)).where(newer.c.group_id == columns.group_id).scalar_subquery()
     is_old = seconds_since(columns.acquired) > seconds
-    return _remove(connection, tenure, is_old, at_most, columns.term <= last - TERMS_SHOWN)
-
-
-def _remove(
-    connection: Connection,
-    table: Table,
-    is_old: ColumnElement[bool],
-    at_most: int,
-    *and_is: ColumnElement[bool],
-) -> bool:
-    """Remove rows that are old, and are found to be something else as well.
-
-    They are looked for first: MySQL deletes from no table that the statement reads as well, and would lock
-    what it passes. Whether a row is old is asked again as it is removed: who shows life meanwhile stays.
-    """
-    key = list(table.primary_key.columns)
-    found = connection.execute(select(*key).where(is_old, *and_is).limit(at_most)).all()
-    if found:
-        connection.execute(delete(table).where(tuple_(*key).in_(found), is_old))
-    return len(found) == at_most
+    return remove(connection, tenure, is_old, at_most, columns.term <= last - TERMS_SHOWN)

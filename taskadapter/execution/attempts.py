@@ -297,8 +297,9 @@ def enter_end_of_engine(execution: current.Execution, state: State[Any], *, is_f
     if is_ours:
         number = entered.number if isinstance(entered, Begun) else None
         reason = ticks.ended_by(number or 1, policy, is_tick=assignment.is_tick)
-    record.enter_end(execution, None, state.type.value.capitalize(), reason)
-    execution.outcome = state.type.value.capitalize()
+    outcome = state.type.value.capitalize()
+    record.enter_end(execution, None, outcome, reason)
+    execution.outcome = outcome
     if reason is not None:
         execution.ended = reason
         execution.tell_begun()
