@@ -29,6 +29,12 @@ nox.options.error_on_missing_interpreters = False
 
 OTHER = {"oldest": "newest", "newest": "oldest"}
 
+# A worker for each core, as in the Makefile.
+PYTEST = (
+    *("python", "-m", "pytest", "--quiet"),
+    *("--numprocesses", "auto", "--maxprocesses", "4", "--dist", "loadfile", "--no-loadscope-reorder"),
+)
+
 
 def find_pythons() -> None:
     """Put those of pyenv on the path that it has and has not switched on: its `python3.12` only says so."""
@@ -55,8 +61,10 @@ def package(session: nox.Session, prefect: str) -> None:
     other = "--constraint", _constraints(project, OTHER[prefect])
     session.run(str(server / "bin" / "pip"), "install", "--quiet", *other, str(wheel), external=True)
     session.run(
-        *("python", "-m", "pytest", "--quiet", "tests/acceptance/test_prefect.py"),
-        *("tests/acceptance/test_outcomes.py", "tests/integration/test_scheduler.py"),
+        *PYTEST,
+        "tests/acceptance/test_outcomes.py",
+        "tests/acceptance/test_prefect.py",
+        "tests/integration/test_scheduler.py",
         env={"TASKADAPTER_TEST_PREFECT": str(server / "bin" / "prefect")},
     )
 
@@ -85,7 +93,7 @@ def _try_alone(session: nox.Session, prefect: str) -> tuple[Path, Path]:
     session.run("taskadapter", "--version")
     # What an image is built of is the source, which is not here.
     source = "tests/unit/test_deployments.py::test_the_image_has_what_it_copies"
-    session.run("python", "-m", "pytest", "--quiet", "tests/unit", "--deselect", source)
+    session.run(*PYTEST, "tests/unit", "--deselect", source)
     session.run("python", "-m", "deployments.demo")
     return wheel, project
 

@@ -37,7 +37,7 @@ def wait_until(condition: Callable[[], T], deadline: float, what: str) -> T:
 
     Args:
         condition: Called at once, then after pauses, and once more at the deadline. A pause is a tenth of
-            the time waited so far, from a twentieth to a quarter of a second: many a call is a request.
+            the time waited so far, from a twentieth to two fifths of a second: many a call is a request.
         deadline: Seconds from now.
         what: The awaited thing, for the message.
 
@@ -49,7 +49,7 @@ def wait_until(condition: Callable[[], T], deadline: float, what: str) -> T:
         waited = time.monotonic() - begun
         if waited >= deadline:
             raise TimeoutError(f"waited {deadline:g} s for {what}")
-        time.sleep(min(max(0.05, waited / 10), 0.25))
+        time.sleep(min(max(0.05, waited / 10), 0.4))
     return value
 
 

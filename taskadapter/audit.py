@@ -7,11 +7,11 @@ from datetime import UTC, datetime, timedelta
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from taskadapter.agent.plans import plan_of
+from taskadapter.agent.plans import begin, plan_of
 from taskadapter.agent.switches import is_paused, reading_of, why_over
 from taskadapter.coordination import ledger, progress
 from taskadapter.coordination.engines import transaction
-from taskadapter.coordination.executions import moment
+from taskadapter.coordination.executions import Entered, moment
 from taskadapter.rules import ticks
 
 if TYPE_CHECKING:
@@ -79,8 +79,11 @@ def history(engine: Engine, deployment: DeploymentResponse, last: int) -> list[L
         opened = progress.opened(connection, [str(deployment.id)]).get(str(deployment.id))
     lines = list(map(_line, past))
     dues = {one.entry.due for one in past if one.entry.due is not None}
-    if dues and not deployment.paused and (plan := plan_of(deployment)) is not None:
-        since = max(datetime.fromisoformat(max(min(dues), opened or "")), plan.created)
+    if not deployment.paused and (plan := plan_of(deployment)) is not None:
+        entered = Entered(opened=None if opened is None else datetime.fromisoformat(opened))
+        since, _ = begin(plan, entered, None)
+        if dues:
+            since = max(since, datetime.fromisoformat(min(dues)))
         lines += not_begun(plan, dues, since, datetime.now(UTC), last)
     return sorted(lines, key=lambda line: line.due or "", reverse=True)
 
@@ -143,7 +146,8 @@ def _line(past: Past) -> Line:
         number=entry.number,
         outcome=entry.outcome or RUNNING,
         reason=past.reason,
-        late=past.late,
+        # Negative of what was given up before its time.
+        late=None if past.late is None else max(0.0, past.late),
         took=past.took,
         node=entry.task_id,
         group=entry.group_id,
@@ -159,13 +163,13 @@ def not_begun(
 
     Args:
         plan: the job's.
-        dues: the moments of those that are.
+        dues: the moments of those that are; none of a job that has never run.
         since: the moment after which the ledger has all.
         now: until when they are due.
         last: how many of those that wait, the oldest first.
     """
     now = plan.until(now)
-    latest = datetime.fromisoformat(max(dues))
+    latest = max(map(datetime.fromisoformat, dues), default=since)
     for tick in ticks.between(plan.anchor, plan.interval, after=since, until=min(latest, now)):
         if moment(tick) not in dues:
             yield Line(moment(tick), MISSING)

@@ -23,7 +23,9 @@ from taskadapter import tables
 from taskadapter.errors import ApiUnavailableError, TaskError, in_a_line, listed
 
 if TYPE_CHECKING:
+    from prefect.client.schemas.objects import Worker, WorkPool
     from prefect.client.schemas.responses import DeploymentResponse
+    from rich.console import Group
     from sqlalchemy import Engine
 
     from taskadapter.coordination.overview import Status
@@ -89,22 +91,25 @@ def status(
     from taskadapter.coordination.faults import where
     from taskadapter.coordination.overview import read_status
 
-    shared = _shared(pool)
+    shared = _shared(pool, asks_what_is_paused=True)
     domain, place = shared.domain, where(shared.engine.url)
 
     def read() -> Status:
         with transaction(shared.engine) as connection:
             return read_status(connection, shared.name)
 
+    def show() -> Group:
+        return tables.status(read(), domain, place, shared.closed)
+
     if as_json:
-        print(json.dumps(tables.status_as_json(read(), domain, place), indent=2))
+        print(json.dumps(tables.status_as_json(read(), domain, place, shared.closed), indent=2))
     elif not watch:
-        Console().print(tables.status(read(), domain, place))
+        Console().print(show())
     else:
-        with Live(tables.status(read(), domain, place), auto_refresh=False) as live:
+        with Live(show(), auto_refresh=False) as live:
             while True:
                 time.sleep(domain.heartbeat_frequency)
-                live.update(tables.status(read(), domain, place), refresh=True)
+                live.update(show(), refresh=True)
 
 
 @app.command
@@ -125,8 +130,11 @@ def resign(
         status = read_status(connection, shared.name)
         standing_by = status.standing_by(shared.domain.liveness_check_interval)
         if group not in standing_by:
-            names = listed(list(standing_by)) or "none yet; start an agent"
-            raise TaskError(f"there is no group {group!r}; there are: {names}.")
+            names = listed(list(standing_by)) or "none until an agent starts"
+            raise TaskError(
+                f"there is no group {group!r} in work pool {shared.name!r}, which has {names}; name "
+                "another pool with --pool."
+            )
         if not standing_by[group] and not force:
             raise TaskError(
                 f"nobody stands by for group {group!r}, and its jobs would only pause and come back to the "
@@ -148,7 +156,7 @@ def ledger(
 
     While the API does not answer, of a job that is named by its id: what the database has.
     """
-    from taskadapter.audit import executed, history, not_shown, standing
+    from taskadapter.audit import WAITING, executed, history, not_shown, standing
     from taskadapter.declare.triggers import MOST
 
     if last < 1:
@@ -163,9 +171,14 @@ def ledger(
     if deployment is None:
         Console().print(tables.ledger(lines) if lines else "The ledger has nothing of that job.")
         return
-    Console().print(tables.ledger(lines) if lines else "Nothing has run yet.")
-    if (more := not_shown(deployment, lines, last)) is not None:
-        Console().print(tables.not_shown(*more), highlight=False)
+    more = not_shown(deployment, lines, last)
+    if all(line.outcome == WAITING for line in lines):
+        count = len(lines) + (more[0] if more else 0)
+        Console().print(tables.nothing_yet(count, lines[-1].due if lines else None), highlight=False)
+    else:
+        Console().print(tables.ledger(lines))
+        if more is not None:
+            Console().print(tables.not_shown(*more), highlight=False)
     if (how := standing(engine, deployment)) is not None:
         Console().print(f"The job is {how}.", highlight=False)
 
@@ -188,7 +201,7 @@ def restart(job: Job, /) -> None:
     deployment, why = asyncio.run(start())
     print(f"Job {deployment.name!r} is started again. It had ended: {why}.")
     if deployment.paused:
-        print("It is paused, too; resume it in the UI.")
+        print("It is paused, too; resume it in the UI, or with taskadapter.resume_job.")
 
 
 class _Found(NamedTuple):
@@ -267,13 +280,13 @@ def doctor(
 
 @database.command
 def init(*, pool: Pool = None) -> None:
-    """Make the tables that the database lacks; agents do so themselves where they may."""
-    from taskadapter.coordination.faults import translated
+    """Make the tables that the database lacks; of a new database agents do so themselves where they may."""
+    from taskadapter.coordination.engines import connected
     from taskadapter.coordination.schema import create_missing
 
     engine = _shared(pool, makes_it=True).engine
-    with translated(engine.url), engine.connect() as connection:
-        made = create_missing(connection)
+    with connected(engine) as connection:
+        made = create_missing(connection, lost=True)
     print(f"Made {', '.join(made)}." if made else "All tables are there.")
 
 
@@ -284,11 +297,10 @@ def upgrade(*, pool: Pool = None) -> None:
     No node of the older release may run meanwhile.
     """
     from taskadapter.coordination import schema
-    from taskadapter.coordination.engines import transaction
-    from taskadapter.coordination.faults import translated
+    from taskadapter.coordination.engines import connected, transaction
 
     engine = _shared(pool, makes_it=True).engine
-    with translated(engine.url), engine.connect() as connection:
+    with connected(engine) as connection:
         steps = schema.upgrade(connection)
     for step in steps:
         print(f"Step {step} is done.")
@@ -310,19 +322,21 @@ def sql(*, pool: Pool = None) -> None:
 
 
 class _Shared(NamedTuple):
-    """What the nodes of a work pool share: its name, its domain, and an engine on its database."""
+    """What the nodes of a work pool share: its name, domain and database; and, if asked, what is paused."""
 
     name: str
     domain: Domain
     engine: Engine
+    closed: frozenset[str]
 
 
-def _shared(pool: str | None, *, makes_it: bool = False) -> _Shared:
+def _shared(pool: str | None, *, makes_it: bool = False, asks_what_is_paused: bool = False) -> _Shared:
     """Return what a pool's nodes share; while the API does not answer, by this machine's settings.
 
     Args:
         pool: the pool's name; None for the settings' one.
         makes_it: whether a SQLite file that is not there is to be made.
+        asks_what_is_paused: whether Prefect is asked for it.
 
     Raises:
         TaskError: there is no such pool, or no such database; or the API does not answer, and no setting
@@ -330,13 +344,14 @@ def _shared(pool: str | None, *, makes_it: bool = False) -> _Shared:
     """
     from taskadapter.agent.worker import WarmBackupWorker
     from taskadapter.prefect_api.client import AWAY, server_client
-    from taskadapter.prefect_api.pool import NO_POOL, OTHER_TYPE, Domain
+    from taskadapter.prefect_api.pool import NO_POOL, OTHER_TYPE, Domain, Queues
+    from taskadapter.prefect_api.workers import workers_of
     from taskadapter.settings import TaskadapterSettings
 
     settings = TaskadapterSettings()
     name = pool or settings.work_pool
 
-    async def read() -> tuple[Domain, str]:
+    async def read() -> tuple[Domain, str, frozenset[str], _Polled | None]:
         async with server_client() as client:
             try:
                 found = await client.read_work_pool(name)
@@ -345,25 +360,47 @@ def _shared(pool: str | None, *, makes_it: bool = False) -> _Shared:
             if found.type != WarmBackupWorker.type:
                 raise TaskError(f"{OTHER_TYPE.format(name=name, type=found.type)}.")
             domain = Domain.of(found)
-            return domain, await domain.database_url(settings)
+            may_be_apart = not makes_it and not domain.is_named(settings)
+            polled = _Polled(found, await workers_of(client, name)) if may_be_apart else None
+            closed = (await Queues.read(client, name)).closed if asks_what_is_paused else frozenset[str]()
+            return domain, await domain.database_url(settings), closed, polled
 
     try:
-        domain, url = asyncio.run(read())
+        domain, url, closed, polled = asyncio.run(read())
     except ApiUnavailableError as fault:
         if settings.database_url is None or not isinstance(fault.__cause__, AWAY):
             raise
         # At night, and the database has the answer.
-        domain, url = Domain(), settings.database_url.get_secret_value()
+        domain, url, closed, polled = Domain(), settings.database_url.get_secret_value(), frozenset(), None
         print(f"taskadapter: {fault} {WITHOUT_API}", file=sys.stderr)
-    return _Shared(name, domain, _open(url, makes_it=makes_it))
+    return _Shared(name, domain, _open(url, polled, makes_it=makes_it), closed)
 
 
-def _open(url: str, *, makes_it: bool = False) -> Engine:
-    """Return an engine on a database; a SQLite file that is not there is made only where it is to be."""
+class _Polled(NamedTuple):
+    """A work pool that names no database, and the workers that have polled it."""
+
+    pool: WorkPool
+    workers: list[Worker]
+
+
+def _open(url: str, polled: _Polled | None = None, *, makes_it: bool = False) -> Engine:
+    """Return an engine on a database; a SQLite file that is not there is made only where it is to be.
+
+    Where the workers that poll the pool have another database, as far as can be seen, that is said.
+
+    Raises:
+        TaskError: there is no such file.
+    """
     from taskadapter.coordination.engines import open_engine, would_make_file
     from taskadapter.coordination.faults import where
+    from taskadapter.doctor.database import not_named
 
     engine = open_engine(url)
+    if polled is not None and (said := not_named(engine, *polled)) is not None:
+        if would_make_file(engine.url):
+            raise TaskError(said)
+        # Perhaps a node without a group, which was stopped just now, and has left nothing here.
+        print(f"taskadapter: {said}", file=sys.stderr)
     if not makes_it and would_make_file(engine.url):
         raise TaskError(
             f"{where(engine.url)}: there is no such file on this machine; start an agent here, which makes "

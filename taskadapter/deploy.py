@@ -285,7 +285,9 @@ def _say_how_trigger_differs(deployed: DeploymentResponse, declared: Declared) -
         return
     names = [name for name in ticks.COUNTED_BY if getattr(before, name) != getattr(now, name)]
     _log.warning(
-        "Job %s is counted from one again, for it was deployed with %s, and has %s now.",
+        "Job %s is counted from one again, for it was deployed with %s, and has %s now. If that is "
+        "not meant: a moment computed from now is another one each time; leave it out, or declare a "
+        "fixed one.",
         deployed.name,
         _values(before, names),
         _values(now, names),

@@ -15,6 +15,11 @@ def listed(names: Sequence[str], at_most: int = 20) -> str:
     return f"{', '.join(names[:at_most])}{more}"
 
 
+def with_article(noun: str) -> str:
+    """Return a noun as a sentence has it: a Job, an object, a UUID."""
+    return f"{'an' if noun.lower().startswith(tuple('aeio')) else 'a'} {noun}"
+
+
 def closest(name: str, known: Iterable[str]) -> str | None:
     """Return which of the known names may be meant by one that is none; None where none is close."""
     return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)
@@ -22,7 +27,24 @@ def closest(name: str, known: Iterable[str]) -> str | None:
 
 def in_a_line(text: str) -> str:
     """Return a text of somebody else's as a message has it, without its line breaks."""
-    return " ".join(text.split())
+    return " ".join(printable(text).split())
+
+
+def printable(text: str) -> str:
+    """Return a text of somebody else's with what no database or no encoding has in escapes.
+
+    That is NUL, and what Python makes of the bytes of a file's name that are no UTF-8.
+    """
+    return text.replace("\0", "\\0").encode(errors="backslashreplace").decode()
+
+
+def words_of(fault: BaseException | None) -> str:
+    """Return an error of somebody else's with its name; its text may be what raises."""
+    try:
+        text = str(fault)
+    except Exception:  # noqa: BLE001 - it is the user's code
+        text = "<its text cannot be shown>"
+    return printable(f"{type(fault).__name__}: {text}")
 
 
 class TaskError(Exception):

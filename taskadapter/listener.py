@@ -144,7 +144,8 @@ class Listener:
                 flat, in Python's or in Ballerina's spelling; durations are seconds.
             table: the dotted name of the table that has them, such as ``"org.module"``; by default they
                 stand outside of any.
-            configuration: as for the constructor; each replaces all that the file says of it.
+            configuration: as for the constructor. Each key wins over the file's, also inside a
+                configuration, of which only what was set explicitly counts. A mapping of some keys will do.
 
         Raises:
             DeclarationError: the file cannot be read or is no TOML, a key is unknown or said twice, or a

@@ -32,11 +32,11 @@ from taskadapter.declare.triggers import (
     WorkerPoolConfiguration,
 )
 from taskadapter.deploy import Put, find, has_schedule, make_first_tick, put, wanted_of
-from taskadapter.errors import ApiUnavailableError, TaskError, in_a_line
+from taskadapter.errors import ApiUnavailableError, TaskError, in_a_line, with_article
 from taskadapter.execution import flow as flows
 from taskadapter.pools import aensure_work_pool
 from taskadapter.prefect_api.client import API_FAULTS, api_client, is_gone, run_sync
-from taskadapter.prefect_api.deployments import TAG, jobs_of_pool, trigger_of
+from taskadapter.prefect_api.deployments import TAG, find_job, jobs_of_pool, trigger_of
 from taskadapter.prefect_api.faults import explain
 from taskadapter.prefect_api.pool import PoolSize
 from taskadapter.prefect_api.ticks import create_tick, remake_ticks, remove_ticks, unfinished
@@ -241,7 +241,7 @@ async def _is_deployed(declared: Declared) -> bool:
 
 def _declare(job: Job, trigger: TriggerConfiguration, name: str | None) -> Declared:
     if not isinstance(job, Job):
-        given = f"class {job.__name__}" if isinstance(job, type) else f"a {type(job).__name__}"
+        given = f"class {job.__name__}" if isinstance(job, type) else with_article(type(job).__name__)
         raise TaskError(
             f"{given} cannot be scheduled: pass an instance of a subclass of Job; a Service or a function "
             "is declared on a Listener."
@@ -322,53 +322,62 @@ async def _unmade(client: PrefectClient, job_id: UUID) -> str:
 # --- pausing and ending ---------------------------------------------------------------------------
 
 
-def unschedule_job(job_id: JobId) -> None:
+def unschedule_job(job_id: JobId | str) -> None:
     """End a job at once: nothing of it starts any more. A run that has begun goes on; history stays.
 
+    Args:
+        job_id: its id, or its name: that of its deployment, or ``flow/deployment``.
+
     Raises:
-        TaskError: there is no such job.
+        TaskError: there is no such job, or there are several of that name.
         CoordinationError: the coordination database cannot be reached from here; nothing has changed.
     """
     run_sync(aunschedule_job(job_id))
 
 
-async def aunschedule_job(job_id: JobId) -> None:
+async def aunschedule_job(job_id: JobId | str) -> None:
     """Do what `unschedule_job` does, from async code."""
     async with _job(job_id) as (client, deployment):
         await switches.end(client, deployment, "the job was unscheduled")
         await client.delete_deployment(deployment.id)
 
 
-def pause_job(job_id: JobId) -> None:
+def pause_job(job_id: JobId | str) -> None:
     """Pause a job on all nodes, until it is resumed; a run that has begun goes on.
 
     When this returns nothing of the job begins any more.
 
+    Args:
+        job_id: its id, or its name: that of its deployment, or ``flow/deployment``.
+
     Raises:
-        TaskError: there is no such job.
+        TaskError: there is no such job, or there are several of that name.
         CoordinationError: the coordination database, where runs ask before they begin, cannot be reached
             from here; nothing has changed.
     """
     run_sync(apause_job(job_id))
 
 
-async def apause_job(job_id: JobId) -> None:
+async def apause_job(job_id: JobId | str) -> None:
     """Do what `pause_job` does, from async code."""
     async with _job(job_id) as (client, deployment):
         await _pause(client, deployment)
 
 
-def resume_job(job_id: JobId) -> None:
+def resume_job(job_id: JobId | str) -> None:
     """Resume a job that is paused; for the ticks that it missed, its waiting policy says what happens.
 
+    Args:
+        job_id: its id, or its name: that of its deployment, or ``flow/deployment``.
+
     Raises:
-        TaskError: there is no such job.
+        TaskError: there is no such job, or there are several of that name.
         CoordinationError: the coordination database cannot be reached from here; nothing has changed.
     """
     run_sync(aresume_job(job_id))
 
 
-async def aresume_job(job_id: JobId) -> None:
+async def aresume_job(job_id: JobId | str) -> None:
     """Do what `resume_job` does, from async code."""
     async with _job(job_id) as (client, deployment):
         await switches.resume(client, deployment)
@@ -438,12 +447,19 @@ async def _pause(client: PrefectClient, deployment: DeploymentResponse) -> None:
 
 
 @asynccontextmanager
-async def _job(job_id: JobId) -> AsyncIterator[tuple[PrefectClient, DeploymentResponse]]:
-    """Yield a client and the deployment of a job, which may be gone any moment."""
-    known = job_id if isinstance(job_id, JobId) else JobId(job_id)
+async def _job(job_id: JobId | str) -> AsyncIterator[tuple[PrefectClient, DeploymentResponse]]:
+    """Yield a client and the deployment of a job, which may be gone any moment.
+
+    Raises:
+        TaskError: there is no such job of ours, or there are several of that name.
+    """
+    known = job_id if isinstance(job_id, JobId | str) else JobId(job_id)
     async with api_client() as client:
         try:
-            deployment = await client.read_deployment(known.id)
+            if isinstance(known, JobId):
+                deployment = await client.read_deployment(known.id)
+            else:
+                deployment = await find_job(client, known)
             _refuse_foreign(deployment)
             yield client, deployment
         except ObjectNotFound as gone:
@@ -457,7 +473,7 @@ def _refuse_foreign(deployment: DeploymentResponse) -> None:
     if TAG not in deployment.tags:
         raise TaskError(
             f"{deployment.id} is the deployment {deployment.name!r}, which is none of ours; pass the id "
-            "that scheduling a job returned."
+            "that scheduling a job returned, or a job's name."
         )
 
 

@@ -6,13 +6,14 @@ from dataclasses import asdict
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-import pendulum
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from taskadapter.errors import listed
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable, Iterator
 
     from taskadapter.audit import Line
     from taskadapter.coordination.overview import GroupStatus, Status
@@ -20,17 +21,34 @@ if TYPE_CHECKING:
 
 MINUTE = 60.0
 
+UNITS = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
+
+PAUSED = "Paused in Prefect, and nothing begins until it is resumed: {}."
+
+SHORT = 36
+"""A reason of more characters is told below the table, once for all rows that have it."""
+
+SHORT_WORD = 13
+"""A word of more would be cut in a cell."""
+
 UUID_WIDTH = 36
 """The id of a run can be copied whole."""
 
 
-def status(now: Status, domain: Domain, place: str) -> Group:
-    """Return the groups, who is active for them and who would take over, the nodes, and where that is."""
-    lease = domain.liveness_check_interval
+def status(now: Status, domain: Domain, place: str, closed: Collection[str] = ()) -> Group:
+    """Return the groups, who is active for them and who would take over, the nodes, and where that is.
+
+    Args:
+        now: what the database has.
+        domain: the pool's lease.
+        place: what the database is called.
+        closed: what is paused in Prefect, in words.
+    """
+    lease, notes = domain.liveness_check_interval, dict[str, int]()
     groups, others = _table("Groups", "group", "active", "standing by", "why"), now.standing_by(lease)
     for group in now.groups:
         standing_by = "\n".join(others[group.group_id])
-        groups.add_row(group.group_id, _active(group, domain), standing_by, group.reason or "")
+        _add(groups, group.group_id, _active(group, domain), standing_by, _told(group.reason or "", notes))
     nodes = _table("Nodes", "node", "its groups", "host and process", "seen")
     holders = {group.group_id: group.holder for group in now.groups}
     for node in now.nodes:
@@ -41,11 +59,14 @@ def status(now: Status, domain: Domain, place: str) -> Group:
         )
         age = _time(node.last_seen_age)
         seen = f"{age} ago\nup for {_time(node.up_for)}" if lives else f"silent for {age}"
-        nodes.add_row(node.task_id, "\n".join(roles), f"{node.host}\n{node.pid}", seen)
-    return Group(groups, nodes, Text(f"As {place} has it."))
+        _add(nodes, node.task_id, "\n".join(roles), f"{node.host}\n{node.pid}", seen)
+    paused = (Text(PAUSED.format(listed(sorted(closed)))),) if closed else ()
+    return Group(groups, *_below(notes), nodes, *paused, Text(f"As {place} has it."))
 
 
-def status_as_json(now: Status, domain: Domain, place: str) -> dict[str, object]:
+def status_as_json(
+    now: Status, domain: Domain, place: str, closed: Collection[str] = ()
+) -> dict[str, object]:
     """Return the same for a program; ages are in seconds."""
     lease = domain.liveness_check_interval
     others = now.standing_by(lease)
@@ -54,29 +75,39 @@ def status_as_json(now: Status, domain: Domain, place: str) -> dict[str, object]
         for group in now.groups
     ]
     nodes = [asdict(node) | {"lives": node.lives(lease)} for node in now.nodes]
-    return {"database": place, "groups": groups, "nodes": nodes}
+    return {"database": place, "paused": sorted(closed), "groups": groups, "nodes": nodes}
 
 
-def ledger(lines: Iterable[Line]) -> Table:
-    """Return what a job has executed."""
+def ledger(lines: Iterable[Line]) -> Group:
+    """Return what a job has executed, and the reasons for which there is no room in the table."""
+    notes = dict[str, int]()
     table = _table("", "due and flow run", "outcome", "late, took", "node")
     table.columns[0].width = UUID_WIDTH
     for line in lines:
         number = f"no. {line.number}\n" if line.number else ""
-        reason = f": {line.reason}" if line.reason else ""
+        reason = f": {_told(line.reason, notes)}" if line.reason else ""
         term = f"\nterm {line.term}" if line.term else ""
-        table.add_row(
+        _add(
+            table,
             f"{_moment(line.due)}\n{line.flow_run}".strip(),
             f"{number}{line.outcome}{reason}",
             f"{_time(line.late)}\n{_time(line.took)}".strip(),
             f"{line.node}{term}",
         )
-    return table
+    return Group(table, *_below(notes))
 
 
 def not_shown(count: int, newest: str) -> str:
     """Say how many ticks wait that are not in the table, which has the oldest of them."""
     return f"{count} more wait{'s' * (count == 1)}, the newest due {_moment(newest)}."
+
+
+def nothing_yet(count: int, oldest: str | None) -> str:
+    """Say that a job has not run yet, and how many of its ticks wait."""
+    if not count:
+        return "Nothing has run yet."
+    wait = "tick waits" if count == 1 else "ticks wait"
+    return f"Nothing has run yet. {count} {wait}, the oldest due {_moment(oldest)}."
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -85,6 +116,23 @@ def _table(title: str, *columns: str) -> Table:
     for column in columns:
         table.add_column(column, overflow="fold")
     return table
+
+
+def _add(table: Table, *cells: str) -> None:
+    """Add a row of texts as they are: `list[int]` is no style."""
+    table.add_row(*map(Text, cells))
+
+
+def _told(reason: str, notes: dict[str, int]) -> str:
+    """Return a reason as a cell has it: of a long one the number of the note that has it whole."""
+    if len(reason) <= SHORT and all(len(word) <= SHORT_WORD for word in reason.split()):
+        return reason
+    return f"({notes.setdefault(reason, len(notes) + 1)})"
+
+
+def _below(notes: dict[str, int]) -> Iterator[Text]:
+    """Yield the notes, as wide as the screen."""
+    return (Text(f"({number}) {reason}") for reason, number in notes.items())
 
 
 def _role(*, lives: bool, holds: bool) -> str:
@@ -125,5 +173,14 @@ def _time(seconds: float | None) -> str:
     """Return a time in words: exact where it is short; it stays on one line where it can."""
     if seconds is None:
         return ""
-    words = f"{seconds:.1f} s" if seconds < MINUTE else pendulum.duration(seconds=int(seconds)).in_words()
+    words = f"{seconds:.1f} s" if seconds < MINUTE else _in_units(int(seconds))
     return words.replace(" ", "\N{NO-BREAK SPACE}")
+
+
+def _in_units(seconds: int) -> str:
+    """Return a longer time in its two largest units."""
+    parts: list[str] = []
+    for unit, size in UNITS:
+        count, seconds = divmod(seconds, size)
+        parts += [f"{count} {unit}"] if count else []
+    return " ".join(parts[:2])

@@ -34,6 +34,7 @@ from tests.slowness import Slowness  # noqa: E402
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from _pytest.terminal import TerminalReporter
     from prefect.client.orchestration import SyncPrefectClient
 
 
@@ -42,9 +43,11 @@ WORKER = os.environ.get("PYTEST_XDIST_WORKER")
 
 LONGEST = [
     "acceptance/test_failover.py",
+    "acceptance/test_outcomes.py",
     "acceptance/test_schedule.py",
     "acceptance/test_ledger.py",
     "acceptance/test_program.py",
+    "acceptance/test_succession.py",
     "integration/test_deploy.py",
     "acceptance/test_process.py",
     "integration/test_doctor.py",
@@ -67,6 +70,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     if WORKER is not None:
         items.sort(key=place)
+
+
+class AtOnce:
+    """Says of each failure at once what it was: a run that is broken off is not broken off in vain."""
+
+    def __init__(self, terminal: TerminalReporter) -> None:
+        self.terminal = terminal
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Write one line of a test that has failed, its set-up or its end included."""
+        if report.failed:
+            what = getattr(report.longrepr, "reprcrash", None) or report.longrepr
+            self.terminal.write_line(f"\n{report.nodeid} failed ({report.when}): {what}")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Tell of failures as they come, where this process is the one that tells."""
+    plugins = session.config.pluginmanager
+    if WORKER is None and (terminal := plugins.get_plugin("terminalreporter")):
+        plugins.register(AtOnce(terminal))
 
 
 TRIES = 3
@@ -143,6 +166,8 @@ def prefect_api(
     What was just deployed is planned by a loop of its scheduler that looks back a second further than it
     waits, and on a busy machine misses some; what it misses waits for the other loop, by default a minute.
     It plans 20 ticks ahead of each job, by default 100: half of the server's work, for jobs that end soon.
+    It looks for what runs that were cancelled have left behind at its start, and not each 20 s: for that it
+    reads the tasks of each one, and whatever was skipped in the last day is one.
     Where the environment names another `prefect` it is that one's, of another version perhaps.
     """
     postgres_server.create_database("prefect")
@@ -150,6 +175,7 @@ def prefect_api(
     settings = {
         "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "5",
         "PREFECT_SERVER_SERVICES_SCHEDULER_MAX_RUNS": "20",
+        "PREFECT_SERVER_SERVICES_CANCELLATION_CLEANUP_LOOP_SECONDS": "3600",
     }
     command = os.environ.get("TASKADAPTER_TEST_PREFECT")
     with prefect_server(tmp_path_factory.mktemp("prefect"), url, settings, command) as server:
@@ -158,6 +184,13 @@ def prefect_api(
 
 @pytest.fixture
 def prefect_client(prefect_api: PrefectServer) -> Iterator[SyncPrefectClient]:
-    """A client of the shared server, which this process also uses for the duration of the test."""
+    """A client of the shared server, which this process also uses for the duration of the test.
+
+    Jobs go with their test: the server plans them for as long as they are there, and marks as late what
+    nobody runs.
+    """
     with prefect_api.client() as client:
         yield client
+        while jobs := client.read_deployments():
+            for job in jobs:
+                client.delete_deployment(job.id)

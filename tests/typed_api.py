@@ -211,7 +211,10 @@ def schedule() -> None:
     schedule_one_time_job(Counter, start)  # type: ignore[arg-type]  # a flow
     schedule_one_time_job(Total(), start)  # type: ignore[arg-type]  # a service
     schedule_one_time_job(greeting, start, "once")  # type: ignore[call-arg]  # the name is a keyword
-    pause_job("once")  # type: ignore[arg-type]  # no id
+    pause_job("once")
+    resume_job("greeting/once")
+    unschedule_job("once")
+    pause_job(5)  # type: ignore[arg-type]  # neither an id nor a name
 
 
 async def schedule_async() -> None:

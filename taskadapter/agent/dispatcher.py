@@ -131,6 +131,13 @@ class Dispatcher:
         """The queues of the runs that are taken, and not over."""
         return frozenset(queue_of(run.flow_run) for run in self._hand)
 
+    def longest_late(self, now: datetime) -> float:
+        """Return for how many seconds the oldest tick is due that has not begun; 0 where none is late."""
+        claimed = [run.flow_run for run in self._hand if not run.life.has_begun]
+        waiting = [run for run in self._queue.runs if not self._timetable.is_held(run)]
+        dues = filter(None, map(ticks.tick_of, (*claimed, *waiting)))
+        return max([0.0, *((now - tick).total_seconds() for tick in dues)])
+
     @property
     def has_plenty(self) -> bool:
         """Whether there is much more to run, now or soon, than there is room for."""
@@ -186,8 +193,8 @@ class Dispatcher:
             wait.reschedule(asyncio.get_running_loop().time())
 
     async def finish(self) -> None:
-        """Wait until everything that is known has run."""
-        while self._queue or self._handling:
+        """Wait until everything that is known has run, but for what could not begin here."""
+        while self._queue.has_untried or self._handling:
             await asyncio.wait(self._handling or [asyncio.create_task(asyncio.sleep(0.1))])
 
     def end(self, which: Which = any_run) -> None:

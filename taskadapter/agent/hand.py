@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ class RunInHand:
         life: how far it has come, and what is to become of it.
         host: the process that has it, while one does.
         heartbeat: when its last heartbeat was, on the monotonic clock; None before it has started.
+        entering: what enters its end, where its process cannot.
     """
 
     flow_run: FlowRun
@@ -39,6 +41,7 @@ class RunInHand:
     life: Life = field(default_factory=Life)
     host: HostLink | None = None
     heartbeat: float | None = None
+    entering: asyncio.Task[None] | None = None
 
     @property
     def due(self) -> datetime:

@@ -29,6 +29,9 @@ from taskadapter.execution.scratch import Scratch
 RESTART_SECONDS = 1.0
 """How long to wait before a nursery that has ended is started again."""
 
+SLOW_START_SECONDS = 30.0
+"""How long a nursery starts until that is told: it is waited for, for a module may take long to import."""
+
 STILL_SECONDS = 120.0
 """How long the nursery may stand still before it is replaced, which ends all runs of the node.
 
@@ -97,7 +100,13 @@ class HostPool:
                 start_new_session=True,
             )
         reader = LineReader(ours)
-        first = await reader.read()
+        slow = asyncio.get_running_loop().call_later(
+            SLOW_START_SECONDS, self._say_slow, self._process.pid, preload
+        )
+        try:
+            first = await reader.read()
+        finally:
+            slow.cancel()
         if first is None:
             ours.close()
             raise EOFError("the process that forks others has ended at once; its output says why")
@@ -108,6 +117,14 @@ class HostPool:
         self._nursery = ours
         self._tell_of_database()
         self._watcher = asyncio.create_task(self._watch(ours, reader, preload))
+
+    def _say_slow(self, pid: int, preload: Sequence[str]) -> None:
+        self._log.warning(
+            "The nursery process %d has been starting for %g s, and no run begins before it has: %s.",
+            pid,
+            SLOW_START_SECONDS,
+            f"it imports Prefect and {', '.join(preload)}" if preload else "it imports Prefect",
+        )
 
     def use(self, database_url: SecretStr) -> None:
         """Have the nursery learn about a database that answers what each run would learn anew."""

@@ -76,7 +76,7 @@ class Progress:
     loaded: Callable[[float], None]
     started: Callable[[], None]
     begun: Callable[[str | None], None]
-    came_to: Callable[[protocol.Waits | protocol.Answered | protocol.Settled], None]
+    came_to: Callable[[protocol.Waits | protocol.Unentered | protocol.Answered | protocol.Settled], None]
 
 
 class HostLink:
@@ -136,7 +136,7 @@ class HostLink:
                     progress.started()
                 case protocol.Begun(ended=ended):
                     progress.begun(ended)
-                case protocol.Waits() | protocol.Answered() | protocol.Settled():
+                case protocol.Waits() | protocol.Unentered() | protocol.Answered() | protocol.Settled():
                     progress.came_to(report)
                 case protocol.Hook(name=name):
                     self._hook = name

@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import Collection
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,10 +28,10 @@ from taskadapter.coordination import store
 from taskadapter.declare.attached import FETCH_CODE, file_of
 from taskadapter.declare.triggers import DEFAULT_QUEUE
 from taskadapter.errors import ApiUnavailableError, CoordinationError, TaskError
-from taskadapter.prefect_api.client import API_FAULTS, PAGE, in_words
+from taskadapter.prefect_api.client import API_FAULTS, in_words
 from taskadapter.prefect_api.deployments import deployments_of, deployments_of_pool
 from taskadapter.prefect_api.pool import PoolSize, working_dir_of
-from taskadapter.prefect_api.ticks import due
+from taskadapter.prefect_api.ticks import Due, due
 
 if TYPE_CHECKING:
     from prefect.client.schemas.responses import DeploymentResponse
@@ -194,39 +195,43 @@ class Lookout:
             return []
         now = datetime.now(UTC)
         try:
-            runs, until = await self._due(
-                wanted, now + timedelta(seconds=self._pause + self._prefetch_seconds)
-            )
+            found = await self._due(wanted, now + timedelta(seconds=self._pause + self._prefetch_seconds))
         except ObjectNotFound:
             self._looks.want_visit()  # a queue, or the pool, was deleted
             return []
         # A new job's first ticks may not be planned: it must be known before one of them is started.
-        if self._timetable.strangers(runs) - self._gone:
+        if self._timetable.strangers(found.runs) - self._gone:
             await self._visit()
-            self._gone = self._timetable.strangers(runs)
+            self._gone = self._timetable.strangers(found.runs)
         runs = await self._timetable.complete(
-            runs, wanted, self._hand.flow_runs, now, until, self._membership.withheld
+            found, wanted, self._hand.flow_runs, now, self._membership.withheld
         )
         await self._deployments.prepare(runs)
         return runs
 
-    async def _due(self, wanted: list[str], before: datetime) -> tuple[list[FlowRun], datetime]:
-        """Return the runs of this node's jobs that are due until some moment, and that moment.
+    async def _due(self, wanted: list[str], before: datetime) -> Due:
+        """Return the runs of this node's jobs that are due until some moment.
 
         Raises:
             ObjectNotFound: a queue, or the pool, is gone.
         """
-        client = self._node.client
-        # The server looks up each queue by its name, but not those of the whole pool.
-        names = None if self._membership.queues <= set(wanted) else wanted
-        found, until = await due(client, self._node.work_pool, names, before)
-        runs = [run for run in found if queue_of(run) in wanted and self._node.share.has_job_of(run)]
-        if len(runs) < len(found) and (until < before or len(found) >= PAGE):
-            # Those that are left out could fill the list for ever.
-            ours, until = self._timetable.jobs_of(wanted), before
-            runs = await client.get_scheduled_flow_runs_for_deployments(ours, before)
-            runs = [run for run in runs if queue_of(run) in wanted]
-        return runs, until
+        withheld = self._membership.withheld & set(wanted)
+        asked_for = set(wanted) - withheld
+        # Those that have ended, too: somebody may ask for a run of them.
+        job_ids = {id_ for id_, job in self._deployed.items() if job.work_queue_name in asked_for}
+        job_ids -= self._node.share.left_out
+        found = await due(
+            self._node.client,
+            self._node.work_pool,
+            # The server looks up each queue by its name, but not those of the whole pool.
+            None if self._membership.queues <= set(wanted) else wanted,
+            before,
+            job_ids=job_ids,
+            late=lambda: self._timetable.late(datetime.now(UTC)) & job_ids,
+            withheld=withheld,
+        )
+        runs = [run for run in found.runs if queue_of(run) in wanted and self._node.share.has_job_of(run)]
+        return replace(found, runs=runs)
 
     # --- a visit ----------------------------------------------------------------------------------
 
@@ -287,7 +292,7 @@ class Lookout:
             self._node.tasks.spawn(self._end_gone(gone))
 
     def _look_for_code(self, found: Collection[DeploymentResponse]) -> None:
-        """Say which folders lack the code of jobs of this node, whose runs would crash here; once."""
+        """Say which folders lack the code of jobs of this node, whose ticks wait here; once."""
         default = working_dir_of(self._node.pool())
         lacking: dict[Path, set[str]] = {}
         for deployment in found:
@@ -300,7 +305,7 @@ class Lookout:
         for place, files in lacking.items():
             if files - self._lacking.get(place, set()):
                 self._node.log.warning(
-                    "Folder %s lacks %s, and runs of it would crash here; %s.",
+                    "Folder %s lacks %s, and its ticks wait here; %s.",
                     place,
                     ", ".join(sorted(files)),
                     FETCH_CODE,

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 AFTER_NEWS_SECONDS = (0.0, 1.0)
 """How long after some news the agent looks: the API may tell of a change before it shows it."""
 
+PLANNED_SECONDS = 8.0
+"""How long after news of a deployment the agent looks once more: Prefect's scheduler, which tells nobody,
+plans the runs of what was changed each 5 s. The ticks of our own jobs need no plan."""
+
 SHORTEST_PAUSE_SECONDS = 0.5
 """How long there is between two looks at least, unless something is due at once."""
 
@@ -93,6 +97,8 @@ class Looks:
         self._looked_at = self._visited_at = float("-inf")
         # When what the last look found is not enough any more.
         self._needed = float("inf")
+        # When what has changed last is planned.
+        self._planned = float("inf")
         self._wanted: list[float] = []
         self._visits: list[float] = []
         self._changed: dict[UUID, float] = {}
@@ -116,10 +122,11 @@ class Looks:
                 self.want(soon + seconds)
             if news is not None and news.kind is Kind.DEPLOYMENT and news.about is not None:
                 self._changed[news.about] = self._clock() + soon + seconds
+                self._planned = self._clock() + PLANNED_SECONDS
 
     def is_due(self, pause: float) -> bool:
         """Return whether it is time for a look, which else are so many seconds apart."""
-        return self._is_due(self._looked_at, [*self._wanted, self._needed], pause)
+        return self._is_due(self._looked_at, [*self._wanted, self._needed, self._planned], pause)
 
     def is_visit_due(self, pause: float) -> bool:
         """Return whether it is time for a visit, which else are so many seconds apart."""
@@ -142,6 +149,7 @@ class Looks:
         """
         self._looked_at, self._needed = at, self._clock() + enough_for
         self._wanted = [moment for moment in self._wanted if moment > at]
+        self._planned = self._planned if self._planned > at else float("inf")
         self._changed = {id_: until for id_, until in self._changed.items() if until > at}
 
     def visited(self, at: float) -> None:

@@ -305,7 +305,7 @@ class Membership:
         self._claimed = frozenset()
         self.database_url = database_url
         self._groups = Groups(node.name, node.incarnation, pool, node.log, self._is_only, self._on_change)
-        self._may_be_apart = domain.database is None and node.settings.database_url is None
+        self._may_be_apart = not domain.is_named(node.settings)
         self._say_where(is_default=self._may_be_apart)
         return self._groups
 

@@ -7,6 +7,7 @@ Prefect's own server of client metrics serves it, where `PREFECT_CLIENT_METRICS_
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from prefect.settings import PREFECT_CLIENT_METRICS_PORT
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from prometheus_client.metrics_core import Metric
 
+    from taskadapter.agent.dispatcher import Dispatcher
     from taskadapter.agent.hand import Hand
     from taskadapter.agent.health import Health
     from taskadapter.agent.hosts import HostPool
@@ -80,6 +82,7 @@ class Source:
         hosts: its processes.
         hand: its runs.
         health: its own.
+        dispatcher: what waits for its moment, or for room.
     """
 
     work_pool: str
@@ -87,6 +90,7 @@ class Source:
     hosts: HostPool
     hand: Hand
     health: Health
+    dispatcher: Dispatcher
 
 
 def can_serve(log: Logger | LoggerAdapter[Any]) -> bool:
@@ -127,6 +131,7 @@ class _Gauges(Collector):
         )
         busy = _gauge("processes_busy", "Runs that the node has in hand.")
         limit = _gauge("processes_limit", "How many there may be at once.")
+        late = _gauge("oldest_tick_seconds", "For how long the oldest tick is due that has not begun here.")
         for one in list(self.sources):
             pool, held, unmet = one.work_pool, dict(one.membership.active), one.health.unmet()
             for name in one.membership.groups:
@@ -138,7 +143,8 @@ class _Gauges(Collector):
                 met.add_metric([pool, condition], condition not in unmet)
             busy.add_metric([pool], len(one.hand))
             limit.add_metric([pool], one.hosts.limit)
-        yield from (active, term, left, met, busy, limit)
+            late.add_metric([pool], one.dispatcher.longest_late(datetime.now(UTC)))
+        yield from (active, term, left, met, busy, limit, late)
 
 
 def _gauge(name: str, text: str, *labels: str) -> GaugeMetricFamily:

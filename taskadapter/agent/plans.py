@@ -12,8 +12,8 @@ from uuid import UUID
 from prefect.client.schemas.schedules import IntervalSchedule
 
 from taskadapter.declare.triggers import TriggerConfiguration, WaitingPolicy
-from taskadapter.prefect_api.client import PAGE
 from taskadapter.prefect_api.deployments import schedule_of, trigger_of
+from taskadapter.prefect_api.ticks import MANY_LATE, Due
 from taskadapter.rules import ticks
 
 if TYPE_CHECKING:
@@ -106,6 +106,10 @@ class Line:
         ticks = self._ticks(until)
         return list(islice((tick for tick in ticks if tick not in self.settled), MADE_AHEAD))
 
+    def is_late(self, now: datetime) -> bool:
+        """Return whether many of its ticks are late."""
+        return len(self.owed(now)) >= MANY_LATE
+
     def unplanned(self, after: datetime, until: datetime, known: Collection[datetime]) -> datetime | None:
         """Return the first tick in a span of time that nobody has planned, settled ones aside."""
         until = self.plan.until(until)
@@ -134,32 +138,30 @@ class Seen:
     """What a look at the runs that wait tells of the ticks that are made.
 
     Attributes:
-        now: the moment of the look; an earlier one where more wait then than are listed.
+        now: the moment of the look.
         until: up to when those that wait are listed.
-        is_full: whether more wait than are listed.
+        is_cut: whether more wait than are listed.
+        behind: the jobs with more late ticks than are wanted at once, and up to when theirs are listed.
         planned: the ticks of each job that wait, or are in hand.
         listed: the jobs of which some wait.
     """
 
     now: datetime
     until: datetime
-    is_full: bool
+    is_cut: bool
+    behind: Mapping[UUID, datetime]
     planned: Mapping[UUID | None, Collection[datetime]]
     listed: Collection[UUID | None]
 
     @classmethod
-    def of(
-        cls, found: Collection[FlowRun], in_hand: Iterable[FlowRun], now: datetime, until: datetime
-    ) -> Self:
-        """Return what those runs tell that were found, and are in hand; all as in `Timetable.complete`."""
-        if is_full := len(found) >= PAGE:
-            until = min(until, max(filter(None, map(ticks.tick_of, found)), default=until))
-            now = min(now, until - timedelta.resolution)  # perhaps others are due at that very moment
+    def of(cls, found: Due, in_hand: Iterable[FlowRun], now: datetime) -> Self:
+        """Return what those runs tell that were found, and are in hand, at a moment."""
         planned: dict[UUID | None, set[datetime]] = {}
-        for run in (*found, *in_hand):
+        for run in (*found.runs, *in_hand):
             if (tick := ticks.tick_of(run)) is not None:
                 planned.setdefault(run.deployment_id, set()).add(tick)
-        return cls(now, until, is_full, planned, {run.deployment_id for run in found})
+        listed = {run.deployment_id for run in found.runs}
+        return cls(now, found.until, found.is_cut, found.behind, planned, listed)
 
 
 @dataclass
@@ -199,22 +201,24 @@ def find_missing(lines: Iterable[Line], seen: Seen) -> Missing:
         lines: the jobs; each is no new one after this.
         seen: what is made.
     """
-    missing = Missing(seen.until - KNOWN_BEFORE if seen.is_full else seen.until)
+    missing = Missing(seen.until - KNOWN_BEFORE if seen.is_cut else seen.until)
     for line in lines:
         # What a new job is due to do at once need not wait for what is to follow.
         soon = seen.now if line.is_new else seen.now + LOOK_AHEAD
         missing.has_new |= line.is_new
         line.is_new = False
-        owed = line.owed(min(seen.until, soon))
+        until = seen.behind.get(line.deployment_id, seen.until)
+        owed = line.owed(min(until, soon))
         if not owed and seen.until < seen.now and line.deployment_id not in seen.listed:
             # However late others are: its ticks are there, or are made.
             owed = line.owed(soon)
             missing.is_cut |= bool(owed)
         planned = {*seen.planned.get(line.deployment_id, ()), *line.left}
         missing.ticks += [(tick, line) for tick in owed if tick not in planned]
-        if len(owed) == MADE_AHEAD:
-            missing.hold_up(line, owed[-1] + timedelta.resolution)
-        if (tick := line.unplanned(seen.now + LOOK_AHEAD, seen.until, planned)) is not None:
+        last = owed[-1] if len(owed) == MADE_AHEAD else seen.behind.get(line.deployment_id)
+        if last is not None:
+            missing.hold_up(line, last + timedelta.resolution)
+        if (tick := line.unplanned(seen.now + LOOK_AHEAD, until, planned)) is not None:
             missing.complete_until = min(missing.complete_until, tick - LOOK_AHEAD)
     missing.ticks.sort(key=lambda one: one[0])
     for tick, line in missing.ticks[MADE_AT_ONCE:]:

@@ -77,6 +77,16 @@ class Queue:
         """Return how many runs wait here."""
         return len(self._upcoming)
 
+    @property
+    def has_untried(self) -> bool:
+        """Whether a run waits here that has not been tried, to no avail, before."""
+        return any(run_id not in self._tries for run_id in self._upcoming)
+
+    @property
+    def runs(self) -> list[FlowRun]:
+        """What waits here."""
+        return list(self._upcoming.values())
+
     def found(self, runs: Iterable[FlowRun], asked: float, taken: Collection[UUID]) -> None:
         """Take note of all runs that are due soon or late; they replace those that were known.
 
@@ -139,10 +149,15 @@ class Queue:
         if run_id not in self._upcoming:
             self._through[run_id] = clock
 
-    def try_later(self, run_id: UUID, clock: float) -> None:
-        """Let a run that was ended before its body wait before it is tried again, longer each time."""
+    def try_later(self, run_id: UUID, clock: float) -> int:
+        """Let a run that was ended before its body wait before it is tried again, longer each time.
+
+        Returns:
+            How often it has been before.
+        """
         times, _ = self._tries.get(run_id, Tries(0, 0.0))
         self._tries[run_id] = Tries(times + 1, clock + backoff(times, LONGEST_WAIT_SECONDS))
+        return times
 
     def loaded(self, job_id: UUID | None, seconds: float) -> None:
         """Take note of how long the code of a job takes to load."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from prefect.client.schemas.objects import State
 from prefect.logging.loggers import flow_run_logger
@@ -17,10 +19,10 @@ from taskadapter.agent import events, metrics, runs
 from taskadapter.agent.hand import Hand, RunInHand
 from taskadapter.agent.hosts import HostPool
 from taskadapter.agent.links import HOOKS_SECONDS, Outcome, Progress
-from taskadapter.agent.runs import Todo
+from taskadapter.agent.runs import Phase, Todo
 from taskadapter.agent.watch import send_heartbeat
 from taskadapter.coordination import store
-from taskadapter.coordination.executions import ABANDONED, Entry
+from taskadapter.coordination.executions import ABANDONED, End, Entry
 from taskadapter.declare.triggers import WaitingPolicy
 from taskadapter.errors import CoordinationError, TokenLostError
 from taskadapter.execution import protocol
@@ -37,6 +39,11 @@ if TYPE_CHECKING:
     from taskadapter.agent.queue import Queue
     from taskadapter.agent.succession import Succession
     from taskadapter.agent.timetable import Timetable
+
+T = TypeVar("T")
+
+ANSWERS_WITHIN_SECONDS = 5.0
+"""How long after the agent the process of a run reaches a database that was away."""
 
 PAUSE_SECONDS = 5.0
 """How long to wait before a run is tried again that no process could be started for."""
@@ -85,10 +92,12 @@ class Runner:
         outcome = await self._in_a_process(run, assignment, job)
         for action in run.meet(outcome.end):
             match action:
+                case runs.Withdraw():
+                    await self._withdraw(run, assignment)
                 case runs.AskLedger(at_fault):
                     await self._settle(run, assignment, outcome.message, at_fault=at_fault)
-                case runs.PassOn():
-                    await self._pass_on(run, assignment, outcome.message)
+                case runs.PassOn(waits):
+                    await self._pass_on(run, assignment, outcome.message, waits=waits)
                 case runs.PutBack() | runs.ShowSkipped():
                     await self.give_back(run, action)
                 case runs.Skip(reason):
@@ -124,10 +133,15 @@ class Runner:
         """Return whether this node may say what becomes of a run; else its group's next holder does."""
         return run.token is None or self._membership.holds(run.token)
 
-    async def _pass_on(self, run: RunInHand, assignment: Assignment, message: str) -> None:
-        """Have another node run what cannot be loaded here; if there is none it has crashed."""
+    async def _pass_on(self, run: RunInHand, assignment: Assignment, message: str, *, waits: bool) -> None:
+        """Have another node run what cannot be loaded here; if there is none it waits, or has crashed."""
         if await self._succession.pass_on(run, message):
             run.meet(runs.Dropped())
+            await self.give_back(run, runs.give_back(run.life))
+        elif waits and run.life.cancelled is None:
+            if self._queue.try_later(run.flow_run.id, time.monotonic()) == 0:
+                for log in self._log, flow_run_logger(run.flow_run):
+                    log.warning("Run %s waits until its code is here. %s", run.flow_run.name, message)
             await self.give_back(run, runs.give_back(run.life))
         else:
             await self._settle(run, assignment, message, at_fault=True)
@@ -136,6 +150,8 @@ class Runner:
         self, run: RunInHand, assignment: Assignment, message: str, *, at_fault: bool
     ) -> None:
         """Do about a run whose process has ended what the ledger says."""
+        if run.entering is not None:
+            await asyncio.wait([run.entering])
         try:
             entry = await self._entry(run, assignment)
         except TokenLostError:
@@ -159,26 +175,69 @@ class Runner:
             case Todo.TELL if entry is not None:
                 await self._teller.tell(run.flow_run, entry)
 
+    async def _withdraw(self, run: RunInHand, assignment: Assignment) -> None:
+        """Have a run that was entered at a moment at which the database did not answer begin anew."""
+        with suppress(TokenLostError):  # the next holder takes it for interrupted
+            slug = assignment.trigger_slug or ""
+            await self._asked(run, store.withdraw, assignment.execution, assignment.owner, slug)
+
     async def _entry(self, run: RunInHand, assignment: Assignment) -> Entry | None:
-        """Return a run's entry in the ledger, however long the database does not answer.
+        """Return a run's entry in the ledger.
 
         Raises:
             TokenLostError: the token is lost.
         """
-        key, url = assignment.execution.key, self._membership.database_url
+        found = await self._asked(run, store.entries, [assignment.execution.key])
+        return found[0] if found else None
+
+    async def _asked(self, run: RunInHand, ask: Callable[..., T], *what: object) -> T:
+        """Return what the ledger answers about a run that has ended, however long it does not.
+
+        Raises:
+            TokenLostError: the token is lost, and it does not answer.
+        """
+        level = logging.WARNING
         while True:
             try:
-                found = await asyncio.to_thread(store.entries, url, [key])
+                return await asyncio.to_thread(ask, self._membership.database_url, *what)
             except CoordinationError as fault:
                 if run.life.lost:
                     raise TokenLostError(f"run {run.flow_run.name} is another node's") from fault
-                self._log.debug("The end of run %s waits for the database: %s", run.flow_run.name, fault)
+                self._log.log(
+                    level, "The end of run %s waits for the database: %s", run.flow_run.name, fault
+                )
+                level = logging.DEBUG  # one line is enough
                 await asyncio.sleep(store.RETRY_SECONDS)
-            else:
-                return found[0] if found else None
+
+    def _met(self, run: RunInHand, job: DeployedJob, begun: protocol.Begun) -> None:
+        """Take note that a body has begun, and whether its job is over."""
+        for action in run.meet(begun):
+            if isinstance(action, runs.EndJob):
+                self._end_job(job, action.reason)
+
+    async def _enter_for(
+        self, run: RunInHand, assignment: Assignment, job: DeployedJob, end: protocol.Unentered
+    ) -> None:
+        """Enter what a body came to, whose process cannot; and end that, if it cannot either then."""
+        came_to = End(end.outcome, end.state, end.ends)
+        slug = assignment.trigger_slug
+        try:
+            await self._asked(run, store.settle_for, assignment.execution, assignment.owner, came_to, slug)
+        except TokenLostError:
+            return  # the next holder takes it for interrupted
+        self._met(run, job, protocol.Begun(ended=end.ends))
+        # A database that was away answers its process now, too, which has to tell Prefect, and its hooks.
+        await asyncio.sleep(ANSWERS_WITHIN_SECONDS)
+        if run.life.phase is Phase.BEGUN and run.host is not None:
+            self._log.warning(
+                "Run %s has come to its end, but its process does not reach the database, and is ended: %s",
+                run.flow_run.name,
+                end.fault,
+            )
+            run.host.end(signal.SIGKILL)
 
     async def _enter(self, run: RunInHand, write: Callable[..., None], *what: object) -> None:
-        """Enter what a run came to; if the database does not answer now, a look at what is open will."""
+        """Enter what an open entry came to; if the database does not answer now, a look at those will."""
         try:
             await asyncio.to_thread(write, self._membership.database_url, *what)
         except CoordinationError as fault:
@@ -212,23 +271,27 @@ class Runner:
 
         def begun(ended: str | None) -> None:
             nonlocal begun_at
-            begun_at = begun_at or time.monotonic()
-            if ticks.is_tick(run.flow_run):
+            if begun_at is None and ticks.is_tick(run.flow_run):
                 late = (datetime.now(UTC) - run.tick).total_seconds()
                 metrics.begun(self._node.work_pool, late, assignment.waiting_time)
-            actions = run.meet(protocol.Begun(ended=ended))
+            begun_at = begun_at or time.monotonic()
+            self._met(run, job, protocol.Begun(ended=ended))
             self._hand.let_begin()
-            for action in actions:
-                if isinstance(action, runs.EndJob):
-                    self._end_job(job, action.reason)
 
         def loaded(seconds: float) -> None:
             self._queue.loaded(run.flow_run.deployment_id, seconds)
 
-        def came_to(report: protocol.Waits | protocol.Answered | protocol.Settled) -> None:
-            run.meet(report)
-            if isinstance(report, protocol.Waits):
-                self._succession.waited(run, report)
+        def came_to(
+            report: protocol.Waits | protocol.Unentered | protocol.Answered | protocol.Settled,
+        ) -> None:
+            match report:
+                case protocol.Unentered():
+                    run.entering = self._node.tasks.spawn(self._enter_for(run, assignment, job, report))
+                case protocol.Waits():
+                    run.meet(report)
+                    self._succession.waited(run, report)
+                case _:
+                    run.meet(report)
 
         try:
             host = await self._hosts.fork()
@@ -255,13 +318,18 @@ class Runner:
             await self._hosts.clear(str(run.flow_run.id))
 
     async def _report_crash(self, run: RunInHand, assignment: Assignment, message: str) -> None:
-        """Enter and report the end of a run whose process could not, and run the hooks it owes."""
-        state: State[Any] = Crashed(message=f"On {self._node.name}: {message}.")
+        """Enter and report the end of a run whose process could not, and run the hooks it owes.
+
+        It is entered first, however long that takes: nothing else would know of one that has not begun, and
+        its tick would be made, and run, again.
+        """
+        words = message.removesuffix(".")
+        state: State[Any] = Crashed(message=f"On {self._node.name}: {words}.")
         if run.life.cancelled is not None:
-            state = Cancelled(message=f"Cancelled; on {self._node.name} {message}.")
+            state = Cancelled(message=f"Cancelled; on {self._node.name} {words}.")
         outcome = runs.outcome_of(state.type)
         try:
-            await self._enter(run, store.give_up, assignment.execution, assignment.owner, outcome, message)
+            await self._asked(run, store.give_up, assignment.execution, assignment.owner, outcome, message)
         except TokenLostError:
             return  # the next holder of its group says what becomes of it
         is_told = await self._teller.report(

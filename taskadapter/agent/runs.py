@@ -228,6 +228,11 @@ class ShowSkipped:
 
 
 @dataclass(frozen=True, slots=True)
+class Withdraw:
+    """Have the ledger know nothing of it, if it has it as begun: its body has not."""
+
+
+@dataclass(frozen=True, slots=True)
 class AskLedger:
     """Have the ledger say what becomes of it; `at_fault` as in `settle`."""
 
@@ -236,10 +241,12 @@ class AskLedger:
 
 @dataclass(frozen=True, slots=True)
 class PassOn:
-    """Have a node run it that can load its code; if there is none, it has crashed."""
+    """Have a node run it that can load its code; if there is none, it waits for that, or has crashed."""
+
+    waits: bool
 
 
-Action: TypeAlias = EndJob | HoldJob | PutBack | Skip | ShowSkipped | AskLedger | PassOn
+Action: TypeAlias = EndJob | HoldJob | PutBack | Skip | ShowSkipped | Withdraw | AskLedger | PassOn
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,16 +306,20 @@ def _end(life: Life, end: protocol.End | Killed) -> Step:
             return _job_ends(life, reason)
         case protocol.Skipped(reason=why, ended=reason):
             return _job_ends(life, reason, Skip(why))
+        case protocol.Dropped(in_doubt=True):
+            return Step(life, actions=(Withdraw(), give_back(life)))
         case protocol.Dropped():
             return Step(life, actions=(give_back(life),))
         case protocol.Paused():
             return Step(life, actions=(HoldJob(), give_back(life)))
+        case protocol.Untold(in_doubt=True):
+            return Step(life, actions=(Withdraw(), AskLedger(at_fault=False)))
         case protocol.Untold(ended=reason):
             return _job_ends(life, reason, AskLedger(at_fault=False))
         case protocol.Crashed():
             return Step(life, actions=(AskLedger(at_fault=True),))
-        case protocol.Unloadable():
-            return Step(life, actions=(PassOn(),))
+        case protocol.Unloadable(waits=waits):
+            return Step(life, actions=(PassOn(waits),))
         case Killed():
             return Step(life, actions=(AskLedger(at_fault=False),))
 

@@ -49,6 +49,8 @@ class Succession:
         self._hand_over = hand_over
         # The token of each group that was handed over last.
         self._handed_over: dict[str, Token] = {}
+        # The last handover that has failed, and with what.
+        self._failed: tuple[Token, str] | None = None
         self._one_at_a_time = asyncio.Lock()
 
     def waited(self, run: RunInHand, wait: protocol.Waits) -> None:
@@ -103,7 +105,8 @@ class Succession:
             if not able or not self._may_go(token):
                 return False
             await asyncio.to_thread(store.give_up_tokens, url, [token], fault)
-        except CoordinationError:
+        except CoordinationError as failure:
+            self._tell_of_failure(token, what, failure)
             return False
         if not self._may_go(token):
             return False
@@ -117,6 +120,14 @@ class Succession:
         )
         self._hand_over(token)
         return True
+
+    def _tell_of_failure(self, token: Token, what: str, failure: CoordinationError) -> None:
+        """Say why a group stays here that was to be left; once, however often it is tried."""
+        if self._failed != (token, str(failure)):
+            self._node.log.warning(
+                "%s, and group %s cannot be handed over: %s", what, token.group_id, failure
+            )
+        self._failed = token, str(failure)
 
     def _may_go(self, token: Token) -> bool:
         is_needed = any(other.token == token and other.life.goes_on for other in self._hand)

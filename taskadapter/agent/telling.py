@@ -17,6 +17,7 @@ from prefect.states import Scheduled
 
 from taskadapter.agent import runs
 from taskadapter.coordination.executions import Entry
+from taskadapter.errors import printable
 from taskadapter.prefect_api.client import API_FAULTS, in_words, is_gone
 from taskadapter.rules import ticks
 
@@ -178,9 +179,9 @@ class Teller:
 
 
 def _printable(state: State[Any]) -> State[Any]:
-    """Return the state with a message that a database can keep: PostgreSQL has no NUL in a text."""
+    """Return the state with a message that can be sent, and that a database can keep."""
     message = state.message
-    return state if message is None else state.model_copy(update={"message": message.replace("\0", "\\0")})
+    return state if message is None else state.model_copy(update={"message": printable(message)})
 
 
 def _bare(state: State[Any]) -> State[Any]:

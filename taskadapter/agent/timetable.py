@@ -38,7 +38,7 @@ from taskadapter.agent.telling import Teller
 from taskadapter.coordination.executions import Entered
 from taskadapter.prefect_api.client import API_FAULTS, PAGE, is_gone, side_by_side
 from taskadapter.prefect_api.deployments import is_on, switched_on_at
-from taskadapter.prefect_api.ticks import create_tick, delete_run
+from taskadapter.prefect_api.ticks import Due, create_tick, delete_run
 from taskadapter.rules import ticks
 
 NEW = timedelta(seconds=5)
@@ -194,9 +194,9 @@ class Timetable:
             self._deployments.pop(job_id, None)
             self._plans.pop(job_id, None)
 
-    def jobs_of(self, queues: Collection[str]) -> list[UUID]:
-        """Return the jobs of some queues that this agent runs."""
-        return [id_ for id_, found in self._deployments.items() if found.work_queue_name in queues]
+    def late(self, now: datetime) -> set[UUID]:
+        """Return the jobs that are late with many ticks, of those that the agent has looked after."""
+        return {id_ for id_, line in self._lines.items() if line.is_late(now)}
 
     def forget(self, queue: str) -> None:
         """Forget how far the jobs of a queue are: from now on another agent runs them."""
@@ -216,21 +216,19 @@ class Timetable:
 
     async def complete(
         self,
-        found: list[FlowRun],
+        found: Due,
         queues: Collection[str],
         in_hand: Iterable[FlowRun],
         now: datetime,
-        until: datetime,
         withheld: Collection[str] = (),
     ) -> list[FlowRun]:
         """Add the ticks that are due, or soon will be, and that nobody has planned.
 
         Args:
-            found: the runs that wait on the queues, those that are due first.
+            found: the runs that wait on the queues.
             queues: the ones that this agent runs.
             in_hand: the runs that it has taken and not finished.
             now: the moment of the look.
-            until: up to when it has looked for runs; before the moment of the look where there are more.
             withheld: those of the queues of which Prefect lists not all, by a pause or a limit.
 
         Returns:
@@ -240,8 +238,8 @@ class Timetable:
             HTTPError: the API failed; the same call may be repeated.
         """
         await self._open_lines(queues)
-        self._told_of -= {run.deployment_id for run in found if run.auto_scheduled}
-        seen = Seen.of(found, in_hand, now, until)
+        self._told_of -= {run.deployment_id for run in found.runs if run.auto_scheduled}
+        seen = Seen.of(found, in_hand, now)
         lines = [line for line in self._lines.values() if line.plan.queue in queues and not line.held]
         for line in lines:
             if line.plan.queue not in withheld:
@@ -252,7 +250,7 @@ class Timetable:
         made = await self._make_all(missing, withheld)
         if missing.held_up or missing.has_left:
             self.complete_until = min(self.complete_until, seen.now)
-        return [run for run in (*found, *made) if not missing.holds_up(run)]
+        return [run for run in (*found.runs, *made) if not missing.holds_up(run)]
 
     async def _make_all(self, missing: Missing, withheld: Collection[str]) -> list[FlowRun]:
         """Make ticks side by side; where the API fails for some, those of other jobs go on.

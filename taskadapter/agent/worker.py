@@ -271,7 +271,12 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         )
         self._health = Health(self._membership, self._hosts, sight)
         self._source = metrics.Source(
-            self._work_pool_name, self._membership, self._hosts, self._hand, self._health
+            self._work_pool_name,
+            self._membership,
+            self._hosts,
+            self._hand,
+            self._health,
+            self._dispatcher,
         )
 
     def _on_change(self, change: Gained | Lost | ResignAsked) -> None:

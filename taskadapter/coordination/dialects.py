@@ -170,6 +170,15 @@ def storable(text: str) -> str:
     return in_a_line(text.replace("\x00", " "))
 
 
+def fitting(text: str, room: int = 255) -> str:
+    """Return a text as a column with so much room keeps it: no word of a long one is cut."""
+    if len(text) <= room:
+        return text
+    end = " ..."
+    head = text[: room - len(end)]
+    return f"{head.rpartition(' ')[0] or head}{end}"
+
+
 def together(connection: Connection, *statements: Select[Any] | UpdateBase) -> list[Any]:
     """Execute statements in their order, in one round trip to a server.
 

@@ -16,7 +16,7 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.pool import NullPool
 
-from taskadapter.coordination.faults import translated, where
+from taskadapter.coordination.faults import is_of_session, translated, where
 from taskadapter.errors import CoordinationError
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Database",
     "Timeouts",
+    "connected",
     "exclusive",
     "identity_of",
     "open_engine",
@@ -293,13 +294,32 @@ _PREPARE = {
 
 
 @contextmanager
+def connected(engine: Engine) -> Iterator[Connection]:
+    """Give a connection; after a fault that a new session may not have, no pooled one is used again.
+
+    A session that was opened while the database was read-only stays so.
+
+    Raises:
+        CoordinationError: the database failed; see `translated`.
+    """
+    with translated(engine.url), engine.connect() as connection:
+        try:
+            yield connection
+        except DBAPIError as exc:
+            if is_of_session(exc, engine.url):
+                connection.invalidate()
+                engine.dispose()
+            raise
+
+
+@contextmanager
 def transaction(engine: Engine) -> Iterator[Connection]:
     """Give a connection in a transaction, committed at the end or rolled back on an error.
 
     Raises:
         CoordinationError: the database failed; see `translated`.
     """
-    with translated(engine.url), engine.begin() as connection:
+    with connected(engine) as connection, connection.begin():
         yield connection
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import UTC
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from taskadapter.coordination.messages import Token
 
@@ -48,6 +48,11 @@ class Owner:
     task_id: str
     incarnation: str
     token: Token | None = None
+
+    @property
+    def term(self) -> int | None:
+        """The term of its token."""
+        return None if self.token is None else self.token.term
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +117,26 @@ class Entry:
         """Where it was executed, in words."""
         of_term = "" if self.group_id is None else f" in term {self.term} of group {self.group_id!r}"
         return f"on node {self.task_id!r}{of_term}"
+
+    def is_of(self, execution: Execution, owner: Owner) -> bool:
+        """Return whether it was entered for this very run, by this owner in its term."""
+        made_by = self.flow_run_id, self.incarnation, self.term
+        return made_by == (execution.flow_run_id, owner.incarnation, owner.term)
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """What a body came to.
+
+    Attributes:
+        outcome: the name of the state that Prefect is told next.
+        state: what it made of its job's state, as JSON values; None leaves that as it is.
+        ends: why its job is over, if it is with this execution.
+    """
+
+    outcome: str
+    state: dict[str, Any] | None = None
+    ends: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.engine import URL
 
-__all__ = ["translated", "where"]
+__all__ = ["is_of_session", "translated", "where"]
 
 
 @contextmanager
@@ -59,7 +59,9 @@ def _remedy(exc: DBAPIError, kind: type[CoordinationError], reason: str, url: UR
         return _IF_LATE
     if re.search(r"[Dd]atabase [\"'].*[\"'] does not exist|Unknown database", reason):
         return "make that database, or name another one"
-    if "read-only" in reason:
+    if re.search(_FULL, reason):
+        return _IF_FULL
+    if re.search(r"read[- ]only", reason, re.IGNORECASE):
         return "name the primary and not a replica of it, or let this user write"
     if kind is AccessDeniedError and url.get_backend_name() == "sqlite":
         return "name a file that this user may write, in a folder that is there"
@@ -84,7 +86,15 @@ _REMEDIES: dict[type[CoordinationError], str] = {
 
 _NO_TABLE = r"no such table|relation \".*\" does not exist|Table '.*' doesn't exist"
 
-_UNUSED = "no node of this release has used it yet; start an agent, or run `taskadapter db init`"
+_UNUSED = (
+    "no node of this release has used it yet; start an agent, or run `taskadapter db init`. If one has, "
+    "tables are gone, and `taskadapter doctor` names them"
+)
+
+# Of a server, or of one user or database: whoever cannot connect has only these words.
+_FULL = r"[Tt]oo many (clients|connections)|connection slots are reserved|max_user_connections"
+
+_IF_FULL = "raise that limit, or have fewer nodes and runs at once"
 
 _IF_LATE = "the statement took too long: the database is overloaded, or another session holds a lock"
 
@@ -93,10 +103,26 @@ def _is_late(exc: DBAPIError) -> bool:
     """Return whether a server that can be reached did not finish a statement in time."""
     if getattr(exc.orig, "sqlstate", None) in {"57014", "55P03"}:
         return True
-    code = exc.orig.args[0] if exc.orig and exc.orig.args else 0
+    code = _code(exc)
     words = str(exc.orig)
     return code in {1205, 1969, 3024} or (code == 2013 and "timed out" in words) or "is locked" in words
 
+
+def is_of_session(exc: DBAPIError, url: URL) -> bool:
+    """Return whether a new session may do what this one could not: it is not late, nor lost a race."""
+    if _CLASSIFY[url.get_backend_name()](exc) is not _GONE or _is_late(exc):
+        return False
+    state = getattr(exc.orig, "sqlstate", None) or ""
+    return not state.startswith("40") and _code(exc) != _DEADLOCK
+
+
+def _code(exc: DBAPIError) -> Any:
+    """Return the number of an error of MySQL's; 0 of what its driver says of itself."""
+    code = exc.orig.args[0] if exc.orig and exc.orig.args else 0
+    return code if isinstance(code, int) else 0
+
+
+_DEADLOCK = 1213
 
 _DENIED, _GONE, _SCHEMA = AccessDeniedError, DatabaseUnavailableError, SchemaError
 
@@ -118,14 +144,18 @@ def _classify_postgresql(exc: DBAPIError) -> type[CoordinationError]:
     return _DENIED if any(words in str(exc.orig) for words in refusals) else _GONE
 
 
+# 1040, 1203 and 1226: too many connections. 1290, 1792 and 1836: a server, or a session, that is read-only.
+_PASSING = {1040, 1053, 1158, 1159, 1160, 1161, 1203, 1205, _DEADLOCK, 1226, 1290, 1317, 1792, 1836}
+
+
 def _classify_mysql(exc: DBAPIError) -> type[CoordinationError]:
     # https://dev.mysql.com/doc/mysql-errors/8.4/en/server-error-reference.html
-    code = exc.orig.args[0] if exc.orig and exc.orig.args else 0
+    code = _code(exc)
     if code in {1054, 1146, 1406}:
         return _SCHEMA
     if code in {1044, 1045, 1049, 1130, 1142, 1143, 1227, 1370, 1698}:
         return _DENIED
-    if code in {1040, 1053, 1158, 1159, 1160, 1161, 1203, 1205, 1213, 1290, 1317} or code >= 2000:
+    if code in _PASSING or code >= 2000:
         return _GONE
     return _GONE if isinstance(exc, InterfaceError) or exc.connection_invalidated else CoordinationError
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import and_, exists, func, insert, or_, select, union_all, update
+from sqlalchemy import and_, delete, exists, func, insert, or_, select, union_all, update
 from sqlalchemy.exc import IntegrityError
 
 from taskadapter.coordination import progress
@@ -49,9 +49,12 @@ if TYPE_CHECKING:
 
     from sqlalchemy import ColumnElement, Connection, Row
 
-    from taskadapter.coordination.executions import Answer, Execution, Limits, Owner
+    from taskadapter.coordination.executions import Answer, End, Execution, Limits, Owner
     from taskadapter.coordination.messages import Token
     from taskadapter.coordination.progress import JobRow
+
+AGAIN = "begun again"
+"""What is said of an execution that was interrupted, or suspended, and has begun once more."""
 
 JOBS_AT_ONCE = 100
 """Of how many jobs one statement asks: SQLite takes no more than 500 parts."""
@@ -132,7 +135,7 @@ def _again(
         return Taken(_entry(row))
     if job is not None and job.paused:
         return Paused()
-    values = _values(execution, owner, row.number)
+    values = {**_values(execution, owner, row.number), "reason": AGAIN}
     connection.execute(update(ledger).where(ledger.c.execution == execution.key).values(values))
     return Begun(row.number)
 
@@ -146,7 +149,7 @@ def _values(execution: Execution, owner: Owner, number: int | None) -> dict[str,
         "number": number,
         "group_id": owner.token.group_id if owner.token else None,
         "task_id": owner.task_id,
-        "term": owner.token.term if owner.token else None,
+        "term": owner.term,
         "incarnation": owner.incarnation,
         "late": None if execution.due is None else (datetime.now(UTC) - execution.due).total_seconds(),
         "begun": database_now(),
@@ -223,6 +226,25 @@ def give_up(connection: Connection, execution: Execution, owner: Owner, outcome:
         connection.execute(update(ledger).where(ours).values(values))
 
 
+def withdraw(connection: Connection, execution: Execution, owner: Owner, trigger_slug: str) -> None:
+    """Take back an open entry of this very run, whose body has not begun, and will not by it.
+
+    It was committed, and its process has not heard of that; or a tick's COMMIT is on its way, and is waited
+    for with the job's row. What has an end keeps it; what was made again is to be made again.
+    """
+    job = None
+    if execution.job_id is not None and execution.due is not None:
+        job = progress.lock(connection, execution.job_id, trigger_slug)
+    row = _locked(connection, execution.key)
+    if row is None or row.outcome is not None or not _entry(row).is_of(execution, owner):
+        return
+    if _enter_outcome(connection, execution.key, ABANDONED, ledger.c.reason == AGAIN):
+        return
+    connection.execute(delete(ledger).where(ledger.c.execution == execution.key))
+    if job is not None and job.count:  # else it was counted for another trigger
+        progress.uncount(connection, job)
+
+
 def _enter_unbegun(
     connection: Connection, execution: Execution, owner: Owner, outcome: str, reason: str
 ) -> None:
@@ -287,6 +309,56 @@ def end(connection: Connection, key: str, outcome: str, *, incarnation: str) -> 
     columns = ledger.c
     unsettled = or_(columns.ended.is_(None), columns.incarnation == incarnation)
     return _enter_outcome(connection, key, outcome, unsettled)
+
+
+def settle(
+    connection: Connection, execution: Execution, owner: Owner, came_to: End, trigger_slug: str | None
+) -> None:
+    """Enter what a body came to, with what it made of its job's state, and whether that is over.
+
+    Nothing is written where that has been entered: the job's state may be the next run's by now.
+
+    Raises:
+        TokenLostError: the owner's token is not held any more.
+    """
+    _require_token(connection, owner)
+    if came_to.state is not None or came_to.ends is not None:
+        row = _locked_with_job(connection, execution, trigger_slug)
+        if row is not None and (row.outcome, row.incarnation) == (came_to.outcome, owner.incarnation):
+            return
+    _settle(connection, execution, owner, came_to, trigger_slug)
+
+
+def settle_for(
+    connection: Connection, execution: Execution, owner: Owner, came_to: End, trigger_slug: str | None
+) -> None:
+    """Do what `settle` does, for a process that cannot; what has an end by now keeps it.
+
+    Raises:
+        TokenLostError: the owner's token is not held any more.
+    """
+    _require_token(connection, owner)
+    row = _locked_with_job(connection, execution, trigger_slug)
+    if row is not None and row.outcome is None:
+        _settle(connection, execution, owner, came_to, trigger_slug)
+
+
+def _locked_with_job(
+    connection: Connection, execution: Execution, trigger_slug: str | None
+) -> Row[Any] | None:
+    progress.lock(connection, str(execution.job_id), trigger_slug or "")
+    return _locked(connection, execution.key)
+
+
+def _settle(
+    connection: Connection, execution: Execution, owner: Owner, came_to: End, trigger_slug: str | None
+) -> None:
+    job_id = str(execution.job_id)
+    if came_to.state is not None:
+        progress.save_state(connection, job_id, came_to.state, term=owner.term)
+    if came_to.ends is not None:
+        progress.end(connection, job_id, came_to.ends, trigger_slug)
+    end(connection, execution.key, came_to.outcome, incarnation=owner.incarnation)
 
 
 def _enter_outcome(connection: Connection, key: str, outcome: str, *where: ColumnElement[bool]) -> bool:

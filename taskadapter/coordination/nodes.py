@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 from sqlalchemy import and_, delete, or_, select, update
 
 from taskadapter.coordination.dialects import database_now, ensure_rows, ensured, seconds_since, together
+from taskadapter.coordination.messages import NAMED
 from taskadapter.coordination.schema import group, node
-from taskadapter.errors import DuplicateNodeError
+from taskadapter.errors import DuplicateNodeError, listed
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -150,18 +151,31 @@ def register(connection: Connection, me: Node, group_ids: Collection[str], inter
 def _require_gone(connection: Connection, me: Node, interval: float) -> None:
     columns = node.c
     age = seconds_since(columns.last_seen)
+    lives = (age <= interval).label("lives")
     other = connection.execute(
-        select(columns.host, columns.pid, age.label("age"), (age <= interval).label("lives")).where(
+        select(columns.host, columns.pid, columns.group_ids, age.label("age"), lives).where(
             columns.task_id == me.entry
         )
     ).one()
     if other.lives:
         raise DuplicateNodeError(
-            f"task_id {me.task_id!r} is in use by process {other.pid} on host {other.host!r}, seen "
-            f"{other.age:.1f} s ago; give each node a name of its own, with "
-            "--name or WarmBackupConfig(task_id=…)",
+            f"task_id {me.task_id!r} is in use by process {other.pid} on host {other.host!r}"
+            f"{_in_which_groups(connection, json.loads(other.group_ids))}, seen {other.age:.1f} s ago; a "
+            "name is one node's in the whole database, whatever its work pool: give each node, and each "
+            "program of a host, one of its own, with --name or WarmBackupConfig(task_id=…)",
             age=float(other.age),
         )
+
+
+def _in_which_groups(connection: Connection, group_ids: Collection[str]) -> str:
+    """Return in which groups, and of which work pools, a process takes part; nothing where it has none."""
+    if not group_ids:
+        return ""
+    columns = group.c
+    named = select(columns.work_pool).where(columns.group_id.in_(group_ids)).distinct()
+    pools = sorted(map(repr, connection.execute(named).scalars()))
+    groups = listed(sorted(map(repr, group_ids)), NAMED)
+    return f" for group {groups}" + (f" of work pool {listed(pools, NAMED)}" if pools else "")
 
 
 def unregister(connection: Connection, me: Node) -> None:

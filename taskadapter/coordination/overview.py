@@ -174,6 +174,13 @@ def _node_statuses(connection: Connection) -> tuple[NodeStatus, ...]:
     )
 
 
+def seen_lately(connection: Connection, within: float) -> set[str]:
+    """Return the names of the nodes that have shown life, or have left a group, in so many seconds."""
+    lives = select(node.c.task_id).where(seconds_since(node.c.last_seen) <= within)
+    left = select(tenure.c.task_id).where(seconds_since(tenure.c.released) <= within)
+    return {name_of(entry) for query in (lives, left) for entry in connection.execute(query).scalars()}
+
+
 def read_tenures(connection: Connection, group_ids: Collection[str], last: int) -> list[Tenure]:
     """Return the last terms of some groups, of each the newest first."""
     columns = tenure.c

@@ -42,6 +42,7 @@ __all__ = [
     "save_state",
     "see",
     "seen",
+    "uncount",
 ]
 
 
@@ -108,6 +109,11 @@ def count(connection: Connection, job: JobRow) -> None:
         raise DatabaseUnavailableError(
             f"job {job.job_id} was counted by another process at the same moment; try again"
         )
+
+
+def uncount(connection: Connection, job: JobRow) -> None:
+    """Count one execution less of a job that is locked."""
+    _write(connection, job.job_id, {"run_count": job.count - 1})
 
 
 def pause(connection: Connection, job_id: str, *, paused: bool) -> None:

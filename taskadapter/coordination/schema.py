@@ -25,6 +25,7 @@ from sqlalchemy import (
     inspect,
     literal,
     select,
+    update,
 )
 from sqlalchemy.dialects.mysql import LONGTEXT, TIMESTAMP
 from sqlalchemy.exc import DBAPIError
@@ -38,9 +39,11 @@ if TYPE_CHECKING:
     from sqlalchemy.types import TypeEngine
 
 __all__ = [
+    "LOST",
     "create_missing",
     "ddl",
     "group",
+    "has_had_tables",
     "health_check",
     "job_progress",
     "ledger",
@@ -186,6 +189,7 @@ schema_step = Table(
     "taskadapter_schema",
     metadata,
     Column("step", Integer, primary_key=True, autoincrement=False),
+    # NULL while the tables are being made for the first time.
     Column("done", _Moment),
     **_MYSQL,
 )
@@ -215,25 +219,54 @@ def version(connection: Connection) -> int:
     return 1 if present & _OF_STEP_1 else 0
 
 
-def create_missing(connection: Connection) -> tuple[str, ...]:
+def create_missing(connection: Connection, *, lost: bool = False) -> tuple[str, ...]:
     """Create the tables that the database lacks, commit, and return their names.
 
     Several nodes may do so at once.
 
+    Args:
+        connection: to the database.
+        lost: whether those are made, too, that the database has had, and that are empty then.
+
     Raises:
-        SchemaError: there are tables of another release.
+        SchemaError: there are tables of another release, or some are gone.
     """
     found = require_version(connection, new=True)
+    # In this order: others may be making them.
+    were_there = has_had_tables(connection)
     missing = missing_tables(connection)
-    if found == VERSION and not missing:
+    if found == VERSION and were_there and not missing:
         return ()
+    if were_there and missing and not lost:
+        raise SchemaError(LOST.format(missing=", ".join(missing)))
     # What says which release's they are comes first: nobody takes half of them for an older one's.
     _create(connection, schema_step)
-    ensure_rows(connection, schema_step, {"step": VERSION, "done": database_now()})
+    ensure_rows(connection, schema_step, {"step": VERSION, "done": None})
     connection.commit()
     for name in missing:
         _create(connection, metadata.tables[name])
+    connection.execute(update(schema_step).where(schema_step.c.done.is_(None)).values(done=database_now()))
+    connection.commit()
     return missing
+
+
+LOST = (
+    "the database lacks {missing}, and has the other coordination tables: restore what is gone, or run "
+    "`taskadapter db init`, which makes it anew, empty: ticks that have run may run again then"
+)
+
+
+def has_had_tables(connection: Connection) -> bool:
+    """Return whether the database has tables of ours, and they are not just being made."""
+    present = set(inspect(connection).get_table_names())
+    if schema_step.name in present:
+        steps = connection.execute(select(schema_step.c.done)).scalars().all()
+        if steps:
+            return any(done is not None for done in steps)
+    return bool(present & metadata.tables.keys() - _OF_BALLERINA - {schema_step.name})
+
+
+_OF_BALLERINA = {token_holder.name, health_check.name}
 
 
 def require_version(connection: Connection, *, new: bool = False) -> int:

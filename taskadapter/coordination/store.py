@@ -19,7 +19,7 @@ from taskadapter.errors import CoordinationError, DatabaseUnavailableError, Sche
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine
 
-    from taskadapter.coordination.executions import Entry, Execution, Owner, Reading, Switches
+    from taskadapter.coordination.executions import End, Entry, Execution, Owner, Reading, Switches
     from taskadapter.coordination.messages import PoolKey, Token
     from taskadapter.coordination.overview import Status, Tenure
     from taskadapter.coordination.progress import JobRow
@@ -97,6 +97,25 @@ def give_up(database_url: str, execution: Execution, owner: Owner, outcome: str,
     from taskadapter.coordination import ledger
 
     ask(database_url, lambda connection: ledger.give_up(connection, execution, owner, outcome, reason))
+
+
+def withdraw(database_url: str, execution: Execution, owner: Owner, trigger_slug: str) -> None:
+    """Have an execution begin anew that was entered, and whose body has not begun."""
+    from taskadapter.coordination import ledger
+
+    ask(database_url, lambda connection: ledger.withdraw(connection, execution, owner, trigger_slug))
+
+
+def settle_for(
+    database_url: str, execution: Execution, owner: Owner, came_to: End, trigger_slug: str | None
+) -> None:
+    """Enter what a body came to whose own process cannot."""
+    from taskadapter.coordination import ledger
+
+    ask(
+        database_url,
+        lambda connection: ledger.settle_for(connection, execution, owner, came_to, trigger_slug),
+    )
 
 
 def end_as_found(database_url: str, entry: Entry, outcome: str) -> None:
@@ -279,10 +298,9 @@ def connect(database_url: str) -> None:
     Raises:
         CoordinationError: the database does not answer, or refuses.
     """
-    from taskadapter.coordination.faults import translated
+    from taskadapter.coordination.engines import connected
 
-    engine = _engine(database_url)
-    with translated(engine.url), engine.connect():
+    with connected(_engine(database_url)):
         pass
 
 
@@ -301,7 +319,7 @@ def rehearse(database_url: str) -> None:
 
 
 def ask(database_url: str, question: Callable[[Connection], T]) -> T:
-    """Ask in a transaction; where tables are missing, make them, unless others just did, and ask again."""
+    """Ask in a transaction; where there are no tables yet, make them, or let others, and ask again."""
     try:
         with _transaction(database_url) as connection:
             return question(connection)
@@ -339,10 +357,13 @@ def _engine_on(url: str, _file: tuple[int, int] | None) -> Engine:
 
 
 def _create_tables(database_url: str) -> None:
-    """Create the tables that the database lacks."""
-    from taskadapter.coordination import schema
-    from taskadapter.coordination.faults import translated
+    """Create the tables of a new database.
 
-    engine = _engine(database_url)
-    with translated(engine.url), engine.connect() as connection:
+    Raises:
+        SchemaError: it has some of them, and others are gone.
+    """
+    from taskadapter.coordination import schema
+    from taskadapter.coordination.engines import connected
+
+    with connected(_engine(database_url)) as connection:
         schema.create_missing(connection)

@@ -37,6 +37,7 @@ from taskadapter.coordination.board import clock
 from taskadapter.coordination.dialects import (
     database_now,
     ensured,
+    fitting,
     has_writable_ctes,
     limit_idle,
     notices,
@@ -292,6 +293,7 @@ def _whether_free(me: Node, names: Sequence[str], interval: float) -> Select[Any
             _free(me, interval).label("free"),
             tenure.c.task_id.label("last_holder"),
             tenure.c.given_up,
+            tenure.c.resign_requested.is_not(None).label("resign_requested"),
         )
         .select_from(tokens_with_heartbeats())
         .where(columns.group_id.in_(names))
@@ -303,6 +305,8 @@ def _why_free(seen: Row[Any], last_term: int) -> str:
     if seen.task_id == NOBODY and seen.given_up:
         return f"node {seen.last_holder!r} gave it up: {seen.given_up}"
     if seen.task_id == NOBODY:
+        if seen.resign_requested:
+            return "it was released, as somebody had asked"
         return "it was released" if last_term else "the first to take it"
     if seen.age is None:
         return f"node {seen.task_id!r} has no heartbeat"
@@ -325,7 +329,7 @@ def _taking(dialect: Dialect, me: Node, taken: Sequence[Taken]) -> list[UpdateBa
             "term": one.term,
             "task_id": me.task_id,
             "incarnation": me.incarnation,
-            "reason": one.reason[:255],
+            "reason": fitting(one.reason),
             "acquired": database_now(),
         }
         for one in taken
@@ -368,7 +372,7 @@ def give_up(connection: Connection, tokens: Collection[Token], reason: str | Non
     With None for a reason, it can again: it is no worse a successor than others.
     """
     mine = update(tenure).where(_of(tokens, tenure))
-    connection.execute(mine.values(given_up=None if reason is None else storable(reason)[:255]))
+    connection.execute(mine.values(given_up=None if reason is None else fitting(storable(reason))))
 
 
 def request_resign(connection: Connection, group_id: str) -> Token:

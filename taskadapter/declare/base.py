@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, Self, cast, get_args
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.alias_generators import to_camel
 
-from taskadapter.errors import DeclarationError, closest
+from taskadapter.errors import DeclarationError, closest, with_article
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -207,7 +207,7 @@ def in_our_words(message: str) -> str:
     rule = message.removeprefix("Value error, ").partition(", unable to parse")[0]
     rule = re.sub(r"^(?:Input|String) should (have|be)", r"must \1", rule)
     rule = re.sub(r"^Input is not a valid path.*", "must be a path", rule)
-    return re.sub(r"a valid dictionary or instance of (\w+)", r"a \1", rule)
+    return re.sub(r"a valid dictionary or instance of (\w+)", lambda found: with_article(found[1]), rule)
 
 
 def _kind(value: object) -> str:

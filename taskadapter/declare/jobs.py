@@ -199,7 +199,7 @@ def _dumped(executable: Executable, name: str) -> dict[str, Any]:
         dumped = executable.model_dump(
             mode="json", include={name}, round_trip=True, by_alias=True, warnings="error"
         )
-        json.dumps(dumped, allow_nan=False)
+        json.dumps(dumped, allow_nan=False, ensure_ascii=False).encode()
     except (PydanticSerializationError, ValueError, TypeError, RecursionError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise DeclarationError(

@@ -8,22 +8,27 @@ from __future__ import annotations
 
 import os
 import tomllib
+from collections.abc import Mapping
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pydantic.alias_generators import to_camel
 
-from taskadapter.declare.base import shown
+from taskadapter.declare.base import Declaration, shown
 from taskadapter.declare.triggers import (
+    MysqlConfig,
+    PostgresqlConfig,
     RetryConfiguration,
+    SqliteConfig,
     TaskPolicy,
     TriggerConfiguration,
     WarmBackupConfig,
+    database_class,
 )
 from taskadapter.errors import DeclarationError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
     from pathlib import Path
 
     from pydantic import BaseModel
@@ -51,6 +56,18 @@ _FIELDS: dict[str, tuple[str, str]] = {
     if name not in _SECTIONS  # the retries of a trigger have a table of their own
 }
 _POOL = _spelled({"work_pool": "work_pool"})
+_DATABASES: tuple[type[BaseModel], ...] = (PostgresqlConfig, MysqlConfig, SqliteConfig)
+_KINDS = {model.__name__: {"kind": model.model_fields["kind"].default} for model in _DATABASES}
+_NESTED = {*_SECTIONS, "database_config"}
+"""What is a table itself: of these each key is said for itself."""
+_PYTHONS = _spelled(
+    {
+        name: name
+        for model in (*_SECTIONS.values(), *_DATABASES)
+        for name in ("work_pool", *_SECTIONS, *model.model_fields)
+    }
+)
+"""The names of all fields by each of their spellings."""
 _Located: TypeAlias = tuple[str, str | None, str, Any]
 """A key as it is written, the section it belongs to (None for none), its name, its value."""
 
@@ -89,25 +106,72 @@ def read_config(path: str | Path, table: str | None = None) -> dict[str, Any]:
 
 
 def overridden(found: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a file says, with each thing that a program says itself in its place.
+    """Return what a file says, with each key that a program says itself in its place.
 
-    Retries and policy of one side replace those of the other wherever they stand, in the trigger or
-    beside it.
-
-    Raises:
-        DeclarationError: the program's trigger is none.
+    Of a declaration, or a mapping, only what is said in it counts: its other fields are the file's. So it
+    is with those inside it; but a database of another kind than the file's replaces that.
     """
-    names = _spelled({name: name for name in (*_SECTIONS, "work_pool")})
-    ours = {names.get(key, key): value for key, value in given.items()}
-    merged = found | ours
-    if "trigger" in ours:
-        trigger = merged["trigger"] = TriggerConfiguration.model_validate(ours["trigger"])
-        for name in _SHARED - set(ours):
-            if getattr(trigger, name) is not None:
-                merged.pop(name, None)
-    elif "trigger" in found:
-        merged["trigger"] = {key: value for key, value in found["trigger"].items() if key not in ours}
+    ours = _said(given)
+    for name in _SHARED:
+        if _says(found, name) and _says(ours, name):
+            found, ours = _beside_the_trigger(found, name), _beside_the_trigger(ours, name)
+    merged: dict[str, Any] = _over(found, ours)
     return merged
+
+
+def _says(said: Mapping[str, Any], name: str) -> bool:
+    """Return whether one side says something of retries or policy, in the trigger or beside it."""
+    return name in said or name in _keys(said.get("trigger"))
+
+
+def _keys(value: Any) -> dict[str, Any]:
+    """Return what is said in a declaration, or a mapping; nothing of what is neither."""
+    said: dict[str, Any] = _said(value) if isinstance(value, Declaration | Mapping) else {}
+    return said
+
+
+def _beside_the_trigger(said: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return what one side says, with its retries, or policy, beside the trigger, if it says them once."""
+    trigger = _keys(said.get("trigger"))
+    if name in said or name not in trigger:
+        return said
+    rest = {key: value for key, value in trigger.items() if key != name}
+    return said | {"trigger": rest, name: trigger[name]}
+
+
+def _over(below: Any, above: Any) -> Any:
+    """Return one value, or table, with another in its place; of tables key by key."""
+    under, over = _said(below), _said(above)
+    if not isinstance(under, dict) or not isinstance(over, dict) or _are_two_kinds(under, over):
+        return above
+    return under | {
+        key: _over(under[key], value) if key in _NESTED and key in under else value
+        for key, value in over.items()
+    }
+
+
+def _said(value: Any) -> Any:
+    """Return what is said in a declaration, or a mapping, in Python's spelling; anything else as it is.
+
+    A database says its kind, whichever way it has told that.
+    """
+    fields: dict[str, Any]
+    if isinstance(value, Declaration):
+        fields = {name: getattr(value, name) for name in value.model_fields_set}
+    elif isinstance(value, Mapping):
+        fields = {}
+        for key, inner in value.items():
+            name = _PYTHONS.get(str(key), str(key))
+            # What is said twice, in both spellings, stays so, and is refused.
+            fields[to_camel(name) if name in fields else name] = inner
+    else:
+        return value
+    return _KINDS.get(database_class(value) or "", {}) | fields
+
+
+def _are_two_kinds(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Return whether these are two databases, and not of one kind."""
+    return "kind" in one and "kind" in other and one["kind"] != other["kind"]
 
 
 def _load(path: str | Path) -> dict[str, Any]:

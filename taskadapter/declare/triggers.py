@@ -415,7 +415,7 @@ _KINDS = {"postgresql": PostgresqlConfig, "mysql": MysqlConfig, "sqlite": Sqlite
 _PORTS = {5432: PostgresqlConfig, 3306: MysqlConfig}
 
 
-def _database_class(value: object) -> str | None:
+def database_class(value: object) -> str | None:
     """Name the class that a value is or describes; None if it does not say."""
     if not isinstance(value, Mapping):
         return type(value).__name__
@@ -434,7 +434,7 @@ DatabaseConfig = Annotated[
     | Annotated[MysqlConfig, Tag("MysqlConfig")]
     | Annotated[SqliteConfig, Tag("SqliteConfig")],
     Discriminator(
-        _database_class,
+        database_class,
         custom_error_type="database_tag_invalid",
         custom_error_message="must say which database it is; pass a PostgresqlConfig, MysqlConfig "
         'or SqliteConfig, or a mapping with kind "postgresql", "mysql" or "sqlite"',

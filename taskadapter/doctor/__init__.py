@@ -83,6 +83,5 @@ async def _database(
         return [*named, error(fault)], Facts()
     except FAULTS as fault:
         return [*named, error(explain(fault, is_prefect=True))], Facts()
-    is_named = settings.database_url is not None or Domain.of(pool).database is not None
-    found, facts = look_at_database(url, source, name, seen, is_named=is_named)
+    found, facts = look_at_database(url, source, name, seen, is_named=Domain.of(pool).is_named(settings))
     return [*named, *found], facts

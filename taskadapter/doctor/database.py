@@ -15,21 +15,27 @@ from taskadapter.coordination.engines import open_engine, transaction, would_mak
 from taskadapter.coordination.faults import where
 from taskadapter.coordination.messages import FOREIGN_GROUP, NAMED, UNSEEN_GROUP, PoolKey
 from taskadapter.coordination.nodes import FORGOTTEN_SECONDS, groups_of_others
-from taskadapter.coordination.overview import Status, check_rights, read_status
+from taskadapter.coordination.overview import Status, check_rights, read_status, seen_lately
 from taskadapter.doctor.findings import Finding, error, ok, warning
 from taskadapter.doctor.late import look_at_late
 from taskadapter.doctor.pool import groups_of, liveness_of, start_command
 from taskadapter.errors import CoordinationError, SchemaError, listed
 from taskadapter.prefect_api.pool import Domain
-from taskadapter.prefect_api.workers import polled_ago, polls, strangers
+from taskadapter.prefect_api.workers import LATELY, POLL_SECONDS, polled_ago, polls, strangers
 from taskadapter.settings import PREFIX
 
 if TYPE_CHECKING:
-    from prefect.client.schemas.objects import Worker
+    from prefect.client.schemas.objects import Worker, WorkPool
     from sqlalchemy import Engine
 
     from taskadapter.coordination.progress import JobRow
     from taskadapter.doctor.server import Seen
+
+
+BLIND = (
+    "nodes that are up leave it while Prefect's API does not answer, and take it when it does: mend that"
+)
+"""What there is to do about a group without an active node, where the API is away."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,7 @@ class Facts:
 
     Attributes:
         missing: the tables that it lacks; without them there is nothing else.
+        is_new: whether it has none of ours yet; else what is missing is gone.
         is_narrow: whether columns have less room than ours.
         status: groups and nodes.
         foreign: groups of another pool, by name, with that pool's.
@@ -46,6 +53,7 @@ class Facts:
     """
 
     missing: tuple[str, ...] = ()
+    is_new: bool = True
     is_narrow: bool = False
     status: Status = field(default_factory=lambda: Status((), ()))
     foreign: dict[str, str] | None = None
@@ -72,8 +80,8 @@ def look_at_database(
         return [error(f"{source}: {fault}")], Facts()
     try:
         facts = _read(engine, work_pool, seen)
-        if not is_named and seen is not None and (others := _others(seen, facts.status)):
-            return [_not_named(engine, others)], Facts()
+        if not is_named and seen is not None and (said := not_named(engine, seen.pool, seen.workers)):
+            return [error(said)], Facts()
         found = list(_findings(engine, facts, work_pool, seen))
         if seen is not None and facts.lasts:
             found += look_at_late(engine, seen, facts.jobs, facts.lasts)
@@ -92,8 +100,11 @@ def _findings(engine: Engine, facts: Facts, work_pool: str, seen: Seen | None) -
     within = liveness_of(seen.pool) if seen else Domain().liveness_check_interval
     if seen is None and facts.status.nodes:
         yield ok(f"groups and nodes are by the database alone; one counts as dead after {within:g} s")
+    # Nodes that live leave their groups while Prefect's API does not answer.
+    is_blind = seen is None and bool(facts.status.living(within))
     for name in groups:
-        yield _group(name, facts, work_pool, within, is_used=seen is None or name in seen.used)
+        is_used = seen is None or name in seen.used
+        yield _group(name, facts, work_pool, within, is_used=is_used, is_blind=is_blind)
     workers = (
         {worker.name for worker in seen.workers} if seen else {one.task_id for one in facts.status.nodes}
     )
@@ -116,7 +127,7 @@ def _read(engine: Engine, work_pool: str, seen: Seen | None) -> Facts:
         except SchemaError as fault:
             raise SchemaError(f"{where(engine.url)}: {fault}") from None
         if missing := schema.missing_tables(connection):
-            return Facts(missing)
+            return Facts(missing, is_new=not schema.has_had_tables(connection))
         check_rights(connection)
         is_narrow = bool(schema.upgrades(connection))
         pool = PoolKey(work_pool, str(seen.pool.id) if seen else None)
@@ -128,11 +139,13 @@ def _read(engine: Engine, work_pool: str, seen: Seen | None) -> Facts:
         lasts = {job_id: datetime.fromisoformat(last) for job_id, (last, *_) in dues}
         # Without the pool's queues nothing else says which of the groups are its own.
         status = read_status(connection, work_pool if seen is None else None)
-        return Facts((), is_narrow, status, foreign, jobs, lasts)
+        return Facts((), False, is_narrow, status, foreign, jobs, lasts)
 
 
 def _tables(engine: Engine, facts: Facts, groups: list[str]) -> Finding:
     name = where(engine.url)
+    if facts.missing and not facts.is_new:
+        return error(f"{name}: {schema.LOST.format(missing=', '.join(facts.missing))}")
     if facts.missing:
         return warning(
             f"{name} lacks {', '.join(facts.missing)}; `taskadapter db init` makes them, as an agent does "
@@ -145,8 +158,19 @@ def _tables(engine: Engine, facts: Facts, groups: list[str]) -> Finding:
     return ok(f"{name} answers, with its tables")
 
 
-def _group(name: str, facts: Facts, work_pool: str, within: float, *, is_used: bool) -> Finding:
-    """Say who is active for a group, and who stands by; `is_used`: whether a deployment is in it."""
+def _group(
+    name: str, facts: Facts, work_pool: str, within: float, *, is_used: bool, is_blind: bool
+) -> Finding:
+    """Say who is active for a group, and who stands by.
+
+    Args:
+        name: the group.
+        facts: what the database has.
+        work_pool: its work pool's name.
+        within: a node that has shown life in so many seconds is not dead.
+        is_used: whether a deployment is in it.
+        is_blind: whether nodes are up that, as far as is known, do not reach the API.
+    """
     if facts.foreign and (other := facts.foreign.get(name)) is not None:
         if other != work_pool:
             return error(FOREIGN_GROUP.format(name=name, other=other))
@@ -155,6 +179,7 @@ def _group(name: str, facts: Facts, work_pool: str, within: float, *, is_used: b
         ]:
             return error(UNSEEN_GROUP.format(name=name, other=other, nodes=listed(living, NAMED)))
     start = start_command(work_pool)
+    remedy = f"start an agent: {start}" if not is_blind else BLIND
     found = next((group for group in facts.status.groups if group.group_id == name), None)
     has_node = found is not None and found.holder is not None and (found.heartbeat_age or 0) <= within
     if not is_used and not has_node:
@@ -163,12 +188,12 @@ def _group(name: str, facts: Facts, work_pool: str, within: float, *, is_used: b
             f"{shlex.quote(name)} --pool {shlex.quote(work_pool)}`"
         )
     if found is None or found.holder is None:
-        return error(f"group {name!r} has no active node; start an agent: {start}")
+        return error(f"group {name!r} has no active node; {remedy}")
     if found.heartbeat_age is None or found.heartbeat_age > within:
         since = "never" if found.heartbeat_age is None else f"{found.heartbeat_age:.0f} s ago"
         return error(
             f"group {name!r} has no active node: {found.holder!r} was last seen {since}, and nobody took "
-            f"over; start an agent: {start}"
+            f"over; {remedy}"
         )
     standing_by = len(facts.status.standing_by(within).get(name, []))
     if not standing_by:
@@ -191,22 +216,30 @@ def _silent(ours: Collection[str], groups: list[str], status: Status, within: fl
             )
 
 
-def _others(seen: Seen, status: Status) -> list[Worker]:
-    """Return the workers that poll a pool, where none of them shows life in the database.
+def not_named(engine: Engine, pool: WorkPool, workers: Collection[Worker]) -> str | None:
+    """Say that the workers which poll a pool have another database than this machine's own; None if not.
 
-    Their names may stand in an old one.
+    Raises:
+        CoordinationError: the database cannot be read.
     """
-    polling = [worker for worker in seen.workers if polls(worker)]
-    living = status.living(liveness_of(seen.pool))
-    return polling if living.isdisjoint(worker.name for worker in polling) else []
-
-
-def _not_named(engine: Engine, others: list[Worker]) -> Finding:
-    names = ", ".join(sorted(worker.name for worker in others))
-    return error(
-        f"the database of {names} is not named here, nor in the work pool, and what is told of it would be "
-        f"this machine's own, {where(engine.url)}; set {PREFIX}DATABASE_URL as it is set for them"
+    names = sorted(worker.name for worker in workers if polls(worker))
+    if not names or not _seen_lately(engine, pool).isdisjoint(names):
+        return None
+    return (
+        f"the database of {', '.join(names)} is not named here, nor in the work pool, and what is told of "
+        f"it would be this machine's own, {where(engine.url)}; set {PREFIX}DATABASE_URL as it is set for "
+        "them."
     )
+
+
+def _seen_lately(engine: Engine, pool: WorkPool) -> set[str]:
+    """Return the nodes that a database has seen while they may have polled a pool: others may be old."""
+    if would_make_file(engine.url):
+        return set()
+    with transaction(engine) as connection:
+        if schema.missing_tables(connection):
+            return set()
+        return seen_lately(connection, max(liveness_of(pool), LATELY * POLL_SECONDS))
 
 
 def _strangers(workers: list[Worker], status: Status) -> Iterator[Finding]:

@@ -144,7 +144,7 @@ def not_declared(declared: list[dict[str, Any]], seen: Seen, flows: Path) -> Ite
             name = shlex.quote(f"{job.name}/{job.name}")
             if (file := file_of(job.entrypoint or "")) is not None and not file.exists():
                 yield error(
-                    f"{file} is not here, and runs of job {job.name!r} crash on a node of this folder; "
+                    f"{file} is not here, and ticks of job {job.name!r} wait on a node of this folder; "
                     "bring it back, and meanwhile hand its group over with `taskadapter resign`; or, if "
                     f"the job was removed, `prefect deployment delete {name}`"
                 )

@@ -24,7 +24,7 @@ from prefect.states import AwaitingRetry, Retrying
 from taskadapter.coordination.executions import Begun
 from taskadapter.declare.jobs import JobId, Service
 from taskadapter.declare.triggers import ErrorPolicy, TriggerConfiguration
-from taskadapter.errors import CoordinationError, TaskError, TokenLostError
+from taskadapter.errors import CoordinationError, TaskError, TokenLostError, words_of
 from taskadapter.execution import current, record
 from taskadapter.prefect_api.client import API_FAULTS
 from taskadapter.rules import retries, ticks
@@ -135,7 +135,8 @@ class Attempts:
         self.current = replace(self.current, attempt=self.current.attempt + 1)
         token = current.running.set(self.current)
         try:
-            yield
+            with current.in_body():
+                yield
         finally:
             current.running.reset(token)
 
@@ -150,7 +151,7 @@ class Attempts:
             Abort: the node has lost the token; the one that holds it now says what became of the run.
         """
         if self._elapsed() >= self.trigger.interval:
-            self._fail(exc)
+            self._give_up(exc)
             raise exc
         if self.execution is not None:
             with _while_ours():
@@ -166,18 +167,23 @@ class Attempts:
         """Whether the run is a tick of the job, and not one that somebody asked for."""
         return self.execution is not None and self.execution.assignment.is_tick
 
-    def succeeded(self, subject: Service | None, result: Any) -> None:
-        """Enter that the body has returned, and save the state of a service.
+    def returned(self, subject: Service | None, result: Any) -> None:
+        """Enter that the body has returned, and save the state of a service, if it succeeded.
 
         Args:
             subject: the service; None for other jobs.
-            result: what it returned, which may be a state.
+            result: what it returned, which may be a state. One that has failed is the job's error, and
+                is not tried again: it was no exception.
 
         Raises:
             Abort: the node has lost the token; nothing is saved.
         """
-        outcome = result.type.value.capitalize() if isinstance(result, State) else "Completed"
-        self._enter_end(subject, outcome)
+        if not isinstance(result, State) or result.is_completed():
+            self._enter_end(subject, "Completed")
+        elif result.is_failed():
+            self._fail(result.message or f"it has returned state {result.name}")
+        else:
+            self._enter_end(None, result.type.value.capitalize())
 
     def _enter_end(self, subject: Service | None, outcome: str, ends: str | None = None) -> None:
         """Enter that the execution is over; `outcome` names the state that Prefect is told next."""
@@ -194,7 +200,7 @@ class Attempts:
             policy has been applied.
 
         Raises:
-            Abort: as `succeeded`.
+            Abort: as `returned`.
         """
         wait = retries.wait_before_retry(
             self.trigger.retry_config,
@@ -204,24 +210,33 @@ class Attempts:
         )
         if wait is not None:
             self.log.warning(
-                "Attempt %d failed, next in %g s: %s", self.current.attempt, wait, _in_words(exc)
+                "Attempt %d failed, next in %g s: %s", self.current.attempt, wait, words_of(exc)
             )
         else:
-            self._fail(exc)
+            self._give_up(exc)
         return wait
 
-    def _fail(self, exc: Exception) -> None:
-        """Enter the end of a run whose last attempt has failed, and apply the error policy to its job."""
+    def _give_up(self, exc: Exception) -> None:
+        """Have the run fail with what its last attempt has raised."""
+        retry = self.trigger.retry_config
+        is_short = retry is not None and self.current.attempt <= retry.max_attempts
+        self._fail(words_of(exc), is_own=not isinstance(exc, NOT_THE_JOBS_OWN), is_short=is_short)
+
+    def _fail(self, error: str, *, is_own: bool = True, is_short: bool = False) -> None:
+        """Enter the end of a run whose last attempt has failed, and apply the error policy to its job.
+
+        Args:
+            error: what it failed with.
+            is_own: whether that is the job's error.
+            is_short: whether more attempts are declared than there was time for.
+        """
         policy, attempts = self.policy.error_policy, self.current.attempt
         is_tick = self.execution is None or self.is_tick
-        is_own = not isinstance(exc, NOT_THE_JOBS_OWN)
         reason = ticks.ended_by(self.current.count, policy, is_tick=is_tick) if is_own else None
         self._enter_end(None, "Failed", reason)
         if policy in LOGGING:
-            retry = self.trigger.retry_config
-            is_short = retry is not None and attempts <= retry.max_attempts
             said = consequence(self._job() if reason else None, is_short=is_short)
-            self.log.error("Failed after %d attempt(s). %s The error: %s", attempts, said, _in_words(exc))
+            self.log.error("Failed after %d attempt(s). %s The error: %s", attempts, said, error)
         if self.execution is not None and reason is not None:
             self.execution.ended = reason
             # At once: the next tick may be due before the API has taken note of this run's end.
@@ -242,7 +257,7 @@ class Attempts:
             Abort: the run is no longer ours to run.
         """
         due = datetime.now(UTC) + timedelta(seconds=seconds)
-        self._announce(AwaitingRetry(scheduled_time=due, message=_in_words(exc)))
+        self._announce(AwaitingRetry(scheduled_time=due, message=words_of(exc)))
 
     def announce_retry(self) -> None:
         """Show in the UI that the next attempt begins.
@@ -329,7 +344,3 @@ def consequence(ended: str | None, *, is_short: bool) -> str:
         restart = f"`taskadapter restart {shlex.quote(ended)}`"
         end = f"The job ends on all nodes; {restart} starts it again."
     return f"No further one fits in before the next tick. {end}" if is_short else end
-
-
-def _in_words(exc: Exception) -> str:
-    return f"{type(exc).__name__}: {exc}"

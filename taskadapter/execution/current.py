@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import resource
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -40,6 +45,8 @@ class Execution:
     """Why the job is over for all nodes, once it is."""
     has_waited: bool = False
     """Whether it has waited for the database, which is no fault of the job's."""
+    in_doubt: bool = False
+    """Whether the ledger may have it as begun, though its body has not: the answer was lost, or late."""
 
     @property
     def has_begun(self) -> bool:
@@ -79,6 +86,40 @@ execution: ContextVar[Execution | None] = ContextVar("execution", default=None)
 
 running: ContextVar[CurrentRun | None] = ContextVar("running", default=None)
 """The attempt whose body is going on."""
+
+
+@contextmanager
+def in_body() -> Iterator[None]:
+    """Have a run's body leave what its end needs, where it ends.
+
+    A child that it has forked ends where it comes out: it would enter the end of the run, which goes on in
+    the process that has begun it. And the body may have left as many files open as it was allowed.
+    """
+    process, status = os.getpid(), 1
+    try:
+        yield
+        status = 0
+    except SystemExit as asked:
+        status = asked.code if isinstance(asked.code, int) else int(asked.code is not None)
+        raise
+    except BaseException:
+        if os.getpid() != process:
+            traceback.print_exc()  # as a child's that is no run
+        raise
+    finally:
+        if os.getpid() != process and execution.get() is not None:
+            for stream in (sys.stdout, sys.stderr):
+                with suppress(Exception):
+                    stream.flush()
+            os._exit(status)
+        if execution.get() is not None:
+            _let_open_more()
+
+
+def _let_open_more() -> None:
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def current_run() -> CurrentRun:

@@ -142,7 +142,7 @@ def _as_flow(
                 time.sleep(pause.rest())
                 attempts.check(exc)
             else:
-                attempts.succeeded(subject, result)
+                attempts.returned(subject, result)
                 return result
 
     @wraps(like)
@@ -164,7 +164,7 @@ def _as_flow(
                 await asyncio.sleep(pause.rest())
                 await asyncio.to_thread(attempts.check, exc)
             else:
-                await asyncio.to_thread(attempts.succeeded, subject, result)
+                await asyncio.to_thread(attempts.returned, subject, result)
                 return result
 
     # The listener has the retries: Prefect's, which a setting may ask for, would follow the run's end.

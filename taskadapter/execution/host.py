@@ -28,6 +28,7 @@ from prefect import Flow
 from prefect.client.schemas.objects import State, StateType
 from prefect.context import SyncClientContext
 from prefect.events.worker import EventsWorker
+from prefect.exceptions import ExternalSignal, PrefectSignal
 from prefect.flow_engine import run_flow
 from prefect.logging.handlers import APILogWorker
 from prefect.logging.loggers import flow_run_logger
@@ -42,7 +43,7 @@ from pydantic import ValidationError
 
 from taskadapter.coordination.board import clock
 from taskadapter.coordination.executions import Begun, Ended, Exhausted, Paused, Skipped, Taken
-from taskadapter.errors import CoordinationError, TokenLostError
+from taskadapter.errors import CoordinationError, TokenLostError, words_of
 from taskadapter.execution import current, protocol, record, turn, workspace
 from taskadapter.execution.assignment import LEAVE_SECONDS, Assignment
 from taskadapter.execution.attempts import enter_end_of_engine
@@ -81,6 +82,9 @@ def connected(*, csrf: bool = True) -> Iterator[None]:
         yield
 
 
+_SIGNALS = (PrefectSignal, ExternalSignal, KeyboardInterrupt, asyncio.CancelledError)
+"""What ends a run that something other than its flow ends."""
+
 DROPPED_WITHIN_SECONDS = 2.0
 """How long after a run the agent gets a signal that both are sent, at most, and has told the run."""
 
@@ -106,6 +110,7 @@ class Host:
 
     def serve(self) -> NoReturn:
         """Carry out what the agent says, and end this process."""
+        private.escape_what_cannot_be_sent()
         threading.Thread(target=self._listen, name="listen", daemon=True).start()
         self._tell(protocol.Ready(pid=os.getpid()))
         order = self._inbox.get()
@@ -188,9 +193,11 @@ class Host:
             flow = workspace.load(assignment)
         except Exception as exc:  # noqa: BLE001 - the user's modules may raise anything
             line, text = workspace.shown(exc)
-            if isinstance(order, protocol.Run):  # its hooks are those of a run that has said so
+            waits = assignment.is_tick and isinstance(exc, workspace.LacksCodeError)
+            # Its hooks are those of a run that has said so; and one that waits is tried again and again.
+            if isinstance(order, protocol.Run) and not waits:
                 flow_run_logger(assignment.flow_run).error("The flow could not be loaded: %s", text)
-            self._tell(protocol.Unloadable(fault=f"The flow could not be loaded: {line}"))
+            self._tell(protocol.Unloadable(fault=f"The flow could not be loaded: {line}", waits=waits))
             return
         if isinstance(order, protocol.RunHooks):
             run_hooks(flow, assignment, order.state, self._tell)
@@ -245,12 +252,15 @@ def _conclude(
         case None if _is_users(fault):
             return _crashed(fault)
         case None if _has_timed_out(state):
-            return protocol.Dropped()  # it has waited for the database for so long
+            # It has waited for the database for so long.
+            return protocol.Dropped(in_doubt=execution.in_doubt)
         case None:
             is_told = _is_told(state) and not _is_crashed(state)
-            return protocol.Told() if is_told else protocol.Untold()
+            return protocol.Told() if is_told else protocol.Untold(in_doubt=execution.in_doubt)
         case Begun():
             is_told = enter_end(execution, state)
+            if execution.outcome is None and (why := _lacks_end(state, fault)) is not None:
+                return protocol.Crashed(fault=why)
             return (protocol.Told if is_told else protocol.Untold)(ended=execution.ended)
         case Paused():
             return protocol.Paused()
@@ -285,12 +295,17 @@ def enter_end(execution: current.Execution, state: State[Any] | None) -> bool:
     return is_told
 
 
+def _lacks_end(state: State[Any] | None, fault: BaseException | None) -> str | None:
+    """Return why a body has come to no end, if that is its flow's own fault; one that is paused goes on."""
+    if _is_users(fault):
+        return words_of(fault)
+    if state is not None and state.is_scheduled():
+        return f"its flow has returned state {state.name}, which is no end of a run"
+    return None
+
+
 def _crashed(fault: BaseException | None) -> protocol.Crashed:
-    return protocol.Crashed(fault=_in_words(fault))
-
-
-def _in_words(fault: BaseException | None) -> str:
-    return f"{type(fault).__name__}: {fault}"
+    return protocol.Crashed(fault=words_of(fault))
 
 
 def _is_told(state: State[Any] | None) -> bool:
@@ -308,8 +323,11 @@ def _has_timed_out(state: State[Any] | None) -> bool:
 
 
 def _is_users(fault: BaseException | None) -> bool:
-    """Return whether it is a mistake in the flow that its body was not reached, and not an API's fault."""
-    return isinstance(fault, Exception) and not isinstance(fault, API_FAULTS)
+    """Return whether it is the flow's own mistake that its body was not reached: no signal, and no API.
+
+    A hook for the beginning may even exit.
+    """
+    return fault is not None and not isinstance(fault, (*API_FAULTS, *_SIGNALS))
 
 
 def _was_spoilt(execution: current.Execution, state: State[Any] | None) -> bool:

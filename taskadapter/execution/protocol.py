@@ -9,9 +9,13 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from prefect.client.schemas.objects import State
-from pydantic import BaseModel, Field, SecretStr, TypeAdapter, field_serializer
+from pydantic import BaseModel, Field, PlainSerializer, SecretStr, TypeAdapter, field_serializer
 
+from taskadapter.errors import printable
 from taskadapter.execution.assignment import Assignment
+
+Text = Annotated[str, PlainSerializer(printable)]
+"""What a process has from its job's code, which may hold what JSON cannot."""
 
 
 class Message(BaseModel, frozen=True):
@@ -81,7 +85,7 @@ class Unforked(Message, frozen=True):
     """There is no process: the nursery says it in its place, and why."""
 
     kind: Literal["unforked"] = "unforked"
-    fault: str
+    fault: Text
 
 
 class Loaded(Message, frozen=True):
@@ -108,8 +112,18 @@ class Waits(Message, frozen=True):
     """For so many seconds the database has failed it; another node might be able to go on."""
 
     kind: Literal["waits"] = "waits"
-    fault: str
+    fault: Text
     seconds: float
+
+
+class Unentered(Message, frozen=True):
+    """For long the database has failed it, which is to enter what its body came to; as `executions.End`."""
+
+    kind: Literal["unentered"] = "unentered"
+    fault: Text
+    outcome: str
+    state: dict[str, Any] | None = None
+    ends: Text | None = None
 
 
 class Answered(Message, frozen=True):
@@ -128,10 +142,10 @@ class Hook(Message, frozen=True):
     """A hook for the run's end is called; without a name: it has returned."""
 
     kind: Literal["hook"] = "hook"
-    name: str | None = None
+    name: Text | None = None
 
 
-Step = Loaded | Started | Begun | Waits | Answered | Settled | Hook
+Step = Loaded | Started | Begun | Waits | Unentered | Answered | Settled | Hook
 
 
 class Told(Message, frozen=True):
@@ -142,16 +156,18 @@ class Told(Message, frozen=True):
 
 
 class Untold(Message, frozen=True):
-    """It is over, and the ledger says how; `ended` as in `Begun`."""
+    """It is over, and the ledger says how; `ended` as in `Begun`, `in_doubt` as in `Dropped`."""
 
     kind: Literal["untold"] = "untold"
     ended: str | None = None
+    in_doubt: bool = False
 
 
 class Dropped(Message, frozen=True):
-    """Its body has not begun, as the agent wished."""
+    """Its body has not begun, as the agent wished; `in_doubt` is whether the ledger may say that it has."""
 
     kind: Literal["dropped"] = "dropped"
+    in_doubt: bool = False
 
 
 class Paused(Message, frozen=True):
@@ -169,17 +185,19 @@ class Skipped(Message, frozen=True):
 
 
 class Crashed(Message, frozen=True):
-    """Its body was not reached, and that is the flow's own fault."""
+    """It is over without an end, and that is the flow's own fault; its body need not have been reached."""
 
     kind: Literal["crashed"] = "crashed"
-    fault: str
+    fault: Text
 
 
 class Unloadable(Message, frozen=True):
     """Its code could not be loaded here, for a reason; another node may have a copy that can be."""
 
     kind: Literal["unloadable"] = "unloadable"
-    fault: str
+    fault: Text
+    waits: bool = False
+    """Whether it is a tick whose code is not here, which is no fault of its job's: it waits for that."""
 
 
 End = Told | Untold | Dropped | Paused | Skipped | Crashed | Unloadable
@@ -222,7 +240,7 @@ class Refused(Message, frozen=True):
     """What is to be preloaded cannot be."""
 
     kind: Literal["refused"] = "refused"
-    reason: str
+    reason: Text
 
 
 class Gone(Message, frozen=True):
@@ -231,7 +249,7 @@ class Gone(Message, frozen=True):
     kind: Literal["gone"] = "gone"
     number: int
     exit_code: int
-    left: tuple[str, ...] = ()
+    left: tuple[Text, ...] = ()
 
 
 Notice = Serving | Refused | Gone

@@ -18,7 +18,7 @@ from prefect.logging.loggers import flow_run_logger
 
 from taskadapter.coordination import store
 from taskadapter.coordination.board import DeadlineBoard, clock
-from taskadapter.coordination.executions import Begun, Limits, Taken
+from taskadapter.coordination.executions import Begun, End, Limits, Taken
 from taskadapter.declare.jobs import Service, dump_state, load_state
 from taskadapter.errors import CoordinationError, DatabaseUnavailableError, TaskError, TokenLostError
 from taskadapter.execution import current, protocol
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+UNENTERED_SECONDS = 15.0
+"""After how long a process has its agent enter what its body came to: only the process may be at fault."""
+
 
 class NotWantedError(Exception):
     """The agent wants a run back whose body has not begun."""
@@ -48,20 +51,20 @@ def begin(execution: Execution) -> Answer:
     """
     from taskadapter.coordination import ledger
 
-    assignment, had_begun = execution.assignment, False
+    assignment = execution.assignment
 
     def ask(connection: Connection) -> Answer:
-        nonlocal had_begun
         # It is judged each time: the database may have been away for longer than the policy allows.
         limits = Limits(assignment.trigger_slug or "", assignment.max_count, _too_late(assignment))
         answer = ledger.begin(connection, assignment.execution, assignment.owner, limits)
-        if had_begun and isinstance(answer, Taken) and _is_own(answer.entry, assignment):
+        if execution.in_doubt and isinstance(answer, Taken) and _is_own(answer.entry, assignment):
             answer = Begun(answer.entry.number)
-        had_begun = had_begun or isinstance(answer, Begun)
+        execution.in_doubt = execution.in_doubt or isinstance(answer, Begun)
         return answer
 
     answer = _answer(execution, ask)
     require_trust(assignment)
+    execution.in_doubt = False
     return answer
 
 
@@ -80,9 +83,7 @@ def _too_late(assignment: Assignment) -> str | None:
 
 def _is_own(entry: Entry, assignment: Assignment) -> bool:
     """Return whether this process has made an entry: the answer to its commit was lost on the way."""
-    made_by = entry.flow_run_id, entry.incarnation, entry.term
-    term = assignment.token.term if assignment.token else None
-    return made_by == (assignment.execution.flow_run_id, assignment.incarnation, term) and not entry.outcome
+    return not entry.outcome and entry.is_of(assignment.execution, assignment.owner)
 
 
 def prepare(assignment: Assignment) -> None:
@@ -148,22 +149,18 @@ def enter_end(execution: Execution, service: Service | None, outcome: str, ends:
         DeclarationError: a field holds what cannot be saved.
         TokenLostError: the node has lost the token; nothing is saved.
     """
-    from taskadapter.coordination import ledger, progress
+    from taskadapter.coordination import ledger
 
     assignment = execution.assignment
-    state = None if service is None else dump_state(service)
+    end = End(outcome, None if service is None else dump_state(service), ends)
 
     def write(connection: Connection) -> None:
-        job_id, token = str(assignment.job_id), assignment.token
-        if token is not None:
-            progress.require_token(connection, token)
-        if state is not None:
-            progress.save_state(connection, job_id, state, term=token.term if token else None)
-        if ends is not None:
-            progress.end(connection, job_id, ends, assignment.trigger_slug)
-        ledger.end(connection, assignment.execution.key, outcome, incarnation=assignment.incarnation)
+        ledger.settle(connection, assignment.execution, assignment.owner, end, assignment.trigger_slug)
 
-    _answer(execution, write)
+    def tell(fault: str) -> None:
+        execution.tell(protocol.Unentered(fault=fault, outcome=outcome, state=end.state, ends=ends))
+
+    _answer(execution, write, tell)
     execution.tell(protocol.Settled())
 
 
@@ -210,14 +207,23 @@ def _timeout_stands_still() -> Iterator[None]:
 
 
 @_timeout_stands_still()
-def _answer(execution: Execution, question: Callable[[Connection], T]) -> T:
+def _answer(
+    execution: Execution,
+    question: Callable[[Connection], T],
+    unentered: Callable[[str], None] = lambda _: None,
+) -> T:
     """Ask until the database answers: its faults are not the job's, and end with the node's trust.
+
+    Args:
+        execution: of the run.
+        question: what to ask.
+        unentered: is called once with the fault, when the database has failed this process for long.
 
     Raises:
         NotWantedError: the agent wants the run back meanwhile, and its body has not begun.
         TokenLostError: the node has lost the token.
     """
-    assignment, faults, since = execution.assignment, set[str](), time.monotonic()
+    assignment, faults, since, is_told = execution.assignment, set[str](), time.monotonic(), False
     while True:
         try:
             answer = store.ask(assignment.database_url.get_secret_value(), question)
@@ -229,9 +235,13 @@ def _answer(execution: Execution, question: Callable[[Connection], T]) -> T:
                 log = flow_run_logger(assignment.flow_run)
                 log.warning("Waiting for the coordination database: %s", fault)
             faults.add(str(fault))
+            seconds = time.monotonic() - since
             # Nobody can enter an end while it is away, and another node would take the run for interrupted.
             if not execution.has_begun or not isinstance(fault, DatabaseUnavailableError):
-                execution.tell(protocol.Waits(fault=str(fault), seconds=time.monotonic() - since))
+                execution.tell(protocol.Waits(fault=str(fault), seconds=seconds))
+            if seconds >= UNENTERED_SECONDS and not is_told:
+                is_told = True
+                unentered(str(fault))
             execution.has_waited = True
             time.sleep(store.RETRY_SECONDS)
         else:

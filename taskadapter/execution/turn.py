@@ -6,9 +6,10 @@ What is here finds its execution in its context: a flow travels to the processes
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from functools import partial, wraps
+from inspect import isasyncgen, iscoroutine, isgenerator
 from typing import TYPE_CHECKING, Any
 
 from prefect.exceptions import Abort
@@ -43,12 +44,40 @@ def keep(flow: Flow[..., Any], at_end: AtEnd) -> None:
     def run(*args: Any, **kwargs: Any) -> Any:
         if (execution := current.execution.get()) is not None:
             _enter(execution)
-        return body(*args, **kwargs)
+        if flow.isasync or flow.isgenerator:
+            return _in_body(body(*args, **kwargs))
+        with current.in_body():
+            return body(*args, **kwargs)
 
     flow.fn = run
     flow.on_crashed_hooks = [_after_beginning(hook) for hook in flow.on_crashed_hooks]
     for name in ("on_completion_hooks", "on_failure_hooks", "on_cancellation_hooks", "on_crashed_hooks"):
         setattr(flow, name, [_told_of(hook, at_end) for hook in getattr(flow, name)])
+
+
+def _in_body(going_on: Any) -> Any:
+    """Return what goes on after the call of a body, with an eye on what this forks."""
+    if iscoroutine(going_on):
+        return _awaited_in_body(going_on)
+    if isgenerator(going_on):
+        return _generated_in_body(going_on)
+    return _generated_async_in_body(going_on) if isasyncgen(going_on) else going_on
+
+
+async def _awaited_in_body(coroutine: Awaitable[Any]) -> Any:
+    with current.in_body():
+        return await coroutine
+
+
+def _generated_in_body(generator: Iterator[Any]) -> Any:
+    with current.in_body():
+        return (yield from generator)
+
+
+async def _generated_async_in_body(generator: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    with current.in_body():
+        async for item in generator:
+            yield item
 
 
 def _after_beginning(hook: Any) -> Any:

@@ -30,7 +30,7 @@ import taskadapter
 from taskadapter.declare import attached
 from taskadapter.declare.jobs import Job, Service, load_state
 from taskadapter.declare.registry import importing, listeners
-from taskadapter.errors import TaskError
+from taskadapter.errors import TaskError, printable, words_of
 from taskadapter.execution import flow as flows
 
 if TYPE_CHECKING:
@@ -56,8 +56,16 @@ def environment(workspace: Workspace) -> dict[str, str]:
     return {name: value for name, value in merged.items() if value is not None}
 
 
+class LacksCodeError(TaskError):
+    """The folder or the file of a run's code is not on this node."""
+
+
 def enter(workspace: Workspace) -> None:
-    """Make this process one of the workspace: environment, search path, time zone, settings, logging."""
+    """Make this process one of the workspace: environment, search path, time zone, settings, logging.
+
+    Raises:
+        LacksCodeError: its folder is not here.
+    """
     _replace_search_path(os.environ.get("PYTHONPATH"), workspace.env.get("PYTHONPATH", ...))
     for name, value in workspace.env.items():
         if value is None:
@@ -71,7 +79,13 @@ def enter(workspace: Workspace) -> None:
     if any(name.startswith("PREFECT_LOGGING_") for name in workspace.env):
         setup_logging(incremental=False)
     sys.argv = [str(prefect.engine.__file__)]
-    _go_to(workspace.working_dir or Path.cwd())
+    folder = workspace.working_dir
+    try:
+        _go_to(folder or Path.cwd())
+    except (FileNotFoundError, NotADirectoryError):
+        if folder is None:
+            raise LacksCodeError("the agent's folder is gone, or another one by now; restart it") from None
+        raise LacksCodeError(f"folder {folder} is not on this node; {attached.FETCH_CODE}") from None
 
 
 def _go_to(folder: str | Path) -> None:
@@ -98,7 +112,8 @@ def load(assignment: Assignment) -> Flow[..., Any]:
     """Return the assignment's flow, after the workspace's pull steps.
 
     Raises:
-        TaskError: the folder of a pull step, the entrypoint's file, or what it names is not here.
+        LacksCodeError: the folder of a pull step, or the entrypoint's file, is not here.
+        TaskError: what it names is not in it.
     """
     _pull(assignment)
     with importing("a run"):
@@ -127,11 +142,11 @@ def _refuse_missing_folder(fault: StepExecutionError) -> None:
     """Name the folder that a pull step wants and this node lacks; any other fault is left as it is.
 
     Raises:
-        TaskError: that is what has failed.
+        LacksCodeError: that is what has failed.
     """
     cause, step = fault.__cause__, str(fault).rpartition(".")[2]
     if step == "set_working_directory" and isinstance(cause, FileNotFoundError | NotADirectoryError):
-        raise TaskError(
+        raise LacksCodeError(
             f"pull step {step} wants folder {cause.filename}, which this node lacks; make the folder "
             "here, or put `pull: []` into prefect.yaml and deploy again: the code is then looked for in "
             "the folder in which the agent was started"
@@ -176,11 +191,11 @@ def _require_file(place: str) -> None:
     """Refuse an entrypoint whose file is not there.
 
     Raises:
-        TaskError: it is not.
+        LacksCodeError: it is not.
     """
     file = attached.file_of(place)
     if file is not None and not file.is_file():
-        raise TaskError(
+        raise LacksCodeError(
             f"folder {Path.cwd()} lacks {file}, which the deployment's entrypoint names; "
             f"{attached.FETCH_CODE}"
         )
@@ -207,7 +222,7 @@ def _named(place: str) -> Any:
 def shown(fault: Exception) -> tuple[str, str]:
     """Return what keeps a flow from being loaded: in a line, and with where in the user's code it was."""
     if isinstance(fault, TaskError):
-        return str(fault), str(fault)
+        return (line := printable(str(fault))), line
     if isinstance(fault, ScriptError):
         fault = fault.user_exc
     found = traceback.TracebackException.from_exception(fault)
@@ -215,7 +230,7 @@ def shown(fault: Exception) -> tuple[str, str]:
     while inner is not None:
         inner.stack = _of_user(inner.stack)
         inner = inner.__cause__ or inner.__context__
-    return f"{type(fault).__name__}: {fault}", "".join(found.format()).rstrip()
+    return words_of(fault), printable("".join(found.format()).rstrip())
 
 
 def _of_user(frames: traceback.StackSummary) -> traceback.StackSummary:

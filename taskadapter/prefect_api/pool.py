@@ -81,6 +81,10 @@ class Domain:
             "heartbeat_frequency": f"{self.heartbeat_frequency:.12g}",
         }
 
+    def is_named(self, settings: TaskadapterSettings) -> bool:
+        """Return whether the pool or a node's settings name the database; else each node has its own."""
+        return self.database is not None or settings.database_url is not None
+
     async def database_url(self, settings: TaskadapterSettings) -> str:
         """Return the database's URL with its secret, from the node's environment or the block.
 
@@ -159,13 +163,13 @@ class Queues:
     def of(cls, pool: WorkPool, queues: Collection[WorkQueue]) -> Self:
         """Return those of a pool that was read."""
         limits = {one.name: {pool.concurrency_limit, one.concurrency_limit} - {None} for one in queues}
-        own = frozenset(one.name for one in queues if _is_closed(one))
-        words = [f"work queue {name!r}" for name in own]
+        closed = [one for one in queues if _is_closed(one)]
+        words = [f"work queue {one.name!r}{_by(one)}" for one in closed]
         if _is_closed(pool):
-            words.append(f"work pool {pool.name!r}")
+            words.append(f"work pool {pool.name!r}{_by(pool)}")
         return cls(
             names=frozenset(limits),
-            paused=frozenset(limits) if _is_closed(pool) else own,
+            paused=frozenset(limits if _is_closed(pool) else (one.name for one in closed)),
             limited=frozenset(name for name, limit in limits.items() if limit),
             closed=frozenset(words),
         )
@@ -179,6 +183,11 @@ class Queues:
 def _is_closed(found: WorkPool | WorkQueue) -> bool:
     """Return whether a pool, or a queue, lets nothing through: a limit of 0 is a pause."""
     return found.is_paused or found.concurrency_limit == 0
+
+
+def _by(found: WorkPool | WorkQueue) -> str:
+    """Return what to add of one whose switch is on, and that lets nothing through all the same."""
+    return "" if found.is_paused else " (concurrency limit 0)"
 
 
 def slug_of(work_pool: str) -> str:

@@ -6,25 +6,30 @@ A test of each fails when Prefect moves it.
 from __future__ import annotations
 
 import functools
+import logging
 import ssl
 import sys
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from prefect import flow_engine
+from prefect import flow_engine, states
 from prefect._internal import control_listener
 from prefect.client.orchestration import PrefectClient, SyncPrefectClient
 from prefect.client.schemas.actions import DeploymentUpdate
 from prefect.exceptions import Abort
+from prefect.logging.handlers import APILogHandler
 
+from taskadapter.errors import printable, words_of
 from taskadapter.prefect_api.client import API_FAULTS, in_words
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from types import TracebackType
     from uuid import UUID
 
     import httpx
+    from prefect.client.schemas.actions import StateCreate
     from prefect.client.schemas.objects import State
 
 
@@ -90,6 +95,32 @@ def abort_if_untold(flow_run_id: UUID, keep: Callable[[State[Any]], None]) -> No
             return propose_sync(client, state, flow_run_id=flow_run_id, **options)
 
     engine.propose_state, engine.propose_state_sync = propose_guarded, propose_sync_guarded
+
+
+def escape_what_cannot_be_sent() -> None:
+    """Have this process send the states and logs of its run that hold what no encoding has.
+
+    Such a text is that of an error with the name of a file that is not UTF-8. Prefect's client fails at it:
+    the line is lost, and the engine goes out of its run without having told its end. It does the same where
+    an error has no text, but one more error.
+    """
+    create, shown, lined = states.to_state_create, states.format_exception, logging.Handler.format
+
+    def created(state: State[Any]) -> StateCreate:
+        message = state.message and printable(state.message)
+        return create(state.model_copy(update={"message": message}))
+
+    def formatted(exc: BaseException, tb: TracebackType | None = None) -> str:
+        try:
+            return shown(exc, tb)  # type: ignore[arg-type]
+        except Exception:  # noqa: BLE001 - it is the user's code
+            return words_of(exc)
+
+    def line(self: APILogHandler, record: logging.LogRecord) -> str:
+        return printable(lined(self, record))
+
+    states.to_state_create, states.format_exception = created, formatted
+    APILogHandler.format = line  # type: ignore[assignment,method-assign]
 
 
 def name_run(flow_run_id: UUID, name: str) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
-from datetime import datetime
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -25,34 +27,113 @@ from prefect.states import Scheduled
 from taskadapter.prefect_api.client import PAGE, all_pages
 from taskadapter.rules import ticks
 
+MANY_LATE = 10
+"""A job that is late with so many ticks has enough to begin with: others are looked for without it."""
+
+
+@dataclass(frozen=True)
+class Due:
+    """Runs that are due, as far as the API lists them.
+
+    Attributes:
+        runs: them, in no order.
+        until: up to when all are listed.
+        is_cut: whether more are due than are listed.
+        behind: the jobs with more late ticks than are wanted at once, and up to when theirs are listed.
+    """
+
+    runs: list[FlowRun]
+    until: datetime
+    is_cut: bool = False
+    behind: Mapping[UUID, datetime] = field(default_factory=dict)
+
 
 async def due(
-    client: PrefectClient, work_pool: str, queues: list[str] | None, until: datetime
-) -> tuple[list[FlowRun], datetime]:
-    """Return the runs on the queues of a work pool that are due until some moment, and that moment.
+    client: PrefectClient,
+    work_pool: str,
+    queues: list[str] | None,
+    until: datetime,
+    *,
+    job_ids: Iterable[UUID],
+    late: Callable[[], Collection[UUID]],
+    withheld: Collection[str] = (),
+) -> Due:
+    """Return the runs on the queues of a work pool that are due until some moment.
 
     The API lists so many at once, and those first whose queue comes first, however late others are. Where
-    more are due the moment is an earlier one, until which all are listed; a longer list is of one moment.
+    more are due, jobs are asked for by themselves: what some are late with hides no run of another.
 
     Args:
         client: connected to the API.
         work_pool: the pool's name.
         queues: the names of the queues; None for all of the pool.
         until: the moment.
+        job_ids: the jobs on these queues, but for those that are withheld.
+        late: returns those of them that are known to be late with many ticks.
+        withheld: the queues of which Prefect lists not all, by a pause or a limit.
 
     Raises:
         ObjectNotFound: a queue, or the pool, is gone.
     """
-    while True:
-        found = await client.get_scheduled_flow_runs_for_work_pool(
-            work_pool, work_queue_names=queues, scheduled_before=until
-        )
-        runs = [response.flow_run for response in found]
-        moments = sorted(filter(None, (run.next_scheduled_start_time for run in runs)))
-        earlier = [moment for moment in moments if moment < until]
-        if len(runs) < PAGE or not earlier:
-            return runs, until
-        until = earlier[len(earlier) // 2]
+    page = await _listed(client, work_pool, queues, until)
+    if len(page) < PAGE:
+        return Due(page, until)
+    others = await _listed(client, work_pool, [*withheld], until) if withheld else []
+    behind = late()
+    parts = [
+        await _due_of(client, work_pool, jobs, until, least)
+        for jobs, least in ((behind, 1), (set(job_ids).difference(behind), MANY_LATE))
+    ]
+    runs = {run.id: run for part in ([*page, *others], *(part.runs for part in parts)) for run in part}
+    return Due(
+        [*runs.values()],
+        min(part.until for part in parts),
+        is_cut=any(part.is_cut for part in parts),
+        behind={job_id: until for part in parts for job_id, until in part.behind.items()},
+    )
+
+
+async def _due_of(
+    client: PrefectClient, work_pool: str, jobs: Collection[UUID], until: datetime, least: int
+) -> Due:
+    """Return the runs of jobs, which are left out one after another when so many late ticks are listed."""
+    left, runs, behind = set(jobs), list[FlowRun](), dict[UUID, datetime]()
+    while left:
+        page = await client.get_scheduled_flow_runs_for_deployments([*left], until)
+        runs += [run for run in page if run.work_pool_name == work_pool and not _has_process(run)]
+        if len(page) < PAGE:
+            break
+        if not (more_behind := _behind(page, least)):
+            # They are listed by time: perhaps others are due at the very moment of the last one.
+            last = max(filter(None, (run.next_scheduled_start_time for run in page)), default=until)
+            return Due(runs, last - timedelta.resolution, is_cut=True, behind=behind)
+        behind |= more_behind
+        left -= more_behind.keys()
+    return Due(runs, until, behind=behind)
+
+
+async def _listed(
+    client: PrefectClient, work_pool: str, queues: list[str] | None, until: datetime
+) -> list[FlowRun]:
+    found = await client.get_scheduled_flow_runs_for_work_pool(
+        work_pool, work_queue_names=queues, scheduled_before=until
+    )
+    return [response.flow_run for response in found]
+
+
+def _has_process(flow_run: FlowRun) -> bool:
+    """Return whether a run waits for its next attempt in the process that has it: no pool lists it."""
+    return flow_run.empirical_policy.retry_type == "in_process"
+
+
+def _behind(runs: Iterable[FlowRun], least: int) -> dict[UUID, datetime]:
+    """Return the jobs that have so many late ticks among some runs, and the moment of the last of these."""
+    late, now = defaultdict[UUID, list[datetime]](list), datetime.now(UTC)
+    for run in runs:
+        tick = ticks.tick_of(run)
+        if run.deployment_id is not None and tick is not None and tick < now:
+            late[run.deployment_id].append(tick)
+    return {job_id: max(missed) for job_id, missed in late.items() if len(missed) >= least}
 
 
 async def create_tick(

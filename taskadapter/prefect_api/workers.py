@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 POLL_SECONDS = 30
 """How often a worker polls that does not say."""
 
+LATELY = 1.5
+"""After so many times as long it does not poll any more."""
+
 
 async def workers_of(client: PrefectClient, work_pool: str) -> list[Worker]:
     """Return all that have ever polled a work pool."""
@@ -30,7 +33,7 @@ def polled_ago(worker: Worker) -> float | None:
 def polls(worker: Worker) -> bool:
     """Return whether a worker polls its pool; Prefect takes one that was stopped for online for longer."""
     age, every = polled_ago(worker) or 0.0, worker.heartbeat_interval_seconds or POLL_SECONDS
-    return worker.status == "ONLINE" and age <= 1.5 * every
+    return worker.status == "ONLINE" and age <= LATELY * every
 
 
 def strangers(workers: Collection[Worker], nodes: Collection[str]) -> list[Worker]:

@@ -31,7 +31,7 @@ from prefect.client.schemas.objects import StateType
 from deployments.local import Program, agent, environment, prefect_command, wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from contextlib import AbstractContextManager
     from uuid import UUID
 
@@ -321,6 +321,12 @@ def due(run: FlowRun) -> datetime:
     """Return when a run is or was to start."""
     assert run.expected_start_time is not None
     return run.expected_start_time
+
+
+def without_a_gap(dues: Sequence[float], interval: float) -> set[float]:
+    """Return every tick from the first to the last of some, which are in order."""
+    first, last = dues[0], dues[-1]
+    return {first + interval * number for number in range(round((last - first) / interval) + 1)}
 
 
 def is_alive(pid: int) -> bool:

@@ -238,6 +238,35 @@ CODE = {
             note("hooked", "began")
             time.sleep(seconds)
     """,
+    "exits.py": """
+        import sys
+        from ledger import note
+        from prefect import flow
+
+        def leave(flow, run, state) -> None:
+            note("exits", "left")
+            sys.exit(4)
+
+        @flow(on_running=[leave])
+        def exits() -> None:
+            note("exits", "began")
+    """,
+    "opens.py": """
+        import resource
+        from prefect import flow
+
+        kept = []
+
+        @flow
+        def opens() -> None:
+            _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (64, most))
+            try:
+                while True:
+                    kept.append(open("/dev/null"))
+            except OSError:
+                pass
+    """,
     "preloaded.py": """
         import sys
         from ledger import note
@@ -274,6 +303,8 @@ PLACES = {
     "processes": "pools.py:processes",
     "last_words": "last_words.py:last_words",
     "hooked": "hooked.py:hooked",
+    "exits": "exits.py:exits",
+    "opens": "opens.py:opens",
     "preloaded": "preloaded.py:preloaded",
 }
 
@@ -440,6 +471,11 @@ def test_a_job_that_closes_every_file(project: Project, prefect: Prefect) -> Non
     assert_completed([run(prefect, "price")])
 
 
+def test_a_job_that_leaves_as_many_files_open_as_it_may(prefect: Prefect) -> None:
+    """Its body has come to its end: that is entered and told, and the next run has its place."""
+    assert_completed([run(prefect, "opens"), run(prefect, "price")])
+
+
 def test_a_processs_last_words(project: Project, prefect: Prefect) -> None:
     """What a run logs last arrives, and its `atexit` functions are called."""
     ended = run(prefect, "last_words")
@@ -465,6 +501,18 @@ def test_a_message_that_no_database_keeps(project: Project, prefect: Prefect) ->
     assert_completed([prefect.wait_for_end(crashed)])
 
 
+def test_a_hook_for_the_beginning_that_exits_ends_its_run(project: Project, prefect: Prefect) -> None:
+    """Nothing of its body has begun: it would begin again and again."""
+    crashed = run(prefect, "exits")
+
+    def is_settled() -> bool:
+        return "SystemExit: 4" in (state_of(prefect.client.read_flow_run(crashed.id)).message or "")
+
+    wait_until(is_settled, PATIENCE, "the agent to say what has ended the run")
+    assert_completed([run(prefect, "price")])
+    assert [entry.what for entry in project.entries("exits")] == ["left"]
+
+
 @pytest.mark.parametrize(
     ("flow", "state"),
     [("numbers", "Completed"), ("numbers_async", "Completed"), ("broken_numbers", "Failed")],
@@ -485,8 +533,8 @@ def test_other_processes_find_the_flows_module(project: Project, prefect: Prefec
 
 
 def nursery_of(agent: Program) -> psutil.Process:
-    """Return the one process that forks others."""
-    (found,) = nurseries(agent.pid)
+    """Return the one process that forks others, once it is there."""
+    (found,) = wait_until(lambda: nurseries(agent.pid), PATIENCE, "a nursery")
     return found
 
 
@@ -515,24 +563,25 @@ def test_a_nursery_that_is_killed_is_replaced(agent: Program, project: Project, 
 def test_a_nursery_that_stands_still_is_replaced(
     agent: Program, project: Project, prefect: Prefect
 ) -> None:
-    """Nobody waits for ever for a process that is not forked."""
-    nursery = nursery_of(agent)
-    nursery.send_signal(signal.SIGSTOP)
-    assert_completed([run(prefect, "price")])
-    assert nursery_of(agent).pid != nursery.pid
+    """Nobody waits for ever for a process that is not forked, nor for the end of one that is not told.
 
-
-@pytest.mark.slow
-def test_a_nursery_that_stands_still_while_a_run_ends(
-    agent: Program, project: Project, prefect: Prefect
-) -> None:
-    """It tells of no end: it is replaced, and the run's place is free again, also if it is the only one."""
-    going_on = prefect.start("beats")
-    project.wait_for("beats", "beat", len(project.entries("beats")) + 1)
-    nursery = nursery_of(agent)
-    nursery.send_signal(signal.SIGSTOP)
-    assert_completed([prefect.wait_for_end(going_on), run(prefect, "price")])
-    assert nursery_of(agent).pid != nursery.pid
+    The place of a run that has ended so is free again, also if it is the only one. Two agents, since it
+    takes two minutes.
+    """
+    pool = f"{project.pool}-still"
+    ensure_work_pool(pool)
+    deploy(project, prefect, "price", "still", pool)
+    with project.agent("still", pool=pool) as other:
+        assert_completed([run(prefect, "price"), run(prefect, "price/still")])
+        still = {node: nursery_of(node) for node in (agent, other)}
+        going_on = prefect.start("beats")
+        project.wait_for("beats", "beat", len(project.entries("beats")) + 1)
+        for nursery in still.values():
+            nursery.send_signal(signal.SIGSTOP)
+        unforked = prefect.start("price/still")
+        assert_completed([prefect.wait_for_end(one) for one in (going_on, unforked)])
+        assert_completed([run(prefect, "price"), run(prefect, "price/still")])
+        assert [node for node, nursery in still.items() if nursery_of(node).pid == nursery.pid] == []
 
 
 # --- in time --------------------------------------------------------------------------------------

@@ -214,7 +214,7 @@ def number(prefect: Prefect, job: str, moment: float) -> int:
     return nearest
 
 
-@pytest.mark.parametrize(("seconds", "interval"), [(60, 5)])
+@pytest.mark.parametrize(("seconds", "interval"), [(35, 5)])
 @pytest.mark.parametrize("part", ["server", "database", "agents"])
 def test_ticks_of_a_downtime_follow_the_waiting_policy(
     project: Project, prefect: Prefect, site: Site, part: str, seconds: float, interval: int

@@ -136,28 +136,21 @@ def test_it_is_ready_active_and_on_standby(
 
 
 def test_ticks_heartbeats_and_requests_are_counted(project: Project, node: Served) -> None:
-    """As many ticks as bodies have begun, in time; each heartbeat takes less than its interval."""
+    """As many ticks as bodies have begun, in time or, on a slow machine, late."""
     before, seen = len(project.entries("healthy", "began")), node.values()
-    project.wait_for("healthy", "began", before + 3)
-    wait_until(
-        lambda: (
-            node.values()["taskadapter_ticks_total", "run"] >= seen["taskadapter_ticks_total", "run"] + 3
-        ),
-        PATIENCE,
-        "three ticks to be counted",
-    )
 
     def ticks(values: dict[tuple[str, str], float]) -> float:
-        late = values.get(("taskadapter_ticks_total", "late"), 0)
-        return values["taskadapter_ticks_total", "run"] + late
+        return sum(values.get(("taskadapter_ticks_total", how), 0) for how in ("run", "late"))
 
-    def is_counted() -> bool:
-        bodies = len(project.entries("healthy", "began"))
-        return bodies <= ticks(node.values()) <= len(project.entries("healthy", "began"))
+    def are_counted() -> dict[tuple[str, str], float]:
+        bodies, values = len(project.entries("healthy", "began")), node.values()
+        is_each = bodies <= ticks(values) <= len(project.entries("healthy", "began"))
+        is_same = values.get(("taskadapter_lateness_seconds_count", "")) == ticks(values)
+        return values if is_each and is_same else {}
 
-    wait_until(is_counted, PATIENCE, "as many ticks as bodies")
-    values = node.values()
-    assert values["taskadapter_lateness_seconds_count", ""] == ticks(values)
+    project.wait_for("healthy", "began", before + 3)
+    values = wait_until(are_counted, PATIENCE, "as many ticks as bodies")
+    assert ticks(values) >= ticks(seen) + 3
     assert (
         values["taskadapter_heartbeat_seconds_count", ""] > seen["taskadapter_heartbeat_seconds_count", ""]
     )

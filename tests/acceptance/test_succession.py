@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,6 +16,8 @@ from tests.acceptance.project import PATIENCE, Prefect, Project, due, state_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from prefect.client.schemas.objects import FlowRun
 
     from deployments.local import Program
     from tests.acceptance.project import Entry
@@ -129,3 +131,30 @@ def test_a_job_that_no_node_can_load_crashes_and_keeps_nobody_busy(
     project.wait_for("inherited", "ran", since + 2)
     waiting = [run for run in prefect.runs("hopeless") if run.state_type is StateType.PENDING]
     assert len(waiting) <= 1
+
+
+def test_ticks_wait_for_code_that_no_node_has(project: Project, prefect: Prefect, whole: Program) -> None:
+    """A project's folder may be another one for a while, or be halfway through an update; none is lost."""
+    project.write("flows/absent.py", flows("absent", ""))
+    project.deploy("absent")
+    project.wait_for("absent", "ran", 2)
+    file = project.folder / "flows/absent.py"
+    gone = file.rename(file.with_suffix(".gone"))
+
+    def of_the_past() -> list[FlowRun]:
+        found = [run for run in prefect.waiting("absent") if due(run) < datetime.now(UTC)]
+        return found if len(found) >= 3 else []
+
+    late = wait_until(of_the_past, PATIENCE, "three ticks to wait")
+    by_hand = prefect.wait_for_end(prefect.start("absent"))
+    gone.rename(file)
+
+    def all_have_run() -> list[float]:
+        dues = {entry["due"] for entry in project.entries("absent", "ran")}
+        return sorted(dues) if {due(run).timestamp() for run in late} < dues else []
+
+    dues = wait_until(all_have_run, PATIENCE, "the ticks that waited")
+    assert state_of(by_hand).name == "Crashed"
+    assert "lacks flows/absent.py" in (state_of(by_hand).message or "")
+    assert [run.id for run in prefect.runs("absent", "Crashed")] == [by_hand.id]
+    assert dues == [dues[0] + INTERVAL * number for number in range(len(dues))]

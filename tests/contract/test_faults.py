@@ -6,19 +6,20 @@ import re
 import socket
 import struct
 import threading
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import pytest
 from sqlalchemy import Engine, text
 
-from taskadapter.coordination import schema
+from taskadapter.coordination import schema, store
 from taskadapter.coordination.engines import Timeouts, open_engine, transaction, url_of
 from taskadapter.coordination.nodes import Node
 from taskadapter.coordination.overview import check_rights, read_status
-from taskadapter.coordination.progress import load_state
+from taskadapter.coordination.progress import load_state, pause
 from taskadapter.coordination.tokens import acquire
 from taskadapter.errors import (
     AccessDeniedError,
@@ -125,6 +126,25 @@ def test_wrong_password_on_mysql(mysql_url: str) -> None:
         engine.dispose()
 
 
+LIMITED = {
+    "postgresql": "ALTER ROLE ta_reader CONNECTION LIMIT 1",
+    "mysql": "ALTER USER 'ta_reader'@'%' WITH MAX_USER_CONNECTIONS 1",
+}
+
+
+@pytest.mark.databases("postgresql", "mysql")
+def test_too_many_connections(engine: Engine, reader: Engine) -> None:
+    """It runs and can be reached: what helps is a higher limit, or less that asks."""
+    with engine.begin() as connection:
+        connection.execute(text(LIMITED[engine.dialect.name]))
+    other = open_engine(reader.url)
+    with (
+        reader.connect(),
+        pytest.raises(DatabaseUnavailableError, match="; raise that limit, or have fewer nodes"),
+    ):
+        ask(other)
+
+
 def test_unknown_database(prepared_url: str) -> None:
     """A database that does not exist is not taken for one that is down."""
     url = url_of(prepared_url)
@@ -200,6 +220,77 @@ def test_a_frozen_server(scheme: str, serve: Callable[..., int]) -> None:
     port = serve(lambda client: client.recv(1000) and client.recv(1000))
     with pytest.raises(DatabaseUnavailableError):
         ask(open_engine(f"{scheme}://someone@127.0.0.1:{port}/tasks", timeouts=QUICK))
+
+
+READ_ONLY = {
+    "postgresql": "SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY",
+    "mysql": "SET SESSION TRANSACTION READ ONLY",
+}
+
+
+@pytest.mark.databases("postgresql", "mysql")
+def test_a_session_that_is_read_only_is_not_kept(engine: Engine) -> None:
+    """It fails one question, of whatever kind, and the next one gets a session that may write."""
+    for asked in (write, lock):
+        with engine.connect() as connection:
+            connection.exec_driver_sql(READ_ONLY[engine.dialect.name])
+            connection.commit()
+        with pytest.raises(DatabaseUnavailableError, match="name the primary"):
+            asked(engine)
+        asked(engine)
+
+
+def write(engine: Engine) -> None:
+    with transaction(engine) as connection:
+        pause(connection, "job", paused=True)
+
+
+def lock(engine: Engine) -> None:
+    with transaction(engine) as connection:
+        acquire(connection, NODE, ["group"], 30)
+
+
+@pytest.mark.databases("postgresql")
+def test_sessions_of_a_database_that_was_read_only_are_not_used(engine: Engine, prepared_url: str) -> None:
+    """Those that were opened meanwhile stay read-only, idle ones too: all of them are replaced."""
+    name = engine.url.database
+    try:
+        with engine.begin() as connection:
+            connection.exec_driver_sql(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+        store._engine(prepared_url).dispose()
+        with ExitStack() as idle:  # several are in the pool then
+            for _ in range(3):
+                idle.enter_context(store._transaction(prepared_url))
+        with pytest.raises(DatabaseUnavailableError, match="read-only"):
+            store.pause(prepared_url, uuid4(), paused=True)
+    finally:
+        with engine.begin() as connection:
+            connection.exec_driver_sql(f"ALTER DATABASE {name} RESET default_transaction_read_only")
+    with ExitStack() as taken:
+        for _ in range(3):
+            connection = taken.enter_context(store._transaction(prepared_url))
+            assert connection.exec_driver_sql("SHOW transaction_read_only").scalar() == "off"
+    store._engine(prepared_url).dispose()
+
+
+@pytest.mark.databases("postgresql", "mysql")
+def test_a_session_is_kept_that_has_waited_for_a_lock(engine: Engine) -> None:
+    """A new one would wait as long."""
+    write(engine)
+    name = {"postgresql": "lock_timeout = '100ms'", "mysql": "innodb_lock_wait_timeout = 1"}
+    sessions = {"postgresql": "pg_backend_pid()", "mysql": "connection_id()"}
+    session = text(f"SELECT {sessions[engine.dialect.name]}")
+    other = open_engine(engine.url)
+    with transaction(engine) as connection:
+        pause(connection, "job", paused=False)
+        with other.begin() as waiting:
+            waiting.exec_driver_sql(f"SET {name[engine.dialect.name]}")
+            before = waiting.execute(session).scalar()
+        with pytest.raises(DatabaseUnavailableError, match="lock"):
+            write(other)
+    with other.connect() as again:
+        assert again.execute(session).scalar() == before
+    other.dispose()
 
 
 def test_state_is_in_no_message(engine: Engine) -> None:

@@ -412,6 +412,25 @@ def test_unfit_timing() -> None:
         Node("sqlite:///nowhere.db", "node-1", [GROUP], heartbeat_frequency=1.0)
 
 
+def test_a_node_whose_ledger_is_gone_says_so(start: Start, engine: Engine) -> None:
+    """It makes no empty one, and is not active; its health says that tables are missing."""
+    from taskadapter.coordination import schema
+
+    with engine.connect() as connection:
+        schema.create_missing(connection)
+        schema.ledger.drop(connection)
+        connection.commit()
+    try:
+        heartbeat = start("node-1").heartbeat
+        wait_until(lambda: heartbeat.vitals.lacks_tables, PATIENCE, "the node to lack tables")
+        assert "lacks taskadapter_ledger, " in heartbeat.vitals.fault
+        assert not heartbeat.registered
+    finally:
+        with engine.connect() as connection:
+            assert schema.create_missing(connection, lost=True) == (schema.ledger.name,)
+    wait_until(lambda: heartbeat.registered, PATIENCE, "the node to stand by")
+
+
 def test_opens_nothing_at_construction() -> None:
     """Making an engine connects to nothing."""
     open_engine("postgresql://127.0.0.1:1/nowhere").dispose()

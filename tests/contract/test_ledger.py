@@ -17,6 +17,7 @@ from taskadapter.coordination.engines import transaction
 from taskadapter.coordination.executions import (
     ABANDONED,
     Begun,
+    End,
     Ended,
     Entry,
     Execution,
@@ -29,7 +30,7 @@ from taskadapter.coordination.executions import (
 )
 from taskadapter.coordination.nodes import Node, register
 from taskadapter.coordination.progress import end as end_job
-from taskadapter.coordination.progress import pause
+from taskadapter.coordination.progress import load_state, pause, save_state
 from taskadapter.errors import SchemaError, TokenLostError
 from tests.contract.databases import rewind
 from tests.contract.entering import (
@@ -65,6 +66,14 @@ def begin(engine: Engine, execution: Execution, who: Owner = ALONE, limits: Limi
 def end(engine: Engine, execution: Execution, outcome: str, incarnation: str = "of another") -> bool:
     with transaction(engine) as connection:
         return ledger.end(connection, execution.key, outcome, incarnation=incarnation)
+
+
+def came_to(engine: Engine, state: int, *, by_agent: bool = False, ends: str | None = None) -> None:
+    """Have the first tick's process, or its agent, enter that its body has come to an end."""
+    enter = ledger.settle_for if by_agent else ledger.settle
+    end = End("Completed", {"i": state}, ends)
+    with transaction(engine) as connection:
+        enter(connection, tick(1), ALONE, end, LIMITS.trigger_slug)
 
 
 def asked(times: int) -> Execution:
@@ -367,6 +376,136 @@ class TestGivenUp:
         with pytest.raises(TokenLostError), transaction(engine) as connection:
             write(connection, tick(1), owner(TOKEN), *words)
         assert begin(engine, tick(1), owner(NEXT)) == Begun(1)
+
+
+class TestSettled:
+    """What a body came to is entered by its process, or by its agent, whoever is first."""
+
+    @staticmethod
+    def state(engine: Engine) -> object:
+        with transaction(engine) as connection:
+            return load_state(connection, JOB)
+
+    @pytest.mark.parametrize("by_agent", [False, True])
+    def test_the_other_one_is_too_late(self, engine: Engine, by_agent: bool) -> None:
+        """The next run has made another state of it by then, or somebody has started the job again."""
+        begin(engine, tick(1))
+        came_to(engine, 1, by_agent=by_agent, ends="it failed")
+        with transaction(engine) as connection:
+            save_state(connection, JOB, {"i": 2})
+            end_job(connection, JOB, None)
+        came_to(engine, 1, by_agent=not by_agent, ends="it failed")
+        assert self.state(engine) == {"i": 2}
+        assert begin(engine, tick(2)) == Begun(2)
+        assert outcomes(engine, tick(1)) == ["Completed"]
+
+    @pytest.mark.parametrize("outcome", [None, "Crashed"])
+    def test_an_agent_enters_what_is_open(self, engine: Engine, outcome: str | None) -> None:
+        """What has been given up meanwhile keeps its end, and what is not there has none."""
+        came_to(engine, 0, by_agent=True)
+        begin(engine, tick(1))
+        if outcome is not None:
+            end(engine, tick(1), outcome)
+        came_to(engine, 1, by_agent=True)
+        assert self.state(engine) == ({"i": 1} if outcome is None else None)
+        assert outcomes(engine, tick(1)) == [outcome or "Completed"]
+
+    def test_an_end_is_corrected(self, engine: Engine) -> None:
+        """A body may have returned what fails behind it."""
+        begin(engine, tick(1))
+        came_to(engine, 1)
+        with transaction(engine) as connection:
+            ledger.settle(connection, tick(1), ALONE, End("Failed", ends="it failed"), LIMITS.trigger_slug)
+        assert outcomes(engine, tick(1)) == ["Failed"]
+        assert begin(engine, tick(2)) == Ended("it failed")
+
+
+class TestWithdrawn:
+    """A process that was not told of its commit has given its run back."""
+
+    @staticmethod
+    def withdraw(engine: Engine, execution: Execution, who: Owner = ALONE) -> None:
+        with transaction(engine) as connection:
+            ledger.withdraw(connection, execution, who, LIMITS.trigger_slug)
+
+    def test_it_begins_anew_and_counts_once(self, engine: Engine) -> None:
+        """As if it had never been entered, too late for its policy included."""
+        assert begin(engine, tick(1)) == Begun(1)
+        assert begin(engine, tick(2)) == Begun(2)
+        self.withdraw(engine, tick(2))
+        assert outcomes(engine, tick(2)) == []
+        assert begin(engine, tick(2), limits=replace(LIMITS, too_late="late")) == Skipped("late")
+        assert begin(engine, tick(2)) == Begun(2)
+
+    def test_the_last_of_a_job_is_still_to_come(self, engine: Engine) -> None:
+        """Its maximum is not reached by what has not begun."""
+        limits = replace(LIMITS, max_count=1)
+        assert begin(engine, tick(1), limits=limits) == Begun(1)
+        self.withdraw(engine, tick(1))
+        assert begin(engine, tick(1), limits=limits) == Begun(1)
+
+    def test_as_many_are_executed_as_there_may_be(self, engine: Engine) -> None:
+        """Of ticks that overlap, in whatever order they are withdrawn, and whatever was counted since."""
+        limits = replace(LIMITS, max_count=3)
+        for number in (1, 2):
+            begin(engine, tick(number), limits=limits)
+        for number in (1, 2):
+            self.withdraw(engine, tick(number))
+        assert [begin(engine, tick(number), limits=limits) for number in (1, 2)] == [Begun(1), Begun(2)]
+        self.withdraw(engine, tick(1))
+        assert [begin(engine, tick(number), limits=limits) for number in (1, 3)] == [Begun(2), Begun(3)]
+
+    def test_another_trigger_s_count_stays(self, engine: Engine) -> None:
+        """It was counted for the one that the job had then."""
+        changed = Limits("every-3s")
+        begin(engine, tick(1))
+        begin(engine, tick(2), limits=changed)
+        self.withdraw(engine, tick(1))
+        assert begin(engine, tick(3), limits=changed) == Begun(2)
+
+    @pytest.mark.databases("postgresql", "mysql")
+    def test_a_commit_that_is_on_its_way_is_waited_for(self, engine: Engine) -> None:
+        """The server may get it, or end with it, when it has been given up long since."""
+        with engine.connect() as connection, ThreadPoolExecutor(1) as pool:
+            assert ledger.begin(connection, tick(1), ALONE, LIMITS) == Begun(1)
+            withdrawn = pool.submit(self.withdraw, engine, tick(1))
+            with pytest.raises(TimeoutError):
+                withdrawn.result(0.5)
+            connection.commit()
+            withdrawn.result()
+        assert outcomes(engine, tick(1)) == []
+
+    def test_what_is_made_again_is_to_be_made_again(self, engine: Engine) -> None:
+        """It has been counted, and its job may have ended with it."""
+        limits = replace(LIMITS, max_count=1)
+        assert begin(engine, tick(1), limits=limits) == Begun(1)
+        with transaction(engine) as connection:
+            end_job(connection, JOB, "it was the last", LIMITS.trigger_slug)
+        end(engine, tick(1), ABANDONED)
+        for _ in range(2):
+            assert begin(engine, tick(1), limits=limits) == Begun(1)
+            self.withdraw(engine, tick(1))
+            assert outcomes(engine, tick(1)) == [ABANDONED]
+
+    def test_a_run_by_hand(self, engine: Engine) -> None:
+        """It is counted for nothing."""
+        begin(engine, tick(1))
+        begin(engine, ASKED)
+        self.withdraw(engine, ASKED)
+        assert begin(engine, ASKED) == Begun(None)
+        assert begin(engine, tick(2)) == Begun(2)
+
+    @pytest.mark.parametrize("outcome", [None, ABANDONED, "Crashed"])
+    def test_what_is_another_s_or_over_stays(self, engine: Engine, outcome: str | None) -> None:
+        """A successor has said what came of it; and what was never entered is no fault."""
+        begin(engine, tick(1))
+        if outcome is not None:
+            end(engine, tick(1), outcome)
+        self.withdraw(engine, tick(1), ALONE if outcome else replace(ALONE, incarnation="another"))
+        self.withdraw(engine, tick(2))
+        self.withdraw(engine, tick(1, flow_run_id="another"))
+        assert outcomes(engine, tick(1)) == [outcome]
+        assert begin(engine, tick(3)) == Begun(2)
 
 
 class TestSkipped:

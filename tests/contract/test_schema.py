@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import pytest
-from sqlalchemy import Engine, func, text
+from sqlalchemy import Engine, Table, func, text
 
 from taskadapter.coordination import schema, store
 from taskadapter.coordination.engines import transaction
@@ -43,6 +43,54 @@ def test_whoever_comes_first_makes_them(engine: Engine, prepared_url: str) -> No
         drop(engine)
         assert race(calls) == [{}] * len(calls)
     store._engine(prepared_url).dispose()
+
+
+def test_a_ledger_that_is_gone_is_not_made_in_silence(engine: Engine, prepared_url: str) -> None:
+    """With an empty one bodies would begin again; who knows that may have it made."""
+    create(engine)
+    with engine.begin() as connection:
+        schema.ledger.drop(connection)
+    try:
+        for _ in range(2):
+            with pytest.raises(SchemaError, match=r"lacks taskadapter_ledger, .*`taskadapter db init`"):
+                store.entries(prepared_url, ["key"])
+    finally:
+        with engine.connect() as connection:
+            assert schema.create_missing(connection, lost=True) == (schema.ledger.name,)
+            assert schema.create_missing(connection) == ()
+    assert store.entries(prepared_url, ["key"]) == []
+    store._engine(prepared_url).dispose()
+
+
+@pytest.mark.parametrize("gone", [schema.token_holder, schema.group, schema.job_progress])
+def test_no_table_that_is_gone_is_made_in_silence(engine: Engine, prepared_url: str, gone: Table) -> None:
+    """Terms would begin at one again, and counts."""
+    create(engine)
+    with engine.begin() as connection:
+        gone.drop(connection)
+    try:
+        with pytest.raises(SchemaError, match=f"lacks {gone.name}, "):
+            store.require_database(prepared_url, 0)
+    finally:
+        with engine.connect() as connection:
+            schema.create_missing(connection, lost=True)
+    store._engine(prepared_url).dispose()
+
+
+def test_tables_that_were_half_made_are_completed(engine: Engine) -> None:
+    """By any node: the one that made them may have died meanwhile, or is making them now."""
+    drop(engine)
+    with engine.begin() as connection:
+        schema.schema_step.create(connection)
+        schema.node.create(connection)
+        connection.execute(schema.schema_step.insert().values(step=schema.VERSION))
+    assert schema.ledger.name in create(engine)
+    with engine.begin() as connection:
+        schema.ledger.drop(connection)
+    with pytest.raises(SchemaError, match="lacks taskadapter_ledger"):
+        create(engine)
+    with engine.connect() as connection:
+        assert schema.create_missing(connection, lost=True) == (schema.ledger.name,)
 
 
 def test_the_script_does_the_same(engine: Engine) -> None:

@@ -14,8 +14,8 @@ from sqlalchemy import Connection, Engine, delete, event, func, select, text, up
 
 from taskadapter.coordination import schema
 from taskadapter.coordination.engines import open_engine, transaction
-from taskadapter.coordination.messages import Sighting, Taken, Token
-from taskadapter.coordination.nodes import Node, register, unregister
+from taskadapter.coordination.messages import PoolKey, Sighting, Taken, Token
+from taskadapter.coordination.nodes import Node, claim_groups, register, unregister
 from taskadapter.coordination.overview import LATELY_SECONDS, read_status, read_successors, read_tenures
 from taskadapter.coordination.tokens import (
     acquire,
@@ -366,6 +366,21 @@ class TestRelease:
         assert look(engine, OTHER).free
         assert take(engine, OTHER) == Taken(GROUP, 2, "it was released")
 
+    def test_says_that_somebody_has_asked_for_it(self, engine: Engine) -> None:
+        """Of the term that was asked for, and of no later one."""
+        enter(engine, NODE)
+        for reason in ("it was released, as somebody had asked", "it was released"):
+            token = must_take(engine)
+            with transaction(engine) as connection:
+                if reason != "it was released":
+                    request_resign(connection, GROUP)
+                release(connection, [token])
+            taken = take(engine, OTHER)
+            assert taken is not None
+            assert taken.reason == reason
+            with transaction(engine) as connection:
+                release(connection, [Token(GROUP, OTHER.task_id, taken.term)])
+
     def test_ends_the_term(self, engine: Engine) -> None:
         """What the former holder still has under way comes to nothing."""
         enter(engine, NODE)
@@ -437,6 +452,25 @@ class TestRegister:
         with pytest.raises(DuplicateNodeError, match="process 1 on host 'host-1'") as caught:
             enter(engine, node(1, incarnation=2))
         assert INTERVAL - SHORT - 1 <= caught.value.age < INTERVAL
+
+    def test_the_refusal_says_where_the_other_takes_part(self, engine: Engine) -> None:
+        """It may be another program of the same host: its group and pool tell which, if they are known."""
+        enter(engine, node(1))
+        with pytest.raises(DuplicateNodeError, match="on host 'host-1' for group 'group', seen"):
+            enter(engine, node(1, incarnation=2))
+        with transaction(engine) as connection:
+            claim_groups(connection, PoolKey("night", "id"), [GROUP])
+        with pytest.raises(
+            DuplicateNodeError, match="for group 'group' of work pool 'night', seen"
+        ) as caught:
+            enter(engine, node(1, incarnation=2))
+        assert "in the whole database, whatever its work pool: give each node, and each" in str(
+            caught.value
+        )
+        with transaction(engine) as connection:
+            register(connection, node(1), [], INTERVAL)
+        with pytest.raises(DuplicateNodeError, match="on host 'host-1', seen"):
+            enter(engine, node(1, incarnation=2))
 
     def test_a_stale_name_is_free(self, engine: Engine) -> None:
         """Just past the interval the name belongs to whoever asks; the first loses it."""
@@ -594,13 +628,19 @@ class TestSuccessors:
         assert self.of(engine, Token(GROUP, NODE.task_id, taken.term)) == ["node-2"]
 
     def test_a_reason_of_any_length_is_entered(self, engine: Engine) -> None:
-        """As far as there is room, for its node's and its successor's."""
+        """As far as there is room, for its node's and its successor's: no word is cut, if there are any."""
         enter(engine, NODE, OTHER)
-        self.leave(engine, "x" * 999)
-        assert take(engine) is not None
-        with transaction(engine) as connection:
-            newest, _ = read_tenures(connection, [GROUP], last=2)
-        assert len(newest.reason) == 255
+        for reason in ("x" * 999, "missing " * 99):
+            self.leave(engine, reason)
+            taken = take(engine)
+            assert taken is not None
+            with transaction(engine) as connection:
+                newest, *_ = read_tenures(connection, [GROUP], last=2)
+                release(connection, [Token(GROUP, NODE.task_id, taken.term)])
+            assert len(newest.reason) <= 255
+            assert newest.reason.startswith("node 'node-2' gave it up:")
+            assert newest.reason.endswith(" ...")
+        assert newest.reason.endswith(" missing ...")
 
 
 class TestResign:

@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+import time
 import uuid
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
-from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.settings import PREFECT_API_URL, temporary_settings
+from sqlalchemy import delete
 
 from deployments.local import environment, free_port
 from taskadapter import cli, schedule_job_recur_by_frequency
 from taskadapter.coordination import ledger, nodes, store, tokens
 from taskadapter.coordination.engines import open_engine, transaction
 from taskadapter.coordination.executions import Execution, Limits, Owner
-from taskadapter.coordination.messages import PoolKey
-from taskadapter.coordination.schema import create_missing
+from taskadapter.coordination.messages import PoolKey, Token
+from taskadapter.coordination.schema import create_missing, node
+from taskadapter.coordination.schema import ledger as ledger_table
+from taskadapter.errors import in_a_line
 from taskadapter.pools import ensure_work_pool
 from taskadapter.prefect_api.deployments import TAG, trigger_of
 from taskadapter.rules import ticks
+from taskadapter.settings import TaskadapterSettings
 from tests.integration.test_scheduler import HELLO
 
 if TYPE_CHECKING:
@@ -84,6 +91,15 @@ def take_part(url: str, work_pool: str, group: str, *names: str) -> None:
             nodes.claim_groups(connection, PoolKey(work_pool), [group])
             nodes.register(connection, node, [group], LEASE)
             tokens.acquire(connection, node, [group], LEASE)
+    engine.dispose()
+
+
+def leave(url: str, group: str, name: str) -> None:
+    """Have the active node of a group stop."""
+    engine = open_engine(url)
+    with transaction(engine) as connection:
+        tokens.release(connection, [Token(group, name, 1)])
+        connection.execute(delete(node).where(node.c.task_id == name))
     engine.dispose()
 
 
@@ -216,6 +232,71 @@ def test_a_database_that_no_node_has_used(
     assert "no node of this release has used it yet; start an agent, or run `taskadapter db init`" in said
 
 
+def test_a_database_that_is_not_that_of_the_agents(
+    prefect_client: SyncPrefectClient,
+    pool: str,
+    database: str,
+    command: Command,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Nothing names it here: that is said first, unless the agents have just left it."""
+    ensure_work_pool(pool)
+    monkeypatch.delenv("PREFECT_INTEGRATIONS_TASKADAPTER_DATABASE_URL")
+    monkeypatch.setattr(TaskadapterSettings, "default_database_url", lambda _: database)
+    prefect_client.send_worker_heartbeat(pool, "node-1", heartbeat_interval_seconds=30)
+    words = (
+        "the database of node-1 is not named here, nor in the work pool, and what is told of it would be"
+    )
+    status = ("status", "--pool", pool)
+
+    assert command(*status).startswith(words)
+    take_part(database, pool, "group", "node-2")
+    for asked in (status, (*status, "--json")):
+        monkeypatch.setattr("sys.argv", ["taskadapter", *asked])
+        with suppress(SystemExit):
+            cli.main()
+        said = capsys.readouterr()
+        assert said.err.startswith(f"taskadapter: {words}")
+        assert said.err.endswith("DATABASE_URL as it is set for them.\n")
+        assert "node-2" in said.out
+    take_part(database, pool, "other", "node-1")
+    assert "node-1" in command(*status)
+    leave(database, "other", "node-1")
+    assert "nobody" in command(*status)
+
+
+def test_a_ledger_that_is_gone(
+    prefect_client: SyncPrefectClient, pool: str, database: str, command: Command
+) -> None:
+    """The doctor names it, and who knows that it is empty then has it made."""
+    ensure_work_pool(pool)
+    take_part(database, pool, "group", "node-1")
+    engine = open_engine(database)
+    with transaction(engine) as connection:
+        ledger_table.drop(connection)
+    engine.dispose()
+    job_id = str(schedule_job_recur_by_frequency(HELLO, 3600, work_pool=pool).id)
+
+    assert "tables are gone, and `taskadapter doctor` names them" in command("ledger", job_id)
+    assert command("db", "init", "--pool", pool) == "Made taskadapter_ledger.\n"
+    assert command("db", "init", "--pool", pool) == "All tables are there.\n"
+
+
+def test_a_pool_that_is_paused(
+    prefect_client: SyncPrefectClient, pool: str, database: str, command: Command
+) -> None:
+    """Its nodes hold their groups, and begin nothing: that is told with them."""
+    ensure_work_pool(pool)
+    take_part(database, pool, "ours", "node-1")
+    prefect_client.update_work_pool(pool, WorkPoolUpdate(is_paused=True))
+
+    (paused,) = json.loads(command("status", "--pool", pool, "--json"))["paused"]
+
+    assert paused == f"work pool '{pool}'"
+    assert "Paused in Prefect, and nothing begins until it is resumed" in command("status", "--pool", pool)
+
+
 def test_the_groups_of_another_pool(
     prefect_client: SyncPrefectClient, pool: str, database: str, command: Command
 ) -> None:
@@ -238,7 +319,10 @@ def test_a_handover_needs_somebody_who_stands_by(
     take_part(database, pool, "group", "node-1")
     resign = ("resign", "group", "--pool", pool)
 
-    assert command("resign", "nogroup", "--pool", pool) == "there is no group 'nogroup'; there are: group."
+    assert command("resign", "nogroup", "--pool", pool) == (
+        f"there is no group 'nogroup' in work pool '{pool}', which has group; name another pool "
+        "with --pool."
+    )
     assert command(*resign).startswith("nobody stands by for group 'group'")
     assert command(*resign, "--force").startswith("Asked node 'node-1'")
     take_part(database, pool, "group", "node-2")
@@ -265,6 +349,32 @@ def test_a_job_is_named_by_its_name(
         said = command("ledger", name)
         assert said.startswith(f"there is no job '{name}'; there are: ")
         assert "\n" not in said
+
+
+def test_a_job_that_has_never_run_has_ticks_that_wait(
+    prefect_client: SyncPrefectClient, database: str, command: Command
+) -> None:
+    """How many, and since when: nobody is there who runs them. Of one that is paused none waits."""
+    engine = open_engine(database)
+    with engine.connect() as connection:
+        create_missing(connection)
+    engine.dispose()
+    job = schedule_job_recur_by_frequency(HELLO, 0.6, work_pool="command")
+    time.sleep(1.4)
+
+    first, *_, last = json.loads(command("ledger", str(job.id), "--json"))
+    assert first["due"] > last["due"]
+    assert {first["outcome"], last["outcome"]} == {"waiting"}
+    due = datetime.fromisoformat(last["due"]).replace(tzinfo=None).isoformat(" ", "milliseconds")
+    said = command("ledger", str(job.id), "--last", "1")
+    found = re.fullmatch(
+        r"Nothing has run yet. (\d+) ticks wait, the oldest due (.*) UTC.", in_a_line(said)
+    )
+    assert found is not None
+    assert int(found[1]) >= 2
+    assert found[2] == due
+    prefect_client.pause_deployment(job.id)
+    assert command("ledger", str(job.id)) == "Nothing has run yet.\nThe job is paused.\n"
 
 
 def test_only_a_job_that_has_ended_is_started_again(

@@ -318,7 +318,9 @@ def test_a_trigger_that_is_another_one_is_named(
 
     assert caplog.messages == [
         f"Job {name} is counted from one again, for it was deployed with "
-        "start_time=2020-01-01T12:00:00+00:00, and has start_time=2020-01-01T12:07:00+00:00 now."
+        "start_time=2020-01-01T12:00:00+00:00, and has start_time=2020-01-01T12:07:00+00:00 now. If that "
+        "is not meant: a moment computed from now is another one each time; leave it out, or declare a "
+        "fixed one."
     ]
 
 

@@ -569,7 +569,7 @@ def a_job_that_is_not_declared_any_more(system: System) -> None:
     system.render()
 
 
-@breaks("error", "count.py is not here, and runs of job '{service}' crash", "bring it back")
+@breaks("error", "count.py is not here, and ticks of job '{service}' wait", "bring it back")
 def a_module_that_is_missing(system: System) -> None:
     system.module.unlink()
 
@@ -832,7 +832,7 @@ def tables_of_a_newer_release(system: System) -> None:
     system.execute("INSERT INTO taskadapter_schema (step) VALUES (5)")
 
 
-@breaks("warning", "lacks taskadapter_group, taskadapter_tenure", "`taskadapter db init` makes them")
+@breaks("error", "lacks taskadapter_group, taskadapter_tenure, and has", "`taskadapter db init`, which")
 def tables_that_are_missing(system: System) -> None:
     system.execute("DROP TABLE taskadapter_group", "DROP TABLE taskadapter_tenure")
 

@@ -22,6 +22,7 @@ from prefect.settings import (
     PREFECT_LOGGING_TO_API_ENABLED,
     temporary_settings,
 )
+from prefect.states import Failed
 from pydantic import SecretStr
 
 from taskadapter import (
@@ -539,6 +540,24 @@ def test_the_error_policy(given: Callable[..., Agent], policy: ErrorPolicy, ends
     assert state is not None
     assert state.is_failed()
     assert (execution.ended is not None) is ends
+
+
+class Refusing(Counter):
+    def execute(self) -> Any:
+        super().execute()
+        return Failed(message="the day has no rate") if look() == 1 else None
+
+
+def test_a_body_that_returns_a_failed_state_has_failed(given: Callable[..., Agent]) -> None:
+    """As one that raises: its job ends, and its state is not saved; it is not tried again."""
+    agent = given(Refusing, trigger=TriggerConfiguration(interval=3600, retry_config=RETRY))
+    state, execution = agent.run(auto_scheduled=True)
+    agent.run()
+
+    assert state is not None
+    assert (state.name, state.message) == ("Failed", "the day has no rate")
+    assert (execution.outcome, execution.ended is not None) == ("Failed", True)
+    assert values == [1, 1]
 
 
 def test_a_run_by_hand_ends_nothing(given: Callable[..., Agent]) -> None:

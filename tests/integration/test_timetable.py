@@ -24,7 +24,8 @@ from taskadapter.coordination import store
 from taskadapter.coordination.executions import Entered
 from taskadapter.declare.triggers import TriggerConfiguration
 from taskadapter.pools import ensure_work_pool
-from taskadapter.prefect_api.ticks import create_tick
+from taskadapter.prefect_api.client import PAGE, side_by_side
+from taskadapter.prefect_api.ticks import Due, create_tick, due
 from taskadapter.rules import ticks
 from tests.acceptance.project import PATIENCE
 
@@ -51,12 +52,12 @@ def job(prefect_client: SyncPrefectClient) -> UUID:
     return deployed(prefect_client, datetime.now(UTC) - 4.5 * INTERVAL)
 
 
-def deployed(client: SyncPrefectClient, anchor: datetime) -> UUID:
+def deployed(client: SyncPrefectClient, anchor: datetime, *, pool: str = POOL) -> UUID:
     trigger = TriggerConfiguration(interval=INTERVAL)
     return client.create_deployment(
         client.create_flow(idle),
         uuid.uuid4().hex,
-        work_pool_name=POOL,
+        work_pool_name=pool,
         job_variables={"trigger": trigger.model_dump(mode="json", exclude_defaults=True)},
         schedules=[
             DeploymentScheduleCreate(
@@ -94,7 +95,7 @@ def complete(
         async with get_client() as client:
             timetable = Timetable(client, logging.getLogger("test"), in_the_ledger)
             timetable.learn([await client.read_deployment(job)])
-            return await timetable.complete(found or [], queues, [], now := datetime.now(UTC), now)
+            return await timetable.complete(Due(found or [], now := datetime.now(UTC)), queues, [], now)
 
     return asyncio.run(look())
 
@@ -118,7 +119,7 @@ class Node:
                 deployment = await client.read_deployment(self.job)
                 await carry_over(self.database, [deployment])
                 timetable.learn([deployment])
-                return await timetable.complete([], QUEUES, [], now := datetime.now(UTC), now)
+                return await timetable.complete(Due([], now := datetime.now(UTC)), QUEUES, [], now)
 
         return asyncio.run(look())
 
@@ -246,7 +247,7 @@ def test_a_schedule_that_was_edited_in_the_ui_holds(prefect_client: SyncPrefectC
                     await client.update_deployment_schedule(job, schedule.id, schedule=edited)
                 timetable.learn([await client.read_deployment(job)])
                 until = datetime.now(UTC) + timedelta(seconds=change * 21)
-                found.append(await timetable.complete([], QUEUES, [], until, until))
+                found.append(await timetable.complete(Due([], until), QUEUES, [], until))
             return found
 
     before, after = asyncio.run(look())
@@ -356,6 +357,28 @@ def test_a_job_that_is_gone_holds_nothing_up(prefect_client: SyncPrefectClient, 
             timetable = Timetable(client, logging.getLogger("test"), nothing_begun)
             timetable.learn([await client.read_deployment(job)])
             await client.delete_deployment(job)
-            return await timetable.complete([], QUEUES, [], now := datetime.now(UTC), now)
+            return await timetable.complete(Due([], now := datetime.now(UTC)), QUEUES, [], now)
 
     assert asyncio.run(look()) == []
+
+
+def test_a_job_that_is_far_behind_hides_nothing_of_another(prefect_client: SyncPrefectClient) -> None:
+    """Prefect lists two hundred runs: what somebody asks for comes behind more late ticks than that."""
+    pool = "test-timetable-behind"
+    ensure_work_pool(pool)
+    behind, other = (deployed(prefect_client, datetime.now(UTC), pool=pool) for _ in range(2))
+    (schedule,) = prefect_client.read_deployment(behind).schedules
+
+    async def look() -> Due:
+        async with get_client() as client:
+            late = [datetime.now(UTC) - (hour + 1) * INTERVAL for hour in range(PAGE + 5)]
+            await side_by_side(create_tick(client, behind, schedule.id, tick) for tick in late)
+            await client.create_flow_run_from_deployment(other)
+            soon = datetime.now(UTC) + timedelta(seconds=30)
+            return await due(client, pool, None, soon, job_ids=[behind, other], late=list)
+
+    found = asyncio.run(look())
+    assert [run.deployment_id for run in found.runs if not ticks.is_tick(run)] == [other]
+    # One that is being marked as late at this very moment may be left out of any list.
+    assert len([run for run in found.runs if run.deployment_id == behind]) > PAGE / 2
+    assert not found.is_cut

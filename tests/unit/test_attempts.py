@@ -13,11 +13,11 @@ from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled, Failed
 
 from taskadapter.coordination.executions import Begun
-from taskadapter.declare.triggers import TaskPolicy, TriggerConfiguration
+from taskadapter.declare.triggers import RetryConfiguration, TaskPolicy, TriggerConfiguration
 from taskadapter.errors import TokenLostError
 from taskadapter.execution import attempts, record
 from taskadapter.execution.attempts import consequence, enter_end_of_engine
-from taskadapter.execution.current import Execution
+from taskadapter.execution.current import CurrentRun, Execution
 from tests.unit.test_hosts import ASSIGNMENT
 
 RESTART = "The job ends on all nodes; `taskadapter restart hello` starts it again."
@@ -112,6 +112,23 @@ class TestAnEndOfTheEngine:
         with pytest.raises(TokenLostError):
             enter_end_of_engine(run, TIMED_OUT, is_failure=True)
         assert run.ended is None
+
+
+def test_an_error_without_words_is_tried_again(caplog):
+    """What it raised when it was asked for them ended the attempts."""
+
+    class WordlessError(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError("no text")
+
+    given: Any = object.__new__(attempts.Attempts)
+    retry = RetryConfiguration(max_attempts=3, retry_interval=1)
+    given.trigger = TriggerConfiguration(interval=600, retry_config=retry)
+    given.started, given.log = datetime.now(UTC), logging.getLogger("run")
+    given.current = CurrentRun(job_id=None, scheduled_time=given.started, count=1, attempt=1)
+
+    assert given.failed(WordlessError()) == 1
+    assert caplog.messages == ["Attempt 1 failed, next in 1 s: WordlessError: <its text cannot be shown>"]
 
 
 @pytest.mark.parametrize(

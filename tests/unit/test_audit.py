@@ -5,11 +5,13 @@ from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
 import pytest
+from sqlalchemy import create_engine
 
 from taskadapter import audit, tables
 from taskadapter.agent.plans import Plan
 from taskadapter.audit import WAITING, Line, not_begun, not_shown
-from taskadapter.coordination.executions import moment
+from taskadapter.coordination import ledger
+from taskadapter.coordination.executions import Entry, Past, moment
 from taskadapter.declare.triggers import TriggerConfiguration
 
 NOON = datetime(2030, 1, 1, 12, 0, tzinfo=UTC)
@@ -21,7 +23,7 @@ PLAN = Plan("default", UUID(int=1), UUID(int=1), NOON, 1.0, TriggerConfiguration
 def told(*entered, now, last=50):
     """Return outcome and second of each tick that the ledger lacks; those of `entered` it has."""
     dues = {moment(NOON + timedelta(seconds=second)) for second in entered}
-    since = NOON + timedelta(seconds=min(entered))
+    since = NOON + timedelta(seconds=min(entered, default=0))
     lines = not_begun(PLAN, dues, since, NOON + timedelta(seconds=now), last)
     return [(line.outcome, (datetime.fromisoformat(line.due) - NOON).seconds, line.late) for line in lines]
 
@@ -35,6 +37,11 @@ def test_a_tick_is_waiting_however_late_it_is():
     """A node that is slow, or down, has lost nothing yet."""
     assert told(1, 2, now=2.5) == []
     assert told(1, 2, now=4.5) == [("waiting", 3, 1.5), ("waiting", 4, 0.5)]
+
+
+def test_all_ticks_of_a_job_that_has_never_run_wait():
+    """None is missing: no later one has begun."""
+    assert told(now=2.5) == [("waiting", 1, 1.5), ("waiting", 2, 0.5)]
 
 
 def test_ticks_that_wait_are_told_up_to_some_number():
@@ -52,6 +59,17 @@ def test_nothing_waits_beyond_the_end(monkeypatch):
     shown = [Line(moment(NOON + timedelta(seconds=1)), WAITING)]
     more = not_shown(None, shown, 1, NOON + timedelta(seconds=9))
     assert more == (2, moment(ends))
+
+
+@pytest.mark.parametrize(("late", "told"), [(-0.8, 0.0), (1.5, 1.5), (None, None)])
+def test_what_is_given_up_before_its_time_is_not_late(late, told, monkeypatch):
+    """It was claimed ahead."""
+    entry = Entry("tick", "", "", moment(NOON), None, None, "node-1", None, "", "Abandoned")
+    monkeypatch.setattr(ledger, "history", lambda *_: [Past(entry, late, 1.0, None, None)])
+    engine = create_engine("sqlite://")
+    (line,) = audit.executed(engine, UUID(int=1), 50)
+    engine.dispose()
+    assert line.late == told
 
 
 @pytest.mark.parametrize(

@@ -202,25 +202,106 @@ def test_the_tables_of_ballerinas_modules_do_not_count(file):
 @pytest.mark.parametrize("name", ["retry_config", "retryConfig"])
 @pytest.mark.parametrize("place", ["", "trigger."])
 def test_a_keyword_wins_over_the_file(file, name, place):
-    """What a program says replaces all that the file says of it, wherever that stands."""
+    """What a program says wins over the file, wherever it stands; the rest is the file's."""
     retries = RetryConfiguration(max_attempts=1, retry_interval=2)
     text = f"interval = 9\n[{place}retryConfig]\nmaxAttempts = 7\nretryInterval = 1\nmaxInterval = 4"
     options: dict[str, Any] = {name: retries}
     listener = Listener.from_config(write(file, text), **options)
 
-    assert listener.trigger.retry_config == retries
+    assert listener.trigger.retry_config == retries.model_copy(update={"max_interval": 4})
     assert listener.trigger.interval == 9
 
 
 def test_a_trigger_in_code_wins_with_its_retries(file):
-    """A trigger in code replaces the file's; the retries in it replace those beside the file's."""
+    """A trigger in code wins over the file's; the retries in it over those beside the file's."""
     trigger = TriggerConfiguration(
         interval=30, retry_config=RetryConfiguration(max_attempts=1, retry_interval=2)
     )
     listener = Listener.from_config(write(file, TABLES), trigger=trigger)
 
-    assert listener.trigger == trigger
+    assert (listener.trigger.interval, listener.trigger.max_count) == (30, 5)
+    assert listener.trigger.retry_config == RetryConfiguration(
+        max_attempts=1, retry_interval=2, backoff_strategy=RetryStrategy.EXPONENTIAL, max_interval=5
+    )
     assert listener.group_id == "task-group-01"
+
+
+POSTGRESQL = PostgresqlConfig(user="tasks", password="hunter2", database="tasks")
+
+
+@pytest.mark.parametrize(
+    ("said", "differs"),
+    [
+        (WarmBackupConfig(group_id="x"), {"group_id": "x"}),
+        ({"groupId": "x"}, {"group_id": "x"}),
+        ({"liveness_check_interval": 30}, {"liveness_check_interval": 30}),
+        (
+            {"databaseConfig": {"port": 6543}},
+            {"database_config": POSTGRESQL.model_copy(update={"port": 6543})},
+        ),
+        (
+            WarmBackupConfig(group_id="x", database_config=PostgresqlConfig(host="db")),
+            {"group_id": "x", "database_config": POSTGRESQL.model_copy(update={"host": "db"})},
+        ),
+        (
+            {"database_config": MysqlConfig(host="db")},
+            {"database_config": MysqlConfig(host="db")},
+        ),
+        ({"database_config": None}, {"database_config": None}),
+    ],
+)
+def test_what_is_not_said_in_code_is_the_files(file, said, differs):
+    """Key by key, also in the database; one of another kind has nothing of the file's."""
+    listener = Listener.from_config(write(file, FLAT), warmBackupConfig=said)
+
+    plain = Listener.from_config(file).configuration.warm_backup_config
+    assert plain is not None
+    assert listener.configuration.warm_backup_config == plain.model_copy(update=differs)
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({"trigger": {"taskPolicy": {"waitingPolicy": "WAIT"}}}, WaitingPolicy.WAIT),
+        ({"task_policy": TaskPolicy(max_concurrent=1)}, WaitingPolicy.IGNORE),
+        ({"taskPolicy": {"max_concurrent": 1}}, WaitingPolicy.IGNORE),
+        ({"task_policy": TaskPolicy(waiting_policy=WaitingPolicy.WAIT)}, WaitingPolicy.WAIT),
+    ],
+)
+def test_a_policy_in_code_is_over_the_files_wherever_it_stands(file, said, expected):
+    """A default that is said is said."""
+    policy = Listener.from_config(write(file, TABLES), **said).trigger.policy
+
+    assert (policy.error_policy, policy.waiting_policy) == (ErrorPolicy.CONTINUE, expected)
+
+
+@pytest.mark.parametrize("said", [{"retry_config": None}, {"trigger": {"retry_config": None}}])
+def test_none_in_code_is_over_the_files(file, said):
+    """There are no retries then."""
+    assert Listener.from_config(write(file, TABLES), **said).trigger.retry_config is None
+
+
+@pytest.mark.parametrize(
+    ("said", "part"),
+    [
+        ({"trigger": 5}, "trigger=5: must be a TriggerConfiguration"),
+        ({"trigger": {"maxCount": 1, "max_count": 2}}, "max_count is said twice"),
+        (
+            {"trigger": {"task_policy": {}}, "task_policy": {}},
+            "task_policy stands in the listener and in its",
+        ),
+        ({"trigger": {"intervall": 2}}, "did you mean interval?"),
+        (
+            {"retry_config": {"retry_interval": 9}},
+            "max_interval=5 must not be shorter than retry_interval=9",
+        ),
+    ],
+)
+def test_what_code_says_wrongly_is_refused(file, said, part):
+    with pytest.raises(TaskError) as caught:
+        Listener.from_config(write(file, TABLES), **said)
+
+    assert part in str(caught.value)
 
 
 def test_a_trigger_in_code_leaves_the_files_retries(file):

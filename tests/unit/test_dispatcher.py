@@ -1,6 +1,7 @@
 """What becomes of runs that are not claimed after all, or are put back."""
 
 import asyncio
+import signal
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -14,18 +15,22 @@ from prefect.exceptions import ObjectNotFound
 from prefect.states import Pending, Running
 
 from taskadapter.agent import dispatcher as dispatcher_module
+from taskadapter.agent import runner as runner_module
 from taskadapter.agent.dispatcher import Dispatcher
 from taskadapter.agent.hand import Hand
 from taskadapter.agent.hearing import Kind, News
 from taskadapter.agent.jobs import Deployments
+from taskadapter.agent.links import Outcome
 from taskadapter.agent.queue import any_run
 from taskadapter.agent.runs import Life, Phase, Signal, give_back
 from taskadapter.coordination import store
+from taskadapter.coordination.executions import End
 from taskadapter.coordination.messages import Token
 from taskadapter.declare.triggers import TaskPolicy
 from taskadapter.errors import CoordinationError, DeclarationError, TokenLostError
+from taskadapter.execution import protocol
 from taskadapter.rules.ticks import tick_key
-from tests.unit.given import JOB, LOG, NOON, node, tick, until
+from tests.unit.given import JOB, LOG, NOON, SECOND, node, tick, until
 
 
 def new_dispatcher(look_for: Any = lambda _: None) -> Any:
@@ -74,6 +79,21 @@ def test_a_run_that_is_put_back_has_its_successors_given_back():
     asyncio.run(dispatcher._handle(runs[0]))
 
     assert [run.life.deferred for run in (*runs, by_hand)] == [False, True, False, False]
+
+
+def test_how_long_the_oldest_tick_has_been_due():
+    """Of those that wait here or in their process, for room or the database; not of a paused job."""
+    dispatcher: Any = new_dispatcher()
+    paused, waiting, by_hand = tick(uuid4(), 0), tick(uuid4(), 10), tick(uuid4(), 0, planned=False)
+    dispatcher._timetable = SimpleNamespace(is_held=lambda run: run is paused)
+    assert dispatcher.longest_late(NOON) == 0
+    claimed, begun = (dispatcher._hand.take(tick(uuid4(), seconds), None) for seconds in (20, 0))
+    claimed.life, begun.life = Life(Phase.FORKED), Life(Phase.BEGUN)
+    dispatcher.found([paused, waiting, by_hand], time.monotonic())
+    assert dispatcher.longest_late(NOON + 30 * SECOND) == 20
+    dispatcher.found([paused, by_hand], time.monotonic())
+    assert dispatcher.longest_late(NOON + 30 * SECOND) == 10
+    assert dispatcher.longest_late(NOON) == 0
 
 
 def choosing(limit, max_concurrent=1):
@@ -283,6 +303,148 @@ def test_a_tick_that_is_put_back_is_not_passed_over(dropped):
     assert [found.id for found in dispatcher._queue.firsts()] == [second.id]
 
 
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_what_may_be_entered_is_withdrawn_before_it_is_put_back(monkeypatch, is_lost):
+    """However long the database is away; what has lost its token is the next holder's to judge."""
+    dispatcher = new_dispatcher()
+    run = dispatcher._hand.take(tick(uuid4(), 1), None)
+    done: list[str] = []
+    faults = [CoordinationError("away")] * 2
+
+    def withdraw(*_: object) -> None:
+        if faults:
+            raise faults.pop()
+        done.append("withdrawn")
+
+    async def in_a_process(*_: object) -> Outcome:
+        run.life = Life(Phase.FORKED, lost=is_lost)
+        return Outcome(protocol.Dropped(in_doubt=True))
+
+    async def give_back(*_: object) -> None:
+        done.append("put back")
+
+    async def has_storage() -> bool:
+        return True
+
+    monkeypatch.setattr(store, "withdraw", withdraw)
+    monkeypatch.setattr(store, "RETRY_SECONDS", 0)
+    runner = dispatcher._runner
+    runner._membership = SimpleNamespace(database_url="")
+    runner._deployments = SimpleNamespace(server_has_storage=has_storage)
+    runner._assignment = lambda *_, **__: SimpleNamespace(execution=None, owner=None, trigger_slug=None)
+    runner._in_a_process, runner.give_back = in_a_process, give_back
+    asyncio.run(runner.run(run, None))
+    assert done == (["put back"] if is_lost else ["withdrawn", "put back"])
+
+
+@pytest.mark.parametrize("then", ["it cannot either", "it can", "it is over", "the token is lost"])
+def test_what_a_process_cannot_enter_its_agent_does(monkeypatch, caplog, then):
+    """However long the database is away; a process that cannot reach it even then is of no more use."""
+    dispatcher = new_dispatcher()
+    runner: Any = dispatcher._runner
+    entered: list[Any] = []
+    ended: list[Any] = []
+    jobs: list[str] = []
+    faults = [CoordinationError("away")]
+    run = dispatcher._hand.take(tick(uuid4(), 1), None)
+    run.life = Life(Phase.BEGUN, lost=then == "the token is lost")
+    host: Any = SimpleNamespace(end=ended.append)
+    run.host = None if then == "it is over" else host
+
+    def settle(*what: object) -> None:
+        if faults:
+            raise faults.pop()
+        entered.append(what)
+        if then == "it can":
+            run.meet(protocol.Settled())
+
+    monkeypatch.setattr(store, "settle_for", settle)
+    monkeypatch.setattr(store, "RETRY_SECONDS", 0)
+    monkeypatch.setattr(runner_module, "ANSWERS_WITHIN_SECONDS", 0)
+    runner._membership = SimpleNamespace(database_url="url")
+    runner._end_job = lambda _, reason: jobs.append(reason)
+    assignment: Any = SimpleNamespace(execution="execution", owner="owner", trigger_slug="slug")
+    unentered = protocol.Unentered(fault="no files", outcome="Failed", ends="run 1 failed")
+    asyncio.run(runner._enter_for(run, assignment, None, unentered))
+
+    is_entered = then != "the token is lost"
+    end = End("Failed", ends="run 1 failed")
+    assert entered == [("url", "execution", "owner", end, "slug")] * is_entered
+    assert jobs == ["run 1 failed"] * is_entered
+    assert ended == [signal.SIGKILL] * (then == "it cannot either")
+    said = [
+        text for text in caplog.messages if "does not reach the database, and is ended: no files" in text
+    ]
+    assert len(said) == len(ended)
+
+
+@pytest.mark.parametrize(
+    ("waits", "is_passed_on", "is_cancelled", "done"),
+    [
+        (True, False, False, "waits"),
+        (True, False, True, "settled"),
+        (False, False, False, "settled"),
+        (True, True, False, "passed on"),
+    ],
+)
+def test_what_no_node_can_load_waits_if_it_is_only_not_here(
+    caplog, waits, is_passed_on, is_cancelled, done
+):
+    """It is tried again, later each time, and that is said once."""
+    dispatcher = new_dispatcher()
+    runner, came_to = dispatcher._runner, []
+
+    async def pass_on(*_: object) -> Any:
+        return is_passed_on
+
+    async def give_back(run: Any, _: object) -> None:
+        came_to.append("passed on" if run.life.dropped else "waits")
+
+    async def settle(*_: object, **__: object) -> None:
+        came_to.append("settled")
+
+    runner._succession = SimpleNamespace(pass_on=pass_on)
+    runner.give_back, runner._settle = give_back, settle
+    one = tick(uuid4(), 1)
+    for _ in range(2):
+        run = dispatcher._hand.take(one, None)
+        run.life = Life(Phase.FORKED, cancelled=0.0 if is_cancelled else None)
+        asyncio.run(runner._pass_on(run, None, "folder /srv lacks job.py", waits=waits))
+    assert came_to == [done] * 2
+    said = [text for text in caplog.messages if "waits until its code is here. folder /srv" in text]
+    assert len(said) == (1 if done == "waits" else 0) * 2, "in the agent's log, and in the run's"
+    assert (dispatcher._queue.next_try(time.monotonic()) is not None) == (done == "waits")
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_a_crash_is_entered_before_prefect_is_told(monkeypatch, caplog, is_lost):
+    """However long the database is away: the ledger knows nothing else of what has not begun."""
+    dispatcher = new_dispatcher()
+    run = dispatcher._hand.take(tick(uuid4(), 1), None)
+    run.life = Life(Phase.FORKED, lost=is_lost)
+    done: list[str] = []
+    faults = [CoordinationError("away")] * 3
+
+    def give_up(*given: object) -> None:
+        if faults:
+            raise faults.pop()
+        done.append(f"entered: {given[3]}, {given[4]}")
+
+    async def report(*_: object, **__: object) -> bool:
+        done.append("told")
+        return False
+
+    monkeypatch.setattr(store, "give_up", give_up)
+    monkeypatch.setattr(store, "RETRY_SECONDS", 0)
+    runner = dispatcher._runner
+    runner._membership = SimpleNamespace(database_url="")
+    runner._teller = SimpleNamespace(report=report)
+    assignment: Any = SimpleNamespace(execution=None, owner=None)
+    asyncio.run(runner._report_crash(run, assignment, "no module of that name"))
+    assert done == ([] if is_lost else ["entered: Crashed, no module of that name", "told"])
+    assert caplog.text.count("waits for the database: away") == (0 if is_lost else 1)
+
+
 @pytest.mark.parametrize("holder", ["this node", "another one", "nobody, of a run without a group"])
 def test_only_the_holder_of_a_group_puts_its_runs_back(holder):
     """Another one has settled them, perhaps long ago, when the API takes what this one has to say."""
@@ -327,7 +489,7 @@ def test_what_another_node_may_have_begun_is_not_shown_as_skipped(monkeypatch, a
 
     monkeypatch.setattr(store, "skip", skip)
     monkeypatch.setattr("taskadapter.agent.events.tick_skipped", lambda *_: None)
-    runner._assignment = lambda *_: SimpleNamespace(execution=None, owner=None)
+    runner._assignment = lambda *_: SimpleNamespace(execution=None, owner=None, trigger_slug=None)
     runner._membership = SimpleNamespace(database_url="")
     runner._teller = SimpleNamespace(skip=tell)
     runner._timetable = SimpleNamespace(settle=lambda _: None)

@@ -1,9 +1,11 @@
-"""What doctor says of a pool's jobs, by their rows and their ledger."""
+"""What doctor says of a pool's groups, and of its jobs by their rows and their ledger."""
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import nullcontext
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from types import SimpleNamespace
 from typing import Any
 from uuid import UUID
@@ -13,9 +15,10 @@ from prefect.client.schemas.objects import WorkPool
 from prefect.client.schemas.responses import DeploymentResponse
 
 from taskadapter.coordination.executions import Entry, Past
+from taskadapter.coordination.overview import GroupStatus, NodeStatus, Status
 from taskadapter.coordination.progress import JobRow
-from taskadapter.doctor import late
-from taskadapter.doctor.findings import Level
+from taskadapter.doctor import database, late, server
+from taskadapter.doctor.findings import Level, ok
 from taskadapter.doctor.jobs import look_at_jobs
 
 POOL = WorkPool(name="pool", type="warm-backup", default_queue_id=UUID(int=3))
@@ -48,6 +51,21 @@ def said(monkeypatch):
         return [(finding.level, finding.text) for finding in found]
 
     return of
+
+
+@pytest.mark.parametrize(("stale", "level"), [(0, Level.OK), (3, Level.OK), (4, Level.WARNING)])
+def test_a_server_that_is_busy_renews_its_date_late(monkeypatch, stale, level):
+    """It is asked again a while later; a clock that is wrong stays so."""
+    monkeypatch.setattr(server, "CLOCK_PAUSE_SECONDS", 0)
+    now = datetime.now(UTC)
+    dates = [now - timedelta(minutes=1)] * stale + [now] * 4
+
+    class Client:
+        async def hello(self):
+            return SimpleNamespace(headers={"date": format_datetime(dates.pop(0), usegmt=True)})
+
+    client: Any = Client()
+    assert asyncio.run(server.compare_clocks(client)).level is level
 
 
 def test_a_job_that_fails_each_time(said):
@@ -113,3 +131,27 @@ def test_a_job_that_is_paused_in_prefect_too():
     for rows in ({}, {str(JOB.id): PAUSED}):
         (found,) = (one for one in look_at_jobs([paused], 0, rows) if "paused" in one.text)
         assert found.text.startswith("paused, and not run until somebody resumes it: job; switch a")
+
+
+@pytest.mark.parametrize(
+    ("age", "remedy"),
+    [(1.0, "nodes that are up leave it while Prefect's API does not answer"), (99.0, "start an agent: ")],
+)
+def test_a_group_that_its_nodes_have_left_without_the_api(monkeypatch, age, remedy):
+    """Another agent would leave it, too; where none is up, one is wanted."""
+    group = GroupStatus(
+        group_id="reports",
+        holder=None,
+        term=3,
+        heartbeat_age=None,
+        held_for=None,
+        reason=None,
+        resign_requested=False,
+    )
+    node = NodeStatus(task_id="node-1", host="one", pid=1, group_ids=(), last_seen_age=age, up_for=9.0)
+    monkeypatch.setattr(database, "_tables", lambda *_: ok("tables"))
+    facts = database.Facts(status=Status((group,), (node,)))
+    engine: Any = None
+    said = [finding.text for finding in database._findings(engine, facts, "pool", None)]
+    (about,) = [text for text in said if text.startswith("group 'reports'")]
+    assert about.startswith(f"group 'reports' has no active node; {remedy}")

@@ -162,9 +162,9 @@ def test_another_database_is_refused_in_sentences(nodes, known, wanted, sentence
     [
         ({}, {}, set()),
         ({"is_paused": True}, {}, {"work pool 'mine'"}),
-        ({"concurrency_limit": 0}, {}, {"work pool 'mine'"}),
+        ({"concurrency_limit": 0}, {}, {"work pool 'mine' (concurrency limit 0)"}),
         ({}, {"is_paused": True}, {"work queue 'gb'"}),
-        ({}, {"concurrency_limit": 0}, {"work queue 'gb'"}),
+        ({}, {"concurrency_limit": 0}, {"work queue 'gb' (concurrency limit 0)"}),
         ({"is_paused": True}, {"is_paused": True}, {"work pool 'mine'", "work queue 'gb'"}),
         ({"concurrency_limit": 2}, {"concurrency_limit": 1}, set()),
     ],

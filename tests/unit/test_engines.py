@@ -2,10 +2,11 @@
 
 import pytest
 from sqlalchemy import make_url
+from sqlalchemy.exc import DBAPIError
 
 from taskadapter.coordination.engines import url_of, would_make_file
-from taskadapter.coordination.faults import where
-from taskadapter.errors import CoordinationError
+from taskadapter.coordination.faults import is_of_session, translated, where
+from taskadapter.errors import CoordinationError, DatabaseUnavailableError
 
 SECRET = "hunter2"
 
@@ -94,3 +95,56 @@ def test_a_file_that_would_be_made_is_known_before(tmp_path):
     assert [would_make_file(url) for url in [*urls, *others]] == [True, True, False, False]
     file.touch()
     assert [would_make_file(url) for url in urls] == [False, False]
+
+
+def fault(code, words):
+    """Return an error of MySQL's driver."""
+    return DBAPIError("SELECT", None, Exception(code, words))
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (1290, "The MariaDB server is running with the --read-only option so it cannot execute this"),
+        (1792, "Cannot execute statement in a READ ONLY transaction"),
+        (1836, "Running in read-only mode"),
+    ],
+)
+def test_mysql_that_is_read_only_is_asked_again_in_a_new_session(code, words):
+    """It may be a replica by now, or have been one when the session was opened."""
+    url, error = make_url("mysql://db/tasks"), fault(code, words)
+
+    with pytest.raises(DatabaseUnavailableError, match="name the primary"), translated(url):
+        raise error
+    assert is_of_session(error, url)
+
+
+@pytest.mark.parametrize("code", [1205, 1213, 1146])
+def test_a_new_session_is_no_help_where_the_session_is_not_at_fault(code):
+    """A lock, a deadlock, a table that is missing."""
+    assert not is_of_session(fault(code, ""), make_url("mysql://db/tasks"))
+
+
+@pytest.mark.parametrize(
+    ("url", "code", "words"),
+    [
+        ("postgresql://db/tasks", None, "FATAL:  sorry, too many clients already"),
+        ("postgresql://db/tasks", None, 'FATAL:  too many connections for role "me"'),
+        (
+            "postgresql://db/tasks",
+            None,
+            "FATAL:  remaining connection slots are reserved for roles with the SUPERUSER attribute",
+        ),
+        ("mysql://db/tasks", 1040, "Too many connections"),
+        (
+            "mysql://db/tasks",
+            1203,
+            "User me already has more than 'max_user_connections' active connections",
+        ),
+        ("mysql://db/tasks", 1226, "User 'me' has exceeded the 'max_user_connections' resource"),
+    ],
+)
+def test_too_many_connections_have_a_remedy_of_their_own(url, code, words):
+    """The server runs, and can be reached."""
+    with pytest.raises(DatabaseUnavailableError, match="; raise that limit, or"), translated(make_url(url)):
+        raise fault(code, words)

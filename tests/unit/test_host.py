@@ -6,19 +6,26 @@ import asyncio
 import os
 import socket
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
 from prefect.client.schemas.objects import State
-from prefect.states import Cancelled, Completed, Failed
+from prefect.exceptions import Abort, TerminationSignal
+from prefect.states import Cancelled, Completed, Failed, Paused, Scheduled
 
 from taskadapter.coordination.executions import Begun
 from taskadapter.execution import host, protocol, workspace
 from taskadapter.execution.current import Execution
 from tests.unit.test_hosts import ASSIGNMENT
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from taskadapter.execution.assignment import Assignment
+
 TIMED_OUT: State[Any] = Failed(name="TimedOut", message="Flow run exceeded timeout of 2.0 second(s)")
+NO_END = ", which is no end of a run"
 
 
 def execution(*, outcome: str | None = None, has_waited: bool = False) -> Execution:
@@ -85,6 +92,24 @@ def test_a_body_whose_tasks_have_failed_has_failed(failures, data, counts):
     assert failures == [True] * counts
 
 
+def told_without(
+    monkeypatch: pytest.MonkeyPatch,
+    step: str,
+    lack: Callable[[object], None],
+    assignment: Assignment = ASSIGNMENT,
+) -> list[protocol.Report]:
+    """What a process tells its agent that lacks something at a step towards its flow."""
+    told: list[protocol.Report] = []
+    agent, ours = socket.socketpair()
+    with agent, ours:
+        process = host.Host(ours, ExitStack())
+        monkeypatch.setattr(process, "_tell", told.append)
+        monkeypatch.setattr(workspace, "enter", lambda _: None)
+        monkeypatch.setattr(workspace, step, lack)
+        process._carry_out(protocol.Run(assignment=assignment))
+    return told
+
+
 @pytest.mark.parametrize("step", ["enter", "load"])
 def test_what_is_not_here_may_be_on_another_node(monkeypatch, step):
     """A folder, or a file: the agent asks whether one has it."""
@@ -92,17 +117,24 @@ def test_what_is_not_here_may_be_on_another_node(monkeypatch, step):
     def lack(_: object) -> None:
         raise FileNotFoundError(2, "No such file or directory", "/no/such")
 
-    agent, ours = socket.socketpair()
-    with agent, ours:
-        process = host.Host(ours, ExitStack())
-        told: list[protocol.Report] = []
-        monkeypatch.setattr(process, "_tell", told.append)
-        monkeypatch.setattr(workspace, "enter", lambda _: None)
-        monkeypatch.setattr(workspace, step, lack)
-        process._carry_out(protocol.Run(assignment=ASSIGNMENT))
-    (report,) = told
+    (report,) = told_without(monkeypatch, step, lack)
     assert isinstance(report, protocol.Unloadable)
     assert "/no/such" in report.fault
+
+
+@pytest.mark.parametrize("is_tick", [True, False])
+def test_a_tick_waits_for_code_that_is_not_here(monkeypatch, is_tick):
+    """Whoever has asked for a run is told at once."""
+
+    def lack(_: object) -> None:
+        raise workspace.LacksCodeError("folder /srv lacks flows/job.py")
+
+    key = "scheduled 1 2 2026-11-29" if is_tick else None
+    flow_run = ASSIGNMENT.flow_run.model_copy(update={"auto_scheduled": is_tick, "idempotency_key": key})
+    assignment = ASSIGNMENT.model_copy(update={"flow_run": flow_run})
+    told = told_without(monkeypatch, "load", lack, assignment)
+    fault = "The flow could not be loaded: folder /srv lacks flows/job.py"
+    assert told == [protocol.Unloadable(fault=fault, waits=is_tick)]
 
 
 def test_no_timeout_of_a_users_module_ends_the_talk_with_the_agent():
@@ -117,6 +149,41 @@ def test_no_timeout_of_a_users_module_ends_the_talk_with_the_agent():
 def test_what_was_too_slow_before_its_body_is_given_back():
     """Nothing has begun."""
     assert host._conclude(Execution(ASSIGNMENT), TIMED_OUT, None) == protocol.Dropped()
+    doubtful = Execution(ASSIGNMENT, in_doubt=True)
+    assert host._conclude(doubtful, TIMED_OUT, None) == protocol.Dropped(in_doubt=True)
+    assert host._conclude(doubtful, None, Abort("given back")) == protocol.Untold(in_doubt=True)
+
+
+@pytest.mark.parametrize(
+    ("fault", "end"),
+    [
+        (SystemExit(4), protocol.Crashed(fault="SystemExit: 4")),
+        (ValueError("no"), protocol.Crashed(fault="ValueError: no")),
+        (httpx.ConnectError("away"), protocol.Untold()),
+        (TerminationSignal(15), protocol.Untold()),
+        (KeyboardInterrupt(), protocol.Untold()),
+    ],
+)
+def test_a_flow_that_ends_its_run_before_the_body_has_crashed(fault, end):
+    """As a hook for the beginning may; it began again and again. What comes from outside is put back."""
+    assert host._conclude(Execution(ASSIGNMENT), None, fault) == end
+
+
+@pytest.mark.parametrize(
+    ("state", "fault", "outcome", "end"),
+    [
+        (None, ValueError("no end"), None, protocol.Crashed(fault="ValueError: no end")),
+        (None, ValueError("no end"), "Failed", protocol.Untold()),
+        (None, TerminationSignal(15), None, protocol.Untold()),
+        (None, None, None, protocol.Untold()),
+        (Scheduled(), None, None, protocol.Crashed(fault=f"its flow has returned state Scheduled{NO_END}")),
+        (Paused(), None, None, protocol.Untold()),
+    ],
+    ids=["nothing is entered", "the ledger knows", "from outside", "nobody knows", "no end", "paused"],
+)
+def test_a_body_that_comes_to_no_end_has_crashed_by_its_own_fault(state, fault, outcome, end):
+    """It was said of its process that this had exited with status 0."""
+    assert host._conclude(execution(outcome=outcome), state, fault) == end
 
 
 def test_only_the_process_of_a_run_speaks_for_it(monkeypatch):

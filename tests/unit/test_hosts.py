@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from types import SimpleNamespace
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -37,6 +39,24 @@ IGNORED = Progress(
 )
 
 
+async def hung_up(host: HostLink) -> None:
+    """Wait until the connection to a process is closed."""
+    while host._link.fileno() >= 0:  # noqa: ASYNC110 - a socket says nothing of its end
+        await asyncio.sleep(0.005)
+
+
+def linked(monkeypatch: pytest.MonkeyPatch) -> list[HostLink]:
+    """Return a list of all processes that pools have from now on."""
+    hosts: list[HostLink] = []
+
+    def link(*given: Any) -> HostLink:
+        hosts.append(host := HostLink(*given))
+        return host
+
+    monkeypatch.setattr("taskadapter.agent.hosts.HostLink", link)
+    return hosts
+
+
 def test_the_last_words_of_a_process_are_heard(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where it is gone by the time the agent says something, and has not read all."""
 
@@ -53,7 +73,7 @@ def test_the_last_words_of_a_process_are_heard(monkeypatch: pytest.MonkeyPatch) 
             host.drop()
         host.ended(protocol.Gone(number=1, exit_code=0))
         end = (await carrying_out).end
-        await asyncio.sleep(0.05)  # it hangs up
+        await hung_up(host)
         return end
 
     assert asyncio.run(course()) == protocol.Dropped()
@@ -108,11 +128,39 @@ def test_a_nursery_that_is_back_is_told(
     ]
 
 
+def test_a_nursery_that_takes_long_to_start_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With what it imports, and its number: it is waited for, and its node takes part in nothing."""
+    monkeypatch.setattr("taskadapter.agent.hosts.SLOW_START_SECONDS", 0.01)
+    monkeypatch.setattr("taskadapter.agent.hosts.Scratch", SimpleNamespace)
+    held = []
+
+    async def hangs(*_: object, pass_fds: list[int], **__: object) -> SimpleNamespace:
+        held.append(os.dup(*pass_fds))
+        return SimpleNamespace(pid=77)
+
+    async def course() -> None:
+        monkeypatch.setattr(asyncio, "create_subprocess_exec", hangs)
+        starting = asyncio.create_task(HostPool(1).start(["pandas"]))
+        while not caplog.messages:  # noqa: ASYNC110 - a log says nothing of a line
+            await asyncio.sleep(0.005)
+        os.close(*held)
+        with pytest.raises(EOFError):
+            await starting
+
+    asyncio.run(course())
+    (said,) = caplog.messages
+    assert said.startswith("The nursery process 77 has been starting for 0.01 s, and no run begins before")
+    assert said.endswith("it imports Prefect and pandas.")
+
+
 def test_a_system_that_has_no_process_to_give(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is known why, and that there are processes again is found without a run."""
     monkeypatch.setattr("taskadapter.agent.hosts.RESTART_SECONDS", 0.01)
     monkeypatch.setattr("taskadapter.agent.links.LAST_WORDS_SECONDS", 0.01)
     monkeypatch.setattr(HostLink, "end", lambda *_: None)
+    hosts = linked(monkeypatch)
     fault = "[Errno 11] Resource temporarily unavailable"
     answers: list[protocol.Message] = [protocol.Unforked(fault=fault)] * 2 + [protocol.Ready(pid=2**22)]
 
@@ -136,7 +184,8 @@ def test_a_system_that_has_no_process_to_give(monkeypatch: pytest.MonkeyPatch) -
         assert pool.broken_for == 0
         loop.remove_reader(theirs)
         pool._end_hosts()
-        await asyncio.sleep(0.1)  # it hangs up
+        for host in hosts:
+            await hung_up(host)
 
     ours, theirs = socket.socketpair()
     with ours, theirs:
@@ -182,6 +231,7 @@ async def nursed(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Nursery]:
     monkeypatch.setattr("taskadapter.agent.hosts.RESTART_SECONDS", 0.01)
     monkeypatch.setattr("taskadapter.agent.links.LAST_WORDS_SECONDS", 0.01)
     monkeypatch.setattr(HostLink, "end", lambda *_: None)
+    hosts = linked(monkeypatch)
     ours, theirs = socket.socketpair()
     with ours, theirs:
         ours.setblocking(False)
@@ -194,7 +244,8 @@ async def nursed(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Nursery]:
             if task is not None:
                 task.cancel()
         pool._end_hosts()
-        await asyncio.sleep(0.1)  # it hangs up
+        for host in hosts:
+            await hung_up(host)
 
 
 def test_a_slow_fork_is_that_run_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,7 +367,7 @@ def test_a_hook_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
             theirs.sendall(protocol.Settled().line() + protocol.Hook(name="notify").line())
             async with asyncio.timeout(5):
                 outcome = await host.carry_out(ASSIGNMENT, IGNORED)
-            await asyncio.sleep(0.05)  # it hangs up
+            await hung_up(host)
         return outcome
 
     outcome = asyncio.run(course())
@@ -338,7 +389,7 @@ def test_a_hook_that_has_returned_limits_nothing(monkeypatch: pytest.MonkeyPatch
             await asyncio.sleep(0.01)
             host.ended(protocol.Gone(number=1, exit_code=0))
             outcome = await carrying_out
-            await asyncio.sleep(0.05)  # it hangs up
+            await hung_up(host)
         return outcome
 
     outcome = asyncio.run(course())
@@ -365,7 +416,7 @@ def test_hooks_of_a_run_that_is_gone_are_ended_too(
             theirs.sendall(b"".join(report.line() for report in said))
             with pytest.raises(OSError, match=f"{what} took longer than 0.05 s, and was ended"):
                 await host.run_hooks(ASSIGNMENT, Crashed(message="killed"))
-            await asyncio.sleep(0.05)  # it hangs up
+            await hung_up(host)
 
     asyncio.run(course())
 
@@ -381,7 +432,7 @@ def test_what_is_no_message_is_not_heard(monkeypatch: pytest.MonkeyPatch) -> Non
             await asyncio.sleep(0.01)
             host.ended(protocol.Gone(number=1, exit_code=0))
             end = (await carrying_out).end
-            await asyncio.sleep(0.05)  # it hangs up
+            await hung_up(host)
         return end
 
     assert asyncio.run(course()) == protocol.Dropped()

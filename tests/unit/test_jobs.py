@@ -236,8 +236,8 @@ def test_unknown_type():
 
 @pytest.mark.parametrize(
     "value",
-    [object(), float("nan"), float("inf"), b"\xff", [LOCK]],
-    ids=["an object", "not a number", "infinite", "bytes", "a lock in a list"],
+    [object(), float("nan"), float("inf"), b"\xff", [LOCK], "caf\udce9", {"caf\udce9": 1}],
+    ids=["an object", "not a number", "infinite", "bytes", "a lock", "a file name", "in a mapping"],
 )
 def test_value_without_json(value):
     """A value of an open type must have a JSON form, however the instance is made."""

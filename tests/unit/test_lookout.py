@@ -21,6 +21,7 @@ from taskadapter.agent.node import Share
 from taskadapter.agent.sight import Sight
 from taskadapter.declare.triggers import DEFAULT_QUEUE
 from taskadapter.errors import ApiUnavailableError, CoordinationError
+from taskadapter.prefect_api.ticks import Due
 from tests.unit.given import PATIENCE_SECONDS, node, tick, until
 
 OURS, OTHERS = uuid4(), uuid4()
@@ -42,11 +43,11 @@ class Timetable:
 
     def add(self, _: object) -> None: ...
 
-    async def complete(self, runs: Any, *_: object) -> Any:
-        return runs
+    async def complete(self, found: Any, *_: object) -> Any:
+        return found.runs
 
-    def jobs_of(self, _: object) -> list[Any]:
-        return [OURS]
+    def late(self, _: object) -> set[Any]:
+        return {OURS, OTHERS}
 
 
 class Agent:
@@ -111,9 +112,6 @@ class Agent:
     def retain(self, job_ids: Any) -> None:
         self.retained = set(job_ids)
 
-    async def get_scheduled_flow_runs_for_deployments(self, job_ids: Any, _: object) -> Any:
-        return [run for run in self.runs if run.deployment_id in job_ids]
-
     def polls(self, times: int = 1) -> list[tuple[object, ...]]:
         """Return what is asked for while the agent polls so often."""
 
@@ -133,14 +131,15 @@ def of_looks(caplog: Any) -> list[Any]:
 @pytest.fixture(autouse=True)
 def server(monkeypatch):
     """An API that lists as many runs as it has, and an agent that never hears, nor waits."""
-    lists: dict[str, Any] = {"until": None, "names": []}
+    lists: dict[str, Any] = {"fault": None, "names": []}
 
-    async def due(client: Any, pool: str, names: Any, until: datetime) -> tuple[list[Any], datetime]:
+    async def due(client: Any, pool: str, names: Any, until: datetime, **which: Any) -> Due:
         assert pool == "pool"
         lists["names"].append(names)
-        if isinstance(lists["until"], Exception):
-            raise lists["until"]
-        return client.runs, lists["until"] or until
+        lists["which"] = which
+        if isinstance(lists["fault"], Exception):
+            raise lists["fault"]
+        return Due(client.runs, until)
 
     async def nothing(*_: object) -> list[Any]:
         return []
@@ -172,7 +171,7 @@ def test_a_pool_without_jobs_is_told_once(monkeypatch, caplog):
     monkeypatch.setattr(lookout, "deployments_of_pool", deployments_of_pool)
     monkeypatch.setattr(Lookout, "_take_note", nothing)
     agent = Agent()
-    for deployed in ([], [], [SimpleNamespace(id=OURS, created=None)], []):
+    for deployed in ([], [], [SimpleNamespace(id=OURS, created=None, work_queue_name=DEFAULT_QUEUE)], []):
         found[:] = deployed
         agent.lookout.want_visit()
         agent.polls()
@@ -182,7 +181,7 @@ def test_a_pool_without_jobs_is_told_once(monkeypatch, caplog):
 
 def test_jobs_that_are_gone_are_forgotten(monkeypatch):
     """A program that schedules jobs, and unschedules them, has an agent that does not grow by it."""
-    found = [SimpleNamespace(id=OURS, created=None)]
+    found = [SimpleNamespace(id=OURS, created=None, work_queue_name=DEFAULT_QUEUE)]
 
     async def deployments_of_pool(*_: object) -> list[Any]:
         return found
@@ -204,11 +203,19 @@ def test_jobs_and_queues_of_others_are_left_to_them():
     assert Agent(ours, others, elsewhere).polls()[-1] == ("found", ours)
 
 
-def test_what_others_leave_undone_does_not_fill_the_list(server):
-    """Where the list was cut, and has runs that are none of ours, ours are asked for by their jobs."""
-    server["until"] = datetime.now(UTC)
-    ours, others = tick(OURS, 0), tick(OTHERS, 0)
-    assert Agent(others, ours).polls()[-1] == ("found", ours)
+@pytest.mark.parametrize("is_withheld", [False, True])
+def test_a_list_that_is_too_short_is_made_longer_by_our_jobs(server, is_withheld):
+    """Those that have ended, too; those of a queue that is withheld come as Prefect lets them through."""
+    agent = Agent()
+    agent.withheld = frozenset({DEFAULT_QUEUE, "elsewhere"} if is_withheld else {"elsewhere"})
+    jobs = {OURS: DEFAULT_QUEUE, OTHERS: DEFAULT_QUEUE, uuid4(): "elsewhere"}
+    deployed: Any = {id_: SimpleNamespace(work_queue_name=queue) for id_, queue in jobs.items()}
+    agent.lookout._deployed = deployed
+    asyncio.run(agent.lookout._due([DEFAULT_QUEUE], datetime.now(UTC)))
+    wanted = set() if is_withheld else {OURS}
+    withheld = {DEFAULT_QUEUE} if is_withheld else set()
+    assert server["which"].pop("late")() == wanted
+    assert server["which"] == {"job_ids": wanted, "withheld": withheld}
 
 
 @pytest.mark.parametrize(("queues", "names"), [({DEFAULT_QUEUE}, None), ({"group"}, [DEFAULT_QUEUE])])
@@ -384,11 +391,11 @@ def test_an_api_that_was_away_has_perhaps_told_nothing():
 
 def test_a_queue_that_is_gone_is_a_reason_for_a_visit(server):
     """Nothing runs from it."""
-    server["until"] = ObjectNotFound(ValueError("gone"))
+    server["fault"] = ObjectNotFound(ValueError("gone"))
     agent = Agent(tick(OURS, 0))
     agent.polls()
     assert agent.asked[-1] == ("found",)
-    server["until"] = None
+    server["fault"] = None
     assert ("visit",) in agent.polls()[2:]
 
 
@@ -501,7 +508,7 @@ def test_a_folder_that_cannot_be_entered_lacks_its_code(monkeypatch, caplog, tmp
     (told,) = warnings_about(
         monkeypatch, caplog, deployed("job.py:job", job_variables={"working_dir": there})
     )
-    assert "lacks job.py, and runs of it would crash here" in told
+    assert "lacks job.py, and its ticks wait here" in told
 
 
 def test_a_folder_that_lacks_code_is_named_once(monkeypatch, caplog, tmp_path):

@@ -98,6 +98,22 @@ def test_a_deployment_that_has_changed_is_looked_at(clock, looks):
     assert not looks.is_visit_due(PAUSE)
 
 
+def test_the_runs_of_what_has_changed_are_looked_at_once_they_are_planned(clock, looks):
+    """By Prefect's scheduler, some seconds after the last change; one look is enough for all."""
+    clock.now += 10
+    for _ in range(3):
+        clock.now += 1
+        looks.hear(News(Kind.DEPLOYMENT, uuid4()))
+    clock.now += 1
+    looks.looked(clock.now)
+    clock.now += 6.9
+    assert not looks.is_due(PAUSE)
+    clock.now += 0.2
+    assert looks.is_due(PAUSE)
+    looks.looked(clock.now)
+    assert not looks.is_due(PAUSE)
+
+
 @pytest.mark.parametrize("news", [News(Kind.POOL), None])
 def test_all_is_looked_at_when_anything_may_have_changed(clock, looks, news):
     """News of the pool, or that some may have been missed."""

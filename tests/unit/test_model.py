@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
+from taskadapter.declare.base import in_our_words
 from taskadapter.declare.jobs import Service
 from taskadapter.declare.triggers import (
     ErrorPolicy,
@@ -216,6 +217,12 @@ def test_max_concurrent():
 def test_policy_values_are_their_names(enum):
     """A policy's value is its name, so that configuration files can say it."""
     assert [member.value for member in enum] == [member.name for member in enum]
+
+
+@pytest.mark.parametrize(("name", "said"), [("Order", "an Order"), ("TaskPolicy", "a TaskPolicy")])
+def test_a_class_has_its_article(name, said):
+    """Where Pydantic names it without."""
+    assert in_our_words(f"Input should be a valid dictionary or instance of {name}") == f"must be {said}"
 
 
 def test_unknown_policy():

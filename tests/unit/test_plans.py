@@ -24,6 +24,7 @@ from taskadapter.agent.plans import (
 )
 from taskadapter.coordination.executions import Entered
 from taskadapter.declare.triggers import TaskPolicy, TriggerConfiguration, WaitingPolicy
+from taskadapter.prefect_api.ticks import Due
 from taskadapter.rules import ticks
 from taskadapter.rules.ticks import between
 from tests.unit import given
@@ -147,42 +148,22 @@ def by_hand():
 
 def test_a_look_tells_what_waits_and_what_is_in_hand():
     """Of each job its ticks; only what was found is listed, and runs by hand are no ticks."""
-    seen = Seen.of([run(0), run(5), by_hand()], [run(10), run(0, OTHER)], NOON, NOON + 60 * SECOND)
+    found = Due([run(0), run(5), by_hand()], NOON + 60 * SECOND, is_cut=True, behind={OTHER: NOON})
+    seen = Seen.of(found, [run(10), run(0, OTHER)], NOON)
     assert seen.planned == {JOB: {*at(0, 5, 10)}, OTHER: {*at(0)}}
     assert seen.listed == {JOB}
-    assert (seen.now, seen.until, seen.is_full) == (NOON, NOON + 60 * SECOND, False)
-
-
-@pytest.mark.parametrize(("count", "is_full"), [(2, False), (3, True), (4, True)])
-def test_a_full_list_tells_of_no_time_after_its_last_tick(monkeypatch, count, is_full):
-    """More may wait: nothing is known from the last one's moment on, for others may be due then, too."""
-    monkeypatch.setattr(plans, "PAGE", 3)
-    found = [run(second) for second in range(count)]
-    seen = Seen.of(
-        [*found, by_hand()][-count:] if not is_full else found, [], NOON + 60 * SECOND, NOON + 90 * SECOND
-    )
-    assert seen.is_full is is_full
-    last = NOON + (count - 1) * SECOND
-    expected = (last - timedelta.resolution, last) if is_full else (NOON + 60 * SECOND, NOON + 90 * SECOND)
-    assert (seen.now, seen.until) == expected
-
-
-def test_a_full_list_may_reach_further_than_the_look(monkeypatch):
-    """The look itself is the bound then; and so it is of a list without a tick."""
-    monkeypatch.setattr(plans, "PAGE", 1)
-    for found in (run(99), by_hand()):
-        seen = Seen.of([found], [], NOON, NOON + 30 * SECOND)
-        assert (seen.now, seen.until, seen.is_full) == (NOON, NOON + 30 * SECOND, True)
+    assert (seen.now, seen.until) == (NOON, NOON + 60 * SECOND)
+    assert (seen.is_cut, seen.behind) == (True, {OTHER: NOON})
 
 
 # --- what is missing ------------------------------------------------------------------------------
 
 
-def missing(*lines, now=0.0, until=60.0, is_full=False, listed=(), **planned):
+def missing(*lines, now=0.0, until=60.0, is_cut=False, behind=None, listed=(), **planned):
     """Return what is missing at a look; `job` and `other` are the ticks of theirs that are made."""
     names = {"job": JOB, "other": OTHER}
     made = {names[name]: {*at(*seconds)} for name, seconds in planned.items()}
-    seen = Seen(NOON + now * SECOND, NOON + until * SECOND, is_full, made, listed)
+    seen = Seen(NOON + now * SECOND, NOON + until * SECOND, is_cut, behind or {}, made, listed)
     return find_missing(lines, seen)
 
 
@@ -226,9 +207,9 @@ def test_the_next_look_is_before_what_nobody_has_planned():
     assert found.complete_until == NOON + 30 * SECOND - LOOK_AHEAD
 
 
-def test_after_a_full_list_the_next_look_is_early():
+def test_after_a_list_that_is_cut_the_next_look_is_early():
     """What follows must be known before it is to be claimed."""
-    found = missing(line(), now=0, until=55, is_full=True, job=range(0, 60, 5))
+    found = missing(line(), now=0, until=55, is_cut=True, job=range(0, 60, 5))
     assert found.complete_until == NOON + 55 * SECOND - KNOWN_BEFORE
 
 
@@ -277,13 +258,27 @@ def test_only_so_many_are_made_at_one_look():
 def test_a_job_in_time_is_seen_to_behind_a_list_of_late_ones():
     """The list ends before now: what is not on it has no run, up to now; what is may have more."""
     late, other = line(), line(job_id=OTHER, through=NOON + 50 * SECOND)
-    found = missing(late, other, now=60, until=5, is_full=True, listed={JOB}, job=[0, 5])
+    found = missing(late, other, now=60, until=5, is_cut=True, listed={JOB}, job=[0, 5])
     assert seconds(found) == [55, 60]
     assert found.is_cut
     assert seconds(missing(other, late, now=60, until=5, listed={JOB}, job=[0, 5])) == [55, 60]
     idle = line(job_id=UUID(int=3), through=NOON + 90 * SECOND)
     assert missing(other, late, idle, now=60, until=5, listed={JOB}, job=[0, 5]).is_cut
-    assert not missing(late, other, now=60, until=5, is_full=True, listed={JOB, OTHER}, job=[0, 5]).is_cut
+    assert not missing(late, other, now=60, until=5, is_cut=True, listed={JOB, OTHER}, job=[0, 5]).is_cut
+
+
+def test_of_a_job_that_is_behind_nothing_is_made_that_may_be_there():
+    """What it was not planned to do before the last tick that is listed is made, for it comes first."""
+    late, other = line(), line(job_id=OTHER)
+    found = missing(late, other, now=60, until=60, behind={JOB: NOON + 15 * SECOND}, job=[0, 10, 15])
+    assert [
+        (one.deployment_id, second) for second, (_, one) in zip(seconds(found), found.ticks, strict=True)
+    ][:3] == [(OTHER, 0), (JOB, 5), (OTHER, 5)]
+    assert {(tick - NOON).total_seconds() for tick, one in found.ticks if one is late} == {5}
+    assert {(tick - NOON).total_seconds() for tick, one in found.ticks if one is other} == {
+        *range(0, 61, 5)
+    }
+    assert found.complete_until == NOON + 60 * SECOND
 
 
 def test_a_list_that_reaches_to_now_is_long_enough():

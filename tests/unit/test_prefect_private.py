@@ -3,6 +3,7 @@
 import asyncio
 import inspect
 import json
+import logging
 import os
 import signal
 import ssl
@@ -16,7 +17,7 @@ from uuid import uuid4
 
 import httpx
 import pytest
-from prefect import flow, flow_engine
+from prefect import flow, flow_engine, states
 from prefect._internal import control_listener
 from prefect._internal.schemas import validators
 from prefect.cli.deploy import _commands
@@ -25,6 +26,7 @@ from prefect.client.schemas.objects import FlowRun, State
 from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.context import AsyncClientContext, SyncClientContext
 from prefect.exceptions import Abort
+from prefect.logging.handlers import APILogHandler
 from prefect.settings import (
     PREFECT_API_URL,
     PREFECT_CLIENT_CSRF_SUPPORT_ENABLED,
@@ -235,6 +237,59 @@ class TestUntold:
             propose(state, run)
 
         assert kept == []
+
+
+@pytest.fixture
+def escaping(monkeypatch):
+    """As in the process of a run; not after the test."""
+    for name in ("to_state_create", "format_exception"):
+        monkeypatch.setattr(states, name, getattr(states, name))
+    monkeypatch.setattr(APILogHandler, "format", APILogHandler.format)
+    private.escape_what_cannot_be_sent()
+
+
+@pytest.mark.parametrize("is_sync", [True, False], ids=["sync", "async"])
+def test_a_state_is_sent_whatever_its_message_holds(escaping, is_sync):
+    """Prefect's clients read what makes the request of it in the module that we tell."""
+    sent = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        sent.append(json.loads(request.content)["state"]["message"])
+        return httpx.Response(201, json={"status": "ACCEPT", "details": {}, "state": None})
+
+    state: State[Any] = Failed(message="ValueError: caf\udce9")
+    settings = {
+        PREFECT_API_URL: "http://api.test/api",
+        PREFECT_CLIENT_CSRF_SUPPORT_ENABLED: False,
+        PREFECT_CLIENT_SERVER_VERSION_CHECK_ENABLED: False,
+    }
+    with temporary_settings(settings):
+        client: Any = orchestration.get_client(sync_client=is_sync)
+        client._client._transport, client._client._mounts = httpx.MockTransport(answer), {}
+        told = client.set_flow_run_state(uuid4(), state)
+        if not is_sync:
+            asyncio.run(told)
+    assert sent == [r"ValueError: caf\udce9"]
+    assert state.message == "ValueError: caf\udce9"
+
+
+def test_a_failure_has_words_whatever_its_error_does(escaping):
+    """The engine has them of the module that we tell."""
+
+    class WordlessError(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError("no text")
+
+    state = asyncio.run(states.exception_to_failed_state(WordlessError()))
+    assert state.message == "WordlessError: <its text cannot be shown>"
+
+
+def test_a_line_is_sent_whatever_it_holds(escaping):
+    """Prefect's worker for logs fails at it."""
+    record = logging.LogRecord("run", logging.INFO, __file__, 1, "file %s", ("caf\udce9\0",), None)
+    record.flow_run_id = uuid4()
+    line = APILogHandler().prepare(record)
+    assert line["message"] == r"file caf\udce9\0"
 
 
 def test_time_zones_are_listed_once(monkeypatch):

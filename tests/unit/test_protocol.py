@@ -35,6 +35,7 @@ REPORTS = [
     protocol.Skipped(reason="too late"),
     protocol.Crashed(fault="no such module\nat all"),
     protocol.Unloadable(fault="no such module"),
+    protocol.Unentered(fault="no files", outcome="Failed", state={"i": 1}, ends="run 1 failed"),
 ]
 REQUESTS = [protocol.Fork(number=1), protocol.Connect(database_url=SecretStr("sqlite://"))]
 NOTICES = [
@@ -78,3 +79,11 @@ def test_nothing_else_is_a_message(parse, line):
     """Such as the rest of a line of which another interpreter has read the beginning."""
     with pytest.raises(ValidationError):
         parse(line)
+
+
+def test_what_json_cannot_keep_is_said_in_escapes():
+    """The name of a file that is not UTF-8: the process's last word was that it could not say it."""
+    said = protocol.Unloadable(fault="ValueError: caf\udce9").line()
+    assert protocol.report(said) == protocol.Unloadable(fault=r"ValueError: caf\udce9")
+    left = protocol.Gone(number=1, exit_code=0, left=("cat caf\udce9",)).line()
+    assert protocol.notice(left) == protocol.Gone(number=1, exit_code=0, left=(r"cat caf\udce9",))

@@ -217,3 +217,14 @@ def test_what_was_perhaps_claimed_and_is_in_hand_is_not_asked_for():
     queue.doubt(first, clock=5.0)
     queue.found([], 6.0, {first.id})
     assert queue.first(any_run, 0.0) is None
+
+
+def test_what_was_tried_is_no_reason_to_wait():
+    """An agent that runs once leaves to others what could not begin here."""
+    tried, other = tick(ONE, 1), tick(OTHER, 1)
+    queue = queue_of(tried, other)
+    assert queue.try_later(tried.id, clock=0.0) == 0
+    assert queue.has_untried
+    queue.take(other)
+    assert not queue.has_untried
+    assert queue.try_later(tried.id, clock=0.0) == 1

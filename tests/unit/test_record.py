@@ -13,7 +13,7 @@ import pytest
 
 from taskadapter.coordination import ledger, store
 from taskadapter.coordination.board import clock
-from taskadapter.coordination.executions import Begun, Entry, Skipped, Taken
+from taskadapter.coordination.executions import Begun, Entry, Paused, Skipped, Taken
 from taskadapter.declare.triggers import TaskPolicy, TriggerConfiguration, WaitingPolicy
 from taskadapter.errors import (
     AccessDeniedError,
@@ -106,6 +106,39 @@ def test_a_beginning_whose_commit_has_no_answer(monkeypatch, lost, is_own):
     assert record.begin(execution) == (Begun(3) if is_own else Taken(entry))
 
 
+def test_a_run_that_is_given_back_says_whether_it_may_be_entered(monkeypatch):
+    """Its commit had no answer: the agent has it withdrawn, else it would be taken for interrupted."""
+    execution = Execution(ASSIGNMENT, is_dropped=lambda: True)
+
+    def ask(_url, question):
+        question(None)
+        raise AWAY
+
+    monkeypatch.setattr(ledger, "begin", lambda *_: Begun(3))
+    monkeypatch.setattr(store, "ask", ask)
+    with pytest.raises(record.NotWantedError):
+        record.begin(execution)
+    assert execution.in_doubt
+
+
+@pytest.mark.parametrize("answer", [Begun(1), Paused()])
+def test_what_is_begun_or_refused_is_in_no_doubt(monkeypatch, answer):
+    """The ledger has said so; the node may have lost its trust since, and then the body does not begin."""
+    given = Given(monkeypatch)
+    monkeypatch.setattr(store, "ask", lambda _url, question: question(None))
+    monkeypatch.setattr(ledger, "begin", lambda *_: answer)
+    assert record.begin(given.execution) == answer
+    assert not given.execution.in_doubt
+
+    def lose(_: object) -> None:
+        raise TokenLostError("too late")
+
+    monkeypatch.setattr(record, "require_trust", lose)
+    with pytest.raises(TokenLostError):
+        record.begin(given.execution)
+    assert given.execution.in_doubt is (answer == Begun(1))
+
+
 def test_what_was_entered_before_does_not_begin_again(monkeypatch):
     """Though it is of this very run: a process of the node has begun it, and has ended."""
     entry, faults = entered_by("1"), [AWAY]
@@ -162,6 +195,16 @@ def test_an_end_waits_for_a_database_that_is_away(monkeypatch, fault, told):
     record.enter_end(given.execution, None, "Completed")
     assert given.waits == told
     assert given.told[-1] == protocol.Settled(), "nothing of the body is left"
+
+
+def test_the_agent_enters_what_the_process_of_a_body_cannot(monkeypatch):
+    """It hears once, after a while, what the body came to; the process goes on trying."""
+    given = Given(monkeypatch, AWAY, AWAY, AWAY)
+    given.execution.entered = Begun(1)
+    monkeypatch.setattr(record, "UNENTERED_SECONDS", 0)
+    record.enter_end(given.execution, None, "Failed", "run 1 failed")
+    unentered = protocol.Unentered(fault=str(AWAY), outcome="Failed", ends="run 1 failed")
+    assert given.told == [unentered, protocol.Answered(), protocol.Settled()]
 
 
 def test_who_has_lost_the_token_waits_no_longer(monkeypatch):

@@ -141,10 +141,10 @@ def test_a_time_that_passes_now_is_refused_with_both_times() -> None:
 
 @pytest.mark.parametrize("function", [unschedule_job, pause_job, resume_job])
 def test_an_id_that_is_none(function: Any) -> None:
-    """What is no UUID is refused before a server is asked."""
-    message = refusal(function, "job-1")
+    """What is neither an id nor a name is refused before a server is asked."""
+    message = refusal(function, 5)
 
-    assert "'job-1'" in message
+    assert "id=5" in message
     assert "UUID" in message
 
 
@@ -176,6 +176,7 @@ def test_a_worker_pool_of_an_invalid_size(arguments: dict[str, Any], parts: list
         (Counter(), "a Counter"),
         (print, "a builtin_function_or_method"),
         (None, "a NoneType"),
+        (object(), "an object cannot"),
     ],
 )
 def test_what_is_no_job(job: Any, named: str) -> None:

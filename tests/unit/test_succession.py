@@ -16,7 +16,7 @@ from taskadapter.agent.runs import Life, Phase
 from taskadapter.agent.succession import Succession
 from taskadapter.coordination import store
 from taskadapter.coordination.messages import Token
-from taskadapter.errors import DatabaseUnavailableError
+from taskadapter.errors import CoordinationError, DatabaseUnavailableError
 from taskadapter.execution import protocol
 from taskadapter.prefect_api.pool import Domain
 from tests.unit.given import node, tick, until
@@ -76,11 +76,26 @@ def test_a_run_of_no_group_is_nobody_elses(monkeypatch):
     assert not Given(monkeypatch, "node-2", token=None).passes_on()
 
 
-def test_a_database_that_does_not_answer_names_nobody(monkeypatch):
-    """Who stands by cannot be known."""
-    given = Given(monkeypatch)
+def test_a_database_that_does_not_answer_names_nobody(monkeypatch, caplog):
+    """Who stands by cannot be known; the log says so once."""
+    given = Given(monkeypatch, "node-2")
     given.able = DatabaseUnavailableError("away")
-    assert not given.passes_on()
+    assert [given.passes_on() for _ in range(3)] == [False] * 3
+    assert caplog.text.count("cannot go on here, and group group cannot be handed over: away") == 1
+
+
+def test_a_database_that_takes_no_word_of_it_keeps_the_group_here(monkeypatch, caplog):
+    """The standby would hand it back; the log says why, anew where it is another reason."""
+    given = Given(monkeypatch, "node-2")
+    for why in ("away", "permission denied"):
+
+        def refuse(*_: object, why: str = why) -> None:
+            raise CoordinationError(why)
+
+        monkeypatch.setattr(store, "give_up_tokens", refuse)
+        assert not given.passes_on()
+        assert f"cannot be handed over: {why}" in caplog.text
+    assert given.handed == []
 
 
 def test_a_token_that_is_lost_meanwhile_is_not_handed_over(monkeypatch):

@@ -66,7 +66,7 @@ def test_the_status_says_who_is_active_and_who_would_take_over():
 
     for part in (
         "in term 7",
-        "for 1 hour",
+        "for 1 h",
         "expires in 28.5 s",
         "asked to hand over",
         "nobody",
@@ -97,6 +97,18 @@ def test_a_node_that_is_silent_stands_by_for_nothing():
     assert [one["lives"] for one in found["nodes"]] == [False, False, True]
 
 
+def test_what_is_paused_is_told_with_who_is_active():
+    """A node holds its groups all the same."""
+    now = Status((group(),), (node("node-1", "group"),))
+    paused = {"work queue 'group' (concurrency limit 0)", "work pool 'pool'"}
+
+    text = shown(tables.status(now, DOMAIN, PLACE, paused))
+
+    assert "Paused in Prefect, and nothing begins until it is resumed: work pool 'pool', " in text
+    assert tables.status_as_json(now, DOMAIN, PLACE, paused)["paused"] == sorted(paused)
+    assert "Paused" not in shown(tables.status(now, DOMAIN, PLACE))
+
+
 def test_a_node_of_ballerinas_is_active_too():
     """Of it the database knows less."""
     text = shown(tables.status(Status((group(held_for=None, reason=None),), ()), DOMAIN, PLACE))
@@ -116,6 +128,59 @@ def test_nothing_is_cut_on_a_screen_of_eighty_columns():
 
 AT = "2026-01-01T00:00:00+00:00"
 
+CAUSE = (
+    "its code could not be loaded: ModuleNotFoundError: No module named 'warehouse.connections'; install it"
+)
+
+
+def test_a_long_reason_is_told_once_and_whole():
+    """Below the table, where there is room: in a cell it would be cut to pieces, and again in each row."""
+    lines = [Line(AT, "Crashed", number, CAUSE) for number in range(1, 51)]
+    text = shown(
+        tables.ledger([*lines, Line(AT, "Skipped", reason="another, but as long as the first one is")])
+    )
+
+    assert text.endswith(
+        "(1) its code could not be loaded: ModuleNotFoundError: No module named \n"
+        "'warehouse.connections'; install it\n"
+        "(2) another, but as long as the first one is\n"
+    )
+    assert text.count("Crashed: (1)") == 50
+    assert text.count("Skipped: (2)") == 1
+    assert len(text.splitlines()) == 3 + 50 * 3 + 2 + 3
+
+
+def test_why_a_node_is_active_is_told_whole():
+    """Of a node that has given the group up, as the log has it."""
+    text = shown(
+        tables.status(Status((group(reason=CAUSE), group("other", reason=CAUSE)), ()), DOMAIN, PLACE)
+    )
+    assert text.count(" (1) ") == 2
+    assert text.replace(" \n", " ").count(f"(1) {CAUSE}") == 1
+
+
+def test_what_is_told_is_shown_as_it_is():
+    """Brackets in it are no style."""
+    text = shown(tables.ledger([Line(AT, "Skipped", reason="not a [red] one"), Line(AT, "[bold]")]))
+    assert "[red]" in text
+    assert "[bold]" in text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0, "0.0 s"),
+        (59.9, "59.9 s"),
+        (60, "1 min"),
+        (87.5, "1 min 27 s"),
+        (3687, "1 h 1 min"),
+        (93600, "1 d 2 h"),
+    ],
+)
+def test_a_time_is_short(seconds, words):
+    """It stays on one line of its cell."""
+    assert f"│ {words} " in shown(tables.ledger([Line(AT, "waiting", late=seconds)]))
+
 
 @pytest.mark.parametrize(
     ("line", "parts"),
@@ -131,7 +196,7 @@ AT = "2026-01-01T00:00:00+00:00"
         (Line("2026-01-01T00:00:00.500+00:00", "missing"), ["2026-01-01 00:00:00.500 UTC"]),
         (Line(None, "Failed", took=1.5, node="node-1", flow_run="x" * 36), ["by hand", "Failed"]),
         (Line(AT, "missing"), ["missing"]),
-        (Line(AT, "waiting", late=95), ["waiting", "1 minute 35 seconds"]),
+        (Line(AT, "waiting", late=95), ["waiting", "1 min 35 s"]),
         (Line(AT, "Skipped", reason="it is late"), ["Skipped: it is late"]),
     ],
     ids=["a tick", "long names", "half a second", "by hand", "missing", "waiting", "skipped"],

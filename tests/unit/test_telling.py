@@ -81,12 +81,17 @@ def test_a_run_that_was_deleted_is_not_put_back(patient):
     asyncio.run(put_back())
 
 
-def test_a_nul_is_written_out():
-    """A message that PostgreSQL could not keep is told in a form that it can."""
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [("byte \0 in the header", r"byte \0 in the header"), ("no caf\udce9", r"no caf\udce9")],
+    ids=["NUL", "a file's name that is not UTF-8"],
+)
+def test_what_cannot_be_kept_is_written_out(said, told):
+    """A message that PostgreSQL could not keep, or that cannot be sent, is told in a form that can be."""
     api = Api()
 
-    assert report(api, Crashed(message="byte \0 in the header"))
-    assert api.told == [("Crashed", "byte \\0 in the header", False)]
+    assert report(api, Crashed(message=said))
+    assert api.told == [("Crashed", told, False)]
 
 
 def test_a_message_that_is_refused_for_good():

@@ -18,6 +18,7 @@ from taskadapter.agent.plans import MADE_AT_ONCE
 from taskadapter.agent.timetable import Timetable
 from taskadapter.coordination.executions import Entered
 from taskadapter.declare.triggers import TriggerConfiguration
+from taskadapter.prefect_api.ticks import Due
 from taskadapter.rules.ticks import slug, tick_of
 from tests.unit.given import JOB, NOON, SECOND, at, line, plan, tick
 
@@ -57,8 +58,30 @@ def complete(api, *jobs, now, found=(), until=None):
     timetable._make = api.make
     now = NOON + now * SECOND
     until = now if until is None else NOON + until * SECOND
-    found = asyncio.run(timetable.complete([*found], ["default"], [], now, until))
+    found = asyncio.run(timetable.complete(Due([*found], until), ["default"], [], now))
     return [(run.deployment_id, tick_of(run)) for run in found], timetable
+
+
+def test_a_job_of_which_more_is_late_than_is_listed_is_looked_at_soon():
+    """Where the node has room for all that is listed, what follows is late, too."""
+    timetable: Any = Timetable(None, logging.getLogger("test"), None)
+    timetable._lines = {JOB: line()}
+    listed = [tick(JOB, second) for second in (0, 5, 10)]
+    now = NOON + 60 * SECOND
+    due = Due(listed, now + 30 * SECOND, behind={JOB: NOON + 10 * SECOND})
+    assert asyncio.run(timetable.complete(due, ["default"], [], now)) == listed
+    assert timetable.complete_until == now
+
+
+def test_a_job_with_many_late_ticks_is_late():
+    """It is known of those that the agent has looked after."""
+    timetable: Any = Timetable(None, logging.getLogger("test"), None)
+    done = line(job_id=uuid4())
+    timetable._lines = {JOB: line(), done.deployment_id: done}
+    for second in range(0, 50, 5):
+        done.settle(NOON + second * SECOND)
+    assert timetable.late(NOON + 45 * SECOND) == {JOB}
+    assert timetable.late(NOON + 44 * SECOND) == set()
 
 
 def test_a_tick_that_cannot_be_made_holds_up_its_own_job_only():
@@ -92,7 +115,7 @@ def test_that_ticks_are_made_is_told_once(caplog):
 
     def look(now, *found):
         moment = NOON + now * SECOND
-        asyncio.run(timetable.complete([*found], ["default"], [], moment, moment))
+        asyncio.run(timetable.complete(Due([*found], moment), ["default"], [], moment))
         return len(caplog.messages)
 
     assert (look(5), look(10), look(15, planned), look(20)) == (1, 1, 2, 2)
@@ -106,7 +129,7 @@ def test_what_prefect_withholds_is_made_once_and_waits():
 
     def look(seconds, *withheld):
         now = NOON + seconds * SECOND
-        found = asyncio.run(timetable.complete([], ["default"], [], now, now, withheld))
+        found = asyncio.run(timetable.complete(Due([], now), ["default"], [], now, withheld))
         return [tick_of(run) for run in found]
 
     assert look(5, "default") == []
@@ -129,7 +152,7 @@ def test_a_queue_that_is_lost_while_its_lines_are_begun(is_lost):
     timetable: Any = Timetable(None, logging.getLogger("test"), entered)
     timetable._plans = {JOB: plan(created=datetime(2020, 1, 1, tzinfo=UTC))}
     timetable._deployments = {JOB: SimpleNamespace(name="job", paused=False)}
-    asyncio.run(timetable.complete([], ["default"], [], NOON, NOON))
+    asyncio.run(timetable.complete(Due([], NOON), ["default"], [], NOON))
     assert bool(timetable._lines) is not is_lost
 
 
@@ -242,7 +265,7 @@ def test_a_job_that_has_ended_is_over_until_somebody_switches_it_on():
             id=JOB, name="job", work_queue_name="group", schedules=[schedule], job_variables=variables
         )
         timetable.learn([read])
-        return timetable.jobs_of(["group"])
+        return [*timetable._deployments]
 
     assert jobs(0) == [JOB]
     timetable.end(JOB, slug(trigger))

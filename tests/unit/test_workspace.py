@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import sys
 from datetime import UTC, datetime
 from uuid import uuid4
@@ -253,6 +254,16 @@ def test_what_a_module_lacks_is_named(jobs, entrypoint, module, name):
     assert line.startswith(f"{module} has no {name!r}, which the deployment's entrypoint names; ")
 
 
+def test_an_error_is_told_whatever_its_text_holds(project):
+    """The name of a file that is not UTF-8, which no message and no line of a log can have."""
+    (project / "jobs.py").write_text(r'raise ValueError("caf\udce9")')
+    line, text = why("jobs.py:append")
+
+    assert line == r"ValueError: caf\udce9"
+    assert line in text
+    assert text.isascii()
+
+
 def test_a_folder_without_the_file_is_named(project):
     """An agent was started somewhere else than in the project."""
     line, text = why("flows/appender.py:append")
@@ -261,6 +272,24 @@ def test_a_folder_without_the_file_is_named(project):
     assert line.startswith(f"folder {project} lacks flows/appender.py, ")
     assert "start the agent in the project's folder" in line
     assert line.endswith("or, if the file was renamed, deploy again")
+
+
+@pytest.mark.parametrize("what", ["nothing", "a file"])
+def test_a_working_directory_that_is_not_here_is_named(project, what):
+    """It is on another node, perhaps."""
+    folder = project / "elsewhere"
+    if what == "a file":
+        folder.write_text("")
+    with pytest.raises(workspace.LacksCodeError, match=f"folder {folder} is not on this node; start the"):
+        workspace.enter(Workspace(working_dir=str(folder)))
+
+
+def test_a_folder_that_was_replaced_is_named(project):
+    """By a release, perhaps: the agent stays in the old one."""
+    project.rename(project.with_name("old"))
+    shutil.rmtree(project.with_name("old"))
+    with pytest.raises(workspace.LacksCodeError, match=r"the agent's folder is gone, .* restart it"):
+        workspace.enter(Workspace())
 
 
 def failing(step, fault, monkeypatch):
