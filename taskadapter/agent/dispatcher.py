@@ -22,6 +22,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.states import Crashed, Pending
 
 from taskadapter.agent import runs
+from taskadapter.agent.ends import Ends
 from taskadapter.agent.hand import Hand, RunInHand
 from taskadapter.agent.hearing import Kind, News
 from taskadapter.agent.hosts import HostPool
@@ -69,6 +70,7 @@ class Dispatcher:
         membership: whether a run is this node's, and under which token.
         hosts: where they run.
         deployments: what they are runs of.
+        ends: what ends those whose jobs are over.
         timetable: which ticks are owed; it learns here which are settled.
         hand: the runs that it has taken from the queue, until they are over.
         succession: which nodes may be able to run what this one cannot.
@@ -81,6 +83,7 @@ class Dispatcher:
         membership: Membership,
         hosts: HostPool,
         deployments: Deployments,
+        ends: Ends,
         timetable: Timetable,
         hand: Hand,
         succession: Succession,
@@ -93,14 +96,15 @@ class Dispatcher:
         self._look_for = look_for
         self._hosts = hosts
         self._deployments = deployments
-        self._teller = deployments.teller
+        self._ends = ends
+        self._teller = node.teller
         self._timetable = timetable
         self._queue = Queue()
         self._hand = hand
         self._runner = Runner(
-            node, membership, hosts, deployments, timetable, self._queue, hand, succession
+            node, membership, hosts, deployments, ends, timetable, self._queue, hand, succession
         )
-        self._judge = Judge(node, deployments, timetable, self._queue, hand, self._runner, look_for)
+        self._judge = Judge(node, ends, timetable, self._queue, hand, self._runner, look_for)
         self._handling: set[asyncio.Task[None]] = set()
         self._waits: set[asyncio.Timeout] = set()
         self._is_held_up = False
@@ -150,6 +154,7 @@ class Dispatcher:
 
     def retain(self, job_ids: AbstractSet[UUID]) -> None:
         """Remember nothing of other jobs."""
+        self._ends.retain(job_ids)
         self._queue.retain(job_ids)
         self._refused = {id_: cause for id_, cause in self._refused.items() if id_ in job_ids}
 
@@ -266,7 +271,7 @@ class Dispatcher:
             flow_run: the run.
             behind: how many more than it may have.
         """
-        if self._deployments.is_ending(flow_run) or not self._membership.may_run(flow_run):
+        if self._ends.is_ending(flow_run) or not self._membership.may_run(flow_run):
             return False
         if self._timetable.is_held(flow_run):
             return False
@@ -336,7 +341,7 @@ class Dispatcher:
     async def _decide(self, run: RunInHand) -> None:
         """Give a run a place among its job's, have it judged, claim and run it."""
         flow_run = run.flow_run
-        if self._deployments.is_ending(flow_run):
+        if self._ends.is_ending(flow_run):
             return
         job = await self._deployments.job_of(flow_run, self._node.pool())
         self._refused.pop(flow_run.deployment_id, None)

@@ -1,33 +1,28 @@
-"""The agent's view of the deployments it runs: read when needed, ended when a job is over."""
+"""The agent's view of the deployments it runs, which are read when they are needed."""
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from logging import Logger, LoggerAdapter
 from typing import Any
 from uuid import UUID
 
-import httpx
 from prefect.client.orchestration import PrefectClient
-from prefect.client.schemas.objects import DeploymentSchedule, FlowRun, StateType, WorkPool
+from prefect.client.schemas.objects import DeploymentSchedule, FlowRun, WorkPool
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.exceptions import ObjectNotFound
 from prefect.workers.base import BaseJobConfiguration, BaseVariables
 from pydantic import Field, ValidationError
 
-from taskadapter.agent.telling import Teller
 from taskadapter.declare.triggers import TaskPolicy, TriggerConfiguration
 from taskadapter.errors import DeclarationError
 from taskadapter.execution.assignment import Workspace
-from taskadapter.prefect_api.client import API_FAULTS, in_words
+from taskadapter.prefect_api.client import API_FAULTS
 from taskadapter.prefect_api.deployments import deployments_of, flow_names, stored_trigger
-from taskadapter.prefect_api.ticks import runs_of
 from taskadapter.rules import ticks
 
 FRESH_SECONDS = 60.0
@@ -35,9 +30,6 @@ FRESH_SECONDS = 60.0
 
 BATCH = timedelta(seconds=1)
 """Runs that Prefect's scheduler makes at one visit are made within less than this."""
-
-SETTLE_SECONDS = 5.0
-"""How long a stopping agent waits until jobs that are over have been put away."""
 
 
 class WarmBackupJobConfiguration(BaseJobConfiguration):
@@ -103,10 +95,6 @@ class WarmBackupVariables(BaseVariables):
     )
 
 
-OVER_ALREADY = "it is over already"
-"""Why a tick is skipped whose job had been ended before, by another node or by somebody in the UI."""
-
-
 @dataclass(frozen=True)
 class Snapshot:
     """A deployment as it was read.
@@ -168,7 +156,7 @@ class DeployedJob:
     def has_planned(self, flow_run: FlowRun) -> bool:
         """Return whether a run is a tick of the trigger's schedule, and not of another trigger's."""
         own = (schedule for schedule in self.deployment.schedules if schedule.slug == self.slug)
-        return _is_of_any(flow_run, own)
+        return is_of_any(flow_run, own)
 
     @property
     def policy(self) -> TaskPolicy:
@@ -203,39 +191,21 @@ class DeployedJob:
 
 
 class Deployments:
-    """Reads deployments and ends their jobs.
+    """Reads deployments.
 
     Args:
         client: connected to the API.
         log: the agent's.
-        tell: hears of each job that is over, and why.
-        put_away: hears of each whose schedule has been stopped, of which Prefect tells nobody.
-
-    Attributes:
-        teller: tells the API what became of runs, until it knows.
     """
 
-    def __init__(
-        self,
-        client: PrefectClient,
-        log: Logger | LoggerAdapter[Any],
-        tell: Callable[[DeployedJob, str], None] = lambda *_: None,
-        put_away: Callable[[UUID], None] = lambda _: None,
-    ) -> None:
+    def __init__(self, client: PrefectClient) -> None:
         self._client = client
-        self._log = log
-        self._tell = tell
-        self._tell_put_away = put_away
-        self.teller = Teller(client, log)
         self._snapshots: dict[UUID, Snapshot] = {}
         self._flow_names: dict[UUID, str] = {}
         # When the newest run was made that the agent knows of.
         self._newest_run: datetime | None = None
         self._jobs: dict[UUID, DeployedJob] = {}
         self._reading = asyncio.Lock()
-        self._ending: dict[UUID, asyncio.Task[None]] = {}
-        # Jobs of which it has been said that they are over.
-        self._over: set[UUID] = set()
         self._server_has_storage = True
         self._storage_asked_at = float("-inf")
 
@@ -333,7 +303,10 @@ class Deployments:
         """Remember nothing of other jobs: where many come and go, most of them are deleted by now."""
         self._snapshots = {id_: snapshot for id_, snapshot in self._snapshots.items() if id_ in job_ids}
         self._jobs = {id_: job for id_, job in self._jobs.items() if id_ in job_ids}
-        self._over &= job_ids
+
+    def forget(self, job_id: UUID) -> None:
+        """Have a job read anew that has been changed."""
+        self._snapshots.pop(job_id, None)
 
     def known(self, flow_run: FlowRun) -> DeployedJob | None:
         """Return the deployment of a run as it was last read, if it was."""
@@ -347,73 +320,7 @@ class Deployments:
             return flow_run.name
         return f"{flow_name}/{snapshot.deployment.name}"
 
-    def is_ending(self, flow_run: FlowRun) -> bool:
-        """Return whether the run's job is over and its planned runs are being put away."""
-        return ticks.is_tick(flow_run) and flow_run.deployment_id in self._ending
 
-    def end(self, job: DeployedJob, reason: str) -> None:
-        """End a job for all nodes: its schedule stops, what is late is skipped. Ends in background."""
-        if job.deployment.id not in self._ending:
-            self._say_ended(job, reason)
-            self._ending[job.deployment.id] = asyncio.create_task(self._end(job, reason))
-
-    def _say_ended(self, job: DeployedJob, reason: str) -> None:
-        """Say that a job is over; of one that was over already once, however much of it is planned."""
-        if reason != OVER_ALREADY:
-            self._log.info("Job %s has ended: %s.", job.name, reason)
-        elif job.deployment.id in self._over:
-            return
-        else:
-            self._log.info("Job %s is over already; what is planned of it is skipped.", job.name)
-        self._over.add(job.deployment.id)
-        self._tell(job, reason)
-
-    async def _end(self, job: DeployedJob, reason: str) -> None:
-        tries = itertools.count()
-        try:
-            await self.teller.until_told(lambda: self._put_away(job, reason, is_late=next(tries) > 0))
-        except httpx.HTTPStatusError as refusal:
-            self._log.error(
-                "Job %s is over, but Prefect refuses to show it as over: %s",
-                job.name,
-                in_words(refusal),
-            )
-        finally:
-            del self._ending[job.deployment.id]
-            # Seen to be off, it can be seen to be switched on again.
-            self._tell_put_away(job.deployment.id)
-
-    async def _put_away(self, job: DeployedJob, reason: str, *, is_late: bool) -> None:
-        """Stop a job's schedule, and skip what is planned of it, unless somebody has started it again.
-
-        Args:
-            job: as it was read before it ended.
-            reason: why it is over.
-            is_late: whether the API was told before, and did not answer.
-        """
-        deployment = await self._client.read_deployment(job.deployment.id)
-        self._snapshots.pop(deployment.id, None)
-        before = {schedule.id: schedule.updated for schedule in job.deployment.schedules}
-        for schedule in deployment.schedules:
-            if schedule.slug != job.slug or not schedule.active:
-                continue
-            if is_late and schedule.updated != before.get(schedule.id):
-                self._log.info("Job %s was started again before Prefect knew that it had ended.", job.name)
-                return
-            await self._client.update_deployment_schedule(deployment.id, schedule.id, active=False)
-        # It may have been deployed with another trigger, with which it goes on.
-        others = [schedule for schedule in deployment.schedules if schedule.slug != job.slug]
-        for flow_run in await runs_of(self._client, [deployment.id], [StateType.SCHEDULED]):
-            # One that waits for its next attempt is Scheduled too.
-            is_planned = ticks.is_tick(flow_run) and flow_run.run_count == 0
-            if is_planned and not _is_of_any(flow_run, others):
-                await self.teller.skip(flow_run, reason)
-
-    async def wait_for_ends(self) -> None:
-        """Wait until every job that is over has been put away, but not for an API that is away."""
-        if self._ending:
-            await asyncio.wait(self._ending.values(), timeout=SETTLE_SECONDS)
-
-
-def _is_of_any(flow_run: FlowRun, schedules: Iterable[DeploymentSchedule]) -> bool:
+def is_of_any(flow_run: FlowRun, schedules: Iterable[DeploymentSchedule]) -> bool:
+    """Return whether a run is a tick of one of some schedules."""
     return any(ticks.is_of(flow_run, schedule.id) for schedule in schedules)

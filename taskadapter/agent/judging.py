@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from prefect.client.schemas.objects import FlowRun, StateType
 
+from taskadapter.agent.ends import OVER_ALREADY
 from taskadapter.agent.hearing import Kind, News
-from taskadapter.agent.jobs import OVER_ALREADY
 from taskadapter.agent.plans import is_off, plan_of
 from taskadapter.prefect_api.deployments import is_on
 from taskadapter.prefect_api.pool import PoolSize
@@ -19,8 +19,9 @@ from taskadapter.rules import ticks
 from taskadapter.rules.ticks import Verdict
 
 if TYPE_CHECKING:
+    from taskadapter.agent.ends import Ends
     from taskadapter.agent.hand import Hand, RunInHand
-    from taskadapter.agent.jobs import DeployedJob, Deployments
+    from taskadapter.agent.jobs import DeployedJob
     from taskadapter.agent.node import Node
     from taskadapter.agent.queue import Queue
     from taskadapter.agent.runner import Runner
@@ -39,7 +40,7 @@ class Judge:
 
     Args:
         node: whose runs they may become.
-        deployments: what they are runs of; it learns here which jobs are over.
+        ends: what ends those whose jobs are over.
         timetable: which ticks are owed, and which jobs paused.
         queue: where those go that wait for earlier ones.
         hand: the runs that are taken.
@@ -50,7 +51,7 @@ class Judge:
     def __init__(
         self,
         node: Node,
-        deployments: Deployments,
+        ends: Ends,
         timetable: Timetable,
         queue: Queue,
         hand: Hand,
@@ -59,7 +60,7 @@ class Judge:
     ) -> None:
         self._node = node
         self._client = node.client
-        self._deployments = deployments
+        self._ends = ends
         self._timetable = timetable
         self._queue = queue
         self._hand = hand
@@ -88,7 +89,7 @@ class Judge:
             self._timetable.hold(deployment)
         elif not is_on(deployment):
             # Perhaps one of many that were being planned when the job ended.
-            self._deployments.end(job, OVER_ALREADY)
+            self._ends.end(job, OVER_ALREADY)
         return deployment.paused or not is_on(deployment)
 
     async def _is_off_plan(self, flow_run: FlowRun) -> bool:
@@ -129,7 +130,7 @@ class Judge:
                 self._queue.try_later(run.flow_run.id, time.monotonic())
                 self._look_for(News(Kind.WAITS, run.flow_run.id))
             case Verdict.END:
-                self._deployments.end(job, judgement.reason)
+                self._ends.end(job, judgement.reason)
                 self._timetable.end(job.deployment.id, job.slug)
             case Verdict.SKIP:
                 return await self._runner.skip(run, job, judgement.reason)

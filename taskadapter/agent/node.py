@@ -12,6 +12,7 @@ from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.objects import FlowRun, WorkPool
 
 from taskadapter.agent.tasks import Tasks
+from taskadapter.agent.telling import Teller
 from taskadapter.declare.triggers import DEFAULT_QUEUE
 from taskadapter.settings import TaskadapterSettings
 
@@ -67,6 +68,7 @@ class Node:
         settings: the agent's.
         share: what it runs of the pool.
         tasks: what it does in the background.
+        teller: tells the API what became of runs, until it knows.
     """
 
     name: str
@@ -79,6 +81,7 @@ class Node:
     settings: TaskadapterSettings
     share: Share
     tasks: Tasks
+    teller: Teller
 
 
 def queue_of(flow_run: FlowRun) -> str:

@@ -33,6 +33,7 @@ from taskadapter.rules import ticks
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import FlowRun
 
+    from taskadapter.agent.ends import Ends
     from taskadapter.agent.jobs import DeployedJob, Deployments
     from taskadapter.agent.membership import Membership
     from taskadapter.agent.node import Node
@@ -57,6 +58,7 @@ class Runner:
         membership: which database and tokens they run under.
         hosts: where they run.
         deployments: what they are runs of.
+        ends: what ends those whose jobs are over.
         timetable: which ticks are owed; it learns here which are settled.
         queue: where those go that are put back; it learns how long their code takes to load.
         hand: where they are meanwhile.
@@ -69,6 +71,7 @@ class Runner:
         membership: Membership,
         hosts: HostPool,
         deployments: Deployments,
+        ends: Ends,
         timetable: Timetable,
         queue: Queue,
         hand: Hand,
@@ -79,7 +82,8 @@ class Runner:
         self._membership = membership
         self._hosts = hosts
         self._deployments = deployments
-        self._teller = deployments.teller
+        self._ends = ends
+        self._teller = node.teller
         self._timetable = timetable
         self._queue = queue
         self._hand = hand
@@ -353,7 +357,7 @@ class Runner:
 
         With another trigger, with which it was deployed meanwhile, it goes on.
         """
-        self._deployments.end(job, reason)
+        self._ends.end(job, reason)
         self._timetable.end(job.deployment.id, job.slug)
 
         def is_its_own(run: FlowRun) -> bool:

@@ -33,6 +33,7 @@ from prefect.workers.base import BaseWorker, BaseWorkerResult
 
 from taskadapter.agent import events, metrics
 from taskadapter.agent.dispatcher import Dispatcher
+from taskadapter.agent.ends import Ends
 from taskadapter.agent.hand import Hand
 from taskadapter.agent.health import Health
 from taskadapter.agent.hearing import Kind, News
@@ -48,6 +49,7 @@ from taskadapter.agent.signals import at_a_signal
 from taskadapter.agent.succession import Succession
 from taskadapter.agent.takeover import Takeover
 from taskadapter.agent.tasks import Tasks
+from taskadapter.agent.telling import Teller
 from taskadapter.agent.terms import Terms
 from taskadapter.agent.timetable import Timetable
 from taskadapter.agent.upkeep import Upkeep
@@ -206,6 +208,7 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
             settings=self._settings,
             share=self._share,
             tasks=self._tasks,
+            teller=Teller(self.client, self._logger),
         )
         self._membership = Membership(
             node,
@@ -214,12 +217,8 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
             let_go=lambda: self._terms.let_go(has_group),
         )
         self._showing = Showing(node, self._membership)
-        self._deployments = Deployments(
-            node.client,
-            node.log,
-            lambda job, reason: events.job_ended(node, job, reason),
-            lambda job_id: self._lookout.look_for(News(Kind.DEPLOYMENT, job_id)),
-        )
+        self._deployments = Deployments(node.client)
+        self._ends = Ends(node, lambda job, reason: events.job_ended(node, job, reason), self._on_put_away)
         self._timetable = Timetable(node.client, node.log, self._entered)
         self._hand = Hand(self._deployments.known)
         self._succession = Succession(
@@ -230,6 +229,7 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
             self._membership,
             self._hosts,
             self._deployments,
+            self._ends,
             self._timetable,
             self._hand,
             self._succession,
@@ -283,6 +283,10 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
         self._terms.hear(change)
         self._showing.hear(change)
 
+    def _on_put_away(self, job_id: UUID) -> None:
+        self._deployments.forget(job_id)
+        self._lookout.look_for(News(Kind.DEPLOYMENT, job_id))
+
     def is_worker_still_polling(self, query_interval_seconds: float) -> bool:
         """Return whether this node can run jobs, or stand by for them: what the health check serves.
 
@@ -327,7 +331,7 @@ class WarmBackupWorker(BaseWorker[WarmBackupJobConfiguration, WarmBackupVariable
 
     async def _stop(self, *exc_info: Any) -> None:
         await self._terms.let_go()
-        await self._deployments.wait_for_ends()
+        await self._ends.wait()
         await self._membership.stop()
         self._tasks.cancel()
         await self._hosts.close()

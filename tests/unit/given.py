@@ -14,6 +14,7 @@ from prefect.client.schemas.objects import FlowRun
 from taskadapter.agent.node import Node, Share
 from taskadapter.agent.plans import Line, Plan
 from taskadapter.agent.tasks import Tasks
+from taskadapter.agent.telling import Teller
 from taskadapter.declare.triggers import TriggerConfiguration
 from taskadapter.settings import TaskadapterSettings
 
@@ -72,6 +73,7 @@ def node(client: Any = None, pool: Any = None, share: Share | None = None) -> No
         settings=TaskadapterSettings(),
         share=share or Share(),
         tasks=Tasks(LOG),
+        teller=Teller(client, LOG),
     )
 
 

@@ -17,6 +17,7 @@ from prefect.states import Pending, Running
 from taskadapter.agent import dispatcher as dispatcher_module
 from taskadapter.agent import runner as runner_module
 from taskadapter.agent.dispatcher import Dispatcher
+from taskadapter.agent.ends import Ends
 from taskadapter.agent.hand import Hand
 from taskadapter.agent.hearing import Kind, News
 from taskadapter.agent.jobs import Deployments
@@ -30,15 +31,16 @@ from taskadapter.declare.triggers import TaskPolicy
 from taskadapter.errors import CoordinationError, DeclarationError, TokenLostError
 from taskadapter.execution import protocol
 from taskadapter.rules.ticks import tick_key
-from tests.unit.given import JOB, LOG, NOON, SECOND, node, tick, until
+from tests.unit.given import JOB, NOON, SECOND, node, tick, until
 
 
 def new_dispatcher(look_for: Any = lambda _: None) -> Any:
     """A dispatcher that has nothing to do."""
     nothing: Any = None
-    deployments = Deployments(nothing, LOG)
-    hand = Hand(deployments.known)
-    return Dispatcher(node(), nothing, nothing, deployments, nothing, hand, nothing, look_for)
+    deployments = Deployments(nothing)
+    mine, hand = node(), Hand(deployments.known)
+    ends = Ends(mine, nothing, nothing)
+    return Dispatcher(mine, nothing, nothing, deployments, ends, nothing, hand, nothing, look_for)
 
 
 @pytest.mark.parametrize("fault", [httpx.ConnectError("away"), CoordinationError("away")])

@@ -16,14 +16,14 @@ from taskadapter.agent.judging import Judge
 from taskadapter.agent.queue import Queue, any_run
 from taskadapter.agent.runs import Life, Phase
 from taskadapter.declare.triggers import TriggerConfiguration
-from tests.unit.given import JOB, LOG, NOON, SECOND, node, tick
+from tests.unit.given import JOB, NOON, SECOND, node, tick
 
 
 def new_judge(look_for: Any) -> Any:
     """One of a node that has no run in hand."""
     nothing: Any = None
-    deployments = Deployments(nothing, LOG)
-    return Judge(node(), deployments, nothing, Queue(), Hand(deployments.known), nothing, look_for)
+    hand = Hand(Deployments(nothing).known)
+    return Judge(node(), nothing, nothing, Queue(), hand, nothing, look_for)
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_a_tick_after_the_end_waits_for_those_before_it(monkeypatch, before):
     news: list[News] = []
     judge = new_judge(news.append)
     ended: list[str] = []
-    judge._deployments.end = lambda _, reason: ended.append(reason)
+    judge._ends = SimpleNamespace(end=lambda _, reason: ended.append(reason))
     trigger = TriggerConfiguration(interval=1, start_time=NOON - 2 * SECOND, end_time=NOON)
     job: Any = SimpleNamespace(trigger=trigger, slug="slug", deployment=SimpleNamespace(id=JOB))
     judge._node = SimpleNamespace(pool=lambda: SimpleNamespace(base_job_template={}))

@@ -58,7 +58,7 @@ class Policies(Deployments):
     """Says of every job whether its interrupted runs are run again."""
 
     def __init__(self, api: Any, reruns: bool) -> None:
-        super().__init__(api, logging.getLogger("test"))
+        super().__init__(api)
         self._reruns = reruns
 
     async def reruns(self, _: FlowRun) -> bool:

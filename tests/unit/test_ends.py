@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
@@ -11,13 +10,17 @@ from uuid import uuid4
 import httpx
 import pytest
 
-from taskadapter.agent import jobs, telling
-from taskadapter.agent.jobs import OVER_ALREADY, Deployments
+from taskadapter.agent import ends, telling
+from taskadapter.agent.ends import OVER_ALREADY, Ends
 from taskadapter.rules import ticks
-from tests.unit.given import NOON, SECOND, tick
+from tests.unit.given import NOON, SECOND, node, tick
 
 
-class Ending(Deployments):
+def unheard(*_: object) -> None:
+    """Nobody is told."""
+
+
+class Ending(Ends):
     """Puts nothing away."""
 
     async def _end(self, job: Any, _: str) -> None:
@@ -41,14 +44,13 @@ class Ending(Deployments):
 def test_that_a_job_is_over_already_is_said_once(caplog, reasons, said):
     """However many ticks of it are still planned; not where this node has said why it ended."""
     job: Any = SimpleNamespace(name="flow/job", deployment=SimpleNamespace(id=uuid4()))
-    client: Any = None
     told: list[str] = []
 
     async def go() -> None:
-        deployments = Ending(client, logging.getLogger("agent"), lambda _, why: told.append(why))
+        ending = Ending(node(), lambda _, why: told.append(why), unheard)
         for reason in reasons:
-            deployments.end(job, reason)
-            await deployments.wait_for_ends()
+            ending.end(job, reason)
+            await ending.wait()
 
     with caplog.at_level("INFO"):
         asyncio.run(go())
@@ -91,14 +93,14 @@ def test_a_job_that_was_started_again_is_not_put_away(monkeypatch, failures, is_
         skipped.append(what)
         return []
 
-    monkeypatch.setattr(jobs, "runs_of", runs_of)
+    monkeypatch.setattr(ends, "runs_of", runs_of)
     api: Any = Api(failures=failures, is_touched=is_touched)
     job: Any = SimpleNamespace(name="flow/job", slug="slug", deployment=api.deployment)
 
     async def go() -> None:
-        deployments = Deployments(api, logging.getLogger("agent"))
-        deployments.end(job, "it failed")
-        await deployments.wait_for_ends()
+        ending = Ends(node(api), unheard, unheard)
+        ending.end(job, "it failed")
+        await ending.wait()
 
     asyncio.run(go())
     assert api.schedule.active is goes_on
@@ -121,16 +123,48 @@ def test_what_is_planned_of_another_trigger_is_not_skipped(monkeypatch):
     async def skip(run: Any, _: str) -> None:
         skipped.append(run)
 
-    monkeypatch.setattr(jobs, "runs_of", runs_of)
+    monkeypatch.setattr(ends, "runs_of", runs_of)
     job: Any = SimpleNamespace(name="flow/job", slug="slug", deployment=api.deployment)
 
     async def go() -> None:
-        deployments = Deployments(api, logging.getLogger("agent"))
-        monkeypatch.setattr(deployments.teller, "skip", skip)
-        deployments.end(job, "it failed")
-        await deployments.wait_for_ends()
+        mine = node(api)
+        monkeypatch.setattr(mine.teller, "skip", skip)
+        ending = Ends(mine, unheard, unheard)
+        ending.end(job, "it failed")
+        await ending.wait()
 
     asyncio.run(go())
     assert not api.schedule.active
     assert api.others[0].active
     assert skipped == [old]
+
+
+@pytest.mark.parametrize("is_restarted", [False, True])
+def test_what_the_scheduler_was_planning_meanwhile_is_skipped_too(monkeypatch, is_restarted):
+    """It had read the schedule before it was stopped, and stores its runs after that."""
+    api: Any = Api()
+    late = tick(api.deployment.id, 3600)
+    plans, skipped = [[], [late]], list[Any]()
+
+    async def runs_of(*_: object) -> list[Any]:
+        return plans.pop(0)
+
+    async def skip(run: Any, _: str) -> None:
+        skipped.append(run)
+
+    monkeypatch.setattr(ends, "runs_of", runs_of)
+    monkeypatch.setattr(ends, "PLANNED_SECONDS", 0)
+    job: Any = SimpleNamespace(name="flow/job", slug="slug", deployment=api.deployment)
+
+    def put_away(_: object) -> None:
+        api.schedule.active = is_restarted
+
+    async def go() -> None:
+        mine = node(api)
+        monkeypatch.setattr(mine.teller, "skip", skip)
+        Ends(mine, unheard, put_away).end(job, "it failed")
+        await asyncio.gather(*asyncio.all_tasks() - {asyncio.current_task()})
+
+    asyncio.run(go())
+    assert not plans
+    assert skipped == ([] if is_restarted else [late])

@@ -1,0 +1,146 @@
+"""The end of a job, for all nodes: its schedule stops, and what is planned of it is skipped."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Set as AbstractSet
+from uuid import UUID
+
+import httpx
+from prefect.client.schemas.objects import DeploymentSchedule, FlowRun, StateType
+from prefect.client.schemas.responses import DeploymentResponse
+
+from taskadapter.agent.jobs import DeployedJob, is_of_any
+from taskadapter.agent.looks import PLANNED_SECONDS
+from taskadapter.agent.node import Node
+from taskadapter.prefect_api.client import in_words
+from taskadapter.prefect_api.ticks import runs_of
+from taskadapter.rules import ticks
+
+OVER_ALREADY = "it is over already"
+"""Why a tick is skipped whose job had been ended before, by another node or by somebody in the UI."""
+
+SETTLE_SECONDS = 5.0
+"""How long a stopping agent waits until jobs that are over have been put away."""
+
+
+class Ends:
+    """Ends jobs.
+
+    Args:
+        node: what it does is done for this node.
+        tell: hears of each job that is over, and why.
+        is_put_away: hears of each whose schedule has been stopped, of which Prefect tells nobody.
+    """
+
+    def __init__(
+        self, node: Node, tell: Callable[[DeployedJob, str], None], is_put_away: Callable[[UUID], None]
+    ) -> None:
+        self._client = node.client
+        self._log = node.log
+        self._tasks = node.tasks
+        self._teller = node.teller
+        self._tell = tell
+        self._is_put_away = is_put_away
+        self._ending: dict[UUID, asyncio.Task[None]] = {}
+        # Jobs of which it has been said that they are over.
+        self._over: set[UUID] = set()
+
+    def retain(self, job_ids: AbstractSet[UUID]) -> None:
+        """Remember nothing of other jobs, most of which are deleted by now."""
+        self._over &= job_ids
+
+    def is_ending(self, flow_run: FlowRun) -> bool:
+        """Return whether the run's job is over and its planned runs are being put away."""
+        return ticks.is_tick(flow_run) and flow_run.deployment_id in self._ending
+
+    def end(self, job: DeployedJob, reason: str) -> None:
+        """End a job for all nodes: its schedule stops, what is late is skipped. Ends in background."""
+        if job.deployment.id not in self._ending:
+            self._say_ended(job, reason)
+            self._ending[job.deployment.id] = self._tasks.spawn(self._end(job, reason))
+
+    def _say_ended(self, job: DeployedJob, reason: str) -> None:
+        """Say that a job is over; of one that was over already once, however much of it is planned."""
+        if reason != OVER_ALREADY:
+            self._log.info("Job %s has ended: %s.", job.name, reason)
+        elif job.deployment.id in self._over:
+            return
+        else:
+            self._log.info("Job %s is over already; what is planned of it is skipped.", job.name)
+        self._over.add(job.deployment.id)
+        self._tell(job, reason)
+
+    async def _end(self, job: DeployedJob, reason: str) -> None:
+        tries = itertools.count()
+        try:
+            await self._until_told(job, lambda: self._put_away(job, reason, is_late=next(tries) > 0))
+        finally:
+            del self._ending[job.deployment.id]
+            # Seen to be off, it can be seen to be switched on again.
+            self._is_put_away(job.deployment.id)
+        # The scheduler may have read the schedule before it was stopped, and plan its runs after that.
+        await asyncio.sleep(PLANNED_SECONDS)
+        await self._until_told(job, lambda: self._skip_remains(job, reason))
+
+    async def _until_told(self, job: DeployedJob, tell: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await self._teller.until_told(tell)
+        except httpx.HTTPStatusError as refusal:
+            self._log.error(
+                "Job %s is over, but Prefect refuses to show it as over: %s",
+                job.name,
+                in_words(refusal),
+            )
+
+    async def _put_away(self, job: DeployedJob, reason: str, *, is_late: bool) -> None:
+        """Stop a job's schedule, and skip what is planned of it, unless somebody has started it again.
+
+        Args:
+            job: as it was read before it ended.
+            reason: why it is over.
+            is_late: whether the API was told before, and did not answer.
+        """
+        deployment = await self._client.read_deployment(job.deployment.id)
+        before = {schedule.id: schedule.updated for schedule in job.deployment.schedules}
+        for schedule in _schedules_of(job, deployment):
+            if not schedule.active:
+                continue
+            if is_late and schedule.updated != before.get(schedule.id):
+                self._log.info("Job %s was started again before Prefect knew that it had ended.", job.name)
+                return
+            await self._client.update_deployment_schedule(deployment.id, schedule.id, active=False)
+        await self._skip(await self._planned(job), job, deployment, reason)
+
+    async def _skip_remains(self, job: DeployedJob, reason: str) -> None:
+        """Skip what has been planned of a job since it was put away, unless it was started again."""
+        # Asked for first, nothing is among them that belongs to a start after the next answer.
+        flow_runs = await self._planned(job)
+        deployment = await self._client.read_deployment(job.deployment.id)
+        if not any(schedule.active for schedule in _schedules_of(job, deployment)):
+            await self._skip(flow_runs, job, deployment, reason)
+
+    async def _planned(self, job: DeployedJob) -> list[FlowRun]:
+        found = await runs_of(self._client, [job.deployment.id], [StateType.SCHEDULED])
+        # One that waits for its next attempt is Scheduled too.
+        return [run for run in found if ticks.is_tick(run) and run.run_count == 0]
+
+    async def _skip(
+        self, flow_runs: Iterable[FlowRun], job: DeployedJob, deployment: DeploymentResponse, reason: str
+    ) -> None:
+        # It may have been deployed with another trigger, with which it goes on.
+        others = [schedule for schedule in deployment.schedules if schedule.slug != job.slug]
+        for flow_run in flow_runs:
+            if not is_of_any(flow_run, others):
+                await self._teller.skip(flow_run, reason)
+
+    async def wait(self) -> None:
+        """Wait until every job that is over has been put away, but not for an API that is away."""
+        if self._ending:
+            await asyncio.wait(self._ending.values(), timeout=SETTLE_SECONDS)
+
+
+def _schedules_of(job: DeployedJob, deployment: DeploymentResponse) -> list[DeploymentSchedule]:
+    return [schedule for schedule in deployment.schedules if schedule.slug == job.slug]
