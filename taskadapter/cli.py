@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shlex
 import sys
 import time
 from dataclasses import asdict
@@ -40,6 +41,7 @@ BY_ID = "This is by the database alone: what waits or is missing, and whether th
 app = App(name="taskadapter", help="Periodic Prefect jobs, each on exactly one of several machines.")
 database = App(name="db", help="The tables of the coordination database.")
 app.command(database)
+app.register_install_completion_command(help="Install completion for your shell.")
 
 Pool = Annotated[
     str | None, Parameter(name=["--pool", "-p"], help="The work pool; by default the settings' one.")
@@ -201,7 +203,25 @@ def restart(job: Job, /) -> None:
     deployment, why = asyncio.run(start())
     print(f"Job {deployment.name!r} is started again. It had ended: {why}.")
     if deployment.paused:
-        print("It is paused, too; resume it in the UI, or with taskadapter.resume_job.")
+        print(f"It is paused, too; resume it in the UI, or with `taskadapter resume {shlex.quote(job)}`.")
+
+
+@app.command
+def pause(job: Job, /) -> None:
+    """Pause a job on all nodes, until it is resumed; a run that has begun goes on."""
+    from taskadapter.scheduler import pause_job
+
+    pause_job(job)
+    print(f"Job {job!r} is paused.")
+
+
+@app.command
+def resume(job: Job, /) -> None:
+    """Resume a job that is paused; its waiting policy says what becomes of the ticks that it missed."""
+    from taskadapter.scheduler import resume_job
+
+    resume_job(job)
+    print(f"Job {job!r} is not paused any more.")
 
 
 class _Found(NamedTuple):

@@ -19,6 +19,7 @@ from prefect.logging import get_logger
 from prefect.utilities.callables import parameter_schema
 
 from taskadapter.declare.jobs import JobId
+from taskadapter.declare.registry import listeners
 from taskadapter.declare.triggers import DEFAULT_QUEUE, TriggerConfiguration
 from taskadapter.listener import Listener
 from taskadapter.prefect_api import private
@@ -45,6 +46,9 @@ async def prepare(
     is new, and leaves those it knows, so that the job would go on by both. Schedules that somebody else
     has added stay.
 
+    It warns where the file has another trigger than the flow, which has been imported, declares now, and
+    where the job is counted from one again.
+
     It also finds the moment of tick 0 of a trigger without start time. That is when it is first
     deployed (and a little more, see `ticks.FIRST_TICK_LEAD`); each further deploy finds it on the
     server and leaves it as it is.
@@ -61,16 +65,32 @@ async def prepare(
     first_tick = datetime.now(UTC) + ticks.FIRST_TICK_LEAD
     if start_time is not None:
         first_tick = datetime.fromisoformat(start_time)
+    triggers = _declared_triggers(job)
+    if triggers and slug not in triggers:
+        _log.warning(
+            "Job %s is deployed with another trigger than its flow declares (%s). "
+            "Run `taskadapter render`, and deploy again.",
+            job,
+            ", ".join(triggers),
+        )
     async with api_client() as client:
         deployed = await find(client, job, job)
         if deployed is None and interval is not None:
             deployed = await _make_alone(client, job, job, _schedule(interval, first_tick, slug))
         elif deployed is not None:
+            if slug in triggers:
+                _say_how_trigger_differs(deployed, triggers[slug])
             await _end_earlier_triggers(client, deployed, slug)
             if deployed.paused and private.is_being_deployed():
                 private.keep_paused(deployed.id)
     known = None if deployed is None else _anchor(deployed, slug)
     return {"first_tick": (known or first_tick).isoformat()}
+
+
+def _declared_triggers(job: str) -> dict[str, TriggerConfiguration]:
+    """Return the triggers that the flows of this process declare for a job, by their slugs."""
+    found = (listener.services[job].trigger for listener in listeners if job in listener.services)
+    return {ticks.slug(trigger): trigger for trigger in found}
 
 
 async def _make_alone(
@@ -254,7 +274,7 @@ async def _change(
             deployed.work_pool_name,
         )
     _say_which_class(deployed, declared, wanted["entrypoint"])
-    _say_how_trigger_differs(deployed, declared)
+    _say_how_trigger_differs(deployed, declared.trigger)
     if differs:
         await client.update_deployment(deployed.id, DeploymentUpdate(**wanted))
     # After that: agents know a job's schedule by its trigger, which is among these fields.
@@ -278,16 +298,15 @@ def _say_which_class(deployed: DeploymentResponse, declared: Declared, place: st
     )
 
 
-def _say_how_trigger_differs(deployed: DeploymentResponse, declared: Declared) -> None:
+def _say_how_trigger_differs(deployed: DeploymentResponse, now: TriggerConfiguration) -> None:
     """Say that a job's count begins anew: that is easily done unawares, with a start computed from now."""
-    before, now = trigger_of(deployed), declared.trigger
+    before = trigger_of(deployed)
     if before is None or ticks.slug(before) == ticks.slug(now):
         return
     names = [name for name in ticks.COUNTED_BY if getattr(before, name) != getattr(now, name)]
     _log.warning(
         "Job %s is counted from one again, for it was deployed with %s, and has %s now. If that is "
-        "not meant: a moment computed from now is another one each time; leave it out, or declare a "
-        "fixed one.",
+        "not meant, declare it as it was; a moment that is computed from now is another one each time.",
         deployed.name,
         _values(before, names),
         _values(now, names),

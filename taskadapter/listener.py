@@ -129,6 +129,8 @@ class Listener:
         check_interval(self.trigger.interval)
         if private.is_being_deployed():
             with _ending_prefect_deploy():
+                # Else each import would give the pool, with all its nodes, the timing of another listener.
+                refuse_disagreement([*listeners, self])
                 self.ensure_work_pool()
         else:
             self._check_task_id()

@@ -6,6 +6,7 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -194,13 +195,14 @@ def _file_of(source: Any) -> Path:
 
     A decorator may have put another function in its place, which is of the decorator's file.
     """
-    try:
-        return Path(inspect.getfile(inspect.unwrap(source))).absolute()
-    except (OSError, TypeError) as error:
-        raise DeclarationError(
-            f"{source.__qualname__} cannot be deployed: nodes import what they run, and it is in no file. "
-            "Define it in a module of the project."
-        ) from error
+    with suppress(OSError, TypeError):
+        file = Path(inspect.getfile(inspect.unwrap(source))).absolute()
+        if file.is_file():  # what is read from standard input is of "<stdin>"
+            return file
+    raise DeclarationError(
+        f"{source.__qualname__} cannot be deployed: nodes import what they run, and it is in no file. "
+        "Define it in a module of the project."
+    )
 
 
 def _require_own_name(source: Any, file: Path) -> None:

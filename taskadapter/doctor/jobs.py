@@ -50,9 +50,10 @@ def look_at_jobs(
     yield from _paused(sorted(job.name for job in paused if job.paused))
     for job in paused:
         if not job.paused:
+            name = shlex.quote(job.name)
             yield warning(
                 f"job {job.name!r} is paused in the database, and Prefect was not told: it is not run, and "
-                "shows as active; call taskadapter.pause_job again, or taskadapter.resume_job"
+                f"shows as active; run `taskadapter pause {name}` again, or `taskadapter resume {name}`"
             )
 
 
@@ -60,7 +61,7 @@ def _paused(names: list[str]) -> Iterator[Finding]:
     if names:
         yield warning(
             f"paused, and not run until somebody resumes {'it' if len(names) == 1 else 'them'}: "
-            f"{', '.join(names)}; switch a deployment on in the UI, or call taskadapter.resume_job"
+            f"{', '.join(names)}; switch a deployment on in the UI, or run `taskadapter resume JOB`"
         )
 
 

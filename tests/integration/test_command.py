@@ -404,6 +404,25 @@ def test_only_a_job_that_has_ended_is_started_again(
     assert "has no schedule; schedule, or deploy, it again" in command("restart", own.name)
 
 
+def test_a_job_is_paused_and_resumed(prefect_client: SyncPrefectClient, command: Command) -> None:
+    """By its name; one that there is not is told in one sentence."""
+    job = schedule_job_recur_by_frequency(HELLO, 3600, work_pool="command")
+    name = prefect_client.read_deployment(job.id).name
+
+    assert command("pause", name) == f"Job {name!r} is paused.\n"
+    assert prefect_client.read_deployment(job.id).paused
+    assert command("resume", name) == f"Job {name!r} is not paused any more.\n"
+    assert not prefect_client.read_deployment(job.id).paused
+    assert command("pause", "no such job").startswith("there is no job 'no such job'")
+
+
+def test_completion_is_installed(command: Command, tmp_path: Path) -> None:
+    """Where the shell looks for it."""
+    script = tmp_path / "completion"
+    assert str(script) in command("--install-completion", "--shell", "fish", "--output", str(script))
+    assert "resign" in script.read_text()
+
+
 def test_somebody_who_stops_reading(
     prefect_api: PrefectServer, prefect_client: SyncPrefectClient, pool: str, tmp_path: Path
 ) -> None:

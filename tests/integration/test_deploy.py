@@ -319,8 +319,7 @@ def test_a_trigger_that_is_another_one_is_named(
     assert caplog.messages == [
         f"Job {name} is counted from one again, for it was deployed with "
         "start_time=2020-01-01T12:00:00+00:00, and has start_time=2020-01-01T12:07:00+00:00 now. If that "
-        "is not meant: a moment computed from now is another one each time; leave it out, or declare a "
-        "fixed one."
+        "is not meant, declare it as it was; a moment that is computed from now is another one each time."
     ]
 
 
@@ -683,6 +682,41 @@ def test_prefect_deploy_of_a_changed_trigger(
     after = schedule_of(prefect_client, name)
     assert after.slug == slug(TriggerConfiguration(interval=7200, start_time=start_time))
     assert (after.active, after.schedule.interval) == (True, timedelta(hours=2))
+    assert "is counted from one again" in run.stdout + run.stderr
+
+
+def test_a_file_that_is_older_than_its_flow(
+    prefect_client: SyncPrefectClient, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It was not rendered again: the job is deployed as the file has it, and who deploys is told."""
+    on = listener(TriggerConfiguration(interval=7200))
+    on.service(name)(check_inbox)
+    older, declared = (TriggerConfiguration(interval=interval) for interval in (3600, 7200))
+
+    asyncio.run(prepare(name, slug(older), 3600))
+    assert caplog.messages == [
+        f"Job {name} is deployed with another trigger than its flow declares ({slug(declared)}). Run "
+        "`taskadapter render`, and deploy again."
+    ]
+    caplog.clear()
+    asyncio.run(prepare(name, slug(declared), 7200))
+    assert caplog.messages == []
+
+
+def test_listeners_that_disagree_change_no_pool(
+    prefect_client: SyncPrefectClient, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the modules that `prefect deploy` imports each would give it another timing, and all its nodes."""
+    one, other = (WarmBackupConfig(group_id=name, heartbeat_frequency=seconds) for seconds in (1, 2))
+    on = Listener(trigger=TRIGGER, warm_backup_config=one, work_pool=f"pool-of-{name}")
+    on.ensure_work_pool()
+    before = prefect_client.read_work_pool(f"pool-of-{name}")
+    monkeypatch.setattr("taskadapter.prefect_api.private.is_being_deployed", lambda: True)
+
+    with pytest.raises(SystemExit, match="two listeners disagree about work pool"):
+        Listener(trigger=TRIGGER, warm_backup_config=other, work_pool=f"pool-of-{name}")
+
+    assert prefect_client.read_work_pool(f"pool-of-{name}") == before
 
 
 @pytest.mark.parametrize("interval", [3600, 7200])

@@ -175,8 +175,8 @@ def test_a_job_whose_trigger_was_edited(
     assert about("1 job is scheduled", found) == "ok 1 job is scheduled."
     assert about("paused", found) == (
         "warning paused, and not run until somebody resumes it: "
-        f"{prefect_client.read_deployment(paused.id).name}; switch a deployment on in the UI, or call "
-        "taskadapter.resume_job."
+        f"{prefect_client.read_deployment(paused.id).name}; switch a deployment on in the UI, or run "
+        "`taskadapter resume JOB`."
     )
 
 

@@ -119,7 +119,7 @@ def test_a_job_that_is_paused_in_its_row_alone(said):
     assert texts[-2:] == [
         "0 jobs are scheduled.",
         "job 'job' is paused in the database, and Prefect was not told: it is not run, and shows as "
-        "active; call taskadapter.pause_job again, or taskadapter.resume_job.",
+        "active; run `taskadapter pause job` again, or `taskadapter resume job`.",
     ]
     assert said(*(past(n, "Completed", lateness=9.0) for n in (9, 8, 7)), row=PAUSED) == []
 

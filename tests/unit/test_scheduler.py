@@ -38,9 +38,9 @@ from taskadapter import (
     unschedule_job,
 )
 from taskadapter.deploy import Put
-from taskadapter.errors import ApiUnavailableError
+from taskadapter.errors import ApiUnavailableError, DeclarationError
 from taskadapter.rules.ticks import slug
-from taskadapter.services import may_be_one
+from taskadapter.services import may_be_one, place_of
 
 PROJECT = Path(__file__).parents[2]
 PAST = datetime(2020, 1, 1, tzinfo=UTC)
@@ -137,6 +137,14 @@ def test_a_time_that_passes_now_is_refused_with_both_times() -> None:
     told = re.findall(r"\d{4}-\d\d-\d\dT[\d:.]+\+00:00", message)
     assert told[0] == given.isoformat()
     assert given < datetime.fromisoformat(told[1]) < given + timedelta(minutes=1)
+
+
+def test_what_is_read_from_standard_input_is_refused() -> None:
+    """Its file has a name, and is none; no node could import it."""
+    found: dict[str, Any] = {}
+    exec(compile("def job(): ...", "<stdin>", "exec"), found)
+    with pytest.raises(DeclarationError, match="it is in no file"):
+        place_of(found["job"])
 
 
 @pytest.mark.parametrize("function", [unschedule_job, pause_job, resume_job])
