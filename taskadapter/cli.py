@@ -156,7 +156,7 @@ def ledger(
 ) -> None:
     """Show what a job has executed: when, where, how late, and which ticks between them are missing.
 
-    While the API does not answer, of a job that is named by its id: what the database has.
+    If the API does not answer, name the job by its id to see what the database has.
     """
     from taskadapter.audit import WAITING, executed, history, not_shown, standing
     from taskadapter.declare.triggers import MOST
