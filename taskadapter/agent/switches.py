@@ -21,7 +21,7 @@ from taskadapter.coordination import store
 from taskadapter.coordination.executions import SWITCHED_OFF, Reading, Switches, moment
 from taskadapter.errors import TaskError
 from taskadapter.prefect_api.client import api_client
-from taskadapter.prefect_api.deployments import DETACHED, is_on, trigger_of
+from taskadapter.prefect_api.deployments import DETACHED, deployments_of, is_on, trigger_of
 from taskadapter.prefect_api.pool import Domain
 from taskadapter.prefect_api.ticks import switch_off
 from taskadapter.rules import ticks
@@ -145,6 +145,23 @@ def why_over(deployment: DeploymentResponse, row: JobRow | None) -> str | None:
         return ticks.ended_at(trigger.end_time)
     is_off = not is_on(deployment) or (row is not None and row.ended is not None)
     return SWITCHED_OFF if is_off else None
+
+
+async def what_is_over(client: PrefectClient, job_ids: Iterable[UUID]) -> dict[str, str]:
+    """Say of those of a pool's jobs that are over why they are, by their names.
+
+    Raises:
+        CoordinationError: the database, which they share, cannot be reached from here.
+        HTTPError: as any of `API_FAULTS`: the API failed.
+    """
+    found = await deployments_of(client, job_ids)
+    if not found:
+        return {}
+    slugs = {deployment.id: reading_of(deployment).trigger_slug for deployment in found}
+    url = await _database_of(await _pool_of(client, found[0]))
+    rows = await asyncio.to_thread(store.jobs, url, slugs)
+    reasons = {deployment.name: why_over(deployment, rows.get(deployment.id)) for deployment in found}
+    return {name: why for name, why in reasons.items() if why is not None}
 
 
 def is_paused(deployment: DeploymentResponse, row: JobRow | None) -> bool:

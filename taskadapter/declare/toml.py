@@ -228,4 +228,7 @@ def _inside(key: str, value: Any, path: str | Path) -> Iterator[_Located]:
 def _remedy(value: Any, table: str | None) -> str:
     if isinstance(value, dict) and table is None:
         return 'remove it, or pass table="its.dotted.name" if the listener\'s keys are inside.'
-    return f"remove it; the tables are {', '.join(_SECTIONS)}, and their fields may stand flat."
+    return (
+        f"remove it; the tables are {', '.join(_SECTIONS)}, and their fields may stand flat. What is the "
+        "program's own belongs in another table, or file."
+    )

@@ -437,7 +437,8 @@ DatabaseConfig = Annotated[
         database_class,
         custom_error_type="database_tag_invalid",
         custom_error_message="must say which database it is; pass a PostgresqlConfig, MysqlConfig "
-        'or SqliteConfig, or a mapping with kind "postgresql", "mysql" or "sqlite"',
+        'or SqliteConfig, or a mapping with kind "postgresql", "mysql" or "sqlite", '
+        "or with the number 5432 or 3306 as port",
     ),
 ]
 """Any of the three databases.

@@ -228,7 +228,7 @@ def not_named(engine: Engine, pool: WorkPool, workers: Collection[Worker]) -> st
     return (
         f"the database of {', '.join(names)} is not named here, nor in the work pool, and what is told of "
         f"it would be this machine's own, {where(engine.url)}; set {PREFIX}DATABASE_URL as it is set for "
-        "them."
+        "them, unless they have been stopped since."
     )
 
 

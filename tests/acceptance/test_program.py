@@ -651,6 +651,39 @@ def test_a_program_learns_that_its_agent_has_failed(
     assert entry["failed"] == entry["message"]
 
 
+ONCE = """
+    # argv: the job's name
+    from taskadapter import Listener, Service, TriggerConfiguration
+
+    class Once(Service):
+        def execute(self):
+            print("It has run.")
+
+    on = Listener(trigger=TriggerConfiguration(interval=1, max_count=1))
+
+    if __name__ == "__main__":
+        import sys
+        on.attach(Once(), sys.argv[1])
+        with on:
+            on.wait()
+"""
+
+
+def test_a_program_says_that_its_job_is_over(
+    project: Project, prefix: str, database: dict[str, str]
+) -> None:
+    """It was over before the program was started again, which would look like any healthy start."""
+    project.write("once.py", ONCE)
+    with running(project.program("once.py", prefix, env=database)) as program:
+        wait_until(lambda: f"Job {prefix}/{prefix} has ended" in program.output(), PATIENCE, "its end")
+    said = (
+        f"Job {prefix} is over, and does not run: the maximum of 1 run is reached. `taskadapter restart "
+        f"{prefix}` starts it again."
+    )
+    with running(project.program("once.py", prefix, env=database)) as program:
+        wait_until(lambda: said in program.output(), PATIENCE, "the program to say so")
+
+
 RULES = """
     # argv: what all names begin with
     from node import *

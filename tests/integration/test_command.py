@@ -258,7 +258,7 @@ def test_a_database_that_is_not_that_of_the_agents(
             cli.main()
         said = capsys.readouterr()
         assert said.err.startswith(f"taskadapter: {words}")
-        assert said.err.endswith("DATABASE_URL as it is set for them.\n")
+        assert said.err.endswith("as it is set for them, unless they have been stopped since.\n")
         assert "node-2" in said.out
     take_part(database, pool, "other", "node-1")
     assert "node-1" in command(*status)
