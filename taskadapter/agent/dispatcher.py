@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from collections.abc import Set as AbstractSet
 from datetime import UTC, datetime
@@ -57,6 +58,9 @@ TOLD_SECONDS = 60.0
 
 PLANNED_ANEW = "Prefect has planned its job anew, or somebody has deleted it"
 """Why a run is gone whose deployment is there."""
+
+FULL_SECONDS = 30.0
+"""How long no place has been free when the log says so."""
 
 REFUSED = "Job %r cannot be run as it is deployed: %s; deploy it again."
 """What is told of a job, and of each of its runs, whose deployment was edited into what cannot be read."""
@@ -108,6 +112,9 @@ class Dispatcher:
         self._handling: set[asyncio.Task[None]] = set()
         self._waits: set[asyncio.Timeout] = set()
         self._is_held_up = False
+        # Since when no place is free while something is due, and whether that has been said.
+        self._full_since: float | None = None
+        self._is_full = False
         # When it was said last that runs of a job are gone, and what of one that cannot be read.
         self._told_gone: dict[UUID | None, float] = {}
         self._refused: dict[UUID | None, tuple[str, str]] = {}
@@ -248,12 +255,34 @@ class Dispatcher:
         seconds = self._until_claimed(first)
         if seconds <= 0 and room <= 0:
             self._hand.make_room()
+            self._say_full(clock)
             return None, seconds
+        if room > 0:
+            self._say_room()
         if seconds > 0 and room > 1:
             following = self._queue.first(self._may_follow, clock)
             if (sooner := self._until_claimed(following)) < seconds:
                 return following, sooner
         return first, seconds
+
+    def _say_full(self, clock: float) -> None:
+        """Say once that no place has become free for long: runs that hang keep all other jobs waiting."""
+        self._full_since = self._full_since or clock
+        if self._is_full or clock - self._full_since < FULL_SECONDS:
+            return
+        self._is_full = True
+        names = Counter(map(self._deployments.name_of, self._hand.flow_runs))
+        self._log.warning(
+            "No process has become free for %.0f s, and what is due waits. What runs: %s.",
+            clock - self._full_since,
+            ", ".join(f"{name} ({count})" for name, count in names.most_common()),
+        )
+
+    def _say_room(self) -> None:
+        self._full_since = None
+        if self._is_full:
+            self._is_full = False
+            self._log.info("A process has become free.")
 
     def _until_claimed(self, flow_run: FlowRun | None) -> float:
         if flow_run is None:

@@ -80,15 +80,15 @@ def where(url: URL) -> str:
 _REMEDIES: dict[type[CoordinationError], str] = {
     DatabaseUnavailableError: "check that it runs and can be reached from this host",
     AccessDeniedError: "correct the user, its password or its grants",
-    SchemaError: "run `taskadapter db upgrade`, or give a DBA the output of `taskadapter db sql`",
+    SchemaError: "run `taskadapter db upgrade`",
     CoordinationError: "see the database's own log, and `taskadapter doctor`",
 }
 
 _NO_TABLE = r"no such table|relation \".*\" does not exist|Table '.*' doesn't exist"
 
 _UNUSED = (
-    "no node of this release has used it yet; start an agent, or run `taskadapter db init`. If one has, "
-    "tables are gone, and `taskadapter doctor` names them"
+    "it lacks tables. If no node has used it yet, start an agent, or run `taskadapter db init`; else they "
+    "are gone, and `taskadapter doctor` names them, and what to do"
 )
 
 # Of a server, or of one user or database: whoever cannot connect has only these words.

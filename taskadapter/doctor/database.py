@@ -247,6 +247,7 @@ def _strangers(workers: list[Worker], status: Status) -> Iterator[Finding]:
     for worker in strangers(workers, {node.task_id for node in status.nodes}):
         yield warning(
             f"worker {worker.name!r} has polled the pool {polled_ago(worker) or 0:.0f} s ago, and is no "
-            "node in its database; unless it was stopped since, it has another type or another database: "
-            f"stop it, and start it with --type {WarmBackupWorker.type} and the settings of the other nodes"
+            "node in its database; unless it was stopped since, it has another type or another database, "
+            f"and both may run the same jobs: stop it, and start it with --type {WarmBackupWorker.type} "
+            "and the settings of the other nodes"
         )

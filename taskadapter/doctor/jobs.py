@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from prefect.client.schemas.schedules import IntervalSchedule
 
 from taskadapter.agent.switches import is_paused, why_over
+from taskadapter.coordination.executions import SWITCHED_OFF
 from taskadapter.doctor.findings import Finding, error, ok, warning
 from taskadapter.errors import DeclarationError
 from taskadapter.prefect_api.deployments import DETACHED, stored_trigger
@@ -43,7 +44,7 @@ def look_at_jobs(
         yield from _rest(job)
         if (why := why_over(job, row)) is not None:
             over[job.name] = why
-            yield from _failed(job, why)
+            yield from _to_be_restarted(job, why)
         elif is_paused(job, row):
             paused.append(job)
     yield ok(_in_numbers(len(jobs) - len(over) - len(paused), over, others))
@@ -65,7 +66,12 @@ def _paused(names: list[str]) -> Iterator[Finding]:
         )
 
 
-def _failed(job: DeploymentResponse, why: str) -> Iterator[Finding]:
+def _to_be_restarted(job: DeploymentResponse, why: str) -> Iterator[Finding]:
+    if why == SWITCHED_OFF and DETACHED not in job.tags:
+        yield warning(
+            f"job {job.name!r} is over: {why}; where that is not meant, start it again with `taskadapter "
+            f"restart {shlex.quote(job.name)}`"
+        )
     if ticks.is_failure(why):
         yield error(
             f"job {job.name!r} is over: {why}; see that run's log, mend the job, and start it again with "

@@ -139,7 +139,8 @@ def of_lines(job: DeploymentResponse, lines: list[Line], bound: float) -> Iterat
     """
     waiting = [line for line in lines if line.outcome == WAITING]
     longest = max((line.late or 0.0 for line in waiting), default=0.0)
-    begins = f"job {job.name!r}: no tick has begun for {longest:.0f} s, and {len(waiting)} wait"
+    wait = "1 tick waits" if len(waiting) == 1 else f"{len(waiting)} ticks wait"
+    begins = f"job {job.name!r}: {wait}, the oldest for {longest:.0f} s"
     running = next((line for line in lines if line.outcome == RUNNING and line.due is not None), None)
     ended = [line for line in lines if line.due is not None and line.outcome not in NOT_ENDED]
     lates, ended = [line.late or 0.0 for line in ended[:CATCH_UP]], ended[:LAST]
@@ -150,20 +151,25 @@ def of_lines(job: DeploymentResponse, lines: list[Line], bound: float) -> Iterat
             f"flow-run cancel {running.flow_run}`, and give the service timeout_seconds="
         )
     elif _begin_late(lates, bound):
-        wait = f", and {len(waiting)} wait" if waiting else ""
+        behind = f", and {wait}" if waiting else ""
         if _catch_up(lates):
             yield ok(
                 f"job {job.name!r} makes up for what it has missed: its last {CATCH_UP} ticks began "
-                f"{max(lates):.0f} s and then {min(lates):.0f} s after their time{wait}"
+                f"{max(lates):.0f} s and then {min(lates):.0f} s after their time{behind}"
             )
             return
         yield warning(
             f"job {job.name!r} is late each time: its last {LAST} ticks began up to "
-            f"{max(lates[:LAST]):.0f} s after their time{wait}; "
+            f"{max(lates[:LAST]):.0f} s after their time{behind}; "
             f"{_why_late(job, ended)}"
         )
+    elif is_behind and running is not None:
+        yield warning(f"{begins}; the run of {running.due} goes on, on {running.node}")
     elif is_behind:
-        yield warning(f"{begins}; the log of the group's active node says why, unless there is none")
+        yield warning(
+            f"{begins}; the log of the group's active node says why, such as runs of other jobs that take "
+            "all places, unless there is no such node"
+        )
 
 
 def _goes_on_for(line: Line) -> float:

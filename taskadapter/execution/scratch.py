@@ -10,6 +10,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from taskadapter.errors import TaskError
+
 PREFIX = "taskadapter-agent-"
 
 _LOCK = ".lock"
@@ -19,9 +21,22 @@ _YOUNG_SECONDS = 60.0
 
 
 class Scratch:
-    """A folder of this agent's own, until it is closed; what killed agents left is removed with it."""
+    """A folder of this agent's own, until it is closed; what killed agents left is removed with it.
+
+    Raises:
+        TaskError: none can be made.
+    """
 
     def __init__(self) -> None:
+        try:
+            self._make()
+        except OSError as error:
+            raise TaskError(
+                f"no folder for temporary files can be made: {error.strerror or error}; see that the disk "
+                "has room, and that TMPDIR names a folder that may be written."
+            ) from error
+
+    def _make(self) -> None:
         _remove_left()
         while True:
             self.path = Path(tempfile.mkdtemp(prefix=PREFIX))

@@ -229,7 +229,7 @@ def test_a_database_that_no_node_has_used(
 
     file.touch()
     said = command("status", "--pool", pool)
-    assert "no node of this release has used it yet; start an agent, or run `taskadapter db init`" in said
+    assert "If no node has used it yet, start an agent, or run `taskadapter db init`" in said
 
 
 def test_a_database_that_is_not_that_of_the_agents(
@@ -278,7 +278,7 @@ def test_a_ledger_that_is_gone(
     engine.dispose()
     job_id = str(schedule_job_recur_by_frequency(HELLO, 3600, work_pool=pool).id)
 
-    assert "tables are gone, and `taskadapter doctor` names them" in command("ledger", job_id)
+    assert "else they are gone, and `taskadapter doctor` names them" in command("ledger", job_id)
     assert command("db", "init", "--pool", pool) == "Made taskadapter_ledger.\n"
     assert command("db", "init", "--pool", pool) == "All tables are there.\n"
 

@@ -196,7 +196,7 @@ def test_a_job_that_is_behind(
     store.skip(database, first, Owner("node-1", "first"), "a test's")
 
     def behind() -> list[str]:
-        return [text for text in findings(pool, tmp_path) if "no tick has begun for" in text]
+        return [text for text in findings(pool, tmp_path) if "the oldest for" in text]
 
     (found,) = wait_until(behind, PATIENCE, "a tick to wait")
     assert found.startswith(f"warning job {prefect_client.read_deployment(job_id).name!r}: ")
@@ -213,7 +213,7 @@ def test_a_run_that_later_ticks_wait_for() -> None:
 
     (found,) = late.of_lines(job, lines, 5.0)
 
-    assert "no tick has begun for 58 s, and 9 wait" in found.text
+    assert "9 ticks wait, the oldest for 58 s; the run of" in found.text
     assert "on node-1: if it hangs, `prefect flow-run cancel an-id`" in found.text
     assert [*late.of_lines(job, lines[-1:], 5.0)] == []
 
@@ -245,7 +245,10 @@ def test_a_job_that_is_late_each_time(
 
     (found,) = late.of_lines(job, lines, 5.0)
 
-    assert "is late each time: its last 3 ticks began up to 30 s after their time, and 1 wait" in found.text
+    assert (
+        "is late each time: its last 3 ticks began up to 30 s after their time, and 1 tick waits; "
+        in found.text
+    )
     assert remedy in found.text
     assert [*late.of_lines(job, lines, 28.5)] == []
 

@@ -3,6 +3,7 @@
 import asyncio
 import signal
 import time
+from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import Any
 from uuid import UUID, uuid4
@@ -41,6 +42,28 @@ def new_dispatcher(look_for: Any = lambda _: None) -> Any:
     mine, hand = node(), Hand(deployments.known)
     ends = Ends(mine, nothing, nothing)
     return Dispatcher(mine, nothing, nothing, deployments, ends, nothing, hand, nothing, look_for)
+
+
+def test_that_no_process_becomes_free_is_said_once(caplog):
+    """Runs that hang keep the jobs of others waiting, whose own ledgers have nothing of it."""
+    dispatcher = new_dispatcher()
+    dispatcher._hosts = SimpleNamespace(limit=2)
+    dispatcher._may_start = dispatcher._may_follow = lambda _: True
+    late = datetime.now(UTC) - NOON
+    hanging = [dispatcher._hand.take(tick(JOB, seconds), None) for seconds in (1, 2)]
+    dispatcher.found([tick(uuid4(), late.total_seconds())], time.monotonic())
+
+    with caplog.at_level("INFO"):
+        for clock in (1.0, 30.0, 32.0, 40.0):
+            assert dispatcher._choose(clock)[0] is None
+        dispatcher._hand.put_down(hanging[0])
+        dispatcher._choose(41.0)
+
+    names = ", ".join(f"{run.flow_run.name} (1)" for run in hanging)
+    assert caplog.messages == [
+        f"No process has become free for 31 s, and what is due waits. What runs: {names}.",
+        "A process has become free.",
+    ]
 
 
 @pytest.mark.parametrize("fault", [httpx.ConnectError("away"), CoordinationError("away")])

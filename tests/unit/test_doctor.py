@@ -14,7 +14,7 @@ import pytest
 from prefect.client.schemas.objects import WorkPool
 from prefect.client.schemas.responses import DeploymentResponse
 
-from taskadapter.coordination.executions import Entry, Past
+from taskadapter.coordination.executions import SWITCHED_OFF, Entry, Past
 from taskadapter.coordination.overview import GroupStatus, NodeStatus, Status
 from taskadapter.coordination.progress import JobRow
 from taskadapter.doctor import database, late, server
@@ -107,6 +107,17 @@ def test_a_job_that_fails_at_times(said):
 def test_a_job_that_is_late_each_time(said):
     """Its last ticks began late, each of them, and completed."""
     assert said(*(past(n, "Completed", lateness=9.0) for n in (9, 8, 7))) == [(Level.WARNING, "late")]
+
+
+def test_a_job_whose_schedule_was_switched_off():
+    """Perhaps by somebody who meant to pause it."""
+    off = JobRow(str(JOB.id), "", 3, 3, paused=False, ended=SWITCHED_OFF)
+    texts = [finding.text for finding in look_at_jobs([JOB], 0, {str(JOB.id): off})]
+
+    assert (
+        "job 'job' is over: its schedule was switched off; where that is not meant, start it again with "
+        "`taskadapter restart job`."
+    ) in texts
 
 
 PAUSED = JobRow(str(JOB.id), "", 3, 3, paused=True, ended=None)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from taskadapter.errors import TaskError
 from taskadapter.execution.scratch import PREFIX, Scratch
 
 
@@ -67,3 +68,12 @@ def test_a_folder_that_is_about_to_be_locked(monkeypatch):
     Scratch().close()
     assert folder.path.exists()
     folder.close()
+
+
+def test_a_machine_without_room_is_told_in_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Where nothing can be written, `tempfile` finds no folder at all, and names many."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
+    with pytest.raises(TaskError, match="no folder for temporary files can be made: No such file"):
+        Scratch()
