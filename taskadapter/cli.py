@@ -24,6 +24,8 @@ from taskadapter import tables
 from taskadapter.errors import ApiUnavailableError, TaskError, in_a_line, listed
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from prefect.client.schemas.objects import Worker, WorkPool
     from prefect.client.schemas.responses import DeploymentResponse
     from rich.console import Group
@@ -209,19 +211,27 @@ def restart(job: Job, /) -> None:
 @app.command
 def pause(job: Job, /) -> None:
     """Pause a job on all nodes, until it is resumed; a run that has begun goes on."""
-    from taskadapter.scheduler import pause_job
+    from taskadapter.scheduler import apause_job
 
-    pause_job(job)
+    asyncio.run(_on_the_server(lambda: apause_job(job)))
     print(f"Job {job!r} is paused.")
 
 
 @app.command
 def resume(job: Job, /) -> None:
     """Resume a job that is paused; its waiting policy says what becomes of the ticks that it missed."""
-    from taskadapter.scheduler import resume_job
+    from taskadapter.scheduler import aresume_job
 
-    resume_job(job)
+    asyncio.run(_on_the_server(lambda: aresume_job(job)))
     print(f"Job {job!r} is not paused any more.")
+
+
+async def _on_the_server(do: Callable[[], Awaitable[None]]) -> None:
+    """Do what is for programs, too, once the server has answered that the settings name."""
+    from taskadapter.prefect_api.client import server_client
+
+    async with server_client():
+        await do()
 
 
 class _Found(NamedTuple):

@@ -68,10 +68,11 @@ async def prepare(
     triggers = _declared_triggers(job)
     if triggers and slug not in triggers:
         _log.warning(
-            "Job %s is deployed with another trigger than its flow declares (%s). "
-            "Run `taskadapter render`, and deploy again.",
+            "Job %s is deployed with another trigger than its flow declares (%s). Run "
+            "`taskadapter render`, and deploy again; a moment that is computed from now is "
+            "another one at each import.",
             job,
-            ", ".join(triggers),
+            next(iter(triggers)),
         )
     async with api_client() as client:
         deployed = await find(client, job, job)

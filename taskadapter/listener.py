@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
-import shlex
 import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -19,8 +18,6 @@ from uuid import UUID
 import httpx
 from prefect import Flow
 from prefect.client.orchestration import PrefectClient
-from prefect.exceptions import ObjectNotFound
-from prefect.logging import get_logger
 from prefect.settings import get_current_settings
 from pydantic import field_validator, model_validator
 
@@ -45,7 +42,7 @@ from taskadapter.errors import CoordinationError, DeclarationError, TaskError, l
 from taskadapter.execution.current import execution
 from taskadapter.pools import aensure_work_pool
 from taskadapter.prefect_api import private
-from taskadapter.prefect_api.client import API_FAULTS, api_client, run_sync
+from taskadapter.prefect_api.client import api_client, run_sync
 from taskadapter.prefect_api.pool import Domain, password_of
 from taskadapter.services import (
     Declarable,
@@ -56,10 +53,6 @@ from taskadapter.services import (
     service_of_instance,
 )
 from taskadapter.settings import TaskadapterSettings, check_interval
-
-REASON = "the service was detached"
-
-_log = get_logger("taskadapter")
 
 _with_services: set[Listener] = set()
 """A module need not keep a listener that it declares services on."""
@@ -319,8 +312,8 @@ class Listener:
     async def _unschedule(self, agent: ProgramAgent, part: Part, job_id: UUID) -> None:
         """Have nothing of a job begin any more; where that fails, this agent runs it as before."""
         try:
-            await agent.call_off(job_id, REASON)
-            await switches.detach(job_id, REASON)
+            await agent.call_off(job_id, switches.WAS_DETACHED)
+            await switches.detach(job_id)
             # Now it is known to be off: what Prefect's scheduler was planning meanwhile is skipped.
             await agent.look_again(part)
         except BaseException:
@@ -402,22 +395,6 @@ class Listener:
         name = next(filter(None, names), None)
         self._agent = await ProgramAgent.take_part(self.work_pool, name, socket.gethostname(), part)
         self._part = part
-        await self._say_what_is_over(ids.values())
-
-    async def _say_what_is_over(self, job_ids: Iterable[UUID]) -> None:
-        """Say which of its jobs do not run although the program has been started, and what starts them."""
-        over: dict[str, str] = {}
-        with suppress(TaskError, ObjectNotFound, *API_FAULTS):  # the agent says what fails
-            async with api_client() as client:
-                over = await switches.what_is_over(client, job_ids)
-        for name, why in over.items():
-            if why != REASON:  # attached again, it goes on as soon as that has been seen
-                _log.warning(
-                    "Job %s is over, and does not run: %s. `taskadapter restart %s` starts it again.",
-                    name,
-                    why,
-                    shlex.quote(name),
-                )
 
     def _check_start(self) -> None:
         refuse_while_importing("start()")

@@ -197,7 +197,7 @@ def _file_of(source: Any) -> Path:
     """
     with suppress(OSError, TypeError):
         file = Path(inspect.getfile(inspect.unwrap(source))).absolute()
-        if file.is_file():  # what is read from standard input is of "<stdin>"
+        if not file.name.startswith("<"):  # such as "<stdin>"
             return file
     raise DeclarationError(
         f"{source.__qualname__} cannot be deployed: nodes import what they run, and it is in no file. "

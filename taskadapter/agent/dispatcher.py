@@ -257,7 +257,8 @@ class Dispatcher:
             self._hand.make_room()
             self._say_full(clock)
             return None, seconds
-        if room > 0:
+        self._full_since = None
+        if seconds > 0 and room > 0:
             self._say_room()
         if seconds > 0 and room > 1:
             following = self._queue.first(self._may_follow, clock)
@@ -279,10 +280,9 @@ class Dispatcher:
         )
 
     def _say_room(self) -> None:
-        self._full_since = None
         if self._is_full:
             self._is_full = False
-            self._log.info("A process has become free.")
+            self._log.info("Processes are free again.")
 
     def _until_claimed(self, flow_run: FlowRun | None) -> float:
         if flow_run is None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Set as AbstractSet
+from contextlib import suppress
+from datetime import UTC, datetime
 from uuid import UUID
 
 import httpx
@@ -16,7 +18,7 @@ from taskadapter.agent.jobs import DeployedJob, is_of_any
 from taskadapter.agent.looks import PLANNED_SECONDS
 from taskadapter.agent.node import Node
 from taskadapter.prefect_api.client import in_words
-from taskadapter.prefect_api.ticks import runs_of
+from taskadapter.prefect_api.ticks import delete_run, runs_of
 from taskadapter.rules import ticks
 
 OVER_ALREADY = "it is over already"
@@ -76,24 +78,24 @@ class Ends:
     async def _end(self, job: DeployedJob, reason: str) -> None:
         tries = itertools.count()
         try:
-            await self._until_told(job, lambda: self._put_away(job, reason, is_late=next(tries) > 0))
-        finally:
-            del self._ending[job.deployment.id]
-            # Seen to be off, it can be seen to be switched on again.
-            self._is_put_away(job.deployment.id)
-        # The scheduler may have read the schedule before it was stopped, and plan its runs after that.
-        await asyncio.sleep(PLANNED_SECONDS)
-        await self._until_told(job, lambda: self._skip_remains(job, reason))
-
-    async def _until_told(self, job: DeployedJob, tell: Callable[[], Awaitable[None]]) -> None:
-        try:
-            await self._teller.until_told(tell)
+            await self._teller.until_told(lambda: self._put_away(job, reason, is_late=next(tries) > 0))
+            self._tasks.spawn(self._look_once_more(job, reason))
         except httpx.HTTPStatusError as refusal:
             self._log.error(
                 "Job %s is over, but Prefect refuses to show it as over: %s",
                 job.name,
                 in_words(refusal),
             )
+        finally:
+            del self._ending[job.deployment.id]
+            # Seen to be off, it can be seen to be switched on again.
+            self._is_put_away(job.deployment.id)
+
+    async def _look_once_more(self, job: DeployedJob, reason: str) -> None:
+        """See to what the scheduler plans that had read the schedule before it was stopped."""
+        await asyncio.sleep(PLANNED_SECONDS)
+        with suppress(httpx.HTTPStatusError):  # what is left is skipped when it is due
+            await self._teller.until_told(lambda: self._end_remains(job, reason))
 
     async def _put_away(self, job: DeployedJob, reason: str, *, is_late: bool) -> None:
         """Stop a job's schedule, and skip what is planned of it, unless somebody has started it again.
@@ -112,28 +114,37 @@ class Ends:
                 self._log.info("Job %s was started again before Prefect knew that it had ended.", job.name)
                 return
             await self._client.update_deployment_schedule(deployment.id, schedule.id, active=False)
-        await self._skip(await self._planned(job), job, deployment, reason)
+        await self._end_planned(await self._planned(job), job, deployment, reason)
 
-    async def _skip_remains(self, job: DeployedJob, reason: str) -> None:
-        """Skip what has been planned of a job since it was put away, unless it was started again."""
+    async def _end_remains(self, job: DeployedJob, reason: str) -> None:
+        """End what has been planned of a job since it was put away, unless it was started again."""
         # Asked for first, nothing is among them that belongs to a start after the next answer.
         flow_runs = await self._planned(job)
         deployment = await self._client.read_deployment(job.deployment.id)
         if not any(schedule.active for schedule in _schedules_of(job, deployment)):
-            await self._skip(flow_runs, job, deployment, reason)
+            await self._end_planned(flow_runs, job, deployment, reason)
 
     async def _planned(self, job: DeployedJob) -> list[FlowRun]:
         found = await runs_of(self._client, [job.deployment.id], [StateType.SCHEDULED])
         # One that waits for its next attempt is Scheduled too.
         return [run for run in found if ticks.is_tick(run) and run.run_count == 0]
 
-    async def _skip(
+    async def _end_planned(
         self, flow_runs: Iterable[FlowRun], job: DeployedJob, deployment: DeploymentResponse, reason: str
     ) -> None:
+        """Skip what is due, and delete what Prefect has planned beyond, as it does itself.
+
+        Of a job that is started again that is planned anew, and what has been skipped is not.
+        """
         # It may have been deployed with another trigger, with which it goes on.
         others = [schedule for schedule in deployment.schedules if schedule.slug != job.slug]
+        now = datetime.now(UTC)
         for flow_run in flow_runs:
-            if not is_of_any(flow_run, others):
+            if is_of_any(flow_run, others):
+                continue
+            if flow_run.auto_scheduled and (flow_run.expected_start_time or now) > now:
+                await delete_run(self._client, flow_run)
+            else:
                 await self._teller.skip(flow_run, reason)
 
     async def wait(self) -> None:

@@ -195,7 +195,6 @@ class Deployments:
 
     Args:
         client: connected to the API.
-        log: the agent's.
     """
 
     def __init__(self, client: PrefectClient) -> None:

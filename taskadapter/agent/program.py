@@ -9,19 +9,24 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import shlex
 import threading
 from collections.abc import Collection, Coroutine
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from uuid import UUID
 
+from prefect.exceptions import ObjectNotFound
 from prefect.logging import get_logger
 
+from taskadapter.agent import switches
 from taskadapter.agent.tasks import Tasks
 from taskadapter.agent.worker import WarmBackupWorker
 from taskadapter.declare.triggers import DEFAULT_QUEUE
-from taskadapter.errors import TaskError, innermost
+from taskadapter.errors import CoordinationError, TaskError, innermost
+from taskadapter.prefect_api.client import API_FAULTS
 from taskadapter.prefect_api.pool import Domain
 from taskadapter.settings import TaskadapterSettings
 
@@ -121,7 +126,22 @@ class ProgramAgent:
             except BaseException:
                 await self._take_off([part], 0.0)
                 raise
+            self._tasks.spawn(self._say_what_is_over(part))
             return True
+
+    async def _say_what_is_over(self, part: Part) -> None:
+        """Say which of a listener's jobs do not run although it has been started, and what starts them."""
+        over: dict[str, str] = {}
+        with suppress(CoordinationError, ObjectNotFound, *API_FAULTS):  # which the worker tells
+            over = await switches.what_is_over(self._worker.client, part.job_ids)
+        for name, why in over.items():
+            if why != switches.WAS_DETACHED:  # attached again, it goes on as soon as that has been seen
+                self._log.warning(
+                    "Job %s is over, and does not run: %s. `taskadapter restart %s` starts it again.",
+                    name,
+                    why,
+                    shlex.quote(name),
+                )
 
     async def _leave(self, parts: Collection[Part], drain_seconds: float) -> None:
         """Take parts off, also when nobody waits for that any more: half of it would leave them idle."""

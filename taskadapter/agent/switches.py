@@ -38,6 +38,10 @@ if TYPE_CHECKING:
     from taskadapter.declare.triggers import TriggerConfiguration
 
 
+WAS_DETACHED = "the service was detached"
+"""Why a job is over whose service was."""
+
+
 def reading_of(deployment: DeploymentResponse) -> Reading:
     """Return what a deployment that was read says."""
     trigger = trigger_of(deployment)
@@ -178,7 +182,7 @@ def has_ended(trigger: TriggerConfiguration | None) -> bool:
     return trigger is not None and trigger.end_time is not None and trigger.end_time < datetime.now(UTC)
 
 
-async def detach(job_id: UUID, reason: str) -> None:
+async def detach(job_id: UUID) -> None:
     """Unschedule a job whose deployment stays, and say so there.
 
     Raises:
@@ -187,7 +191,7 @@ async def detach(job_id: UUID, reason: str) -> None:
     async with api_client() as client:
         with contextlib.suppress(ObjectNotFound):
             deployment = await client.read_deployment(job_id)
-            await end(client, deployment, reason, stays=True)
+            await end(client, deployment, WAS_DETACHED, stays=True)
             # Only now: where that has failed, the job may go on, and the same call is repeated.
             tags = [*deployment.tags, *({DETACHED} - set(deployment.tags))]
             await client.update_deployment(job_id, DeploymentUpdate(tags=tags))

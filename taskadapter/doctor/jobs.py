@@ -12,7 +12,7 @@ from taskadapter.agent.switches import is_paused, why_over
 from taskadapter.coordination.executions import SWITCHED_OFF
 from taskadapter.doctor.findings import Finding, error, ok, warning
 from taskadapter.errors import DeclarationError
-from taskadapter.prefect_api.deployments import DETACHED, stored_trigger
+from taskadapter.prefect_api.deployments import DETACHED, stored_trigger, trigger_of
 from taskadapter.rules import ticks
 from taskadapter.settings import check_interval
 
@@ -67,7 +67,10 @@ def _paused(names: list[str]) -> Iterator[Finding]:
 
 
 def _to_be_restarted(job: DeploymentResponse, why: str) -> Iterator[Finding]:
-    if why == SWITCHED_OFF and DETACHED not in job.tags:
+    trigger = trigger_of(job)
+    slugs = [schedule.slug for schedule in job.schedules]
+    can_be = trigger is not None and ticks.slug(trigger) in slugs
+    if why == SWITCHED_OFF and can_be and DETACHED not in job.tags:
         yield warning(
             f"job {job.name!r} is over: {why}; where that is not meant, start it again with `taskadapter "
             f"restart {shlex.quote(job.name)}`"

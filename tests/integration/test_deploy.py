@@ -522,7 +522,7 @@ def test_a_detached_job_is_switched_on_by_the_next_deploy(
     job_id = deploy_function(name)
     before = schedule_of(prefect_client, name)
 
-    asyncio.run(detach(job_id.id, "the service was detached"))
+    asyncio.run(detach(job_id.id))
     assert schedule_of(prefect_client, name).active is False
     assert ticks_of_ours(prefect_client, name) == []
     assert "detached" in deployed(prefect_client, name).tags
@@ -696,7 +696,8 @@ def test_a_file_that_is_older_than_its_flow(
     asyncio.run(prepare(name, slug(older), 3600))
     assert caplog.messages == [
         f"Job {name} is deployed with another trigger than its flow declares ({slug(declared)}). Run "
-        "`taskadapter render`, and deploy again."
+        "`taskadapter render`, and deploy again; a moment that is computed from now is another one at each "
+        "import."
     ]
     caplog.clear()
     asyncio.run(prepare(name, slug(declared), 7200))
@@ -713,7 +714,7 @@ def test_listeners_that_disagree_change_no_pool(
     before = prefect_client.read_work_pool(f"pool-of-{name}")
     monkeypatch.setattr("taskadapter.prefect_api.private.is_being_deployed", lambda: True)
 
-    with pytest.raises(SystemExit, match="two listeners disagree about work pool"):
+    with pytest.raises(SystemExit, match=f"two listeners disagree about work pool 'pool-of-{name}'"):
         Listener(trigger=TRIGGER, warm_backup_config=other, work_pool=f"pool-of-{name}")
 
     assert prefect_client.read_work_pool(f"pool-of-{name}") == before

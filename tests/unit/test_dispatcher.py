@@ -51,18 +51,21 @@ def test_that_no_process_becomes_free_is_said_once(caplog):
     dispatcher._may_start = dispatcher._may_follow = lambda _: True
     late = datetime.now(UTC) - NOON
     hanging = [dispatcher._hand.take(tick(JOB, seconds), None) for seconds in (1, 2)]
-    dispatcher.found([tick(uuid4(), late.total_seconds())], time.monotonic())
+    waiting = tick(uuid4(), late.total_seconds())
+    dispatcher.found([waiting], time.monotonic())
 
     with caplog.at_level("INFO"):
         for clock in (1.0, 30.0, 32.0, 40.0):
             assert dispatcher._choose(clock)[0] is None
         dispatcher._hand.put_down(hanging[0])
-        dispatcher._choose(41.0)
+        assert dispatcher._choose(41.0)[0] is waiting
+        dispatcher._queue.take(waiting)
+        dispatcher._choose(42.0)
 
     names = ", ".join(f"{run.flow_run.name} (1)" for run in hanging)
     assert caplog.messages == [
         f"No process has become free for 31 s, and what is due waits. What runs: {names}.",
-        "A process has become free.",
+        "Processes are free again.",
     ]
 
 

@@ -11,15 +11,18 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from prefect.client.schemas.objects import WorkPool
+from prefect.client.schemas.objects import DeploymentSchedule, WorkPool
 from prefect.client.schemas.responses import DeploymentResponse
+from prefect.client.schemas.schedules import IntervalSchedule
 
 from taskadapter.coordination.executions import SWITCHED_OFF, Entry, Past
 from taskadapter.coordination.overview import GroupStatus, NodeStatus, Status
 from taskadapter.coordination.progress import JobRow
+from taskadapter.declare.triggers import TriggerConfiguration
 from taskadapter.doctor import database, late, server
 from taskadapter.doctor.findings import Level, ok
 from taskadapter.doctor.jobs import look_at_jobs
+from taskadapter.rules.ticks import slug
 
 POOL = WorkPool(name="pool", type="warm-backup", default_queue_id=UUID(int=3))
 JOB = DeploymentResponse(id=UUID(int=1), name="job", flow_id=UUID(int=2), labels={})
@@ -109,15 +112,24 @@ def test_a_job_that_is_late_each_time(said):
     assert said(*(past(n, "Completed", lateness=9.0) for n in (9, 8, 7))) == [(Level.WARNING, "late")]
 
 
-def test_a_job_whose_schedule_was_switched_off():
-    """Perhaps by somebody who meant to pause it."""
+@pytest.mark.parametrize("has_schedule", [True, False])
+def test_a_job_whose_schedule_was_switched_off(has_schedule):
+    """Perhaps by somebody who meant to pause it; one that has none is to be deployed again."""
+    trigger = TriggerConfiguration(interval=60)
+    own = DeploymentSchedule(
+        schedule=IntervalSchedule(interval=timedelta(seconds=60)), active=False, slug=slug(trigger)
+    )
+    job = JOB.model_copy(
+        update={"job_variables": {"trigger": {"interval": 60}}, "schedules": [own] * has_schedule}
+    )
     off = JobRow(str(JOB.id), "", 3, 3, paused=False, ended=SWITCHED_OFF)
-    texts = [finding.text for finding in look_at_jobs([JOB], 0, {str(JOB.id): off})]
+    texts = [finding.text for finding in look_at_jobs([job], 0, {str(JOB.id): off})]
 
-    assert (
+    said = (
         "job 'job' is over: its schedule was switched off; where that is not meant, start it again with "
         "`taskadapter restart job`."
-    ) in texts
+    )
+    assert (said in texts) is has_schedule
 
 
 PAUSED = JobRow(str(JOB.id), "", 3, 3, paused=True, ended=None)

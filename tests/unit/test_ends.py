@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
@@ -113,7 +114,9 @@ def test_what_is_planned_of_another_trigger_is_not_skipped(monkeypatch):
     api.others = [SimpleNamespace(id=uuid4(), slug="another", active=True, updated=NOON)]
     job_id, skipped = api.deployment.id, list[Any]()
     old, new = (
-        tick(job_id, 5).model_copy(update={"idempotency_key": ticks.tick_key(job_id, schedule.id, NOON)})
+        tick(job_id, 5, planned=False).model_copy(
+            update={"idempotency_key": ticks.tick_key(job_id, schedule.id, NOON)}
+        )
         for schedule in (api.schedule, *api.others)
     )
 
@@ -140,11 +143,15 @@ def test_what_is_planned_of_another_trigger_is_not_skipped(monkeypatch):
 
 
 @pytest.mark.parametrize("is_restarted", [False, True])
-def test_what_the_scheduler_was_planning_meanwhile_is_skipped_too(monkeypatch, is_restarted):
-    """It had read the schedule before it was stopped, and stores its runs after that."""
+def test_what_the_scheduler_was_planning_meanwhile_ends_too(monkeypatch, is_restarted):
+    """It had read the schedule before it was stopped, and stores its runs after that.
+
+    What is due is skipped, what is not is deleted: a job that is started again has it planned anew.
+    """
     api: Any = Api()
-    late = tick(api.deployment.id, 3600)
-    plans, skipped = [[], [late]], list[Any]()
+    now = (datetime.now(UTC) - NOON).total_seconds()
+    due, ahead = (tick(api.deployment.id, now + seconds) for seconds in (-5, 86400))
+    plans, skipped, deleted = [[], [due, ahead]], list[Any](), list[Any]()
 
     async def runs_of(*_: object) -> list[Any]:
         return plans.pop(0)
@@ -152,8 +159,12 @@ def test_what_the_scheduler_was_planning_meanwhile_is_skipped_too(monkeypatch, i
     async def skip(run: Any, _: str) -> None:
         skipped.append(run)
 
+    async def delete_run(_: object, run: Any) -> None:
+        deleted.append(run)
+
     monkeypatch.setattr(ends, "runs_of", runs_of)
-    monkeypatch.setattr(ends, "PLANNED_SECONDS", 0)
+    monkeypatch.setattr(ends, "delete_run", delete_run)
+    monkeypatch.setattr(ends, "PLANNED_SECONDS", 0.2)
     job: Any = SimpleNamespace(name="flow/job", slug="slug", deployment=api.deployment)
 
     def put_away(_: object) -> None:
@@ -162,9 +173,12 @@ def test_what_the_scheduler_was_planning_meanwhile_is_skipped_too(monkeypatch, i
     async def go() -> None:
         mine = node(api)
         monkeypatch.setattr(mine.teller, "skip", skip)
-        Ends(mine, unheard, put_away).end(job, "it failed")
+        ending = Ends(mine, unheard, put_away)
+        ending.end(job, "it failed")
+        await ending.wait()
+        assert plans, "a node that stops does not wait for this"
         await asyncio.gather(*asyncio.all_tasks() - {asyncio.current_task()})
 
     asyncio.run(go())
     assert not plans
-    assert skipped == ([] if is_restarted else [late])
+    assert (skipped, deleted) == (([], []) if is_restarted else ([due], [ahead]))

@@ -84,11 +84,11 @@ def test_a_detach_that_fails_leaves_no_tag(monkeypatch):
     monkeypatch.setattr(switches, "end", ending)
 
     with pytest.raises(DatabaseUnavailableError):
-        asyncio.run(switches.detach(UUID(int=1), "detached"))
+        asyncio.run(switches.detach(UUID(int=1)))
     client.update_deployment.assert_not_awaited()
 
     ending.side_effect = None
-    asyncio.run(switches.detach(UUID(int=1), "detached"))
+    asyncio.run(switches.detach(UUID(int=1)))
     assert ending.await_args.kwargs == {"stays": True}
     assert client.update_deployment.await_args.args[1].tags == ["detached"]
 
