@@ -24,7 +24,7 @@ from taskadapter.declare.triggers import DEFAULT_QUEUE, TriggerConfiguration
 from taskadapter.listener import Listener
 from taskadapter.prefect_api import private
 from taskadapter.prefect_api.client import API_FAULTS, api_client
-from taskadapter.prefect_api.deployments import DETACHED, TAG, trigger_of
+from taskadapter.prefect_api.deployments import DETACHED, TAG, has_schedule, trigger_of
 from taskadapter.prefect_api.locks import lock
 from taskadapter.prefect_api.ticks import create_tick
 from taskadapter.rules import ticks
@@ -129,11 +129,6 @@ async def _end_earlier_triggers(client: PrefectClient, deployed: DeploymentRespo
         if ticks.is_slug(schedule.slug) and (schedule.slug != slug or DETACHED in deployed.tags):
             with suppress(ObjectNotFound):
                 await client.delete_deployment_schedule(deployed.id, schedule.id)
-
-
-def has_schedule(deployed: DeploymentResponse, slug: str) -> bool:
-    """Return whether a deployment has the schedule; that of a detached service is none any more."""
-    return DETACHED not in deployed.tags and slug in [known.slug for known in deployed.schedules]
 
 
 def _anchor(deployed: DeploymentResponse, slug: str) -> datetime | None:

@@ -31,12 +31,12 @@ from taskadapter.declare.triggers import (
     WarmBackupConfig,
     WorkerPoolConfiguration,
 )
-from taskadapter.deploy import Put, find, has_schedule, make_first_tick, put, wanted_of
+from taskadapter.deploy import Put, find, make_first_tick, put, wanted_of
 from taskadapter.errors import ApiUnavailableError, TaskError, in_a_line, with_article
 from taskadapter.execution import flow as flows
 from taskadapter.pools import aensure_work_pool
 from taskadapter.prefect_api.client import API_FAULTS, api_client, is_gone, run_sync
-from taskadapter.prefect_api.deployments import TAG, find_job, jobs_of_pool, trigger_of
+from taskadapter.prefect_api.deployments import TAG, find_job, has_schedule, jobs_of_pool, trigger_of
 from taskadapter.prefect_api.faults import explain
 from taskadapter.prefect_api.pool import PoolSize
 from taskadapter.prefect_api.ticks import create_tick, remake_ticks, remove_ticks, unfinished

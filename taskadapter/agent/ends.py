@@ -1,4 +1,4 @@
-"""The end of a job, for all nodes: its schedule stops, and what is planned of it is skipped."""
+"""The end of a job, for all nodes: its schedule stops, and nothing that is planned of it begins."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ class Ends:
     Args:
         node: what it does is done for this node.
         tell: hears of each job that is over, and why.
-        is_put_away: hears of each whose schedule has been stopped, of which Prefect tells nobody.
+        put_away: hears of each whose schedule has been stopped, of which Prefect tells nobody.
     """
 
     def __init__(
-        self, node: Node, tell: Callable[[DeployedJob, str], None], is_put_away: Callable[[UUID], None]
+        self, node: Node, tell: Callable[[DeployedJob, str], None], put_away: Callable[[UUID], None]
     ) -> None:
         self._client = node.client
         self._log = node.log
         self._tasks = node.tasks
         self._teller = node.teller
         self._tell = tell
-        self._is_put_away = is_put_away
+        self._tell_put_away = put_away
         self._ending: dict[UUID, asyncio.Task[None]] = {}
         # Jobs of which it has been said that they are over.
         self._over: set[UUID] = set()
@@ -89,7 +89,7 @@ class Ends:
         finally:
             del self._ending[job.deployment.id]
             # Seen to be off, it can be seen to be switched on again.
-            self._is_put_away(job.deployment.id)
+            self._tell_put_away(job.deployment.id)
 
     async def _look_once_more(self, job: DeployedJob, reason: str) -> None:
         """See to what the scheduler plans that had read the schedule before it was stopped."""
@@ -98,7 +98,7 @@ class Ends:
             await self._teller.until_told(lambda: self._end_remains(job, reason))
 
     async def _put_away(self, job: DeployedJob, reason: str, *, is_late: bool) -> None:
-        """Stop a job's schedule, and skip what is planned of it, unless somebody has started it again.
+        """Stop a job's schedule, and end what is planned of it, unless somebody has started it again.
 
         Args:
             job: as it was read before it ended.

@@ -12,7 +12,7 @@ from taskadapter.agent.switches import is_paused, why_over
 from taskadapter.coordination.executions import SWITCHED_OFF
 from taskadapter.doctor.findings import Finding, error, ok, warning
 from taskadapter.errors import DeclarationError
-from taskadapter.prefect_api.deployments import DETACHED, stored_trigger, trigger_of
+from taskadapter.prefect_api.deployments import DETACHED, has_schedule, stored_trigger, trigger_of
 from taskadapter.rules import ticks
 from taskadapter.settings import check_interval
 
@@ -68,9 +68,8 @@ def _paused(names: list[str]) -> Iterator[Finding]:
 
 def _to_be_restarted(job: DeploymentResponse, why: str) -> Iterator[Finding]:
     trigger = trigger_of(job)
-    slugs = [schedule.slug for schedule in job.schedules]
-    can_be = trigger is not None and ticks.slug(trigger) in slugs
-    if why == SWITCHED_OFF and can_be and DETACHED not in job.tags:
+    can_be = trigger is not None and has_schedule(job, ticks.slug(trigger))
+    if why == SWITCHED_OFF and can_be:
         yield warning(
             f"job {job.name!r} is over: {why}; where that is not meant, start it again with `taskadapter "
             f"restart {shlex.quote(job.name)}`"

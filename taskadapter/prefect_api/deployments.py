@@ -124,6 +124,11 @@ def switched_on_at(deployment: DeploymentResponse) -> datetime | None:
     return None if schedule is None else schedule.updated
 
 
+def has_schedule(deployment: DeploymentResponse, slug: str) -> bool:
+    """Return whether a deployment has the schedule; that of a detached service is none any more."""
+    return DETACHED not in deployment.tags and slug in [known.slug for known in deployment.schedules]
+
+
 def schedule_of(
     deployment: DeploymentResponse, trigger: TriggerConfiguration | None
 ) -> DeploymentSchedule | None:
