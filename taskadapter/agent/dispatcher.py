@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable
 from collections.abc import Set as AbstractSet
 from datetime import UTC, datetime
@@ -23,6 +22,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.states import Crashed, Pending
 
 from taskadapter.agent import runs
+from taskadapter.agent.crowding import Crowding
 from taskadapter.agent.ends import Ends
 from taskadapter.agent.hand import Hand, RunInHand
 from taskadapter.agent.hearing import Kind, News
@@ -36,6 +36,7 @@ from taskadapter.agent.runner import Runner
 from taskadapter.agent.runs import Phase
 from taskadapter.agent.succession import Succession
 from taskadapter.agent.timetable import Timetable
+from taskadapter.agent.unrunnable import Unrunnable
 from taskadapter.coordination.messages import Token
 from taskadapter.errors import CoordinationError, DeclarationError
 from taskadapter.prefect_api.client import API_FAULTS, in_words
@@ -52,18 +53,6 @@ CLAIMED_BY = "Claimed by {node}."
 
 PLENTY = 4
 """So many runs for each process are more than it begins before the agent looks again."""
-
-TOLD_SECONDS = 60.0
-"""For how long it is not said again that runs of a job are gone."""
-
-PLANNED_ANEW = "Prefect has planned its job anew, or somebody has deleted it"
-"""Why a run is gone whose deployment is there."""
-
-FULL_SECONDS = 30.0
-"""How long no place has been free when the log says so."""
-
-REFUSED = "Job %r cannot be run as it is deployed: %s; deploy it again."
-"""What is told of a job, and of each of its runs, whose deployment was edited into what cannot be read."""
 
 
 class Dispatcher:
@@ -112,12 +101,8 @@ class Dispatcher:
         self._handling: set[asyncio.Task[None]] = set()
         self._waits: set[asyncio.Timeout] = set()
         self._is_held_up = False
-        # Since when no place is free while something is due, and whether that has been said.
-        self._full_since: float | None = None
-        self._is_full = False
-        # When it was said last that runs of a job are gone, and what of one that cannot be read.
-        self._told_gone: dict[UUID | None, float] = {}
-        self._refused: dict[UUID | None, tuple[str, str]] = {}
+        self._crowding = Crowding(node.log, deployments)
+        self._unrunnable = Unrunnable(node, deployments, timetable)
         self._news = asyncio.Event()
 
     # --- what the agent tells ---------------------------------------------------------------------
@@ -163,7 +148,7 @@ class Dispatcher:
         """Remember nothing of other jobs."""
         self._ends.retain(job_ids)
         self._queue.retain(job_ids)
-        self._refused = {id_: cause for id_, cause in self._refused.items() if id_ in job_ids}
+        self._unrunnable.retain(job_ids)
 
     def _tell(self, those: Iterable[RunInHand], event: runs.Event) -> None:
         for run in those:
@@ -253,36 +238,15 @@ class Dispatcher:
         room = self._hosts.limit - len(self._hand)
         first = self._queue.first(self._may_start, clock)
         seconds = self._until_claimed(first)
+        self._crowding.note(clock, room, is_due=seconds <= 0, what_runs=self._hand.flow_runs)
         if seconds <= 0 and room <= 0:
             self._hand.make_room()
-            self._say_full(clock)
             return None, seconds
-        self._full_since = None
-        if seconds > 0 and room > 0:
-            self._say_room()
         if seconds > 0 and room > 1:
             following = self._queue.first(self._may_follow, clock)
             if (sooner := self._until_claimed(following)) < seconds:
                 return following, sooner
         return first, seconds
-
-    def _say_full(self, clock: float) -> None:
-        """Say once that no place has become free for long: runs that hang keep all other jobs waiting."""
-        self._full_since = self._full_since or clock
-        if self._is_full or clock - self._full_since < FULL_SECONDS:
-            return
-        self._is_full = True
-        names = Counter(map(self._deployments.name_of, self._hand.flow_runs))
-        self._log.warning(
-            "No process has become free for %.0f s, and what is due waits. What runs: %s.",
-            clock - self._full_since,
-            ", ".join(f"{name} ({count})" for name, count in names.most_common()),
-        )
-
-    def _say_room(self) -> None:
-        if self._is_full:
-            self._is_full = False
-            self._log.info("Processes are free again.")
 
     def _until_claimed(self, flow_run: FlowRun | None) -> float:
         if flow_run is None:
@@ -311,7 +275,7 @@ class Dispatcher:
         try:
             await self._decide(run)
         except ObjectNotFound:
-            await self._leave_as_gone(run.flow_run)
+            await self._unrunnable.is_gone(run.flow_run)
             self._look_for(News(Kind.DEPLOYMENT, run.flow_run.deployment_id))
         except (*API_FAULTS, CoordinationError) as fault:
             # One line is enough until a claim succeeds again.
@@ -326,7 +290,7 @@ class Dispatcher:
                 self._hand.hold_back(run)
             self._look_for(News(Kind.WAITS, run.flow_run.id))
         except DeclarationError as fault:
-            await self._crash_as_declared(run.flow_run, in_words(fault))
+            await self._unrunnable.cannot_be_read(run.flow_run, in_words(fault))
         except Exception as exc:  # noqa: BLE001 - one run's trouble must not end the agent
             self._log.exception("Run %s could not be run, and is marked Crashed.", run.flow_run.name)
             self._timetable.settle(run.flow_run)
@@ -336,44 +300,13 @@ class Dispatcher:
             self._queue.through(run.flow_run.id, time.monotonic())
             self._news.set()
 
-    async def _leave_as_gone(self, flow_run: FlowRun) -> None:
-        """Say why a run is gone, and delete a tick whose deployment is, as Prefect does with others.
-
-        Its scheduler, or an agent, was making it at the moment in which the deployment was deleted.
-        """
-        job_id, why = flow_run.deployment_id, PLANNED_ANEW
-        with contextlib.suppress(ObjectNotFound, *API_FAULTS):  # else the next look finds it again
-            try:
-                if job_id is not None:
-                    await self._client.read_deployment(job_id)
-            except ObjectNotFound:
-                why = "its deployment was deleted"
-                if ticks.is_tick(flow_run) and not flow_run.run_count:
-                    await self._client.delete_flow_run(flow_run.id)
-        # A job that is planned anew has perhaps a dozen such runs.
-        now, told_at = time.monotonic(), self._told_gone.get(job_id, float("-inf"))
-        level = logging.INFO if now - told_at > TOLD_SECONDS else logging.DEBUG
-        self._log.log(level, "Run %s is gone: %s.", flow_run.name, why)
-        if level == logging.INFO:
-            self._told_gone = {id_: at for id_, at in self._told_gone.items() if now - at <= TOLD_SECONDS}
-            self._told_gone[job_id] = now
-
-    async def _crash_as_declared(self, flow_run: FlowRun, fault: str) -> None:
-        """Mark a run as crashed whose deployment was edited into what cannot be read; say so once."""
-        cause = self._deployments.name_of(flow_run), fault.removesuffix(".")
-        if self._refused.get(flow_run.deployment_id) != cause:
-            self._refused[flow_run.deployment_id] = cause
-            self._log.error(REFUSED, *cause)
-        self._timetable.settle(flow_run)
-        await self._teller.report(flow_run, Crashed(message=REFUSED % cause))
-
     async def _decide(self, run: RunInHand) -> None:
         """Give a run a place among its job's, have it judged, claim and run it."""
         flow_run = run.flow_run
         if self._ends.is_ending(flow_run):
             return
         job = await self._deployments.job_of(flow_run, self._node.pool())
-        self._refused.pop(flow_run.deployment_id, None)
+        self._unrunnable.was_read(flow_run)
         # They have a place already, or are due before this one: they go first.
         others = [other for other in self._hand.siblings(flow_run) if other is not run]
         ahead = sum(other.life.phase >= Phase.PLACED or other.due < run.due for other in others)

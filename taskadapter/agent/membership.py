@@ -11,24 +11,21 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
-from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefect.client.schemas.objects import FlowRun
-from prefect.exceptions import ObjectNotFound
 
+from taskadapter.agent.apart import reason_to_stay_out
+from taskadapter.agent.claims import Claims
 from taskadapter.agent.groups import Groups
 from taskadapter.agent.node import Node, queue_of
 from taskadapter.coordination import store
 from taskadapter.coordination.messages import (
-    FOREIGN_GROUP,
     NAMED,
     STOPPING,
-    UNSEEN_GROUP,
     Gained,
     Lost,
-    PoolKey,
     Refused,
     ResignAsked,
     Token,
@@ -36,36 +33,12 @@ from taskadapter.coordination.messages import (
 from taskadapter.declare.triggers import DEFAULT_QUEUE
 from taskadapter.errors import CoordinationError, listed
 from taskadapter.prefect_api.pool import Domain, Queues
-from taskadapter.prefect_api.workers import strangers, workers_of
-from taskadapter.settings import PREFIX
 
 if TYPE_CHECKING:
-    from prefect.client.schemas.objects import Worker
-
     from taskadapter.coordination.heartbeat import Vitals
-    from taskadapter.coordination.overview import Status
 
 LIVES_WITHIN_BEATS = 4
 """After so many heartbeats a live process of this node's name has shown itself: this one is refused."""
-
-ELSEWHERE = (
-    "worker {names} polls work pool {pool!r}, and is no node in {where}, the default of this machine, in "
-    "which nobody has been active yet: both would run the same jobs. Name one database for all nodes, with "
-    "{setting} or a listener's database_config"
-)
-"""Why a node takes no part that would be active beside others."""
-
-SILENT_SECONDS = 60.0
-"""After so long without life, at least, a node of another server's pool is taken for dead.
-
-That pool's timing is not seen from here.
-"""
-
-ALIVE_FOR = timedelta(seconds=15)
-"""A worker that polls so long after it was first seen lives, and is not about to appear in the database."""
-
-LOOK_SECONDS = 1.0
-"""How long to wait between two looks whether they have."""
 
 JOIN_SECONDS = 0.02
 """How long to wait between two looks whether this node takes part already."""
@@ -109,10 +82,7 @@ class Membership:
         self.refused: str | None = None
         # Whether others may coordinate through another database, and nobody has looked yet.
         self._may_be_apart = False
-        # Groups that were this pool's at the last look, its id at that, and those that are another's.
-        self._claimed: AbstractSet[str] = frozenset()
-        self._pool_id: str | None = None
-        self._foreign: dict[str, str] = {}
+        self._claims = Claims(node)
         # Groups that are to be left once their runs have ended.
         self._leaving: set[str] = set()
         self.stands_back = False
@@ -212,7 +182,7 @@ class Membership:
         # Whoever declares a new group may have declared another database or timing with it.
         if (
             groups is None
-            or (names - self._foreign.keys() != groups.names and not self.stands_back)
+            or (names - self._claims.foreign.keys() != groups.names and not self.stands_back)
             or Domain.of(self._node.pool()) != groups.domain
         ):
             groups = await self._groups_as_declared()
@@ -236,54 +206,15 @@ class Membership:
             await self._stand_by(groups, groups.names | {queue} - {DEFAULT_QUEUE})
 
     async def _stand_by(self, groups: Groups, names: AbstractSet[str]) -> None:
-        ours = await self._claim(names)
+        ours = await self._claims.claim(self.database_url, names)
         if ours and self._may_be_apart:
             # So that nodes which begin at the same time find each other.
             groups.stand_by((), self.database_url)
-            await self._look_for_others(ours)
+            reason = await reason_to_stay_out(self._node, self.database_url, self.where, ours)
+            self._may_be_apart = reason is not None
+            self.refused = self.refused or reason
         if self.refused is None:
             groups.stand_by(ours & groups.names if self.stands_back else ours, self.database_url)
-
-    async def _look_for_others(self, names: AbstractSet[str]) -> None:
-        """Refuse to be the first that is active here while others poll the pool who are not here.
-
-        Somebody has forgotten to name the database on this machine, or on theirs. What has polled may have
-        just begun, and appear here; or have ended, and poll no more.
-        """
-        first_seen: dict[str, datetime] = {}
-        while others := await self._who_would_be_apart(names):
-            if not first_seen:
-                self._node.log.info(
-                    "Waiting for worker %s, which has polled the pool lately, to appear in %s or go.",
-                    listed([worker.name for worker in others], NAMED),
-                    self.where,
-                )
-            lives = [worker.name for worker in others if _lives(worker, first_seen)]
-            if lives:
-                self.refused = ELSEWHERE.format(
-                    names=listed(lives, NAMED),
-                    pool=self._node.work_pool,
-                    where=self.where,
-                    setting=f"{PREFIX}DATABASE_URL",
-                )
-                return
-            await asyncio.sleep(LOOK_SECONDS)
-        self._may_be_apart = False
-
-    async def _who_would_be_apart(self, names: AbstractSet[str]) -> list[Worker]:
-        """Return the strangers of the pool, unless somebody has been active here for one of some groups."""
-        status = await asyncio.to_thread(store.status, self.database_url)
-        if any(group.term for group in status.groups if group.group_id in names):
-            return []
-        return await self._strangers_to(status)
-
-    async def strangers(self) -> list[Worker]:
-        """Return the workers that poll the pool, and are no nodes in this node's database."""
-        return await self._strangers_to(await asyncio.to_thread(store.status, self.database_url))
-
-    async def _strangers_to(self, status: Status) -> list[Worker]:
-        workers = await workers_of(self._node.client, self._node.work_pool)
-        return strangers(workers, {self._node.name, *(node.task_id for node in status.nodes)})
 
     async def _groups_as_declared(self) -> Groups:
         """Return the pool's groups with the database and timing that the pool has now."""
@@ -302,7 +233,6 @@ class Membership:
             )
             await self._let_go()
             await self._groups.stop()
-        self._claimed = frozenset()
         self.database_url = database_url
         self._groups = Groups(node.name, node.incarnation, pool, node.log, self._is_only, self._on_change)
         self._may_be_apart = not domain.is_named(node.settings)
@@ -325,70 +255,6 @@ class Membership:
                 "machines do not see it, and would run the same jobs."
             )
 
-    async def _claim(self, names: AbstractSet[str]) -> AbstractSet[str]:
-        """Return those of some groups that are this pool's, and say which are another's.
-
-        What was this pool's may be another server's by now: this node stood still, and was taken for dead.
-        """
-        foreign = {}
-        pool, others = await self._owners(names)
-        for name, other in others.items():
-            refusal = await self._take_over(pool, name, other)
-            if refusal is not None:
-                foreign[name] = refusal
-                if name not in self._foreign:
-                    self._node.log.error("%s", refusal)
-        self._foreign = foreign
-        self._claimed = names - foreign.keys()
-        return self._claimed
-
-    async def _owners(self, names: AbstractSet[str]) -> tuple[PoolKey, dict[str, str]]:
-        """Return the pool, with which of some groups are another's; those that are nobody's are claimed."""
-        pool = PoolKey(self._node.work_pool, str(self._node.pool().id))
-        if not names:
-            return pool, {}
-        others = await asyncio.to_thread(self._others, pool, names)
-        if pool.name in others.values():
-            # It is another server's, or this one's, made anew, and another node has seen that first.
-            known = await self._node.client.read_work_pool(pool.name)
-            pool = PoolKey(pool.name, str(known.id))
-            others = await asyncio.to_thread(self._others, pool, names)
-        self._pool_id = pool.id
-        return pool, others
-
-    def _others(self, pool: PoolKey, names: AbstractSet[str]) -> dict[str, str]:
-        """Claim those groups that are not known to be this pool's, and return those that are another's."""
-        if names <= self._claimed and pool.id == self._pool_id:
-            return store.groups_of_others(self.database_url, pool, names)
-        former_id = None if pool.id == self._pool_id else self._pool_id
-        return store.claim_groups(self.database_url, pool, names, former_id)
-
-    async def _take_over(self, pool: PoolKey, name: str, other: str) -> str | None:
-        """Enter a group as this pool's that is another's, if nobody of that one needs it; else say why not.
-
-        Where this server does not have that pool, another one may: only its nodes tell.
-        """
-        if other != pool.name and await self._has_queue(other, name):
-            return FOREIGN_GROUP.format(name=name, other=other)
-        within = max(SILENT_SECONDS, Domain.of(self._node.pool()).liveness_check_interval)
-        me = self._node.incarnation
-        living = await asyncio.to_thread(store.take_over_group, self.database_url, pool, name, me, within)
-        if living:
-            return UNSEEN_GROUP.format(name=name, other=other, nodes=listed(living, NAMED))
-        self._node.log.info(
-            "Group %r was another work pool's, %r, of which no node lives, and is this one's now.",
-            name,
-            other,
-        )
-        return None
-
-    async def _has_queue(self, pool: str, name: str) -> bool:
-        try:
-            await self._node.client.read_work_queue_by_name(name, pool)
-        except ObjectNotFound:
-            return False
-        return True
-
     async def until_registered(self, queue: str, end: float) -> None:
         """Wait until this node stands by for a group, or waits for a dead process of its name.
 
@@ -403,8 +269,8 @@ class Membership:
         while groups is not None and not groups.is_registered(queue):
             if self.refused is not None:
                 raise CoordinationError(self.refused)
-            if queue in self._foreign:
-                raise CoordinationError(self._foreign[queue])
+            if queue in self._claims.foreign:
+                raise CoordinationError(self._claims.foreign[queue])
             now = time.monotonic()
             if groups.waits_for_its_predecessor:
                 self._waits_since = min(now, self._waits_since)
@@ -475,9 +341,3 @@ class Membership:
             self.refused = change.reason
         else:
             self._tell(change)
-
-
-def _lives(worker: Worker, first_seen: dict[str, datetime]) -> bool:
-    """Return whether a worker has polled again since it was first seen, and not as one does that begins."""
-    last = worker.last_heartbeat_time
-    return last is not None and last - first_seen.setdefault(worker.name, last) >= ALIVE_FOR

@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 from uuid import UUID
 
+from taskadapter.agent.apart import strangers_to
 from taskadapter.agent.hearing import Kind, News
 from taskadapter.agent.node import Node, has_group, queue_of
 from taskadapter.agent.runs import Dropped
@@ -198,7 +199,8 @@ class Upkeep:
             if not self._membership.groups:
                 continue
             try:
-                found = {worker.name for worker in await self._membership.strangers()}
+                others = await strangers_to(self._node, self._membership.database_url)
+                found = {worker.name for worker in others}
             except (*API_FAULTS, CoordinationError):
                 continue
             for name in sorted((found & suspected) - told):

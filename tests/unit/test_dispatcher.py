@@ -35,13 +35,15 @@ from taskadapter.rules.ticks import tick_key
 from tests.unit.given import JOB, NOON, SECOND, node, tick, until
 
 
-def new_dispatcher(look_for: Any = lambda _: None) -> Any:
+def new_dispatcher(
+    look_for: Any = lambda _: None, client: Any = None, deployments: Any = None, timetable: Any = None
+) -> Any:
     """A dispatcher that has nothing to do."""
     nothing: Any = None
-    deployments = Deployments(nothing)
-    mine, hand = node(), Hand(deployments.known)
+    deployments = deployments or Deployments(nothing)
+    mine, hand = node(client), Hand(getattr(deployments, "known", nothing))
     ends = Ends(mine, nothing, nothing)
-    return Dispatcher(mine, nothing, nothing, deployments, ends, nothing, hand, nothing, look_for)
+    return Dispatcher(mine, nothing, nothing, deployments, ends, timetable, hand, nothing, look_for)
 
 
 def test_that_no_process_becomes_free_is_said_once(caplog):
@@ -206,9 +208,8 @@ def test_a_run_that_is_gone_is_a_reason_to_look_at_its_job(has_deployment, kind,
     """
     caplog.set_level("INFO")
     news: list[News] = []
-    dispatcher = new_dispatcher(news.append)
-    dispatcher._client = client = Client(has_deployment)
-    job_id = uuid4()
+    client, job_id = Client(has_deployment), uuid4()
+    dispatcher = new_dispatcher(news.append, client)
     run, another = (
         dispatcher._hand.take(tick(job_id, seconds, planned=False).model_copy(update=kind), None)
         for seconds in (1, 2)
@@ -230,11 +231,10 @@ def test_a_run_that_is_gone_is_a_reason_to_look_at_its_job(has_deployment, kind,
     assert client.deleted == ([gone.flow_run.id for gone in (run, another)] if is_deleted else [])
 
 
-def test_a_job_that_was_edited_into_nonsense_is_told_once(caplog):
+def test_a_job_that_was_edited_into_nonsense_is_told_once(caplog, monkeypatch):
     """In one line, with the job's name and the remedy, which its crashed runs have as well."""
-    dispatcher, job_id, told = new_dispatcher(), uuid4(), []
+    job_id, told = uuid4(), []
     settled: list[Any] = []  # else they would be made due again, as what an engine has crashed
-    dispatcher._timetable = SimpleNamespace(settle=settled.append)
     faults = ["interval=-1", "interval=-1", "interval=-2", None, "interval=-2"]
 
     async def job_of(*_):
@@ -244,12 +244,13 @@ def test_a_job_that_was_edited_into_nonsense_is_told_once(caplog):
     async def report(_, state):
         told.append(state)
 
-    dispatcher._deployments = SimpleNamespace(
-        job_of=job_of, is_ending=lambda _: False, name_of=lambda _: "a/shaky"
+    deployments = SimpleNamespace(job_of=job_of, name_of=lambda _: "a/shaky")
+    dispatcher = new_dispatcher(
+        client=Client(has_deployment=True),
+        deployments=deployments,
+        timetable=SimpleNamespace(settle=settled.append),
     )
-    dispatcher._node = SimpleNamespace(pool=lambda: None)
-    dispatcher._teller = SimpleNamespace(report=report)
-    dispatcher._client = Client(has_deployment=True)
+    monkeypatch.setattr(dispatcher._node.teller, "report", report)
     for n in range(5):
         asyncio.run(dispatcher._handle(dispatcher._hand.take(tick(job_id, n), None)))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -15,7 +14,8 @@ import pytest
 from prefect.exceptions import ObjectNotFound
 
 from taskadapter.agent import membership
-from taskadapter.agent.membership import SILENT_SECONDS, Membership
+from taskadapter.agent.claims import SILENT_SECONDS
+from taskadapter.agent.membership import Membership
 from taskadapter.agent.node import Share
 from taskadapter.coordination import store
 from taskadapter.coordination.heartbeat import Vitals
@@ -24,7 +24,7 @@ from taskadapter.declare.triggers import DEFAULT_QUEUE
 from taskadapter.errors import CoordinationError
 from taskadapter.prefect_api.pool import Domain, Queues
 from taskadapter.settings import PREFIX
-from tests.unit.given import node, tick, until
+from tests.unit.given import node, tick
 
 TOKEN = Token("group", "node-1", 1)
 
@@ -78,6 +78,9 @@ class Server:
         self.living: dict[str, list[str]] = {}
         self.other_pools: set[tuple[str, str]] = set()
         self.given_up: list[tuple[object, ...]] = []
+        # Why a node is to take no part, and how often it was asked.
+        self.stays_out: str | None = None
+        self.looks: list[tuple[Any, ...]] = []
 
     @property
     def pool(self) -> Any:
@@ -87,8 +90,9 @@ class Server:
     async def read_work_pool(self, _: str) -> Any:
         return self.pool
 
-    async def workers(self, *_: object) -> list[Any]:
-        return []
+    async def reason(self, *asked: Any) -> str | None:
+        self.looks.append(asked[1:])
+        return self.stays_out
 
     async def read_work_queue_by_name(self, name: str, pool: str) -> None:
         if (name, pool) not in self.other_pools:
@@ -120,7 +124,7 @@ def server(monkeypatch):
     """What the node finds."""
     found = Server()
     monkeypatch.setattr(membership, "Groups", Groups)
-    monkeypatch.setattr(membership, "workers_of", found.workers)
+    monkeypatch.setattr(membership, "reason_to_stay_out", found.reason)
     monkeypatch.setattr(Queues, "read", found.read)
     monkeypatch.setattr(store, "claim_groups", found.claim)
     monkeypatch.setattr(store, "groups_of_others", found.others)
@@ -519,90 +523,23 @@ async def twice(function: Any) -> None:
     await function()
 
 
-class Elsewhere:
-    """Who polls the pool, who is in the default database of this machine, and what it has of the group.
-
-    Each look finds that all who poll have polled again, so many seconds later.
-    """
-
-    def __init__(
-        self, monkeypatch: Any, server: Server, *polling: str, term: int = 0, later: float = 0
-    ) -> None:
-        server.domain = Domain()
-        self.polling = [*polling]
-        self.nodes = {"node-1"}
-        self.term = term
-        self.later = later
-        self.began = datetime.now(UTC)
-        self.looks = 0
-        monkeypatch.setattr(membership, "workers_of", self._workers)
-        monkeypatch.setattr(membership, "LOOK_SECONDS", 0)
-        monkeypatch.setattr(store, "status", self._status)
-
-    async def _workers(self, *_: object) -> list[Any]:
-        polled = self.began + timedelta(seconds=self.looks * self.later)
-        self.looks += 1
-        polls = {"status": "ONLINE", "last_heartbeat_time": polled, "heartbeat_interval_seconds": 30}
-        return [SimpleNamespace(name=name, **polls) for name in self.polling]
-
-    def _status(self, _: str) -> Any:
-        nodes = [SimpleNamespace(task_id=name) for name in self.nodes]
-        return SimpleNamespace(nodes=nodes, groups=[SimpleNamespace(group_id="group", term=self.term)])
-
-
-def test_a_node_is_not_the_first_in_a_database_where_the_others_are_not(monkeypatch, server):
-    """Somebody has forgotten to name theirs: two would be active."""
-    given = Elsewhere(monkeypatch, server, "node-1", "node-2", later=14)
+def test_a_node_that_would_be_apart_from_others_takes_no_part(server):
+    """It is entered in its database while it looks, so that nodes which begin at once find each other."""
+    server.domain, server.stays_out = Domain(), "worker node-2 is elsewhere"
     mine = new_membership(server)
     asyncio.run(mine.refresh())
-    (groups,) = Groups.made
-    assert groups.names == frozenset()
-    assert given.looks == 3, "one that begins polls twice"
-    assert mine.refused is not None
-    assert mine.refused.startswith("worker node-2 polls work pool 'pool', and is no node in database ")
-    assert f"with {PREFIX}DATABASE_URL or a listener's database_config" in mine.refused
+    assert Groups.made[0].database_url == mine.database_url
+    assert Groups.made[0].names == frozenset()
+    assert mine.refused == server.stays_out
+    assert server.looks == [(mine.database_url, mine.where, {"group", "other"})]
 
 
-@pytest.mark.parametrize("ends", [True, False])
-def test_who_begins_at_the_same_time_or_has_ended_is_waited_for(monkeypatch, server, caplog, ends):
-    """The first polls a moment before it is entered in the database, the second does not poll any more."""
-    given = Elsewhere(monkeypatch, server, "node-1", "node-2")
-    mine = new_membership(server)
-
-    async def begin() -> None:
-        refreshing = asyncio.create_task(mine.refresh())
-        await until(lambda: given.looks > 2)
-        if ends:
-            given.polling.remove("node-2")
-        else:
-            given.nodes.add("node-2")
-        await refreshing
-
-    with caplog.at_level("INFO"):
-        asyncio.run(begin())
-    assert mine.refused is None
-    assert Groups.made[0].names == {"group", "other"}
-    assert (
-        caplog.text.count("Waiting for worker node-2, which has polled the pool lately, to appear in") == 1
-    )
-
-
-@pytest.mark.parametrize(
-    ("polling", "term", "database", "looks"),
-    [
-        (["node-1"], 0, None, 1),
-        # It has been the database of this pool.
-        (["node-2"], 7, None, 0),
-        # Somebody has named it.
-        (["node-2"], 0, "sqlite:////first.db", 0),
-    ],
-)
-def test_a_database_is_taken_for_the_right_one(monkeypatch, server, polling, term, database, looks):
-    """Where nobody else polls, where it was used before, or where it is named; it is looked at once."""
-    given = Elsewhere(monkeypatch, server, *polling, term=term)
+@pytest.mark.parametrize(("database", "looks"), [(None, 1), ("sqlite:////first.db", 0)])
+def test_whether_it_would_be_apart_is_asked_once(server, database, looks):
+    """And only where nobody has named the database."""
     server.domain = Domain(database=database)
     mine = new_membership(server)
     for _ in range(2):
         asyncio.run(mine.refresh())
-    assert (mine.refused, given.looks) == (None, looks)
+    assert (mine.refused, len(server.looks)) == (None, looks)
     assert Groups.made[-1].names == {"group", "other"}

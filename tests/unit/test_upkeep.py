@@ -96,9 +96,6 @@ class Agent:
         if self.troubles:
             raise self.troubles.pop(0)
 
-    async def strangers(self) -> list[Any]:
-        return []
-
     async def sweep(self, queues: list[str], _: object) -> None:
         self.asked.append(("sweep", *queues))
 
@@ -314,13 +311,13 @@ def test_a_worker_that_coordinates_elsewhere_is_named_once(monkeypatch, caplog):
     async def scenario(_: Agent) -> None:
         await until(lambda: len(looks) > 5)
 
-    async def look(_: Agent) -> list[Any]:
+    async def look(*_: object) -> list[Any]:
         looks.append(caplog.text)
         if len(looks) == 2:
             raise httpx.ConnectError("away")
         return [SimpleNamespace(name="elsewhere")]
 
-    monkeypatch.setattr(Agent, "strangers", look)
+    monkeypatch.setattr(upkeep, "strangers_to", look)
     run(scenario)
     assert [text == "" for text in looks[:4]] == [True, True, True, False]
     (said,) = [record.getMessage() for record in caplog.records]
