@@ -102,6 +102,16 @@ class Tenure:
     released: float | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GivenUp:
+    """That a process which is still there has given a group up, for a reason, so many seconds ago."""
+
+    group_id: str
+    task_id: str
+    reason: str
+    released: float
+
+
 def read_status(connection: Connection, work_pool: str | None = None) -> Status:
     """Return where all tokens are and which nodes there are.
 
@@ -211,16 +221,26 @@ def read_successors(connection: Connection, group_id: str, within: float) -> lis
         group_id: the group.
         within: only nodes that have shown that they live in so many seconds.
     """
-    terms = tenure.c
-    gave_up = select(terms.incarnation).where(
-        terms.group_id == group_id,
-        terms.given_up.is_not(None),
-        seconds_since(terms.released) <= LATELY_SECONDS,
-    )
-    entries = connection.execute(select(node.c.task_id).where(node.c.incarnation.in_(gave_up))).scalars()
-    unable = {name_of(entry) for entry in entries}
+    unable = {one.task_id for one in given_up_lately(connection) if one.group_id == group_id}
     standing_by = read_status(connection).standing_by(within).get(group_id, [])
     return [name for name in standing_by if name not in unable]
+
+
+def given_up_lately(connection: Connection) -> list[GivenUp]:
+    """Return which processes have given a group up lately, each because it could not run its jobs."""
+    columns = tenure.c
+    rows = connection.execute(
+        select(
+            columns.group_id,
+            node.c.task_id,
+            columns.given_up.label("reason"),
+            seconds_since(columns.released).label("released"),
+        )
+        .select_from(tenure.join(node, node.c.incarnation == columns.incarnation))
+        .where(columns.given_up.is_not(None), seconds_since(columns.released) <= LATELY_SECONDS)
+        .order_by(columns.group_id, columns.term)
+    )
+    return [GivenUp(**{**row._mapping, "task_id": name_of(row.task_id)}) for row in rows]
 
 
 def check_rights(connection: Connection) -> None:

@@ -15,7 +15,15 @@ from taskadapter.coordination.engines import open_engine, transaction, would_mak
 from taskadapter.coordination.faults import where
 from taskadapter.coordination.messages import FOREIGN_GROUP, NAMED, UNSEEN_GROUP, PoolKey
 from taskadapter.coordination.nodes import FORGOTTEN_SECONDS, groups_of_others
-from taskadapter.coordination.overview import Status, check_rights, read_status, seen_lately
+from taskadapter.coordination.overview import (
+    LATELY_SECONDS,
+    GivenUp,
+    Status,
+    check_rights,
+    given_up_lately,
+    read_status,
+    seen_lately,
+)
 from taskadapter.doctor.findings import Finding, error, ok, warning
 from taskadapter.doctor.late import look_at_late
 from taskadapter.doctor.pool import groups_of, liveness_of, start_command
@@ -50,6 +58,7 @@ class Facts:
         foreign: groups of another pool, by name, with that pool's.
         jobs: the rows of the pool's jobs, by their ids.
         lasts: the last tick of each job that is entered.
+        given_up: which nodes have given which group up lately.
     """
 
     missing: tuple[str, ...] = ()
@@ -59,6 +68,7 @@ class Facts:
     foreign: dict[str, str] | None = None
     jobs: Mapping[str, JobRow] = field(default_factory=dict)
     lasts: Mapping[str, datetime] = field(default_factory=dict)
+    given_up: Collection[GivenUp] = ()
 
 
 def look_at_database(
@@ -105,6 +115,7 @@ def _findings(engine: Engine, facts: Facts, work_pool: str, seen: Seen | None) -
     for name in groups:
         is_used = seen is None or name in seen.used
         yield _group(name, facts, work_pool, within, is_used=is_used, is_blind=is_blind)
+        yield from _unable(name, facts, within)
     workers = (
         {worker.name for worker in seen.workers} if seen else {one.task_id for one in facts.status.nodes}
     )
@@ -139,7 +150,7 @@ def _read(engine: Engine, work_pool: str, seen: Seen | None) -> Facts:
         lasts = {job_id: datetime.fromisoformat(last) for job_id, (last, *_) in dues}
         # Without the pool's queues nothing else says which of the groups are its own.
         status = read_status(connection, work_pool if seen is None else None)
-        return Facts((), False, is_narrow, status, foreign, jobs, lasts)
+        return Facts((), False, is_narrow, status, foreign, jobs, lasts, given_up_lately(connection))
 
 
 def _tables(engine: Engine, facts: Facts, groups: list[str]) -> Finding:
@@ -202,6 +213,18 @@ def _group(
             f"another machine: {start}"
         )
     return ok(f"group {name!r}: {found.holder!r} is active, {standing_by} standing by")
+
+
+def _unable(name: str, facts: Facts, within: float) -> Iterator[Finding]:
+    """Name the nodes that stand by for a group, and have given it up when they had it last."""
+    given_up = {one.task_id: one for one in facts.given_up if one.group_id == name}
+    for node in facts.status.standing_by(within).get(name, []):
+        if (last := given_up.get(node)) is not None:
+            yield warning(
+                f"node {node!r} stands by for group {name!r}, and gave it up {last.released:.0f} s ago: "
+                f"{last.reason.removesuffix('.')}; see its log. For {LATELY_SECONDS:.0f} s after that, no "
+                "node that cannot run the group's jobs hands it to this one"
+            )
 
 
 def _silent(ours: Collection[str], groups: list[str], status: Status, within: float) -> Iterator[Finding]:

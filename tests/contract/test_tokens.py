@@ -16,7 +16,13 @@ from taskadapter.coordination import schema
 from taskadapter.coordination.engines import open_engine, transaction
 from taskadapter.coordination.messages import PoolKey, Sighting, Taken, Token
 from taskadapter.coordination.nodes import Node, claim_groups, register, unregister
-from taskadapter.coordination.overview import LATELY_SECONDS, read_status, read_successors, read_tenures
+from taskadapter.coordination.overview import (
+    LATELY_SECONDS,
+    given_up_lately,
+    read_status,
+    read_successors,
+    read_tenures,
+)
 from taskadapter.coordination.tokens import (
     acquire,
     fence,
@@ -602,6 +608,11 @@ class TestSuccessors:
         assert taken.reason == "node 'node-2' gave it up: no module of that name"
         token = Token(GROUP, NODE.task_id, taken.term)
         assert self.of(engine, token) == []
+        with transaction(engine) as connection:
+            (given_up,) = given_up_lately(connection)
+        assert (given_up.group_id, given_up.task_id) == (GROUP, OTHER.task_id)
+        assert given_up.reason == "no module of that name"
+        assert 0 <= given_up.released < SOON
         rewind(engine, "taskadapter_tenure", "released", LATELY_SECONDS - SHORT)
         assert self.of(engine, token) == []
         rewind(engine, "taskadapter_tenure", "released", SHORT + 1)

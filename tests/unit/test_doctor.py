@@ -16,7 +16,7 @@ from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.schedules import IntervalSchedule
 
 from taskadapter.coordination.executions import SWITCHED_OFF, Entry, Past
-from taskadapter.coordination.overview import GroupStatus, NodeStatus, Status
+from taskadapter.coordination.overview import GivenUp, GroupStatus, NodeStatus, Status
 from taskadapter.coordination.progress import JobRow
 from taskadapter.declare.triggers import TriggerConfiguration
 from taskadapter.doctor import database, late, server
@@ -178,3 +178,41 @@ def test_a_group_that_its_nodes_have_left_without_the_api(monkeypatch, age, reme
     said = [finding.text for finding in database._findings(engine, facts, "pool", None)]
     (about,) = [text for text in said if text.startswith("group 'reports'")]
     assert about.startswith(f"group 'reports' has no active node; {remedy}")
+
+
+def test_a_standby_that_has_given_the_group_up_is_named(monkeypatch):
+    """It would have it if the holder died, and might still not be able to run its jobs."""
+    group = GroupStatus(
+        group_id="reports",
+        holder="node-1",
+        term=3,
+        heartbeat_age=0.1,
+        held_for=9.0,
+        reason=None,
+        resign_requested=False,
+    )
+    nodes = [
+        NodeStatus(task_id=name, host=name, pid=1, group_ids=("reports",), last_seen_age=age, up_for=9.0)
+        for name, age in (("node-1", 0.0), ("node-2", 0.0), ("node-3", 99.0), ("node-4", 0.0))
+    ]
+    monkeypatch.setattr(database, "_tables", lambda *_: ok("tables"))
+    given_up = [
+        GivenUp(group_id=name, task_id=node, reason=f"no module {node}.", released=40.0)
+        for node, name in (
+            ("node-1", "reports"),
+            ("node-2", "reports"),
+            ("node-3", "reports"),
+            ("node-4", "others"),
+        )
+    ]
+    facts = database.Facts(status=Status((group,), tuple(nodes)), given_up=given_up)
+    engine: Any = None
+    found = [one for one in database._findings(engine, facts, "pool", None) if "gave it up" in one.text]
+    assert [(one.level, one.text) for one in found] == [
+        (
+            Level.WARNING,
+            "node 'node-2' stands by for group 'reports', and gave it up 40 s ago: no module node-2; "
+            "see its log. For 300 s after that, no node that cannot run the group's jobs hands it to "
+            "this one.",
+        )
+    ]
