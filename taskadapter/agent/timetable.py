@@ -8,16 +8,12 @@ policy says.
 
 from __future__ import annotations
 
-import logging
-from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from datetime import UTC, datetime, timedelta
-from itertools import starmap
 from logging import Logger, LoggerAdapter
 from typing import Any
 from uuid import UUID
 
-import httpx
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.filters import (
     DeploymentFilter,
@@ -28,24 +24,19 @@ from prefect.client.schemas.filters import (
     FlowRunFilterStateType,
 )
 from prefect.client.schemas.objects import FlowRun, StateType
-from prefect.client.schemas.responses import DeploymentResponse, OrchestrationResult, SetStateStatus
+from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.sorting import FlowRunSort
-from prefect.exceptions import ObjectNotFound
-from prefect.states import Pending
 
-from taskadapter.agent.plans import Line, Missing, Plan, Seen, begin, find_missing, is_off, plan_of
-from taskadapter.agent.telling import Teller
+from taskadapter.agent.making import Maker, is_stranded
+from taskadapter.agent.plans import Line, Plan, Seen, begin, find_missing, is_off, plan_of
 from taskadapter.coordination.executions import Entered
-from taskadapter.prefect_api.client import API_FAULTS, PAGE, is_gone, side_by_side
+from taskadapter.prefect_api.client import PAGE
 from taskadapter.prefect_api.deployments import is_on, switched_on_at
-from taskadapter.prefect_api.ticks import Due, create_tick, delete_run
+from taskadapter.prefect_api.ticks import Due
 from taskadapter.rules import ticks
 
 NEW = timedelta(seconds=5)
 """The history of a schedule that was made so shortly before is not asked for."""
-
-WITHDRAWN = "Its deployment has moved to another queue."
-"""What a run says that is about to be deleted, and made anew."""
 
 
 class Timetable:
@@ -71,7 +62,7 @@ class Timetable:
         self._client = client
         self._log = log
         self._entered = entered
-        self._teller = Teller(client, log, patient=False)
+        self._maker = Maker(client, log, self._has_begun, self._keeps)
         self._deployments: dict[UUID, DeploymentResponse] = {}
         # Read from them once for each visit: most jobs of a pool may be over, and each look goes over all.
         self._plans: dict[UUID, Plan] = {}
@@ -80,8 +71,6 @@ class Timetable:
         self._forgotten: set[str] = set()
         # Jobs that are over, and when their schedule had been switched on; None without one.
         self._ended: dict[UUID, datetime | None] = {}
-        # The jobs of which the agent has said that it makes ticks, until Prefect plans some again.
-        self._told_of: set[UUID | None] = set()
         self.has_new = self.is_cut = False
         self.complete_until = datetime.now(UTC)
 
@@ -238,7 +227,7 @@ class Timetable:
             HTTPError: the API failed; the same call may be repeated.
         """
         await self._open_lines(queues)
-        self._told_of -= {run.deployment_id for run in found.runs if run.auto_scheduled}
+        self._maker.see_planned(run.deployment_id for run in found.runs if run.auto_scheduled)
         seen = Seen.of(found, in_hand, now)
         lines = [line for line in self._lines.values() if line.plan.queue in queues and not line.held]
         for line in lines:
@@ -247,98 +236,17 @@ class Timetable:
         missing = find_missing(lines, seen)
         self.has_new, self.is_cut = missing.has_new, missing.is_cut
         self.complete_until = missing.complete_until
-        made = await self._make_all(missing, withheld)
+        made = await self._maker.make_all(missing, withheld)
         if missing.held_up or missing.has_left:
             self.complete_until = min(self.complete_until, seen.now)
         return [run for run in (*found.runs, *made) if not missing.holds_up(run)]
 
-    async def _make_all(self, missing: Missing, withheld: Collection[str]) -> list[FlowRun]:
-        """Make ticks side by side; where the API fails for some, those of other jobs go on.
-
-        What is made of a queue that is withheld waits there, until Prefect lists it.
-
-        Raises:
-            HTTPError: the API fails for all.
-        """
-        faults: list[Exception] = []
-
-        async def make(tick: datetime, line: Line) -> FlowRun | None:
-            try:
-                run = await self._make(line, tick)
-            except API_FAULTS as fault:
-                faults.append(fault)
-                missing.hold_up(line, tick)
-                return None
-            if run is not None and line.plan.queue in withheld:
-                line.left.add(tick)
-                missing.has_left = True
-                return None
-            return run
-
-        made = [run for run in await side_by_side(starmap(make, missing.ticks)) if run is not None]
-        if len(faults) == len(missing.ticks) and faults:
-            raise faults[0]
-        names = {line.deployment_id: line.name for _, line in missing.ticks}
-        for job_id, count in Counter(run.deployment_id for run in made).items():
-            self._log.log(
-                logging.DEBUG if job_id in self._told_of else logging.INFO,
-                "Made %d tick(s) of job %s that Prefect had not planned.",
-                count,
-                names[job_id or UUID(int=0)],
-            )
-            self._told_of.add(job_id)
-        return made
-
-    async def _make(self, line: Line, tick: datetime) -> FlowRun | None:
-        """Return the run of a tick if it waits: made now, unless somebody was quicker."""
-        if self._lines.get(line.deployment_id) is not line:
-            return None  # its job has ended meanwhile
-        try:
-            return await self._made(line, tick)
-        except (ObjectNotFound, httpx.HTTPStatusError) as fault:
-            if not is_gone(fault):
-                raise
-            line.held = True  # the deployment is gone
-            return None
-
-    async def _made(self, line: Line, tick: datetime) -> FlowRun | None:
-        run = await create_tick(self._client, line.deployment_id, line.plan.schedule_id, tick)
-        if run.state is not None and run.state.is_scheduled():
-            if run.work_queue_id == line.plan.queue_id:
-                return run
-            if (await self._client.read_deployment(line.deployment_id)).work_queue_id != line.plan.queue_id:
-                line.held = True  # it has moved, and is another agent's
-                return None
-            if await self._withdraw(run):
-                return await create_tick(self._client, line.deployment_id, line.plan.schedule_id, tick)
-        # The engine takes an API that fails it before the body for a crash, and then its node has died.
-        is_crashed = run.state is not None and run.state.is_crashed()
-        if is_crashed and not await self._has_begun(line.deployment_id, tick):
-            await self._teller.put_back(run, tick)
-            return await self._client.read_flow_run(run.id)
-        if _is_stranded(run) and not await self._has_begun(line.deployment_id, tick):
-            await delete_run(self._client, run)
-            return await create_tick(self._client, line.deployment_id, line.plan.schedule_id, tick)
-        line.settle(tick)
-        return None
+    def _keeps(self, line: Line) -> bool:
+        """Return whether a job's line is still the one that it was: else the job has ended, or changed."""
+        return self._lines.get(line.deployment_id) is line
 
     async def _has_begun(self, job_id: UUID, tick: datetime) -> bool:
         return tick in (await self._entered([job_id]))[job_id].dues
-
-    async def _withdraw(self, run: FlowRun) -> bool:
-        """Take a tick back from the queue that its job was on before; False if an agent there has it.
-
-        When a deployment moves to another queue or pool, Prefect makes its future ticks anew, but leaves
-        the late ones where they are. Perhaps nobody looks there any more; and were they claimed from
-        here, a takeover would not find them.
-        """
-        claim: OrchestrationResult[Any] = await self._client.set_flow_run_state(
-            run.id, Pending(message=WITHDRAWN)
-        )
-        if claim.status is not SetStateStatus.ACCEPT:
-            return False
-        await delete_run(self._client, run)
-        return True
 
     async def _open_lines(self, queues: Collection[str]) -> None:
         """Begin the lines of the jobs that have none yet, or a stale one."""
@@ -388,7 +296,7 @@ class Timetable:
             )
             for run in runs:
                 job_id, tick = run.deployment_id, ticks.tick_of(run)
-                if job_id not in left or tick is None or _is_stranded(run):
+                if job_id not in left or tick is None or is_stranded(run):
                     continue
                 if ticks.is_of(run, schedule_ids[job_id]):
                     last.setdefault(job_id, tick)
@@ -396,13 +304,3 @@ class Timetable:
                 break
             left -= {run.deployment_id for run in runs}
         return last
-
-
-def _is_stranded(flow_run: FlowRun) -> bool:
-    """Return whether a run is claimed, and no takeover is to find it.
-
-    Somebody has deleted its queue since; or it was to be withdrawn, and that had no answer.
-    """
-    if flow_run.state is None or flow_run.state.type not in {StateType.PENDING, StateType.RUNNING}:
-        return False
-    return flow_run.work_queue_id is None or flow_run.state.message == WITHDRAWN

@@ -13,14 +13,15 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.responses import SetStateStatus
 from prefect.states import Scheduled
 
-from taskadapter.agent import timetable as timetable_module
+from taskadapter.agent import making
+from taskadapter.agent.making import Maker
 from taskadapter.agent.plans import MADE_AT_ONCE
 from taskadapter.agent.timetable import Timetable
 from taskadapter.coordination.executions import Entered
 from taskadapter.declare.triggers import TriggerConfiguration
 from taskadapter.prefect_api.ticks import Due
 from taskadapter.rules.ticks import slug, tick_of
-from tests.unit.given import JOB, NOON, SECOND, at, line, plan, tick
+from tests.unit.given import JOB, LOG, NOON, SECOND, at, line, plan, tick
 
 
 def test_what_is_owed_until_the_end():
@@ -55,7 +56,7 @@ def complete(api, *jobs, now, found=(), until=None):
     """What a look makes of the lines of some jobs, of which some runs were found."""
     timetable: Any = Timetable(None, logging.getLogger("test"), None)
     timetable._lines = {job.deployment_id: job for job in jobs}
-    timetable._make = api.make
+    timetable._maker.make = api.make
     now = NOON + now * SECOND
     until = now if until is None else NOON + until * SECOND
     found = asyncio.run(timetable.complete(Due([*found], until), ["default"], [], now))
@@ -125,7 +126,7 @@ def test_what_prefect_withholds_is_made_once_and_waits():
     """A pause, or a limit, of the pool or a queue holds for ticks that are made, too."""
     api: Any = Api()
     timetable: Any = Timetable(None, logging.getLogger("test"), None)
-    timetable._lines, timetable._make = {JOB: line()}, api.make
+    timetable._lines, timetable._maker.make = {JOB: line()}, api.make
 
     def look(seconds, *withheld):
         now = NOON + seconds * SECOND
@@ -232,22 +233,28 @@ class Withdrawing:
 def test_a_tick_is_not_lost_that_was_being_withdrawn(monkeypatch, has_begun):
     """It waited on the former queue of its job; claimed, and not deleted, it would be nobody's."""
 
-    async def entered(jobs):
-        return dict.fromkeys(jobs, Entered(dues=(NOON,) if has_begun else ()))
+    async def asks(job_id, tick):
+        assert (job_id, tick) == (JOB, NOON)
+        return has_begun
 
-    api = Withdrawing(lost=1)
-    timetable: Any = Timetable(None, logging.getLogger("test"), entered)
-    timetable._client, job = api, line()
-    timetable._lines = {JOB: job}
-    monkeypatch.setattr(timetable_module, "create_tick", api.create_tick)
+    api: Any = Withdrawing(lost=1)
+    maker, job = Maker(api, LOG, asks, keeps=lambda _: True), line()
+    monkeypatch.setattr(making, "create_tick", api.create_tick)
 
     with pytest.raises(httpx.ReadTimeout):
-        asyncio.run(timetable._make(job, NOON))
-    found = asyncio.run(timetable._make(job, NOON))
+        asyncio.run(maker.make(job, NOON))
+    found = asyncio.run(maker.make(job, NOON))
 
     assert (found is None) is has_begun
     assert api.deleted == (0 if has_begun else 1)
-    assert timetable.owes(JOB, NOON) is not has_begun
+    assert bool(job.owed(NOON)) is not has_begun
+
+
+def test_a_tick_of_a_job_that_has_ended_meanwhile_is_not_made():
+    """Or whose schedule was changed: it would run what is over."""
+    nothing: Any = None
+    maker = Maker(nothing, LOG, nothing, keeps=lambda _: False)
+    assert asyncio.run(maker.make(line(), NOON)) is None
 
 
 def test_a_job_that_has_ended_is_over_until_somebody_switches_it_on():
