@@ -4,8 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# A worker for each core, each with servers of its own; a file's tests share what they start, and stay together.
-PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# Each worker has servers of its own; a file's tests share what they start, and stay together.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo up test test-slow coverage mutation matrix lint check docs bench render deploy clean
 help: ## Show the targets.

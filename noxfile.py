@@ -29,10 +29,10 @@ nox.options.error_on_missing_interpreters = False
 
 OTHER = {"oldest": "newest", "newest": "oldest"}
 
-# A worker for each core, as in the Makefile.
+# As in the Makefile.
 PYTEST = (
     *("python", "-m", "pytest", "--quiet"),
-    *("--numprocesses", "auto", "--maxprocesses", "4", "--dist", "loadfile", "--no-loadscope-reorder"),
+    *("--numprocesses", "auto", "--dist", "loadfile", "--no-loadscope-reorder"),
 )
 
 

@@ -59,6 +59,16 @@ LONGEST = [
 """What takes longest, in that order: the files of half a minute and more, then the rest of each folder."""
 
 
+MOST_WORKERS = 4
+"""More of them would start more servers than they save time."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Share the tests among one worker more than there are cores: each waits a third of its time."""
+    return min((os.cpu_count() or 1) + 1, MOST_WORKERS)
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where workers share the tests, begin with what takes longest, so that none is left with it."""
