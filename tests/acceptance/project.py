@@ -29,6 +29,7 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import StateType
 
 from deployments.local import Program, agent, environment, prefect_command, wait_until
+from tests import warm
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -136,16 +137,19 @@ class Project:
             text=True,
             timeout=within,
         )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+        return _printed(done)
 
     def prefect(self, *args: str, env: Mapping[str, str] | None = None) -> str:
         """Run Prefect's own command."""
-        return self.run(prefect_command(), *args, env=env)
+        return self._run_warm(prefect_command(), *args, env=env)
 
     def taskadapter(self, *args: str, env: Mapping[str, str] | None = None) -> str:
         """Run our own command."""
-        return self.run(Path(prefect_command()).with_name("taskadapter"), *args, env=env)
+        return self._run_warm(Path(prefect_command()).with_name("taskadapter"), *args, env=env)
+
+    def _run_warm(self, *command: str | Path, env: Mapping[str, str] | None) -> str:
+        ours = environment(self.env, env or {})
+        return _printed(warm.run(*command, cwd=self.folder, env=ours, within=PATIENCE))
 
     def groups(self, env: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
         """Return what `taskadapter status` shows of the groups of its pool."""
@@ -159,7 +163,7 @@ class Project:
 
     def deploy(self, modules: str = "*", env: Mapping[str, str] | None = None) -> None:
         """Deploy every listener of `flows/`, or of those modules of it, from Python."""
-        self.run(sys.executable, "-c", _DEPLOY, modules, env=env)
+        self._run_warm(sys.executable, "-c", _DEPLOY, modules, env=env)
 
     def agent(
         self, name: str, *args: str, env: Mapping[str, str] | None = None, pool: str | None = None
@@ -309,6 +313,11 @@ class Prefect:
         wait_until(
             lambda: not self.is_active(job) and not self.waiting(job), within, f"{job} to be put away"
         )
+
+
+def _printed(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def state_of(run: FlowRun) -> State[Any]:

@@ -52,6 +52,7 @@ from taskadapter.prefect_api.pool import Domain, PoolSize, password_of
 from taskadapter.render import render
 from taskadapter.rules.ticks import FIRST_TICK_LEAD, slug
 from taskadapter.settings import TaskadapterSettings
+from tests import warm
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterable, Iterator
@@ -575,13 +576,8 @@ def test_the_first_tick_of_a_changed_trigger(prefect_client: SyncPrefectClient, 
 
 def prefect(server: PrefectServer, cwd: Path, *args: str) -> subprocess.CompletedProcess[str]:
     """Run a command of Prefect's, as a person at a terminal of that width would."""
-    return subprocess.run(
-        [prefect_command(), "--no-prompt", *args],
-        cwd=cwd,
-        env=environment(server.env, {"COLUMNS": "400", "PYTHONPATH": str(PROJECT)}),
-        capture_output=True,
-        text=True,
-    )
+    env = environment(server.env, {"COLUMNS": "400", "PYTHONPATH": str(PROJECT)})
+    return warm.run(prefect_command(), "--no-prompt", *args, cwd=cwd, env=env)
 
 
 @pytest.fixture
@@ -646,8 +642,9 @@ def test_prefect_deploy_and_python_agree(
         "asyncio.run(deploy(flows.flaky.flaky_listener))\n"
     )
     env = environment(prefect_api.env)
-    subprocess.run([sys.executable, "-c", script], cwd=PROJECT, env=env, check=True)
+    run = warm.run(sys.executable, "-c", script, cwd=PROJECT, env=env)
 
+    assert run.returncode == 0, run.stderr
     assert [deployed(prefect_client, name) for name in ("counter", "flaky")] == before
 
 

@@ -43,6 +43,7 @@ from taskadapter.prefect_api.deployments import trigger_of
 from taskadapter.prefect_api.pool import Domain
 from taskadapter.rules import ticks
 from taskadapter.settings import TaskadapterSettings
+from tests import warm
 from tests.acceptance.project import PATIENCE
 from tests.api_proxy import ApiProxy, Request, refusal
 from tests.integration.test_command import take_part
@@ -1177,9 +1178,7 @@ def run(
     commands = [["render"]] * render + [["doctor", "--pool", pool]]
     for command in commands:
         script = "from taskadapter.cli import main; main()"
-        done = subprocess.run(
-            [sys.executable, "-c", script, *command], cwd=folder, env=env, capture_output=True, text=True
-        )
+        done = warm.run(sys.executable, "-c", script, *command, cwd=folder, env=env)
     return done
 
 
