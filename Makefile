@@ -7,6 +7,9 @@ READY := $(VENV)/.ready
 # Each worker has servers of its own; a file's tests share what they start, and stay together.
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
+# Where it is set, each of some hundred processes would compile what it imports.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help demo up test test-slow coverage mutation matrix lint check docs bench render deploy clean
 help: ## Show the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
