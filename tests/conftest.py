@@ -64,9 +64,10 @@ MOST_WORKERS = 4
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers() -> int:
+def pytest_xdist_auto_num_workers() -> int | None:
     """Share the tests among one worker more than there are cores: each waits a third of its time."""
-    return min((os.cpu_count() or 1) + 1, MOST_WORKERS)
+    is_told = "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ
+    return None if is_told else min((os.cpu_count() or 1) + 1, MOST_WORKERS)
 
 
 @pytest.hookimpl(trylast=True)
