@@ -43,9 +43,10 @@ from taskadapter.deploy import deploy
 from taskadapter.errors import DatabaseUnavailableError
 from taskadapter.execution import current, protocol, record, turn
 from taskadapter.execution.assignment import Assignment, Workspace
+from taskadapter.execution.conclusion import enter_end
 from taskadapter.execution.current import Execution
 from taskadapter.execution.flow import job_flow
-from taskadapter.execution.host import drive, enter_end
+from taskadapter.execution.host import drive
 from taskadapter.rules.ticks import slug
 
 if TYPE_CHECKING:
