@@ -4,19 +4,16 @@ Ballerina's ``task`` module gives the vocabulary: jobs and services on listeners
 retries and a group of nodes of which one is active. Prefect gives the engine, the history and the UI.
 """
 
+from taskadapter.declare.backup import MysqlConfig, PostgresqlConfig, SqliteConfig, WarmBackupConfig
 from taskadapter.declare.civil import Civil, ZoneOffset
 from taskadapter.declare.jobs import Job, JobId, Service
 from taskadapter.declare.triggers import (
     ErrorPolicy,
-    MysqlConfig,
-    PostgresqlConfig,
     RetryConfiguration,
     RetryStrategy,
-    SqliteConfig,
     TaskPolicy,
     TriggerConfiguration,
     WaitingPolicy,
-    WarmBackupConfig,
 )
 from taskadapter.errors import TaskError
 from taskadapter.execution.current import current_run

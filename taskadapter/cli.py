@@ -161,7 +161,7 @@ def ledger(
     If the API does not answer, name the job by its id to see what the database has.
     """
     from taskadapter.audit import WAITING, executed, history, not_shown, standing
-    from taskadapter.declare.triggers import MOST
+    from taskadapter.declare.values import MOST
 
     if last < 1:
         raise TaskError(f"--last={last}: must be at least 1.")

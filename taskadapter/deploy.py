@@ -18,9 +18,10 @@ from prefect.exceptions import ObjectNotFound
 from prefect.logging import get_logger
 from prefect.utilities.callables import parameter_schema
 
+from taskadapter.declare.backup import DEFAULT_QUEUE
 from taskadapter.declare.jobs import JobId
 from taskadapter.declare.registry import listeners
-from taskadapter.declare.triggers import DEFAULT_QUEUE, TriggerConfiguration
+from taskadapter.declare.triggers import TriggerConfiguration
 from taskadapter.listener import Listener
 from taskadapter.prefect_api import private
 from taskadapter.prefect_api.client import API_FAULTS, api_client

@@ -24,20 +24,14 @@ from pydantic import field_validator, model_validator
 from taskadapter.agent import switches
 from taskadapter.agent.program import Part, ProgramAgent, agents, done, stop_all
 from taskadapter.agent.signals import at_a_signal
+from taskadapter.declare.backup import DEFAULT_QUEUE, WarmBackupConfig
 from taskadapter.declare.base import Declaration, named_only
 from taskadapter.declare.jobs import Service
 from taskadapter.declare.names import check_pool
 from taskadapter.declare.registry import importing, listeners, refuse_while_importing
 from taskadapter.declare.toml import overridden, read_config
-from taskadapter.declare.triggers import (
-    DEFAULT_QUEUE,
-    DURATION,
-    DURATION_IN_A_FILE,
-    RetryConfiguration,
-    TaskPolicy,
-    TriggerConfiguration,
-    WarmBackupConfig,
-)
+from taskadapter.declare.triggers import RetryConfiguration, TaskPolicy, TriggerConfiguration
+from taskadapter.declare.values import DURATION, DURATION_IN_A_FILE
 from taskadapter.errors import CoordinationError, DeclarationError, TaskError, listed
 from taskadapter.execution.current import execution
 from taskadapter.pools import aensure_work_pool

@@ -12,7 +12,7 @@ from prefect.logging import get_logger
 
 from taskadapter.agent.worker import WarmBackupWorker
 from taskadapter.coordination import store
-from taskadapter.declare.triggers import DEFAULT_QUEUE
+from taskadapter.declare.backup import DEFAULT_QUEUE
 from taskadapter.errors import TaskError, listed
 from taskadapter.prefect_api.client import all_pages, api_client, run_sync
 from taskadapter.prefect_api.locks import lock

@@ -11,8 +11,8 @@ import yaml
 from prefect.exceptions import ScriptError
 from prefect.utilities.importtools import load_script_as_module
 
+from taskadapter.declare.backup import DEFAULT_QUEUE
 from taskadapter.declare.registry import importing, listeners
-from taskadapter.declare.triggers import DEFAULT_QUEUE
 from taskadapter.errors import DeclarationError, TaskError
 from taskadapter.listener import Listener, refuse_disagreement
 from taskadapter.prefect_api.deployments import TAG

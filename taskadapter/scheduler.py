@@ -20,17 +20,13 @@ from prefect.exceptions import ObjectNotFound, ParameterBindError, ParameterType
 from prefect.utilities.slugify import slugify
 
 from taskadapter.agent import switches
+from taskadapter.declare.backup import WarmBackupConfig
 from taskadapter.declare.base import Declaration, shown
 from taskadapter.declare.civil import Civil, Instant
 from taskadapter.declare.jobs import Job, JobId, dump_state
 from taskadapter.declare.names import check_name, check_pool
 from taskadapter.declare.registry import refuse_while_importing
-from taskadapter.declare.triggers import (
-    TaskPolicy,
-    TriggerConfiguration,
-    WarmBackupConfig,
-    WorkerPoolConfiguration,
-)
+from taskadapter.declare.triggers import TaskPolicy, TriggerConfiguration, WorkerPoolConfiguration
 from taskadapter.deploy import Put, find, make_first_tick, put, wanted_of
 from taskadapter.errors import ApiUnavailableError, TaskError, in_a_line, with_article
 from taskadapter.execution import flow as flows

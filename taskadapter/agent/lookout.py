@@ -26,7 +26,7 @@ from taskadapter.agent.node import Node, queue_of
 from taskadapter.agent.switches import carry_over
 from taskadapter.coordination import store
 from taskadapter.declare.attached import FETCH_CODE, file_of
-from taskadapter.declare.triggers import DEFAULT_QUEUE
+from taskadapter.declare.backup import DEFAULT_QUEUE
 from taskadapter.errors import ApiUnavailableError, CoordinationError, TaskError
 from taskadapter.prefect_api.client import API_FAULTS, in_words
 from taskadapter.prefect_api.deployments import deployments_of, deployments_of_pool

@@ -30,7 +30,7 @@ from taskadapter.coordination.messages import (
     ResignAsked,
     Token,
 )
-from taskadapter.declare.triggers import DEFAULT_QUEUE
+from taskadapter.declare.backup import DEFAULT_QUEUE
 from taskadapter.errors import CoordinationError, listed
 from taskadapter.prefect_api.pool import Domain, Queues
 

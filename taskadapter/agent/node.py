@@ -13,7 +13,7 @@ from prefect.client.schemas.objects import FlowRun, WorkPool
 
 from taskadapter.agent.tasks import Tasks
 from taskadapter.agent.telling import Teller
-from taskadapter.declare.triggers import DEFAULT_QUEUE
+from taskadapter.declare.backup import DEFAULT_QUEUE
 from taskadapter.settings import TaskadapterSettings
 
 LONGEST_BACKOFF_SECONDS = 15.0

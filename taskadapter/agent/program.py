@@ -24,7 +24,7 @@ from prefect.logging import get_logger
 from taskadapter.agent import switches
 from taskadapter.agent.tasks import Tasks
 from taskadapter.agent.worker import WarmBackupWorker
-from taskadapter.declare.triggers import DEFAULT_QUEUE
+from taskadapter.declare.backup import DEFAULT_QUEUE
 from taskadapter.errors import CoordinationError, TaskError, innermost
 from taskadapter.prefect_api.client import API_FAULTS
 from taskadapter.prefect_api.pool import Domain

@@ -19,7 +19,7 @@ from prefect.exceptions import ObjectNotFound
 from taskadapter.agent import events
 from taskadapter.coordination import store
 from taskadapter.coordination.messages import TERMS_SHOWN, Gained, Lost, ResignAsked
-from taskadapter.declare.triggers import DEFAULT_QUEUE
+from taskadapter.declare.backup import DEFAULT_QUEUE
 from taskadapter.errors import CoordinationError
 from taskadapter.prefect_api.client import API_FAULTS, all_pages
 from taskadapter.prefect_api.pool import slug_of

@@ -13,7 +13,7 @@ from taskadapter.agent.hearing import Kind, News
 from taskadapter.agent.node import Node, has_group, queue_of
 from taskadapter.agent.runs import Dropped
 from taskadapter.coordination import store
-from taskadapter.declare.triggers import DEFAULT_QUEUE
+from taskadapter.declare.backup import DEFAULT_QUEUE
 from taskadapter.errors import CoordinationError
 from taskadapter.prefect_api.client import API_FAULTS, in_words
 

@@ -57,7 +57,7 @@ from taskadapter.agent.watch import Watch
 from taskadapter.coordination import store
 from taskadapter.coordination.executions import Entered
 from taskadapter.coordination.messages import Gained, Lost, ResignAsked
-from taskadapter.declare.triggers import DEFAULT_QUEUE
+from taskadapter.declare.backup import DEFAULT_QUEUE
 from taskadapter.errors import ApiUnavailableError, CoordinationError, TaskError, innermost
 from taskadapter.prefect_api import private
 from taskadapter.prefect_api.client import API_FAULTS, PAGE

@@ -14,17 +14,15 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pydantic.alias_generators import to_camel
 
-from taskadapter.declare.base import Declaration, shown
-from taskadapter.declare.triggers import (
+from taskadapter.declare.backup import (
     MysqlConfig,
     PostgresqlConfig,
-    RetryConfiguration,
     SqliteConfig,
-    TaskPolicy,
-    TriggerConfiguration,
     WarmBackupConfig,
     database_class,
 )
+from taskadapter.declare.base import Declaration, shown
+from taskadapter.declare.triggers import RetryConfiguration, TaskPolicy, TriggerConfiguration
 from taskadapter.errors import DeclarationError
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from sqlalchemy import URL
 from taskadapter.agent.worker import WarmBackupWorker
 from taskadapter.coordination.engines import url_of
 from taskadapter.coordination.faults import where
-from taskadapter.declare.triggers import DEFAULT_QUEUE, WarmBackupConfig
+from taskadapter.declare.backup import DEFAULT_QUEUE, WarmBackupConfig
 from taskadapter.doctor.findings import Finding, error, ok, warning
 from taskadapter.errors import CoordinationError, DeclarationError
 from taskadapter.prefect_api.pool import OTHER_TYPE, Domain

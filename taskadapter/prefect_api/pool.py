@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 from prefect.blocks.system import Secret
 from prefect.utilities.slugify import slugify
 
-from taskadapter.declare.triggers import WarmBackupConfig
+from taskadapter.declare.backup import WarmBackupConfig
 from taskadapter.errors import TaskError
 from taskadapter.prefect_api.client import all_pages
 from taskadapter.rules import ticks

@@ -21,7 +21,7 @@ from sqlalchemy import create_engine
 import taskadapter
 from taskadapter import Job, Listener, TaskError, cli
 from taskadapter.agent import events
-from taskadapter.declare.triggers import DEFAULT_QUEUE
+from taskadapter.declare.backup import DEFAULT_QUEUE
 from taskadapter.settings import TaskadapterSettings
 from tests.pages import PAGES, ROOT, blocks, commands
 

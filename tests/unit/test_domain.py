@@ -11,7 +11,7 @@ import pytest
 from prefect.client.schemas.objects import WorkPool
 
 from taskadapter.agent.worker import WarmBackupWorker
-from taskadapter.declare.triggers import PostgresqlConfig, WarmBackupConfig
+from taskadapter.declare.backup import PostgresqlConfig, WarmBackupConfig
 from taskadapter.pools import another_database
 from taskadapter.prefect_api.pool import Domain, PoolSize, Queues, password_of, slug_of
 from taskadapter.settings import TaskadapterSettings

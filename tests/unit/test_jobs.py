@@ -26,8 +26,9 @@ from pydantic import (
     model_validator,
 )
 
+from taskadapter.declare.backup import PostgresqlConfig
 from taskadapter.declare.jobs import Job, JobId, Service, dump_state, load_state
-from taskadapter.declare.triggers import PostgresqlConfig, TriggerConfiguration
+from taskadapter.declare.triggers import TriggerConfiguration
 from taskadapter.errors import DeclarationError
 from taskadapter.execution.flow import job_flow
 

@@ -19,7 +19,7 @@ from taskadapter.agent.lookout import Lookout
 from taskadapter.agent.looks import Pace
 from taskadapter.agent.node import Share
 from taskadapter.agent.sight import Sight
-from taskadapter.declare.triggers import DEFAULT_QUEUE
+from taskadapter.declare.backup import DEFAULT_QUEUE
 from taskadapter.errors import ApiUnavailableError, CoordinationError
 from taskadapter.prefect_api.ticks import Due
 from tests.unit.given import PATIENCE_SECONDS, node, tick, until

@@ -20,7 +20,7 @@ from taskadapter.agent.node import Share
 from taskadapter.coordination import store
 from taskadapter.coordination.heartbeat import Vitals
 from taskadapter.coordination.messages import Gained, PoolKey, Refused, Token
-from taskadapter.declare.triggers import DEFAULT_QUEUE
+from taskadapter.declare.backup import DEFAULT_QUEUE
 from taskadapter.errors import CoordinationError
 from taskadapter.prefect_api.pool import Domain, Queues
 from taskadapter.settings import PREFIX

@@ -10,19 +10,16 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
+from taskadapter.declare.backup import MysqlConfig, PostgresqlConfig, SqliteConfig, WarmBackupConfig
 from taskadapter.declare.base import in_our_words
 from taskadapter.declare.jobs import Service
 from taskadapter.declare.triggers import (
     ErrorPolicy,
-    MysqlConfig,
-    PostgresqlConfig,
     RetryConfiguration,
     RetryStrategy,
-    SqliteConfig,
     TaskPolicy,
     TriggerConfiguration,
     WaitingPolicy,
-    WarmBackupConfig,
 )
 from taskadapter.errors import DeclarationError, TaskError
 from taskadapter.listener import Listener

@@ -12,7 +12,7 @@ from taskadapter.agent import terms
 from taskadapter.agent.node import Share
 from taskadapter.agent.terms import Terms
 from taskadapter.coordination.messages import Gained, Lost, ResignAsked, Token
-from taskadapter.declare.triggers import DEFAULT_QUEUE
+from taskadapter.declare.backup import DEFAULT_QUEUE
 from taskadapter.prefect_api.pool import Domain
 from tests.unit.given import node, tick, until
 

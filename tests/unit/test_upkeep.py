@@ -18,7 +18,7 @@ from taskadapter.agent.runs import Life, Phase
 from taskadapter.agent.upkeep import RESUMED_LOOKS, Upkeep
 from taskadapter.coordination import store
 from taskadapter.coordination.messages import Token
-from taskadapter.declare.triggers import DEFAULT_QUEUE
+from taskadapter.declare.backup import DEFAULT_QUEUE
 from taskadapter.errors import CoordinationError
 from taskadapter.execution import protocol
 from taskadapter.prefect_api.pool import Domain
