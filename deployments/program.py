@@ -122,13 +122,18 @@ class Program:
             raise
 
     def stop(self, within: float = STOP_WITHIN) -> None:
-        """Ask the command to end, wait, and kill what is left of it after `within` seconds."""
-        if self.process is not None and self.process.poll() is None:
-            self.resume()  # a paused one could not answer
-            self.process.send_signal(self._stop_signal)
-            with suppress(subprocess.TimeoutExpired):
-                self.process.wait(within)
-        self.kill()
+        """Ask the command to end, wait, and kill what is left of it after `within` seconds.
+
+        It is killed, too, when whoever waits for it is to end: Ctrl-C is no reason to leave it running.
+        """
+        try:
+            if self.process is not None and self.process.poll() is None:
+                self.resume()  # a paused one could not answer
+                self.process.send_signal(self._stop_signal)
+                with suppress(subprocess.TimeoutExpired):
+                    self.process.wait(within)
+        finally:
+            self.kill()
 
     def kill(self) -> None:
         """End the command and its descendants at once, as a power failure would."""

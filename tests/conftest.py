@@ -66,8 +66,11 @@ MOST_WORKERS = 4
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int | None:
     """Share the tests among one worker more than there are cores: each waits a third of its time."""
-    is_told = "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ
-    return None if is_told else min((os.cpu_count() or 1) + 1, MOST_WORKERS)
+    if os.environ.get("PYTEST_XDIST_AUTO_NUM_WORKERS"):
+        return None
+    # Those that this process may use, where the system tells.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores + 1, MOST_WORKERS)
 
 
 @pytest.hookimpl(trylast=True)

@@ -10,6 +10,7 @@ import atexit
 import gc
 import json
 import os
+import select
 import shutil
 import signal
 import socket
@@ -19,11 +20,17 @@ import tempfile
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from threading import Lock
 from types import ModuleType
 from typing import IO, TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+LOOK_SECONDS = 0.02
+"""How often it is seen whether a program has ended."""
+
+_one_at_a_time = Lock()
 
 
 def run(
@@ -42,24 +49,24 @@ def run(
     """
     words = [str(word) for word in command]
     order = json.dumps({"words": words, "cwd": str(cwd), "env": dict(env)})
+    with _one_at_a_time:
+        address = _address()
     with (
         tempfile.TemporaryFile() as output,
         tempfile.TemporaryFile() as errors,
+        # Closed, whatever happens here, it ends the program.
         socket.socket(socket.AF_UNIX) as connection,
     ):
-        connection.connect(_address())
+        connection.connect(address)
         socket.send_fds(connection, [b"!"], [output.fileno(), errors.fileno()])
-        connection.sendall(order.encode())
-        connection.shutdown(socket.SHUT_WR)
+        connection.sendall(f"{order}\n".encode())
         connection.settimeout(within)
-        answers = connection.makefile()
-        pid = int(answers.readline())
         try:
-            status = int(answers.readline())
+            answer = connection.recv(16)
         except TimeoutError:
-            os.kill(pid, signal.SIGKILL)
             raise subprocess.TimeoutExpired(words, within or 0.0) from None
-        return subprocess.CompletedProcess(words, status, _text(output), _text(errors))
+        assert answer, f"nobody knows what became of {words}"
+        return subprocess.CompletedProcess(words, int(answer), _text(output), _text(errors))
 
 
 def _text(file: IO[bytes]) -> str:
@@ -72,8 +79,8 @@ def _address() -> str:
     """Return where the process listens from which programs are forked; the first one has it started."""
     folder = tempfile.mkdtemp(prefix="taskadapter-warm-")
     ready, theirs = os.pipe()
-    words = [sys.executable, __file__, f"{folder}/socket", str(theirs)]
-    server = subprocess.Popen(words, cwd="/", pass_fds=[theirs])
+    words = [sys.executable, __file__, f"{folder}/socket", str(theirs), str(os.getpid())]
+    server = subprocess.Popen(words, cwd="/", pass_fds=[theirs], start_new_session=True)
     os.close(theirs)
 
     def end() -> None:
@@ -90,7 +97,7 @@ def _address() -> str:
 # --- in that process, and in its forks ------------------------------------------------------------
 
 
-def _serve(address: str, ready: int) -> socket.socket:
+def _serve(address: str, ready: int, tests: int) -> socket.socket:
     """Fork for each connection until the tests are over; returns in the fork."""
     import prefect.flow_engine  # noqa: F401
 
@@ -98,7 +105,6 @@ def _serve(address: str, ready: int) -> socket.socket:
 
     gc.collect()
     gc.freeze()
-    tests = os.getppid()
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
         listener.listen()
@@ -122,13 +128,9 @@ def _take_order(connection: socket.socket) -> list[str]:
         connection.settimeout(None)
         _, streams, _, _ = socket.recv_fds(connection, 1, 2)
         with connection.makefile() as file:
-            order = json.load(file)
+            order = json.loads(file.readline())
         if pid := os.fork():
-            with suppress(BrokenPipeError):  # it has taken too long
-                connection.sendall(f"{pid}\n".encode())
-                _, status = os.waitpid(pid, 0)
-                connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
-            os._exit(0)
+            _attend(pid, connection)
     with Path(os.devnull).open() as nothing:
         for number, stream in enumerate([nothing.fileno(), *streams]):
             os.dup2(stream, number)
@@ -141,11 +143,22 @@ def _take_order(connection: socket.socket) -> list[str]:
     return words
 
 
+def _attend(pid: int, connection: socket.socket) -> None:
+    """Tell how a program has ended, and end with it; it is killed when nobody waits for it any more."""
+    while True:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            with suppress(OSError):
+                connection.sendall(str(os.waitstatus_to_exitcode(status)).encode())
+            os._exit(0)
+        if select.select([connection], [], [], LOOK_SECONDS)[0]:  # they have said all: this is its end
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            os._exit(0)
+
+
 def _begin(words: list[str]) -> None:
     """Run the program's code as its main module."""
-    from prefect.context import refresh_global_settings_context
-
-    refresh_global_settings_context()
     main = ModuleType("__main__")
     if Path(words[0]).name.startswith("python"):
         words = words[1:]
@@ -158,8 +171,11 @@ def _begin(words: list[str]) -> None:
     sys.path[1:1] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     sys.argv = words
     sys.modules["__main__"] = main
-    exec(compile(source, name, "exec"), main.__dict__)
+    from prefect.context import refresh_global_settings_context
+
+    refresh_global_settings_context()
+    exec(compile(source, name, "exec", dont_inherit=True), main.__dict__)
 
 
 if __name__ == "__main__":
-    _begin(_take_order(_serve(sys.argv[1], int(sys.argv[2]))))
+    _begin(_take_order(_serve(sys.argv[1], *map(int, sys.argv[2:]))))

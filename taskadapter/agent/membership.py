@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 
 from prefect.client.schemas.objects import FlowRun
 
-from taskadapter.agent.apart import reason_to_stay_out
-from taskadapter.agent.claims import Claims
 from taskadapter.agent.groups import Groups
 from taskadapter.agent.node import Node, queue_of
+from taskadapter.agent.ownership import Ownership
+from taskadapter.agent.strangers import reason_to_stay_out
 from taskadapter.coordination import store
 from taskadapter.coordination.messages import (
     NAMED,
@@ -82,7 +82,7 @@ class Membership:
         self.refused: str | None = None
         # Whether others may coordinate through another database, and nobody has looked yet.
         self._may_be_apart = False
-        self._claims = Claims(node)
+        self._ownership = Ownership(node)
         # Groups that are to be left once their runs have ended.
         self._leaving: set[str] = set()
         self.stands_back = False
@@ -182,7 +182,7 @@ class Membership:
         # Whoever declares a new group may have declared another database or timing with it.
         if (
             groups is None
-            or (names - self._claims.foreign.keys() != groups.names and not self.stands_back)
+            or (names - self._ownership.foreign.keys() != groups.names and not self.stands_back)
             or Domain.of(self._node.pool()) != groups.domain
         ):
             groups = await self._groups_as_declared()
@@ -206,7 +206,7 @@ class Membership:
             await self._stand_by(groups, groups.names | {queue} - {DEFAULT_QUEUE})
 
     async def _stand_by(self, groups: Groups, names: AbstractSet[str]) -> None:
-        ours = await self._claims.claim(self.database_url, names)
+        ours = await self._ownership.ours(names)
         if ours and self._may_be_apart:
             # So that nodes which begin at the same time find each other.
             groups.stand_by((), self.database_url)
@@ -234,6 +234,7 @@ class Membership:
             await self._let_go()
             await self._groups.stop()
         self.database_url = database_url
+        self._ownership.begin(database_url)
         self._groups = Groups(node.name, node.incarnation, pool, node.log, self._is_only, self._on_change)
         self._may_be_apart = not domain.is_named(node.settings)
         self._say_where(is_default=self._may_be_apart)
@@ -269,8 +270,8 @@ class Membership:
         while groups is not None and not groups.is_registered(queue):
             if self.refused is not None:
                 raise CoordinationError(self.refused)
-            if queue in self._claims.foreign:
-                raise CoordinationError(self._claims.foreign[queue])
+            if queue in self._ownership.foreign:
+                raise CoordinationError(self._ownership.foreign[queue])
             now = time.monotonic()
             if groups.waits_for_its_predecessor:
                 self._waits_since = min(now, self._waits_since)

@@ -8,10 +8,10 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-from taskadapter.agent.apart import strangers_to
 from taskadapter.agent.hearing import Kind, News
 from taskadapter.agent.node import Node, has_group, queue_of
 from taskadapter.agent.runs import Dropped
+from taskadapter.agent.strangers import strangers_to
 from taskadapter.coordination import store
 from taskadapter.declare.backup import DEFAULT_QUEUE
 from taskadapter.errors import CoordinationError

@@ -221,13 +221,13 @@ def read_successors(connection: Connection, group_id: str, within: float) -> lis
         group_id: the group.
         within: only nodes that have shown that they live in so many seconds.
     """
-    unable = {one.task_id for one in given_up_lately(connection) if one.group_id == group_id}
+    unable = {one.task_id for one in given_up_lately(connection, [group_id])}
     standing_by = read_status(connection).standing_by(within).get(group_id, [])
     return [name for name in standing_by if name not in unable]
 
 
-def given_up_lately(connection: Connection) -> list[GivenUp]:
-    """Return which processes have given a group up lately, each because it could not run its jobs."""
+def given_up_lately(connection: Connection, group_ids: Collection[str]) -> list[GivenUp]:
+    """Return which processes have given some groups up lately, each because it could not run its jobs."""
     columns = tenure.c
     rows = connection.execute(
         select(
@@ -237,7 +237,11 @@ def given_up_lately(connection: Connection) -> list[GivenUp]:
             seconds_since(columns.released).label("released"),
         )
         .select_from(tenure.join(node, node.c.incarnation == columns.incarnation))
-        .where(columns.given_up.is_not(None), seconds_since(columns.released) <= LATELY_SECONDS)
+        .where(
+            columns.group_id.in_(sorted(group_ids)),
+            columns.given_up.is_not(None),
+            seconds_since(columns.released) <= LATELY_SECONDS,
+        )
         .order_by(columns.group_id, columns.term)
     )
     return [GivenUp(**{**row._mapping, "task_id": name_of(row.task_id)}) for row in rows]

@@ -16,7 +16,6 @@ from taskadapter.coordination.faults import where
 from taskadapter.coordination.messages import FOREIGN_GROUP, NAMED, UNSEEN_GROUP, PoolKey
 from taskadapter.coordination.nodes import FORGOTTEN_SECONDS, groups_of_others
 from taskadapter.coordination.overview import (
-    LATELY_SECONDS,
     GivenUp,
     Status,
     check_rights,
@@ -150,7 +149,8 @@ def _read(engine: Engine, work_pool: str, seen: Seen | None) -> Facts:
         lasts = {job_id: datetime.fromisoformat(last) for job_id, (last, *_) in dues}
         # Without the pool's queues nothing else says which of the groups are its own.
         status = read_status(connection, work_pool if seen is None else None)
-        return Facts((), False, is_narrow, status, foreign, jobs, lasts, given_up_lately(connection))
+        own = {one.group_id for one in status.groups} - foreign.keys()
+        return Facts((), False, is_narrow, status, foreign, jobs, lasts, given_up_lately(connection, own))
 
 
 def _tables(engine: Engine, facts: Facts, groups: list[str]) -> Finding:
@@ -216,14 +216,14 @@ def _group(
 
 
 def _unable(name: str, facts: Facts, within: float) -> Iterator[Finding]:
-    """Name the nodes that stand by for a group, and have given it up when they had it last."""
+    """Name the nodes that stand by for a group, and have given it up lately."""
     given_up = {one.task_id: one for one in facts.given_up if one.group_id == name}
     for node in facts.status.standing_by(within).get(name, []):
         if (last := given_up.get(node)) is not None:
             yield warning(
-                f"node {node!r} stands by for group {name!r}, and gave it up {last.released:.0f} s ago: "
-                f"{last.reason.removesuffix('.')}; see its log. For {LATELY_SECONDS:.0f} s after that, no "
-                "node that cannot run the group's jobs hands it to this one"
+                f"node {node!r} gave group {name!r} up {last.released:.0f} s ago: "
+                f"{last.reason.removesuffix('.')}. It takes the group all the same if the holder stops; "
+                "see its log, and mend that"
             )
 
 

@@ -140,7 +140,9 @@ class Project:
         return _printed(done)
 
     def prefect(self, *args: str, env: Mapping[str, str] | None = None) -> str:
-        """Run Prefect's own command."""
+        """Run Prefect's own command; a worker is started as a user starts it."""
+        if args[:2] == ("worker", "start"):
+            return self.run(prefect_command(), *args, env=env)
         return self._run_warm(prefect_command(), *args, env=env)
 
     def taskadapter(self, *args: str, env: Mapping[str, str] | None = None) -> str:

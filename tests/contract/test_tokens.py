@@ -609,7 +609,8 @@ class TestSuccessors:
         token = Token(GROUP, NODE.task_id, taken.term)
         assert self.of(engine, token) == []
         with transaction(engine) as connection:
-            (given_up,) = given_up_lately(connection)
+            (given_up,) = given_up_lately(connection, [GROUP])
+            assert given_up_lately(connection, ["another"]) == []
         assert (given_up.group_id, given_up.task_id) == (GROUP, OTHER.task_id)
         assert given_up.reason == "no module of that name"
         assert 0 <= given_up.released < SOON

@@ -92,6 +92,26 @@ def test_stop_kills_what_does_not_end_in_time(tmp_path: Path) -> None:
     assert process.returncode == -signal.SIGKILL
 
 
+def test_stop_kills_what_it_may_not_wait_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while a program takes its time to end."""
+    program = python(IGNORES_SIGTERM, tmp_path)
+    program.start()
+    wait_until(lambda: "up" in program.output(), PATIENCE, "the program to be up")
+    process = program.process
+    assert process is not None
+    wait = process.wait
+
+    def interrupted(seconds: float) -> int:
+        monkeypatch.setattr(process, "wait", wait)
+        raise KeyboardInterrupt(seconds)
+
+    monkeypatch.setattr(process, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        program.stop()
+
+    assert process.returncode == -signal.SIGKILL
+
+
 def test_kill_reaches_children_in_other_sessions(tmp_path: Path) -> None:
     """Nothing a program has started outlives it."""
     with running(python(HAS_A_CHILD, tmp_path)) as program:

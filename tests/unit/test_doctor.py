@@ -207,12 +207,11 @@ def test_a_standby_that_has_given_the_group_up_is_named(monkeypatch):
     ]
     facts = database.Facts(status=Status((group,), tuple(nodes)), given_up=given_up)
     engine: Any = None
-    found = [one for one in database._findings(engine, facts, "pool", None) if "gave it up" in one.text]
+    found = [one for one in database._findings(engine, facts, "pool", None) if "gave group" in one.text]
     assert [(one.level, one.text) for one in found] == [
         (
             Level.WARNING,
-            "node 'node-2' stands by for group 'reports', and gave it up 40 s ago: no module node-2; "
-            "see its log. For 300 s after that, no node that cannot run the group's jobs hands it to "
-            "this one.",
+            "node 'node-2' gave group 'reports' up 40 s ago: no module node-2. It takes the group all the "
+            "same if the holder stops; see its log, and mend that.",
         )
     ]

@@ -14,9 +14,9 @@ import pytest
 from prefect.exceptions import ObjectNotFound
 
 from taskadapter.agent import membership
-from taskadapter.agent.claims import SILENT_SECONDS
 from taskadapter.agent.membership import Membership
 from taskadapter.agent.node import Share
+from taskadapter.agent.ownership import SILENT_SECONDS
 from taskadapter.coordination import store
 from taskadapter.coordination.heartbeat import Vitals
 from taskadapter.coordination.messages import Gained, PoolKey, Refused, Token

@@ -250,11 +250,21 @@ def test_a_tick_is_not_lost_that_was_being_withdrawn(monkeypatch, has_begun):
     assert bool(job.owed(NOON)) is not has_begun
 
 
-def test_a_tick_of_a_job_that_has_ended_meanwhile_is_not_made():
+def test_a_tick_of_a_job_that_has_ended_meanwhile_is_not_made(monkeypatch):
     """Or whose schedule was changed: it would run what is over."""
-    nothing: Any = None
-    maker = Maker(nothing, LOG, nothing, keeps=lambda _: False)
-    assert asyncio.run(maker.make(line(), NOON)) is None
+    made: list[datetime] = []
+
+    async def create_tick(*given: Any) -> FlowRun:
+        made.append(given[-1])
+        return FlowRun(id=uuid4(), flow_id=JOB, work_queue_id=job.plan.queue_id, state=Scheduled())
+
+    monkeypatch.setattr(making, "create_tick", create_tick)
+    timetable: Any = Timetable(None, LOG, None)
+    timetable._lines = {JOB: (job := line())}
+    assert asyncio.run(timetable._maker.make(job, NOON)) is not None
+    timetable.leave_out([JOB])
+    assert asyncio.run(timetable._maker.make(job, NOON + 5 * SECOND)) is None
+    assert made == [NOON]
 
 
 def test_a_job_that_has_ended_is_over_until_somebody_switches_it_on():

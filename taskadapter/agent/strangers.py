@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
 from taskadapter.agent.node import Node
 from taskadapter.coordination import store
 from taskadapter.coordination.messages import NAMED
 from taskadapter.errors import listed
-from taskadapter.prefect_api.workers import strangers, workers_of
+from taskadapter.prefect_api.workers import LATELY, POLL_SECONDS, strangers, workers_of
 from taskadapter.settings import PREFIX
 
 if TYPE_CHECKING:
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 ELSEWHERE = (
     "worker {names} polls work pool {pool!r}, and is no node in {where}, the default of this machine, in "
-    "which nobody has been active since {names} came: both would run the same jobs. Name one database for "
-    "all nodes, with {setting} or a listener's database_config"
+    "which nobody is active: both would run the same jobs. Name one database for all nodes, with {setting} "
+    "or a listener's database_config; or stop {names}, and start this node again"
 )
 """Why a node takes no part that would be active beside others."""
 
@@ -46,8 +46,8 @@ async def reason_to_stay_out(
 ) -> str | None:
     """Return why a node is not to be active in a database that nobody has named; None if it may.
 
-    It may where nobody else polls the pool, and where somebody has been active after the others came. What
-    has polled may have just begun, and appear here; or have ended, and poll no more: that is waited for.
+    It may where nobody else polls the pool, and where somebody is active. What has polled may have just
+    begun, and appear here; or have ended, and poll no more: that is waited for.
 
     Args:
         node: the node, which stands by there for nothing yet.
@@ -56,7 +56,7 @@ async def reason_to_stay_out(
         names: the groups that it is to stand by for.
     """
     first_seen: dict[str, datetime] = {}
-    while others := await _who_came_later(node, database_url, names):
+    while others := await _who_would_be_apart(node, database_url, names):
         if not first_seen:
             node.log.info(
                 "Waiting for worker %s, which has polled the pool lately, to appear in %s or go.",
@@ -72,24 +72,21 @@ async def reason_to_stay_out(
     return None
 
 
-async def _who_came_later(node: Node, database_url: str, names: Collection[str]) -> list[Worker]:
-    """Return the strangers that first polled the pool when nobody was active here any more, or yet."""
+async def _who_would_be_apart(node: Node, database_url: str, names: Collection[str]) -> list[Worker]:
+    """Return the strangers to a database, unless somebody is active there for one of some groups."""
     others = await strangers_to(node, database_url)
     if not others:
         return []
-    active = await asyncio.to_thread(_last_active, database_url, names)
-    return [
-        worker for worker in others if active is None or worker.created is None or worker.created > active
-    ]
+    is_active = await asyncio.to_thread(_is_anybody_active, database_url, names)
+    return [] if is_active else others
 
 
-def _last_active(database_url: str, names: Collection[str]) -> datetime | None:
-    """Return when a node was last active in a database for one of some groups; None if none ever was."""
+def _is_anybody_active(database_url: str, names: Collection[str]) -> bool:
+    """Return whether a node is active for one of some groups, or was so lately as others have polled."""
     status = store.status(database_url)
     ages = [one.heartbeat_age for one in status.groups if one.group_id in names and one.holder]
     ages += [one.released for one in store.tenures(database_url, names, last=1)]
-    known = [age for age in ages if age is not None]
-    return datetime.now(UTC) - timedelta(seconds=min(known)) if known else None
+    return any(age is not None and age <= LATELY * POLL_SECONDS for age in ages)
 
 
 def _lives(worker: Worker, first_seen: dict[str, datetime]) -> bool:

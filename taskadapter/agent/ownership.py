@@ -25,7 +25,7 @@ That pool's timing is not seen from here.
 """
 
 
-class Claims:
+class Ownership:
     """The groups that are entered as those of a node's pool.
 
     Args:
@@ -43,13 +43,15 @@ class Claims:
         self._claimed: AbstractSet[str] = frozenset()
         self._pool_id: str | None = None
 
-    async def claim(self, database_url: str, names: AbstractSet[str]) -> AbstractSet[str]:
-        """Return those of some groups that are this pool's in a database, and say which are another's.
+    def begin(self, database_url: str) -> None:
+        """Take note of the database, of which nothing is known yet."""
+        self._database_url, self._claimed = database_url, frozenset()
+
+    async def ours(self, names: AbstractSet[str]) -> AbstractSet[str]:
+        """Return those of some groups that are this pool's, and say which are another's.
 
         What was this pool's may be another server's by now: this node stood still, and was taken for dead.
         """
-        if database_url != self._database_url:
-            self._database_url, self._claimed = database_url, frozenset()
         foreign = {}
         pool, others = await self._owners(names)
         for name, other in others.items():

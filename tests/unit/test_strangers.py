@@ -9,19 +9,20 @@ from typing import Any
 
 import pytest
 
-from taskadapter.agent import apart
-from taskadapter.agent.apart import reason_to_stay_out
+from taskadapter.agent import strangers
+from taskadapter.agent.strangers import reason_to_stay_out
 from taskadapter.coordination import store
+from taskadapter.prefect_api.workers import LATELY, POLL_SECONDS
 from taskadapter.settings import PREFIX
 from tests.unit.given import node, until
 
-HOUR = 3600.0
+LATELY_SECONDS = LATELY * POLL_SECONDS
 
 
 class Elsewhere:
     """Who polls the pool, who is in the default database of this machine, and what it has of the group.
 
-    Each look finds that all who poll have polled again, so many seconds later. They came an hour ago.
+    Each look finds that all who poll have polled again, so many seconds later.
     """
 
     def __init__(self, monkeypatch: Any, *polling: str, later: float = 0) -> None:
@@ -33,8 +34,8 @@ class Elsewhere:
         self.later = later
         self.began = datetime.now(UTC)
         self.looks = 0
-        monkeypatch.setattr(apart, "workers_of", self._workers)
-        monkeypatch.setattr(apart, "LOOK_SECONDS", 0)
+        monkeypatch.setattr(strangers, "workers_of", self._workers)
+        monkeypatch.setattr(strangers, "LOOK_SECONDS", 0)
         monkeypatch.setattr(store, "status", self._status)
         monkeypatch.setattr(store, "tenures", self._tenures)
 
@@ -45,9 +46,8 @@ class Elsewhere:
     async def _workers(self, *_: object) -> list[Any]:
         polled = self.began + timedelta(seconds=self.looks * self.later)
         self.looks += 1
-        came = self.began - timedelta(seconds=HOUR)
         polls = {"status": "ONLINE", "last_heartbeat_time": polled, "heartbeat_interval_seconds": 30}
-        return [SimpleNamespace(name=name, created=came, **polls) for name in self.polling]
+        return [SimpleNamespace(name=name, **polls) for name in self.polling]
 
     def _status(self, _: str) -> Any:
         nodes = [SimpleNamespace(task_id=name) for name in self.nodes]
@@ -101,14 +101,14 @@ def test_a_node_that_is_alone_looks_once(monkeypatch):
 @pytest.mark.parametrize(
     ("heartbeat_age", "released", "may"),
     [
-        (HOUR - 60, None, True),
-        (None, HOUR - 60, True),
-        (HOUR + 60, HOUR + 60, False),
+        (1.0, None, True),
+        (None, LATELY_SECONDS - 1, True),
+        (LATELY_SECONDS + 1, LATELY_SECONDS + 1, False),
         (None, None, False),
     ],
 )
-def test_who_came_while_a_node_was_active_here_keeps_no_node_out(monkeypatch, heartbeat_age, released, may):
-    """This is the pool's database then; one that was tried out before the others came is not."""
+def test_a_node_may_begin_where_somebody_is_active(monkeypatch, heartbeat_age, released, may):
+    """It is the other worker that is wrong then; a file that was used some time ago says nothing."""
     given = Elsewhere(monkeypatch, "node-2", later=14)
     given.heartbeat_age, given.released = heartbeat_age, released
     assert (asyncio.run(given.reason()) is None) is may
