@@ -82,7 +82,7 @@ async def _who_would_be_apart(node: Node, database_url: str, names: Collection[s
 
 
 def _is_anybody_active(database_url: str, names: Collection[str]) -> bool:
-    """Return whether a node is active for one of some groups, or was so lately as others have polled."""
+    """Return whether a node is active for one of some groups, or was as lately as a stranger has polled."""
     status = store.status(database_url)
     ages = [one.heartbeat_age for one in status.groups if one.group_id in names and one.holder]
     ages += [one.released for one in store.tenures(database_url, names, last=1)]
