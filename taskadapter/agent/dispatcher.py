@@ -101,7 +101,7 @@ class Dispatcher:
         self._handling: set[asyncio.Task[None]] = set()
         self._waits: set[asyncio.Timeout] = set()
         self._is_held_up = False
-        self._crowding = Crowding(node.log, deployments)
+        self._crowding = Crowding(node.log, deployments, hand)
         self._unrunnable = Unrunnable(node, deployments, timetable)
         self._news = asyncio.Event()
 
@@ -238,7 +238,7 @@ class Dispatcher:
         room = self._hosts.limit - len(self._hand)
         first = self._queue.first(self._may_start, clock)
         seconds = self._until_claimed(first)
-        self._crowding.note(clock, room, is_due=seconds <= 0, what_runs=self._hand.flow_runs)
+        self._crowding.note(clock, room, is_due=seconds <= 0)
         if seconds <= 0 and room <= 0:
             self._hand.make_room()
             return None, seconds

@@ -20,6 +20,8 @@ from taskadapter.settings import PREFIX
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import Worker
 
+    from taskadapter.coordination.overview import Status
+
 ELSEWHERE = (
     "worker {names} polls work pool {pool!r}, and is no node in {where}, the default of this machine, in "
     "which nobody is active: both would run the same jobs. Name one database for all nodes, with {setting} "
@@ -36,7 +38,10 @@ LOOK_SECONDS = 1.0
 
 async def strangers_to(node: Node, database_url: str) -> list[Worker]:
     """Return the workers that poll a node's pool, and are no nodes in its database."""
-    status = await asyncio.to_thread(store.status, database_url)
+    return await _strangers_to(node, await asyncio.to_thread(store.status, database_url))
+
+
+async def _strangers_to(node: Node, status: Status) -> list[Worker]:
     workers = await workers_of(node.client, node.work_pool)
     return strangers(workers, {node.name, *(other.task_id for other in status.nodes)})
 
@@ -74,19 +79,17 @@ async def reason_to_stay_out(
 
 async def _who_would_be_apart(node: Node, database_url: str, names: Collection[str]) -> list[Worker]:
     """Return the strangers to a database, unless somebody is active there for one of some groups."""
-    others = await strangers_to(node, database_url)
+    status = await asyncio.to_thread(store.status, database_url)
+    others = await _strangers_to(node, status)
     if not others:
         return []
-    is_active = await asyncio.to_thread(_is_anybody_active, database_url, names)
-    return [] if is_active else others
-
-
-def _is_anybody_active(database_url: str, names: Collection[str]) -> bool:
-    """Return whether a node is active for one of some groups, or was as lately as a stranger has polled."""
-    status = store.status(database_url)
+    # A node was active until its last heartbeat, or until it has released the token.
     ages = [one.heartbeat_age for one in status.groups if one.group_id in names and one.holder]
-    ages += [one.released for one in store.tenures(database_url, names, last=1)]
-    return any(age is not None and age <= LATELY * POLL_SECONDS for age in ages)
+    tenures = await asyncio.to_thread(store.tenures, database_url, names, last=1)
+    ages += [one.released for one in tenures]
+    # As lately as a stranger has polled that counts.
+    is_active = any(age is not None and age <= LATELY * POLL_SECONDS for age in ages)
+    return [] if is_active else others
 
 
 def _lives(worker: Worker, first_seen: dict[str, datetime]) -> bool:

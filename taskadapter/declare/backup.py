@@ -79,6 +79,7 @@ def _password(secret: SecretStr) -> SecretStr:
 _Host = Annotated[str, AfterValidator(_host)]
 _Text = Annotated[str, AfterValidator(_without_nul)]
 _Port = Annotated[StrictInt, Field(ge=1, le=65535)]
+_Password = Annotated[SecretStr, AfterValidator(_password)]
 
 
 class PostgresqlConfig(Declaration):
@@ -95,7 +96,7 @@ class PostgresqlConfig(Declaration):
     host: _Host = "localhost"
     port: _Port = 5432
     user: _Text | None = None
-    password: Annotated[SecretStr, AfterValidator(_password)] | None = None
+    password: _Password | None = None
     database: _Text | None = None
 
 
@@ -110,7 +111,7 @@ class MysqlConfig(Declaration):
     host: _Host = "localhost"
     port: _Port = 3306
     user: _Text | None = None
-    password: Annotated[SecretStr, AfterValidator(_password)] | None = None
+    password: _Password | None = None
     database: _Text | None = None
 
 

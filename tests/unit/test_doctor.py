@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Collection
 from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -20,7 +21,7 @@ from taskadapter.coordination.overview import GivenUp, GroupStatus, NodeStatus, 
 from taskadapter.coordination.progress import JobRow
 from taskadapter.declare.triggers import TriggerConfiguration
 from taskadapter.doctor import database, late, server
-from taskadapter.doctor.findings import Level, ok
+from taskadapter.doctor.findings import Finding, Level, ok
 from taskadapter.doctor.jobs import look_at_jobs
 from taskadapter.rules.ticks import slug
 
@@ -156,46 +157,51 @@ def test_a_job_that_is_paused_in_prefect_too():
         assert found.text.startswith("paused, and not run until somebody resumes it: job; switch a")
 
 
+@pytest.fixture
+def of_reports(monkeypatch):
+    """What is said of a database with the group `reports`, without a server that could be asked."""
+    monkeypatch.setattr(database, "_tables", lambda *_: ok("tables"))
+
+    def findings(
+        *nodes: NodeStatus,
+        holder: str | None = None,
+        heartbeat_age: float | None = None,
+        given_up: Collection[GivenUp] = (),
+    ) -> list[Finding]:
+        group = GroupStatus(
+            group_id="reports",
+            holder=holder,
+            term=3,
+            heartbeat_age=heartbeat_age,
+            held_for=None,
+            reason=None,
+            resign_requested=False,
+        )
+        engine: Any = None
+        facts = database.Facts(status=Status((group,), nodes), given_up=given_up)
+        return list(database._findings(engine, facts, "pool", None))
+
+    return findings
+
+
 @pytest.mark.parametrize(
     ("age", "remedy"),
     [(1.0, "nodes that are up leave it while Prefect's API does not answer"), (99.0, "start an agent: ")],
 )
-def test_a_group_that_its_nodes_have_left_without_the_api(monkeypatch, age, remedy):
+def test_a_group_that_its_nodes_have_left_without_the_api(of_reports, age, remedy):
     """Another agent would leave it, too; where none is up, one is wanted."""
-    group = GroupStatus(
-        group_id="reports",
-        holder=None,
-        term=3,
-        heartbeat_age=None,
-        held_for=None,
-        reason=None,
-        resign_requested=False,
-    )
     node = NodeStatus(task_id="node-1", host="one", pid=1, group_ids=(), last_seen_age=age, up_for=9.0)
-    monkeypatch.setattr(database, "_tables", lambda *_: ok("tables"))
-    facts = database.Facts(status=Status((group,), (node,)))
-    engine: Any = None
-    said = [finding.text for finding in database._findings(engine, facts, "pool", None)]
+    said = [finding.text for finding in of_reports(node)]
     (about,) = [text for text in said if text.startswith("group 'reports'")]
     assert about.startswith(f"group 'reports' has no active node; {remedy}")
 
 
-def test_a_standby_that_has_given_the_group_up_is_named(monkeypatch):
+def test_a_standby_that_has_given_the_group_up_is_named(of_reports):
     """It would have it if the holder died, and might still not be able to run its jobs."""
-    group = GroupStatus(
-        group_id="reports",
-        holder="node-1",
-        term=3,
-        heartbeat_age=0.1,
-        held_for=9.0,
-        reason=None,
-        resign_requested=False,
-    )
     nodes = [
         NodeStatus(task_id=name, host=name, pid=1, group_ids=("reports",), last_seen_age=age, up_for=9.0)
         for name, age in (("node-1", 0.0), ("node-2", 0.0), ("node-3", 99.0), ("node-4", 0.0))
     ]
-    monkeypatch.setattr(database, "_tables", lambda *_: ok("tables"))
     given_up = [
         GivenUp(group_id=name, task_id=node, reason=f"no module {node}.", released=40.0)
         for node, name in (
@@ -205,9 +211,11 @@ def test_a_standby_that_has_given_the_group_up_is_named(monkeypatch):
             ("node-4", "others"),
         )
     ]
-    facts = database.Facts(status=Status((group,), tuple(nodes)), given_up=given_up)
-    engine: Any = None
-    found = [one for one in database._findings(engine, facts, "pool", None) if "gave group" in one.text]
+    found = [
+        one
+        for one in of_reports(*nodes, holder="node-1", heartbeat_age=0.1, given_up=given_up)
+        if "gave group" in one.text
+    ]
     assert [(one.level, one.text) for one in found] == [
         (
             Level.WARNING,
